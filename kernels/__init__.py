@@ -1,0 +1,15 @@
+"""The operators of UCTransNet, usable alone: ``from uctrans.kernels import channel_attention, skip_gate``."""
+
+from .backend import BACKENDS, check_backend, resolve_backend
+from .channel_attention import channel_attention, projected_attention_maps, projected_channel_attention
+from .skip_gate import skip_gate
+
+__all__ = [
+    "BACKENDS",
+    "channel_attention",
+    "check_backend",
+    "projected_attention_maps",
+    "projected_channel_attention",
+    "resolve_backend",
+    "skip_gate",
+]

@@ -1,0 +1,36 @@
+"""The channel gate (CCA) between a skip feature and the decoder."""
+
+from torch import Tensor, nn
+
+from ..kernels import skip_gate
+
+
+class ChannelGate(nn.Module):
+    """Gate the channels of a skip feature by what the decoder holds, and concatenate both.
+
+    Args:
+        skip_channels: width of the skip feature.
+        decoder_channels: width of the decoder feature.
+        backend: see :func:`uctrans.kernels.resolve_backend`.
+
+    Source: UCTransNet (AAAI 2022), channel-wise cross attention (CCA).
+    """
+
+    def __init__(self, skip_channels: int, decoder_channels: int, backend: str = "auto"):
+        super().__init__()
+        self.skip = nn.Linear(skip_channels, skip_channels)
+        self.decoder = nn.Linear(decoder_channels, skip_channels)
+        self.backend = backend
+
+    def forward(self, encoder_feature: Tensor, decoder_feature: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, D, H/q, W/q), tokens to add to the skip (B, C, H/p, W/p) -> (B, C + D, H, W)."""
+        return skip_gate(
+            encoder_feature,
+            tokens,
+            decoder_feature,
+            self.skip.weight,
+            self.skip.bias,
+            self.decoder.weight,
+            self.decoder.bias,
+            backend=self.backend,
+        )

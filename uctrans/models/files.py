@@ -1,0 +1,65 @@
+"""Load a model from whatever file or folder holds one."""
+
+from pathlib import Path
+from typing import Any
+
+from .base import CONFIG_FILE, ModelFileError, SegmentationModel, load_state, read_config
+from .checkpoint import read_checkpoint
+from .registry import model_class
+from .upstream import is_upstream, load_upstream
+
+CHECKPOINT_FORMAT = "uctrans-checkpoint"
+BEST_FOLDER = "best"
+
+
+def load_model(path: str | Path, device: str = "cpu") -> SegmentationModel:
+    """Load a model in evaluation mode.
+
+    Args:
+        path: a folder that ``save_pretrained`` wrote, the folder of a training run (its best weights), a checkpoint of a
+            run (``last.pt``, ``best.pt``; averaged weights where the run kept any), or a published UCTransNet
+            checkpoint (``.pth.tar``, see :func:`uctrans.load_upstream` for its options).
+        device: where the weights go.
+
+    Raises:
+        ModelFileError: nothing there, a corrupt file, or a file of another kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelFileError(f"{path} does not exist: give a run folder, a saved model or a checkpoint file")
+    model = _load_folder(path) if path.is_dir() else _load_file(path)
+    return model.to(device).eval()
+
+
+def _load_folder(folder: Path) -> SegmentationModel:
+    if not (folder / CONFIG_FILE).exists() and (folder / BEST_FOLDER).is_dir():
+        folder = folder / BEST_FOLDER
+    return model_class_of(folder).from_pretrained(folder)
+
+
+def model_class_of(folder: Path) -> type[SegmentationModel]:
+    """The class that ``config.json`` in ``folder`` names."""
+    try:
+        return model_class(read_config(folder)["name"])
+    except ValueError as error:
+        raise ModelFileError(f"{folder / CONFIG_FILE}: {error}") from None
+
+
+def _load_file(path: Path) -> SegmentationModel:
+    checkpoint = read_checkpoint(path)
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT:
+        return _from_checkpoint(checkpoint, path)
+    if is_upstream(checkpoint):
+        return load_upstream(checkpoint)
+    raise ModelFileError(f"{path} is neither a checkpoint of a training run nor a published UCTransNet checkpoint")
+
+
+def _from_checkpoint(checkpoint: dict[str, Any], path: Path) -> SegmentationModel:
+    saved = checkpoint["model"]
+    try:
+        model = model_class(saved["name"])(**saved["config"])
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    load_state(model, checkpoint.get("ema") or saved["state"], path)
+    model.metadata = dict(saved["metadata"])
+    return model

@@ -1,0 +1,71 @@
+"""The U-Net that UCTransNet grows out of, with any subset of its skip connections."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import DoubleConv, Encoder
+from .base import SegmentationModel, check_image, pad_to_multiple
+from .registry import register_model
+
+NUM_SCALES = 4
+
+
+class SkipStage(nn.Module):
+    """Upsample, concatenate the skip where there is one, convolve twice: (B, D, H/2, W/2) -> (B, out, H, W)."""
+
+    def __init__(self, skip_channels: int, decoder_channels: int, out_channels: int):
+        super().__init__()
+        self.convs = DoubleConv(skip_channels + decoder_channels, out_channels)
+
+    def forward(self, skip: Tensor | None, decoded: Tensor) -> Tensor:
+        """``skip``: (B, skip_channels, H, W), or ``None`` where the stage has none."""
+        decoded = F.interpolate(decoded, scale_factor=2.0, mode="nearest")
+        return self.convs(decoded if skip is None else torch.cat([skip, decoded], dim=1))
+
+
+@register_model("unet")
+class UNet(SegmentationModel):
+    """U-Net with nearest upsampling and plain skips; shares the names of its weights with UCTransNet.
+
+    Args:
+        in_channels: channels of the image.
+        classes: channels of the logits; 1 for a binary mask.
+        base_channels: width of the finest of the four scales; each next one doubles it.
+        skips: which skip connections exist, 1 the finest to 4 the coarsest; ``()`` for none.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, classes: int = 1, base_channels: int = 64, skips: Sequence[int] = (1, 2, 3, 4)
+    ):
+        super().__init__()
+        if not set(skips) <= set(range(1, NUM_SCALES + 1)) or len(set(skips)) != len(list(skips)):
+            raise ValueError(f"skips must be different numbers of 1 to {NUM_SCALES}; got {list(skips)}")
+        self.in_channels, self.classes = in_channels, classes
+        channels = scale_widths(base_channels, NUM_SCALES)
+        self.has_skip = [scale + 1 in skips for scale in range(NUM_SCALES)]
+        self.encoder = Encoder(in_channels, channels)
+        self.decoder = nn.ModuleList(
+            SkipStage(width if has_skip else 0, width, channels[max(scale - 1, 0)])
+            for scale, (width, has_skip) in enumerate(zip(channels, self.has_skip, strict=True))
+        )
+        self.head = nn.Conv2d(channels[0], classes, kernel_size=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, in_channels, H, W) of any size -> logits (B, classes, H, W)."""
+        check_image(image, self.in_channels)
+        height, width = image.shape[-2:]
+        features, decoded = self.encoder(pad_to_multiple(image, 2**NUM_SCALES))
+        for scale in reversed(range(NUM_SCALES)):
+            skip = features[scale] if self.has_skip[scale] else None
+            decoded = self.decoder[scale](skip, decoded)
+        return self.head(decoded)[..., :height, :width]
+
+
+def scale_widths(base_channels: int, num_scales: int) -> tuple[int, ...]:
+    """Widths of the scales: ``base_channels``, doubling."""
+    if base_channels < 1:
+        raise ValueError(f"base_channels must be at least 1; got {base_channels}")
+    return tuple(base_channels * 2**scale for scale in range(num_scales))
