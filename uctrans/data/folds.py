@@ -1,0 +1,92 @@
+"""Cross-validation folds: made from names and a seed, kept as a file, checked against a dataset folder."""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from uctrans.data.errors import DataError, shorten
+from uctrans.data.files import find_development_samples
+
+FOLDS_FOLDER = Path(__file__).parent / "folds"
+Fold = dict[str, list[str]]
+
+
+def make_folds(names: Sequence[str], n: int = 5, seed: int = 0) -> list[Fold]:
+    """Deal names into ``n`` folds: sorted, shuffled by ``seed``, every n-th name validates one fold.
+
+    Args:
+        names: sample names of train and val together; test names do not belong here.
+        n: number of folds, 2 to the number of names.
+        seed: decides the shuffle.
+
+    Returns:
+        n of {"train": names, "val": names}, sorted; each name is in "val" exactly once.
+
+    Raises:
+        DataError: too few names or folds, or a name given twice.
+    """
+    if len(set(names)) != len(names):
+        raise DataError(f"Names are given more than once: {shorten(sorted({x for x in names if names.count(x) > 1}))}.")
+    if not 2 <= n <= len(names):
+        raise DataError(f"{n} folds of {len(names)} images: choose 2 to {len(names)} folds, and have 2 images or more.")
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    held_out = [set(shuffled[start::n]) for start in range(n)]
+    return [{"train": sorted(set(names) - val), "val": sorted(val)} for val in held_out]
+
+
+def load_folds(path_or_name: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Fold]:
+    """Read folds from a JSON file, or by name from those that come with the package ("monuseg").
+
+    The file holds {"folds": [{"train": [names], "val": [names]}, ...]}.
+
+    Args:
+        path_or_name: path of a file, or a name.
+        root: dataset folder that must have every name, outside its test split; None checks the file alone.
+
+    Raises:
+        DataError: a missing or malformed file, a name that is in train and val of one fold, a name that the dataset
+            does not have, or one of its test images.
+    """
+    path = _folds_path(path_or_name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not a JSON file ({error}): write it as make_folds gives it.") from error
+    folds = content.get("folds") if isinstance(content, dict) else None
+    if not isinstance(folds, list) or not folds or not all(_is_fold(fold) for fold in folds):
+        raise DataError(f'{path} must hold {{"folds": [{{"train": [names], "val": [names]}}, ...]}}, no list empty.')
+    for number, fold in enumerate(folds):
+        shared = sorted(set(fold["train"]) & set(fold["val"]))
+        if shared:
+            raise DataError(
+                f"{path}, fold {number}: in train and in val at once: {shorten(shared)}. Remove them from one."
+            )
+    if root is not None:
+        known = {sample.name for sample in find_development_samples(root)}
+        unknown = sorted({name for fold in folds for name in fold["train"] + fold["val"]} - known)
+        if unknown:
+            raise DataError(
+                f"{path} names images that are not among the {len(known)} of train and val in {root}: "
+                f"{shorten(unknown)}. Correct the names, or choose other folds; test images never belong in a fold."
+            )
+    return folds
+
+
+def _folds_path(path_or_name: str | os.PathLike) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(FOLDS_FOLDER.glob("*.json"))}
+    if str(path_or_name) in shipped:
+        return shipped[str(path_or_name)]
+    raise DataError(f"{path} is neither a file nor one of the folds that come with the package: {', '.join(shipped)}.")
+
+
+def _is_fold(fold) -> bool:
+    return isinstance(fold, dict) and all(
+        isinstance(fold.get(part), list) and fold[part] and all(isinstance(name, str) for name in fold[part])
+        for part in ("train", "val")
+    )

@@ -1,0 +1,162 @@
+"""Read image and mask files of any kind scikit-image opens into two forms: RGB and label index, both uint8."""
+
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from uctrans.data.errors import DataError, shorten
+from uctrans.data.palettes import colours_to_labels, pack_colours, parse_palette
+
+MAX_CLASSES = 256
+# 65535 = 255 * 257, so a 16-bit value over 257 is the nearest 8-bit one.
+SIXTEEN_TO_EIGHT_BIT = 257
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Read an image file as (H, W, 3) uint8 RGB.
+
+    Grayscale becomes three equal channels, alpha is dropped, black-and-white becomes 0 and 255, and 16-bit values are
+    scaled by 1/257.
+
+    Raises:
+        DataError: a file that is missing, damaged, of several pages or frames, in CMYK, or of floating-point or other
+            values than 1, 8 or 16 bit.
+    """
+    path = Path(path)
+    pixels = _to_rgb(_read_pixels(path), path)
+    if pixels.dtype == np.uint16:
+        half = SIXTEEN_TO_EIGHT_BIT // 2
+        return ((pixels.astype(np.uint32) + half) // SIXTEEN_TO_EIGHT_BIT).astype(np.uint8)
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    return pixels
+
+
+def read_mask(
+    path: str | os.PathLike,
+    classes: int = 1,
+    palette: str | Sequence | None = None,
+    shape: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Read a mask file as (H, W) uint8 label indexes; alpha is dropped.
+
+    ``classes=1``: every pixel above 0 in any channel is foreground, so 0/1 and 0/255 masks are the same; the result
+    holds 0 and 1, and a mask of more than two distinct values brings a warning. ``classes>=2``: the pixel value, equal
+    in all channels, is the class. With a palette the colour says the class, its position in the palette.
+
+    Args:
+        path: mask file.
+        classes: 1, or the number of label values with the background.
+        palette: colours as :func:`uctrans.data.parse_palette` takes them: ``classes`` of them, or two for one class.
+        shape: (H, W) that the mask must have, in pixels.
+
+    Raises:
+        DataError: an unreadable file, another size than ``shape``, label values of ``classes`` or more, a coloured
+            mask without a palette, or a colour that is not in the palette.
+    """
+    mask, has_more_values = decode_mask(path, classes, palette, shape)
+    if has_more_values:
+        warn_of_more_values([path])
+    return mask
+
+
+def decode_mask(
+    path: str | os.PathLike, classes: int, palette: str | Sequence | None, shape: tuple[int, int] | None
+) -> tuple[np.ndarray, bool]:
+    """As :func:`read_mask`, without its warning; also whether a binary mask held more than two distinct values."""
+    path = Path(path)
+    if not 1 <= classes <= MAX_CLASSES:
+        raise DataError(f"classes={classes}: masks hold 1 to {MAX_CLASSES} classes.")
+    pixels = _read_pixels(path)
+    if shape is not None and pixels.shape[:2] != tuple(shape):
+        height, width = pixels.shape[:2]
+        raise DataError(
+            f"{path} is {height} x {width} pixels (height x width), but its image is {shape[0]} x {shape[1]}: "
+            "the two must have the same size."
+        )
+    if palette is not None:
+        return _from_colours(pixels, path, classes, palette), False
+    if classes == 1:
+        return _from_any_value(pixels, path)
+    return _from_label_values(pixels, path, classes), False
+
+
+def warn_of_more_values(paths: Sequence[str | os.PathLike]) -> None:
+    """Give one warning for all masks that were taken as binary but hold more than two distinct values."""
+    warnings.warn(
+        f"{len(paths)} binary masks hold more than two distinct values; every value above 0 was taken as foreground: "
+        f"{shorten(paths)}. If the values are classes, set classes; if they are blurred edges, threshold the masks.",
+        stacklevel=3,
+    )
+
+
+def _read_pixels(path: Path) -> np.ndarray:
+    """(H, W) or (H, W, 1..4) of bool, uint8 or uint16."""
+    from PIL.Image import DecompressionBombError
+    from skimage.io import imread
+
+    if not path.is_file():
+        raise DataError(f"{path} is not a file.")
+    try:
+        pixels = imread(path)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, DecompressionBombError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read, it may be damaged ({reason}): replace or re-save it.") from error
+    if pixels.ndim == 4 and pixels.shape[0] == 1:
+        pixels = pixels[0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] > 4):
+        raise DataError(f"{path} holds several pages or frames (shape {pixels.shape}): save one image to a file.")
+    if pixels.ndim == 3 and pixels.shape[2] == 4 and path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"):
+        raise DataError(f"{path} is a CMYK JPEG: convert it to RGB.")
+    if pixels.dtype not in (bool, np.uint8, np.uint16):
+        raise DataError(f"{path} holds {pixels.dtype} values: save it with 8 or 16 bit unsigned integers.")
+    return pixels
+
+
+def _to_rgb(pixels: np.ndarray, path: Path) -> np.ndarray:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    channels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
+    return np.ascontiguousarray(np.broadcast_to(channels, (*pixels.shape[:2], 3)))
+
+
+def _from_colours(pixels: np.ndarray, path: Path, classes: int, palette: str | Sequence) -> np.ndarray:
+    colours = parse_palette(palette)
+    if len(colours) != max(classes, 2):
+        raise DataError(f"The palette has {len(colours)} colours, but classes={classes} needs {max(classes, 2)}.")
+    if pixels.dtype == np.uint16:
+        raise DataError(f"{path} holds 16-bit colours, a palette 8-bit ones: save the mask with 8 bit a channel.")
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    try:
+        return colours_to_labels(_to_rgb(pixels, path), colours)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _from_any_value(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
+    if pixels.ndim == 2:
+        return (pixels > 0).astype(np.uint8), len(np.unique(pixels)) > 2
+    rgb = _to_rgb(pixels, path)
+    packed = pack_colours(rgb) if rgb.dtype != np.uint16 else rgb.astype(np.int64) @ np.array([1 << 32, 1 << 16, 1])
+    return (packed > 0).astype(np.uint8), len(np.unique(packed)) > 2
+
+
+def _from_label_values(pixels: np.ndarray, path: Path, classes: int) -> np.ndarray:
+    rgb = _to_rgb(pixels, path)
+    labels = rgb[..., 0]
+    if (rgb != labels[..., None]).any():
+        raise DataError(f"{path} is a coloured mask: give a palette, or save the label index of each pixel in gray.")
+    values = np.unique(labels)
+    beyond = values[values >= classes]
+    if beyond.size:
+        raise DataError(
+            f"{path} holds label values {shorten(beyond)}, but classes={classes} allows 0 to {classes - 1}: raise "
+            "classes, renumber the mask, or use classes=1 for a 0/255 mask."
+        )
+    return labels.astype(np.uint8)

@@ -1,0 +1,24 @@
+"""Write files so that a reader never meets half of one."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one beside it and a rename; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) uint8, or (H, W) uint16, as a PNG file."""
+    import imageio.v3
+
+    write_bytes(path, imageio.v3.imwrite("<bytes>", pixels, extension=".png"))
