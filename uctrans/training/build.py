@@ -1,0 +1,150 @@
+"""The parts of a run, each built from the configuration: data, network, optimizer, learning rate, seeds."""
+
+import inspect
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from uctrans.data import (
+    DataError,
+    SegmentationTensors,
+    find_development_samples,
+    find_samples,
+    load_folds,
+    load_tensors,
+)
+from uctrans.models import SegmentationModel, load_model
+from uctrans.models.base import load_state
+from uctrans.models.registry import model_class
+from uctrans.training.config import TrainConfig
+from uctrans.training.distributed import Processes
+from uctrans.training.errors import ConfigError
+
+FUSED_DEVICES = ("cpu", "cuda", "mps")
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 1: a cosine from the highest towards the lowest, restarting.
+
+    SGDR: stochastic gradient descent with warm restarts (Loshchilov and Hutter, ICLR 2017), equation 5, with all
+    periods equal.
+    """
+    phase = (epoch - 1) % config.restart_period / config.restart_period
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * (1 + math.cos(math.pi * phase)) / 2
+
+
+def build_optimizer(config: TrainConfig, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """Return Adam or AdamW: fused where the device has it, and fit for CUDA graphs on CUDA."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    optimizer = kind(
+        model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=device.type in FUSED_DEVICES,
+        capturable=device.type == "cuda",
+    )
+    prepare_learning_rate(optimizer, device)
+    return optimizer
+
+
+def prepare_learning_rate(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """On CUDA keep the learning rate in a tensor there, so that a captured step can be given another one."""
+    if device.type == "cuda":
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = torch.tensor(float(parameters["lr"]), device=device)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of all parameters, in place where it is a tensor."""
+    for parameters in optimizer.param_groups:
+        if isinstance(parameters["lr"], torch.Tensor):
+            parameters["lr"].fill_(value)
+        else:
+            parameters["lr"] = value
+
+
+def build_model(config: TrainConfig, image_size: tuple[int, int]) -> SegmentationModel:
+    """Return the network that the configuration describes, with fresh weights.
+
+    Raises:
+        ConfigError: there is no such network, or it does not take these options.
+    """
+    try:
+        kind = model_class(config.model)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    options = {"in_channels": 3, "classes": config.classes, "base_channels": config.base_channels}
+    own = {"image_size": list(image_size), "backend": config.backend}
+    taken = inspect.signature(kind).parameters
+    options |= {name: value for name, value in own.items() if name in taken} | config.model_options
+    if unknown := [name for name in options if name not in taken]:
+        raise ConfigError(f"model_options: {config.model} has no {unknown[0]}; it takes {', '.join(taken)}")
+    try:
+        return kind(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model_options: {config.model} cannot be built of {options}: {error}") from error
+
+
+def start_from(model: SegmentationModel, path: str) -> None:
+    """Give ``model`` the weights of a trained network of the same kind, or a UCTransNet those of a U-Net.
+
+    Raises:
+        ConfigError: the network in the file is of another kind.
+        ModelFileError: the file cannot be read, or is of another size.
+    """
+    source = load_model(path)
+    if source.name == model.name:
+        load_state(model, source.state_dict(), path)
+    elif hasattr(model, "load_unet") and source.name == "unet":
+        model.load_unet(source)
+    else:
+        raise ConfigError(
+            f"init_from: {path} holds a {source.name}, which cannot start a {model.name}; name another file"
+        )
+
+
+def load_data(config: TrainConfig, protocol: Any, group: Processes) -> tuple[SegmentationTensors, SegmentationTensors]:
+    """Return training and validation images on the device.
+
+    Raises:
+        DataError: the folder, a file in it or the folds cannot be used, or there are too few images.
+        ConfigError: there is no such fold.
+    """
+    if config.folds is None:
+        parts = [find_samples(config.data, "train"), find_samples(config.data, "val")]
+    else:
+        folds = load_folds(config.folds, config.data)
+        if config.fold >= len(folds):
+            raise ConfigError(
+                f"fold: {config.folds} has folds 0 to {len(folds) - 1}, not {config.fold}; name one of them"
+            )
+        samples = {sample.name: sample for sample in find_development_samples(config.data)}
+        parts = [[samples[name] for name in folds[config.fold][part]] for part in ("train", "val")]
+    for name, samples in zip(("training", "validation"), parts, strict=True):
+        if len(samples) < group.count:
+            raise DataError(
+                f"{config.data}: {len(samples)} {name} images for {group.count} processes; "
+                "add images there, or start fewer processes"
+            )
+    train, val = (load_tensors(part, protocol, config.classes, config.palette, group.device) for part in parts)
+    return train, val
+
+
+def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """Return a seed of its own for each purpose, so that no two generators draw the same numbers."""
+    return int(
+        np.random.SeedSequence([seed, *purpose.encode(), *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
+
+
+def set_threads_and_determinism(config: TrainConfig) -> None:
+    """Set PyTorch's CPU threads and, if asked for, deterministic kernels, for the whole process."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

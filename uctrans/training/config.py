@@ -1,0 +1,252 @@
+"""The configuration of a training run: one flat dataclass of plain values, to and from YAML."""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uctrans.training.errors import ConfigError
+from uctrans.training.extras import import_extra
+
+# A resumed run may change these; any other change would make it another run.
+CHANGEABLE_ON_RESUME = ("output", "resume", "epochs", "patience", "device", "threads", "progress", "save_every")
+
+_CHOICES = {
+    "optimizer": ("adam", "adamw"),
+    "amp": ("no", "bf16"),
+    "channel_order": (None, "rgb", "bgr"),
+}
+_AT_LEAST = {
+    "base_channels": 1,
+    "classes": 1,
+    "epochs": 1,
+    "batch_size": 1,
+    "restart_period": 1,
+    "patience": 1,
+    "first_best_epoch": 1,
+    "val_every": 1,
+    "save_every": 1,
+    "threads": 1,
+    "fold": 0,
+    "seed": 0,
+    "weight_decay": 0,
+    "min_learning_rate": 0,
+    "dice_weight": 0,
+    "cross_entropy_weight": 0,
+    "ema_decay": 0,
+}
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a training run. The defaults are the published protocol ``uctransnet-224``.
+
+    Args:
+        data: Folder of the data set, in any layout that ``uctrans.data.find_samples`` knows.
+        output: Run folder: checkpoints, best weights, metrics and logs are written here.
+        model: Name of the network, see ``uctrans.list_models()``.
+        base_channels: Channels of the first encoder level.
+        image_size: Height and width in pixels that images are resized to; one number means square, none the protocol's.
+        classes: 1 for a binary mask, otherwise the number of labels including the background.
+        class_names: Names of the classes, kept with the weights.
+        backend: Implementation of the network's operators: auto, triton, composed or reference.
+        model_options: Further arguments of the network, as a mapping or as JSON.
+        init_from: Weights to start from; a U-Net may start a UCTransNet.
+        protocol: Name of the resizing and augmentation protocol, see ``uctrans.data.list_protocols()``.
+        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the protocol's.
+        palette: Colours of the classes in colour-coded masks, background first: "#000000,#ff0000".
+        folds: Cross-validation folds: a shipped name or a JSON file; none trains on the train split.
+        fold: Which of the folds, counted from 0.
+        epochs: Most epochs to train.
+        batch_size: Images a step in each process; the last, smaller batch of an epoch is kept.
+        optimizer: adam or adamw.
+        learning_rate: Learning rate at the start of each cosine period.
+        min_learning_rate: Learning rate that each cosine period falls towards.
+        restart_period: Epochs of a cosine period.
+        weight_decay: Weight decay of the optimizer.
+        dice_weight: Weight of the Dice loss.
+        cross_entropy_weight: Weight of the (binary) cross entropy.
+        patience: Epochs without a better validation Dice after which training stops.
+        first_best_epoch: First epoch whose weights may become the best (the last epoch where a run is shorter).
+        val_every: Epochs from one validation to the next.
+        save_every: Epochs from one checkpoint to the next; best epochs and stops by a signal are saved in any case.
+        amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
+        ema_decay: Decay of the exponential moving average of the weights, which is then what is validated; 0 is off.
+        seed: Seed of initial weights, order of images, augmentation and dropout.
+        device: auto, cpu, cuda, cuda:1, mps.
+        threads: CPU threads of PyTorch; none leaves its default.
+        compile: Compile the network with torch.compile.
+        deterministic: Use deterministic kernels only, for repeatable bits on a GPU too (slower).
+        sync_batch_norm: Batch statistics over all processes (CUDA only).
+        progress: Show a progress bar and a line an epoch; log.txt is written in any case.
+        resume: Continue the run in the output folder.
+
+    Raises:
+        ConfigError: a value has the wrong type or range; the message names the field and the remedy.
+    """
+
+    data: str
+    output: str
+    model: str = "uctransnet"
+    base_channels: int = 64
+    image_size: int | tuple[int, int] | None = None
+    classes: int = 1
+    class_names: tuple[str, ...] | None = None
+    backend: str = "auto"
+    model_options: dict[str, Any] | str = field(default_factory=dict)
+    init_from: str | None = None
+    protocol: str = "uctransnet-224"
+    channel_order: str | None = None
+    palette: str | tuple[Any, ...] | None = None
+    folds: str | None = None
+    fold: int | None = None
+    epochs: int = 2000
+    batch_size: int = 4
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    restart_period: int = 10
+    weight_decay: float = 0.0
+    dice_weight: float = 0.5
+    cross_entropy_weight: float = 0.5
+    patience: int = 50
+    first_best_epoch: int = 6
+    val_every: int = 1
+    save_every: int = 1
+    amp: str = "no"
+    ema_decay: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    compile: bool = False
+    deterministic: bool = False
+    sync_batch_norm: bool = False
+    progress: bool = True
+    resume: bool = False
+
+    def __post_init__(self):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _converted(name, getattr(self, name), hint))
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name}: {value!r} is not known; choose one of {', '.join(map(str, choices))}")
+        for name, least in _AT_LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name}: {value} is too small; give at least {least}")
+        if not self.data or not self.output:
+            raise ConfigError(f"{'output' if self.data else 'data'}: is empty; name a folder")
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)
+        if min(sizes) < 1:
+            raise ConfigError(f"image_size: {self.image_size} has no pixels; give a positive size such as 224")
+        if self.learning_rate <= 0 or self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"learning_rate: {self.learning_rate} must be positive and not below min_learning_rate "
+                f"({self.min_learning_rate}); raise it or lower min_learning_rate"
+            )
+        if self.dice_weight + self.cross_entropy_weight <= 0:
+            raise ConfigError("dice_weight: both loss weights are 0; give dice_weight or cross_entropy_weight a value")
+        if self.ema_decay >= 1:
+            raise ConfigError(
+                f"ema_decay: {self.ema_decay} never moves; give a value below 1 such as 0.999, or 0 for off"
+            )
+        if (self.fold is None) != (self.folds is None):
+            raise ConfigError("fold: fold and folds belong together; give both (--folds monuseg --fold 0) or neither")
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ConfigError(
+                f"class_names: {len(self.class_names)} names for {self.classes} classes; give one name for each class"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as values that YAML, JSON and a checkpoint can hold (tuples become lists)."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> "TrainConfig":
+        """Build a configuration of named values; an unknown or missing name raises ConfigError naming ``source``."""
+        names = [item.name for item in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known fields are {', '.join(names)}"
+                raise ConfigError(f"{name}: no such field ({source}); {hint}")
+        if missing := [name for name in ("data", "output") if name not in values]:
+            raise ConfigError(f"{missing[0]}: is missing ({source}); name a folder")
+        return cls(**values)
+
+    def save_yaml(self, path: str | Path) -> None:
+        """Write the configuration to a YAML file, atomically."""
+        from uctrans.training.checkpoint import write_atomically
+
+        text = import_extra("yaml").safe_dump(self.to_dict(), sort_keys=False)
+        write_atomically(Path(path), lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load_yaml(cls, path: str | Path) -> "TrainConfig":
+        """Read a configuration from a YAML file; ConfigError names the file where it is not one."""
+        yaml = import_extra("yaml")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{path}: cannot be read as YAML ({error}); name a file like a run's config.yaml"
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: holds no 'field: value' lines; write it like a run's config.yaml")
+        return cls.from_dict(values, source=str(path))
+
+
+def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return 'field: before -> now' for each field that differs and may not differ in a resumed run."""
+    names = [name for name in {**before, **now} if name not in CHANGEABLE_ON_RESUME]
+    return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the type that ``hint`` asks for, or raise ConfigError naming the field."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is types.NoneType and value is None:
+            return None
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = float(value)  # YAML reads 1e-3 as text
+            except ValueError:
+                continue
+            if math.isfinite(number):
+                return number
+        if kind is str and isinstance(value, (str, Path)) and dict not in map(typing.get_origin, options):
+            return str(value)
+        if kind is tuple and isinstance(value, (list, tuple)) and _fits(value, typing.get_args(option)):
+            return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        if kind is dict and isinstance(value, str):
+            value = _parsed_json(name, value)
+        if kind is dict and isinstance(value, dict):
+            return value
+    wanted = " or ".join(getattr(option, "__name__", str(option)) if option is not types.NoneType else "none"
+                         for option in options)  # fmt: skip
+    raise ConfigError(f"{name}: {value!r} is a {type(value).__name__}; give {wanted}")
+
+
+def _fits(items: list | tuple, kinds: tuple) -> bool:
+    """Tell whether the items of a sequence have the types of a tuple annotation."""
+    if kinds[-1] is not Ellipsis and len(items) != len(kinds):
+        return False
+    kind = kinds[0]
+    return kind is Any or all(isinstance(item, kind) and not isinstance(item, bool) for item in items)
+
+
+def _parsed_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else {}
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: {text!r} is not JSON ({error}); write it like '{{\"num_layers\": 2}}'") from error

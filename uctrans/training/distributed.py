@@ -1,0 +1,119 @@
+"""Several processes started by ``torchrun``: who am I, and the few exchanges that training needs.
+
+Gradients are averaged by DistributedDataParallel. All functions work, and do nothing, in a single process.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from uctrans.training.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: its rank, how many there are, and the device it computes on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.rank == 0
+
+    def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace ``tensor`` by its mean over the processes, without waiting for the device."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self.count)
+        return tensor
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace ``tensor`` by its sum over the processes."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return ``model`` such that gradients are averaged over the processes; weights become those of rank 0."""
+        if self.count == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give the buffers of ``model`` (batch-norm statistics) the values of rank 0."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the device called ``name``; auto is CUDA where there is one, otherwise the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is not a device; give auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank or 0)
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise ConfigError(f"device: {device} is not there; give auto or cpu, or start no more processes than GPUs")
+    return device
+
+
+@contextlib.contextmanager
+def processes(device_name: str) -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started (NCCL on CUDA, gloo elsewhere); leave them at the end.
+
+    Joins nothing where ``torchrun`` was not used, and leaves a group that exists already as it is.
+    """
+    local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+    device = choose_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if owned:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        joined = dist.is_initialized()
+        yield Processes(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, device)
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def with_sync_batch_norm(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Return ``model`` with batch statistics taken over all processes; ConfigError elsewhere than on CUDA."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"sync_batch_norm: PyTorch's SyncBatchNorm runs on CUDA only, not on {device.type}; "
+            "switch sync_batch_norm off or train on a GPU"
+        )
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,0 +1,195 @@
+"""What a run tells: log.txt, metrics.csv, TensorBoard, a progress picture, and a progress bar."""
+
+import contextlib
+import csv
+import io
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from uctrans.training.checkpoint import write_atomically
+from uctrans.training.config import TrainConfig
+from uctrans.training.errors import TrainingError
+from uctrans.training.extras import import_extra
+
+COLUMNS = (
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "train_dice",
+    "val_loss",
+    "val_dice",
+    "best_epoch",
+    "best_dice",
+    "seconds",
+    "images_per_second",
+)
+CURVES = ("learning_rate", "train_loss", "train_dice", "val_loss", "val_dice")
+SECONDS_BETWEEN_PICTURES = 30
+
+
+class SilentLog:
+    """The log of the processes that write nothing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def line(self, text: str) -> None:
+        """Tell nobody."""
+
+    def step(self) -> None:
+        """Count nothing."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+
+class RunLog:
+    """The log of a run in its folder; a context manager that closes it.
+
+    Args:
+        config: names the folder and says whether to show progress.
+        epoch: complete epochs; later rows of metrics.csv are dropped, as they will be written again.
+        step: steps already done in the epoch after that.
+        steps_per_epoch: steps of an epoch.
+
+    Raises:
+        ImportError: a package of the extra "training" is missing.
+        TrainingError: a file cannot be written.
+    """
+
+    def __init__(self, config: TrainConfig, epoch: int, step: int, steps_per_epoch: int):
+        self.folder = Path(config.output)
+        self.show = config.progress
+        self.next_picture = 0.0
+        import_extra("matplotlib")
+        with _writing(self.folder):
+            self.rows = _trimmed_rows(self.folder / "metrics.csv", epoch)
+            self.board = import_extra("torch.utils.tensorboard").SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=epoch + 1
+            )
+        self.bar = import_extra("tqdm").tqdm(
+            total=config.epochs * steps_per_epoch,
+            initial=epoch * steps_per_epoch + step,
+            unit="step",
+            disable=None if self.show else True,  # None hides the bar where the output is no terminal
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        self.bar.close()
+        with _writing(self.folder / "tensorboard"):
+            self.board.close()
+        if self.rows and error is None:
+            draw_progress(self.rows, self.folder / "progress.png")
+
+    def line(self, text: str) -> None:
+        """Write a line to log.txt, and show it where progress is shown."""
+        with _writing(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self.show:
+            self.bar.write(text)
+
+    def step(self) -> None:
+        """Move the progress bar on by a step."""
+        self.bar.update()
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Write the metrics of an epoch, one value for each of ``COLUMNS``; None where there is no value."""
+        with _writing(self.folder / "metrics.csv"), (self.folder / "metrics.csv").open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append({name: row[name] for name in COLUMNS})
+        with _writing(self.folder / "tensorboard"):
+            for name in CURVES:
+                if row[name] is not None:
+                    self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+            self.board.flush()
+        if time.monotonic() >= self.next_picture:
+            draw_progress(self.rows, self.folder / "progress.png")
+            self.next_picture = time.monotonic() + SECONDS_BETWEEN_PICTURES
+        self.line(_summary(row))
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.csv, numbers as int and float and None where there is no value.
+
+    A last line that was cut off is left out. No file means no rows.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if set(row) == set(COLUMNS) and None not in row.values()]
+    return [{name: _number(name, row[name]) for name in COLUMNS} for row in rows]
+
+
+def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and Dice of training and validation against the epoch into a PNG file, atomically."""
+    figure_type = import_extra("matplotlib.figure").Figure
+    figure = figure_type(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, quantity in zip(axes, ("loss", "dice"), strict=True):
+        for part, colour in (("train", "tab:blue"), ("val", "tab:orange")):
+            points = [
+                (row["epoch"], row[f"{part}_{quantity}"]) for row in rows if row[f"{part}_{quantity}"] is not None
+            ]
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), color=colour, label=part, linewidth=1)
+        axis.set(xlabel="epoch", ylabel="Dice" if quantity == "dice" else quantity)
+        axis.grid(alpha=0.3)
+    last = rows[-1]
+    if last["best_epoch"]:
+        axes[1].plot(last["best_epoch"], last["best_dice"], "o", color="tab:red")
+        axes[1].set_title(f"best {last['best_dice']:.4f} at epoch {last['best_epoch']}")
+    axes[1].legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    write_atomically(path, lambda file: file.write(picture.getvalue()))
+
+
+def _trimmed_rows(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """Return the rows of complete epochs and leave only those in the file."""
+    if not path.exists():
+        return []
+    rows = [row for row in read_metrics(path) if row["epoch"] <= epoch]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    return rows
+
+
+def _number(name: str, text: str) -> int | float | None:
+    if not text:
+        return None
+    return int(text) if name in ("epoch", "best_epoch") else float(text)
+
+
+def _summary(row: dict[str, Any]) -> str:
+    parts = [f"epoch {row['epoch']}", f"loss {row['train_loss']:.4f}", f"Dice {row['train_dice']:.4f}"]
+    if row["val_dice"] is not None:
+        parts.append(f"validation loss {row['val_loss']:.4f} Dice {row['val_dice']:.4f}")
+    if row["best_epoch"]:
+        parts.append(f"best {row['best_dice']:.4f} at {row['best_epoch']}")
+    return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s"])
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be written ({error}); free space or make it writable, and continue with resume"
+        ) from error

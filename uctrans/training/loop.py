@@ -1,0 +1,256 @@
+"""The training loop.
+
+A run lives in a folder: config.yaml, last.pt, best.pt, best/ (the best weights, for use), metrics.csv, progress.png,
+tensorboard/ and log.txt. last.pt is written before the first step, after every ``save_every`` epochs, and when a signal
+stops the run, then in the middle of an epoch: after the step that was running (with several processes: at the end of
+the epoch). A run continued from it ends with the very bits of an undisturbed one.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uctrans.training.build import learning_rate
+from uctrans.training.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
+from uctrans.training.config import CHANGEABLE_ON_RESUME, TrainConfig, changed_fields
+from uctrans.training.distributed import Processes, processes
+from uctrans.training.errors import CheckpointError, ConfigError, TrainingError
+from uctrans.training.logs import RunLog, SilentLog
+from uctrans.training.run import Run
+from uctrans.training.signals import StopRequest
+from uctrans.training.step import validate
+
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv")
+NAMES_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        run_folder: where everything was written.
+        best_epoch: the epoch with the best validation Dice, 0 where there was none yet.
+        best_score: its Dice, nan where there was none yet.
+        epochs: complete epochs.
+        stopped_by: "epochs", "early stopping", "SIGINT" or "SIGTERM".
+    """
+
+    run_folder: Path
+    best_epoch: int
+    best_score: float
+    epochs: int
+    stopped_by: str
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Train a network as ``config`` says, or continue the run in its output folder.
+
+    Under ``torchrun`` every process calls this; the first one writes the files.
+
+    Raises:
+        ConfigError: a setting cannot be used here, or a resumed run was begun with other settings.
+        DataError: the data cannot be used.
+        ModelFileError: ``init_from`` cannot be used.
+        CheckpointError: a checkpoint cannot be read or written.
+        TrainingError: the loss or the weights are no longer finite, or a log cannot be written.
+        ImportError: a package of the extra "training" is missing.
+    """
+    config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
+    with processes(config.device) as group:
+        checkpoint = find_checkpoint(config)
+        run = Run(config, group)
+        if checkpoint is not None:
+            run.load_state_dict(checkpoint, Path(config.output) / "last.pt")
+            del checkpoint
+        group.barrier()  # nobody writes before everybody has looked
+        with _open_log(run) as log, StopRequest() as stop:
+            if not config.resume:
+                save(run)
+            stopped_by = train_epochs(run, log, stop)
+            log.line(_farewell(run, stopped_by))
+    return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by)
+
+
+def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> str:
+    """Train until the run is over; return why."""
+    while run.epoch < run.config.epochs and not run.is_out_of_patience:
+        started = time.perf_counter()
+        is_complete = train_epoch(run, log, stop)
+        check_training_was_finite(run)
+        is_best = is_complete and complete_epoch(run, log, started)
+        signal_name = next(filter(None, run.group.gather(stop.name)), None)
+        is_over = run.epoch == run.config.epochs or run.is_out_of_patience
+        if is_best or is_over or signal_name or run.epoch % run.config.save_every == 0:
+            save(run, is_best=is_best)
+        if signal_name and not is_over:
+            return signal_name
+    return "early stopping" if run.is_out_of_patience else "epochs"
+
+
+def train_epoch(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> bool:
+    """Do the steps that are left of an epoch; return False where a signal came before the last one."""
+    run.begin_epoch()
+    while run.steps_done < run.steps_per_epoch:
+        # Processes may see a signal at different steps, so several of them finish the epoch together.
+        if stop.name and run.group.count == 1:
+            return False
+        run.step(run.batch(run.steps_done))
+        run.steps_done += 1
+        log.step()
+    return True
+
+
+def complete_epoch(run: Run, log: RunLog | SilentLog, started: float) -> bool:
+    """Read the sums of the epoch, validate, log; tell whether this is the best epoch so far."""
+    train_loss, train_dice = run.totals.read(run.group)
+    run.end_epoch()
+    check_weights_are_finite(run)
+    is_validated = run.epoch % run.config.val_every == 0 or run.epoch == run.config.epochs
+    val_loss, val_dice = validate_epoch(run) if is_validated else (None, None)
+    is_best = is_validated and run.take_score(val_dice)
+    seconds = time.perf_counter() - started
+    log.epoch(
+        {
+            "epoch": run.epoch,
+            "learning_rate": learning_rate(run.config, run.epoch),
+            "train_loss": train_loss,
+            "train_dice": train_dice,
+            "val_loss": val_loss,
+            "val_dice": val_dice,
+            "best_epoch": run.best_epoch or None,
+            "best_dice": run.best_dice if run.best_epoch else None,
+            "seconds": seconds,
+            "images_per_second": len(run.train_data) / seconds,
+        }
+    )
+    return is_best
+
+
+def validate_epoch(run: Run) -> tuple[float, float]:
+    """Return mean loss and mean Dice over the validation images; TrainingError names images with a non-finite loss."""
+    if run.average:
+        run.group.share_buffers(run.average.model)
+    totals = validate(run.validated_model, run.val_data, run.protocol, run.config, run.group)
+    for rank, step in enumerate(run.group.gather(totals.first_bad.item())):
+        if step >= 0:
+            size = run.config.batch_size
+            names = run.val_data.names[rank :: run.group.count][step * size : (step + 1) * size]
+            raise TrainingError(
+                f"epoch {run.epoch}: the validation loss is not finite for {_listed(names)}; look at these images, or "
+                f"continue with amp no or a lower learning rate. {_kept(run)}"
+            )
+    return totals.read(run.group)
+
+
+def check_training_was_finite(run: Run) -> None:
+    """Raise TrainingError, naming the images, where the loss of a step of this epoch was not finite."""
+    for rank, step in enumerate(run.group.gather(run.totals.first_bad.item())):
+        if step >= 0:
+            names = [run.train_data.names[position] for position in run.batch(step, rank).tolist()]
+            raise TrainingError(
+                f"epoch {run.epoch + 1}, step {step + 1}: the loss is not finite for the batch of {_listed(names)}; "
+                f"look at these images and masks, or lower learning_rate, or use amp no. {_kept(run)}"
+            )
+
+
+def check_weights_are_finite(run: Run) -> None:
+    """Raise TrainingError where the last update of an epoch has spoilt the weights."""
+    floating = [tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point()]
+    if not torch.stack([tensor.isfinite().all() for tensor in floating]).all():
+        raise TrainingError(
+            f"epoch {run.epoch}: the last step made weights that are not finite; lower learning_rate or use amp no. "
+            f"{_kept(run)}"
+        )
+
+
+def save(run: Run, *, is_best: bool = False) -> None:
+    """Write last.pt and, for the best epoch, best.pt and best/."""
+    checkpoint = run.state_dict()
+    if not run.group.is_main:
+        return
+    folder = Path(run.config.output)
+    if not is_best:
+        save_checkpoint(folder / "last.pt", checkpoint)
+        return
+    run.validated_model.metadata = run.metadata()
+    run.validated_model.save_pretrained(folder / "best")
+    # best.pt comes first: if last.pt is not reached, the epoch is done once more and gives the same best.pt.
+    save_checkpoint(folder / "best.pt", checkpoint)
+    copy_checkpoint(folder / "best.pt", folder / "last.pt")
+
+
+def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the checkpoint to continue from, or None for a new run.
+
+    Raises:
+        CheckpointError: there is nothing to resume, or the checkpoint cannot be read.
+        ConfigError: the output folder holds a run already, or the run to resume has other settings.
+    """
+    folder = Path(config.output)
+    if not config.resume:
+        if found := [name for name in RUN_FILES if (folder / name).exists()]:
+            raise ConfigError(
+                f"output: {folder} holds a run already ({', '.join(found)}); "
+                "continue it with resume, or name another folder"
+            )
+        return None
+    path = folder / "last.pt"
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no run to resume; name its folder as output, or train without resume")
+    checkpoint = load_checkpoint(path)
+    if changed := changed_fields(checkpoint["train_config"], config.to_dict()):
+        raise ConfigError(
+            f"{folder}: the run was begun with other settings, which a resumed run keeps: {'; '.join(changed)}. "
+            f"Give the former values, or train anew in another folder (may change: {', '.join(CHANGEABLE_ON_RESUME)})"
+        )
+    return checkpoint
+
+
+def _open_log(run: Run) -> RunLog | SilentLog:
+    config = run.config
+    if not run.group.is_main:
+        return SilentLog()
+    folder = Path(config.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {folder} cannot be made a folder ({error}); name another one") from error
+    config.save_yaml(folder / "config.yaml")
+    log = RunLog(config, run.epoch, run.steps_done, run.steps_per_epoch)
+    size = sum(parameter.numel() for parameter in run.model.parameters())
+    log.line(
+        f"{'continuing' if config.resume else 'training'} {config.model} ({size / 1e6:.2f} M parameters) on "
+        f"{len(run.train_data)} images, validating on {len(run.val_data)}, {_devices(run.group)}, "
+        f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
+    )
+    return log
+
+
+def _devices(group: Processes) -> str:
+    return str(group.device) if group.count == 1 else f"{group.count} processes on {group.device.type}"
+
+
+def _farewell(run: Run, stopped_by: str) -> str:
+    best = (
+        f"best validation Dice {run.best_dice:.4f} at epoch {run.best_epoch}" if run.best_epoch else "no best epoch yet"
+    )
+    if stopped_by.startswith("SIG"):
+        where = f"after epoch {run.epoch}" + (f" and {run.steps_done} steps" if run.steps_done else "")
+        path = Path(run.config.output) / "last.pt"
+        return f"stopped by {stopped_by} {where}, saved in {path}; continue with resume; {best}"
+    why = f"no better for {run.config.patience} epochs" if stopped_by == "early stopping" else "all epochs done"
+    return f"finished after epoch {run.epoch} ({why}); {best}"
+
+
+def _kept(run: Run) -> str:
+    return f"{Path(run.config.output) / 'last.pt'} holds the last good state"
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + rest
