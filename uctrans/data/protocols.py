@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from uctrans.data.augmentation import turn_flip_rotate
 from uctrans.data.errors import DataError
+from uctrans.data.resizing import resize_bilinear
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 
@@ -38,8 +39,8 @@ class Protocol:
             raise DataError(f"channel_order={self.channel_order!r}: choose one of {', '.join(CHANNEL_ORDERS)}.")
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 to (h, w, 3) uint8: bilinear, half-pixel centres, no anti-aliasing, rounded."""
-        return np.ascontiguousarray(_resize_bilinear(image.transpose(2, 0, 1), self.image_size).transpose(1, 2, 0))
+        """(H, W, 3) uint8 to (h, w, 3) uint8: bilinear, half-pixel centres, no anti-aliasing."""
+        return resize_bilinear(image, self.image_size)
 
     def resize_mask(self, mask: np.ndarray, classes: int) -> np.ndarray:
         """(H, W) uint8 label indexes to (h, w) uint8.
@@ -49,7 +50,7 @@ class Protocol:
         """
         if classes == 1:
             black_and_white = np.where(mask > 0, np.uint8(255), np.uint8(0))
-            return (_resize_bilinear(black_and_white[None], self.image_size)[0] > 0).astype(np.uint8)
+            return (resize_bilinear(black_and_white, self.image_size) > 0).astype(np.uint8)
         labels = torch.from_numpy(np.ascontiguousarray(mask))[None, None]
         return interpolate(labels, size=self.image_size, mode="nearest-exact")[0, 0].numpy()
 
@@ -93,10 +94,3 @@ def get_protocol(
     elif isinstance(image_size, int):
         image_size = (image_size, image_size)
     return replace(protocol, image_size=tuple(image_size), channel_order=channel_order)
-
-
-def _resize_bilinear(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(C, H, W) uint8 to (C, h, w) uint8."""
-    values = torch.from_numpy(np.ascontiguousarray(planes))[None].float()
-    resized = interpolate(values, size=size, mode="bilinear", align_corners=False, antialias=False)
-    return resized.round().to(torch.uint8)[0].numpy()

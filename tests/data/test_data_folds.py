@@ -1,0 +1,111 @@
+"""Folds: the shipped file, the function that makes them, and files that do not fit the dataset."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uctrans.data import DataError, find_samples, load_folds, make_folds
+from uctrans.data.writing import write_png
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split, names in {"train": NAMES[:3], "val": NAMES[3:], "test": ["t"]}.items():
+        for name in names:
+            for kind in ("images", "masks"):
+                write_png(tmp_path / "data" / split / kind / f"{name}.png", np.zeros((4, 4), dtype=np.uint8))
+    return tmp_path / "data"
+
+
+def write_folds(folder, folds):
+    path = folder / "folds.json"
+    path.write_text(json.dumps({"folds": folds}))
+    return path
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(2, 40), n=st.integers(2, 8), seed=st.integers(0, 1000))
+def test_every_name_validates_once(count, n, seed):
+    names = [f"n{i}" for i in range(max(count, n))]
+    folds = make_folds(names, n, seed)
+    assert len(folds) == n
+    assert sorted(name for fold in folds for name in fold["val"]) == sorted(names)
+    for fold in folds:
+        assert sorted(fold["train"] + fold["val"]) == sorted(names)
+    sizes = [len(fold["val"]) for fold in folds]
+    assert max(sizes) - min(sizes) <= 1
+    assert folds == make_folds(names[::-1], n, seed)
+
+
+def test_folds_that_cannot_be_made():
+    with pytest.raises(DataError, match="6 folds of 5 images"):
+        make_folds(NAMES, 6)
+    with pytest.raises(DataError, match="1 folds"):
+        make_folds(NAMES, 1)
+    with pytest.raises(DataError, match="more than once: a"):
+        make_folds([*NAMES, "a"], 2)
+
+
+def test_shipped_folds_are_what_the_function_makes():
+    folds = load_folds("monuseg")
+    names = sorted(folds[0]["train"] + folds[0]["val"])
+    assert len(names) == 30
+    assert folds == make_folds(names, n=5, seed=0)
+
+
+def test_shipped_folds_are_the_train_and_val_images_of_monuseg(monuseg):
+    folds = load_folds("monuseg", monuseg)
+    names = {name for fold in folds for name in fold["train"] + fold["val"]}
+    expected = {sample.name for split in ("train", "val") for sample in find_samples(monuseg, split)}
+    assert names == expected
+    assert not names & {sample.name for sample in find_samples(monuseg, "test")}
+
+
+def test_load_folds(root, tmp_path):
+    folds = make_folds(NAMES, 2)
+    assert load_folds(write_folds(tmp_path, folds), root) == folds
+    assert load_folds(str(write_folds(tmp_path, folds))) == folds
+
+
+@pytest.mark.parametrize("name", ["nobody", "t"], ids=["unknown image", "test image"])
+def test_names_the_dataset_does_not_have(root, tmp_path, name):
+    path = write_folds(tmp_path, [{"train": ["a", name], "val": ["b"]}])
+    with pytest.raises(DataError, match=rf"folds\.json names images that are not among the 5 .*: {name}\. Correct"):
+        load_folds(path, root)
+
+
+def test_name_in_train_and_val(tmp_path):
+    with pytest.raises(DataError, match="fold 0: in train and in val at once: b"):
+        load_folds(write_folds(tmp_path, [{"train": ["a", "b"], "val": ["b"]}]))
+
+
+@pytest.mark.parametrize(
+    "folds", [[], {}, ["a"], [{"train": ["a"]}], [{"train": ["a"], "val": []}], [{"train": ["a"], "val": [1]}]]
+)
+def test_malformed_folds(tmp_path, folds):
+    with pytest.raises(DataError, match=r"folds\.json must hold"):
+        load_folds(write_folds(tmp_path, folds))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3"])
+def test_folds_file_of_another_form(tmp_path, content):
+    (tmp_path / "folds.json").write_bytes(content)
+    with pytest.raises(DataError, match="must hold"):
+        load_folds(tmp_path / "folds.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00"])
+def test_folds_file_that_is_not_json(tmp_path, content):
+    (tmp_path / "folds.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"folds\.json is not a JSON file"):
+        load_folds(tmp_path / "folds.json")
+
+
+def test_folds_that_do_not_exist(tmp_path):
+    with pytest.raises(DataError, match=r"neither a file nor one of the folds that come with the package: monuseg"):
+        load_folds(tmp_path / "other.json")

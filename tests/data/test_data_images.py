@@ -1,0 +1,277 @@
+"""Every kind of image and mask file becomes uint8 RGB and uint8 labels, or an error that names it."""
+
+import re
+
+import imageio.v3
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from uctrans.data import (
+    DataError,
+    colours_to_labels,
+    find_samples,
+    get_protocol,
+    labels_to_colours,
+    load_tensors,
+    parse_palette,
+    read_image,
+    read_mask,
+)
+from uctrans.data.files import IMAGE_SUFFIXES
+
+PALETTE = "#000000,#FF0000,#00ff00"
+
+
+def random_pixels(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+
+
+def put(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imageio.v3.imwrite(path, pixels)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".PNG"])
+def test_lossless_formats_keep_every_pixel(tmp_path, suffix):
+    pixels = random_pixels(7, 9, 3)
+    image = read_image(put(tmp_path / f"a{suffix}", pixels))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, pixels)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp", ".gif", ".jp2"])
+def test_lossy_formats_keep_shape_and_mean(tmp_path, suffix):
+    assert suffix in IMAGE_SUFFIXES
+    pixels = np.full((16, 24, 3), (200, 100, 50), dtype=np.uint8)
+    image = read_image(put(tmp_path / f"a{suffix}", pixels))
+    assert image.shape == pixels.shape
+    assert np.abs(image.astype(int) - pixels).max() <= 8
+
+
+def test_grayscale_becomes_three_equal_channels(tmp_path):
+    pixels = random_pixels(7, 9)
+    np.testing.assert_array_equal(read_image(put(tmp_path / "a.png", pixels)), np.dstack([pixels] * 3))
+
+
+def test_alpha_is_dropped(tmp_path):
+    pixels = random_pixels(7, 9, 4)
+    np.testing.assert_array_equal(read_image(put(tmp_path / "rgba.png", pixels)), pixels[..., :3])
+    gray = np.dstack([pixels[..., :1], pixels[..., 1:2]])
+    np.testing.assert_array_equal(read_image(put(tmp_path / "la.png", gray)), np.dstack([pixels[..., 0]] * 3))
+
+
+@pytest.mark.parametrize(("name", "channels"), [("gray.png", ()), ("gray.tif", ()), ("rgb.tif", (3,))])
+def test_sixteen_bit_is_scaled(tmp_path, name, channels):
+    pixels = random_pixels(7, 9, *channels, dtype=np.uint16)
+    pixels[0, :4] = np.array([0, 128, 129, 65535]).reshape(4, *[1] * len(channels))
+    if name.endswith("png"):
+        put(tmp_path / name, pixels)
+    else:
+        tifffile.imwrite(tmp_path / name, pixels, photometric="rgb" if channels else "minisblack")
+    expected = np.round(pixels / 257).astype(np.uint8)
+    expected = expected if channels else np.dstack([expected] * 3)
+    image = read_image(tmp_path / name)
+    np.testing.assert_array_equal(image, expected)
+    assert image[0, :4, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_black_and_white(tmp_path):
+    pixels = random_pixels(8, 8) > 99
+    assert (read_image(put(tmp_path / "a.png", pixels))[..., 0] == np.where(pixels, 255, 0)).all()
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), pixels)
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png", palette=["#000000", "#ffffff"]), pixels)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.95])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".gif", ".bmp", ".webp"])
+def test_truncated_file(tmp_path, suffix, keep):
+    path = put(tmp_path / f"cut{suffix}", random_pixels(40, 40, 3))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(DataError, match=rf"cut{re.escape(suffix)} cannot be read.*replace or re-save"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_file_that_is_no_image(tmp_path, suffix, content):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_image(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"a\.png is not a file"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_values_that_are_no_8_or_16_bit_integers(tmp_path, dtype):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5), dtype=dtype))
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=rf"a\.tif holds {np.dtype(dtype)} values: save it with 8 or 16 bit"):
+            read(tmp_path / "a.tif")
+
+
+def test_several_pages_or_frames(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", random_pixels(5, 8, 9), photometric="minisblack")
+    imageio.v3.imwrite(tmp_path / "film.gif", random_pixels(2, 8, 9, 3))
+    for name in ("stack.tif", "film.gif"):
+        with pytest.raises(DataError, match=rf"{name} holds several pages or frames"):
+            read_image(tmp_path / name)
+
+
+def test_cmyk_jpeg(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(random_pixels(8, 8, 3)).convert("CMYK").save(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="CMYK"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_binary_masks_of_every_form_are_equal(tmp_path, recwarn):
+    mask = (random_pixels(9, 7) > 128).astype(np.uint8)
+    forms = {
+        "ones.png": mask,
+        "white.png": mask * 255,
+        "gray.png": np.dstack([mask * 255] * 3),
+        "rgba.png": np.dstack([mask * 255] * 3 + [np.full_like(mask, 255)]),
+        "red.png": np.dstack([mask * 200, mask * 0, mask * 0]),
+        "deep.png": mask.astype(np.uint16) * 40000,
+        "white.gif": mask * 255,
+    }
+    for name, pixels in forms.items():
+        result = read_mask(put(tmp_path / name, pixels))
+        assert result.dtype == np.uint8
+        np.testing.assert_array_equal(result, mask, err_msg=name)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_binary_mask_of_many_values_warns(tmp_path, channels):
+    pixels = np.zeros((4, 5, *channels), dtype=np.uint8)
+    pixels[0, 0], pixels[1, 1] = 3, 255
+    with pytest.warns(UserWarning, match=r"more than two distinct values.*a\.png") as caught:
+        assert read_mask(put(tmp_path / "a.png", pixels)).sum() == 2
+    assert len(caught) == 1
+
+
+def test_binary_masks_of_many_values_warn_once_for_a_dataset(tmp_path):
+    for name in ("a", "b", "c"):
+        put(tmp_path / "images" / f"{name}.png", random_pixels(8, 8, 3))
+        put(tmp_path / "masks" / f"{name}.png", random_pixels(8, 8))
+    with pytest.warns(UserWarning, match="3 binary masks hold more than two") as caught:
+        load_tensors(find_samples(tmp_path), get_protocol(image_size=8), 1)
+    assert len(caught) == 1
+
+
+def test_label_index_masks(tmp_path):
+    labels = random_pixels(9, 7) % 4
+    np.testing.assert_array_equal(read_mask(put(tmp_path / "a.png", labels), classes=4), labels)
+    np.testing.assert_array_equal(read_mask(put(tmp_path / "b.png", np.dstack([labels] * 3)), classes=4), labels)
+    np.testing.assert_array_equal(read_mask(put(tmp_path / "c.png", labels.astype(np.uint16)), classes=4), labels)
+
+
+def test_label_values_beyond_the_classes(tmp_path):
+    path = put(tmp_path / "a.png", np.array([[0, 1], [2, 255]], dtype=np.uint8))
+    with pytest.raises(
+        DataError, match=r"a\.png holds label values 2, 255, but classes=2 allows 0 to 1: raise classes"
+    ):
+        read_mask(path, classes=2)
+    deep = put(tmp_path / "b.png", np.array([[0, 256]], dtype=np.uint16))
+    with pytest.raises(DataError, match="label values 256"):
+        read_mask(deep, classes=2)
+
+
+def test_coloured_mask_without_a_palette(tmp_path):
+    path = put(tmp_path / "a.png", random_pixels(4, 4, 3))
+    with pytest.raises(DataError, match=r"a\.png is a coloured mask: give a palette"):
+        read_mask(path, classes=3)
+
+
+@pytest.mark.parametrize("classes", [0, 257])
+def test_number_of_classes(tmp_path, classes):
+    with pytest.raises(DataError, match="1 to 256 classes"):
+        read_mask(put(tmp_path / "a.png", random_pixels(4, 4)), classes=classes)
+
+
+def test_mask_of_another_size(tmp_path):
+    path = put(tmp_path / "images" / "a.png", random_pixels(8, 9, 3))
+    mask = put(tmp_path / "masks" / "a.png", np.zeros((9, 8), dtype=np.uint8))
+    message = r"masks/a\.png is 9 x 8 pixels \(height x width\), but its image is 8 x 9"
+    with pytest.raises(DataError, match=message):
+        read_mask(mask, shape=read_image(path).shape[:2])
+    with pytest.raises(DataError, match=message):
+        load_tensors(find_samples(tmp_path), get_protocol(image_size=8), 1)
+
+
+def test_colour_coded_mask(tmp_path):
+    labels = random_pixels(9, 7) % 3
+    path = put(tmp_path / "a.png", labels_to_colours(labels, PALETTE))
+    np.testing.assert_array_equal(read_mask(path, 3, PALETTE), labels)
+    np.testing.assert_array_equal(read_mask(path, 3, [(0, 0, 0), (255, 0, 0), (0, 255, 0)]), labels)
+    with pytest.raises(DataError, match="palette has 3 colours, but classes=4 needs 4"):
+        read_mask(path, 4, PALETTE)
+
+
+def test_colour_coded_binary_mask(tmp_path):
+    labels = random_pixels(9, 7) % 2
+    path = put(tmp_path / "a.png", labels_to_colours(labels, "#ffffff,#0000ff"))
+    np.testing.assert_array_equal(read_mask(path, 1, "#ffffff,#0000ff"), labels)
+
+
+def test_colour_that_is_not_in_the_palette(tmp_path):
+    colours = labels_to_colours(np.zeros((4, 4), dtype=np.uint8), PALETTE)
+    colours[0, :2] = (1, 2, 254)
+    path = put(tmp_path / "a.png", colours)
+    with pytest.raises(DataError, match=r"a\.png: 1 colours are not in the palette .*#0102fe \(2 pixels\)\. Add them"):
+        read_mask(path, 3, PALETTE)
+
+
+def test_sixteen_bit_colour_coded_mask(tmp_path):
+    path = put(tmp_path / "a.png", np.zeros((4, 4), dtype=np.uint16))
+    with pytest.raises(DataError, match="8 bit a channel"):
+        read_mask(path, 3, PALETTE)
+
+
+@pytest.mark.parametrize(
+    ("palette", "message"),
+    [
+        ("#000000", "2 to 256 colours"),
+        ("#000000,#000000", "more than once"),
+        ("#000000,red", "'red' is not a colour"),
+        ([(0, 0, 0), (0, 0, 256)], "is not a colour"),
+        ([(0, 0, 0), (0, 0)], "is not a colour"),
+    ],
+)
+def test_palette_that_cannot_be_read(palette, message):
+    with pytest.raises(DataError, match=message):
+        parse_palette(palette)
+
+
+def test_palette_has_one_form():
+    assert parse_palette("#000000, #FF8000") == parse_palette([(0, 0, 0), (255, 128, 0)]) == ("#000000", "#ff8000")
+
+
+def test_label_without_a_colour():
+    with pytest.raises(DataError, match=r"0\.\.3 do not fit a palette of 3 colours"):
+        labels_to_colours(np.array([[0, 3]], dtype=np.uint8), PALETTE)
+
+
+colours = st.tuples(*[st.integers(0, 255)] * 3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), palette=st.lists(colours, min_size=2, max_size=256, unique=True))
+def test_palettes_round_trip(data, palette):
+    shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
+    labels = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, len(palette) - 1)))
+    result = colours_to_labels(labels_to_colours(labels, palette), palette)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, labels)

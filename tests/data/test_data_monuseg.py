@@ -1,0 +1,205 @@
+"""Aperio outlines become masks and instance maps; broken annotations become errors that name the file."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import skimage.io
+
+from uctrans.data import (
+    DataError,
+    fill_polygons,
+    find_images,
+    find_samples,
+    prepare_monuseg,
+    read_annotation,
+    read_mask,
+)
+from uctrans.data.writing import write_png
+
+SQUARE = [(2, 3), (5, 3), (5, 8), (2, 8)]
+
+
+def write_xml(path, *regions, attributes=' MicronsPerPixel="0.2525"'):
+    vertices = ("".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in region) for region in regions)
+    body = "".join(
+        f'<Region Id="{i}"><Vertices>{inner}</Vertices></Region>' for i, inner in enumerate(vertices, start=1)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<Annotations{attributes}><Annotation><Regions>{body}</Regions></Annotation></Annotations>")
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    write_png(tmp_path / "images" / "a.png", np.zeros((12, 10, 3), dtype=np.uint8))
+    return tmp_path / "images"
+
+
+def test_writes_masks_and_instance_maps(tmp_path, images):
+    write_xml(tmp_path / "xml" / "a.xml", SQUARE, [(7, 1), (9, 1), (9, 4)])
+    (prepared,) = prepare_monuseg(tmp_path / "xml", images, tmp_path)
+    assert (prepared.name, prepared.nuclei, prepared.skipped, prepared.microns_per_pixel) == ("a", 2, 0, 0.2525)
+    instances = skimage.io.imread(tmp_path / "instances" / "a.png")
+    mask = skimage.io.imread(tmp_path / "masks" / "a.png")
+    assert (instances.dtype, mask.dtype, instances.shape) == (np.uint16, np.uint8, (12, 10))
+    assert np.unique(instances).tolist() == [0, 1, 2]
+    assert (instances[4:8, 3:5] == 1).all()
+    assert np.argwhere(instances == 1)[:, 0].max() <= 8
+    np.testing.assert_array_equal(mask, np.where(instances > 0, 255, 0))
+    summary = {"a": {"nuclei": 2, "skipped": 0, "microns_per_pixel": 0.2525}}
+    assert json.loads((tmp_path / "annotations.json").read_text()) == summary
+    (sample,) = find_samples(tmp_path)
+    assert read_mask(sample.mask, shape=(12, 10)).sum() == (mask > 0).sum()
+
+
+def test_one_file_and_a_folder_shared_by_images_and_annotations(images, tmp_path, recwarn):
+    path = write_xml(images / "a.XML", SQUARE)
+    assert [item.name for item in prepare_monuseg(path, images, tmp_path / "one")] == ["a"]
+    assert [item.name for item in prepare_monuseg(images, images, tmp_path / "folder")] == ["a"]
+    assert not recwarn.list
+
+
+def test_images_without_annotation_are_passed_over(tmp_path, images):
+    write_png(images / "b.png", np.zeros((4, 4), dtype=np.uint8))
+    write_xml(tmp_path / "xml" / "a.xml", SQUARE)
+    prepare_monuseg(tmp_path / "xml", images, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["a.png"]
+
+
+def test_vertices_outside_the_image_are_cut_off(tmp_path, images):
+    write_xml(tmp_path / "a.xml", [(-5, -5), (4, -5), (4, 4), (-5, 4)], [(8, 10), (40, 10), (40, 40), (8, 40)])
+    prepare_monuseg(tmp_path / "a.xml", images, tmp_path)
+    instances = skimage.io.imread(tmp_path / "instances" / "a.png")
+    assert (instances[:4, :4] == 1).all()
+    assert (instances[11:, 9:] == 2).all()
+    assert (instances[5:9] == 0).all()
+
+
+def test_cut_off_polygons_equal_a_crop_of_whole_ones():
+    generator = np.random.default_rng(0)
+    polygons = [generator.uniform(-20, 60, (5, 2)) for _ in range(10)]
+    whole = fill_polygons([polygon + 20 for polygon in polygons], (80, 80))[20:60, 20:60]
+    np.testing.assert_array_equal(fill_polygons(polygons, (40, 40)) > 0, whole > 0)
+
+
+def test_regions_with_few_vertices_are_counted_in_one_warning(tmp_path):
+    path = write_xml(tmp_path / "a.xml", SQUARE, [(1, 1), (2, 2)], [], [(3, 3)])
+    with pytest.warns(UserWarning, match=r"a\.xml: 3 regions with fewer than 3 vertices were skipped") as caught:
+        annotation = read_annotation(path)
+    assert len(caught) == 1
+    assert (len(annotation.polygons), annotation.skipped) == (1, 3)
+    np.testing.assert_array_equal(annotation.polygons[0], SQUARE)
+
+
+@pytest.mark.parametrize("attributes", ["", ' MicronsPerPixel=""', ' MicronsPerPixel="?"', ' MicronsPerPixel="0"'])
+def test_resolution_may_be_missing(tmp_path, attributes):
+    assert read_annotation(write_xml(tmp_path / "a.xml", SQUARE, attributes=attributes)).microns_per_pixel is None
+
+
+def test_annotation_without_nuclei_gives_an_empty_mask_and_a_warning(tmp_path, images):
+    with pytest.warns(UserWarning, match=r"a\.xml outlines no nucleus inside its image"):
+        prepare_monuseg(write_xml(tmp_path / "a.xml", [(50, 50), (60, 50), (60, 60)]), images, tmp_path)
+    assert skimage.io.imread(tmp_path / "masks" / "a.png").max() == 0
+
+
+def test_annotation_without_image(tmp_path, images):
+    write_xml(tmp_path / "xml" / "a.xml", SQUARE)
+    write_xml(tmp_path / "xml" / "b.xml", SQUARE)
+    with pytest.raises(DataError, match=r"No image of the same stem in .*images for the annotations b\.xml: add"):
+        prepare_monuseg(tmp_path / "xml", images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "not xml", "<Annotations><Region></Annotations>"])
+def test_file_that_is_no_xml(tmp_path, images, content):
+    (tmp_path / "a.xml").write_text(content)
+    with pytest.raises(DataError, match=r"a\.xml is not well-formed XML .*export it anew"):
+        prepare_monuseg(tmp_path / "a.xml", images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    ['<!ENTITY a "x"><!ENTITY b "&a;&a;&a;&a;">', '<!ENTITY b SYSTEM "file:///etc/hostname">'],
+    ids=["expansion", "external"],
+)
+def test_entities_are_refused(tmp_path, declaration):
+    (tmp_path / "a.xml").write_text(f"<!DOCTYPE x [{declaration}]><Annotations>&b;</Annotations>")
+    with pytest.raises(DataError, match=r"a\.xml declares entities.*was not read"):
+        read_annotation(tmp_path / "a.xml")
+
+
+def test_xml_of_another_kind(tmp_path):
+    (tmp_path / "a.xml").write_text("<annotation/>")
+    with pytest.raises(DataError, match=r"a\.xml is not an Aperio annotation \(its root is <annotation>"):
+        read_annotation(tmp_path / "a.xml")
+
+
+@pytest.mark.parametrize("vertex", ['X="1"', 'X="1" Y="b"', 'X="nan" Y="2"', 'X="1" Y="inf"'])
+def test_vertex_without_coordinates(tmp_path, vertex):
+    path = write_xml(tmp_path / "a.xml", SQUARE)
+    path.write_text(path.read_text().replace('X="5" Y="3"', vertex))
+    with pytest.raises(DataError, match=r"a\.xml, region 1: a vertex has X=.*not two numbers"):
+        read_annotation(path)
+
+
+def test_missing_folders_and_files(tmp_path, images):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        prepare_monuseg(tmp_path / "nowhere", images, tmp_path)
+    with pytest.raises(DataError, match=r"holds no \.xml file"):
+        prepare_monuseg(images, images, tmp_path)
+    path = write_xml(tmp_path / "a.xml", SQUARE)
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        prepare_monuseg(path, tmp_path / "nowhere", tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_annotation(tmp_path / "b.xml")
+
+
+def test_without_defusedxml_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "defusedxml", None)
+    with pytest.raises(ImportError, match=r'pip install "uctrans\[training\]"'):
+        read_annotation(write_xml(tmp_path / "a.xml", SQUARE))
+
+
+def test_smaller_nuclei_lie_on_top_and_numbers_have_no_gaps():
+    small, large = np.array(SQUARE), np.array([(0, 0), (11, 0), (11, 11), (0, 11)])
+    outside = small + 100
+    instances = fill_polygons([small, outside, large, small], (12, 12))
+    assert np.unique(instances).tolist() == [1, 2]
+    assert instances[0, 0] == 1  # of the two equal small ones the later hides the earlier
+    assert (instances[4:8, 3:5] == 2).all()
+
+
+def test_no_polygons():
+    assert fill_polygons([], (3, 4)).tolist() == [[0] * 4] * 3
+
+
+def test_more_nuclei_than_a_map_can_number():
+    with pytest.raises(DataError, match="65536 nuclei"):
+        fill_polygons([np.array(SQUARE)] * 65536, (4, 4))
+
+
+@pytest.mark.slow
+def test_filled_polygons_agree_with_the_stored_masks(monuseg, tmp_path):
+    """The stored masks are thinner than the outlines and shifted by a pixel, so they overlap well but are not equal."""
+    files = sorted((monuseg / "annotations").glob("*.xml"))
+    split_of = {sample.name: split for split in ("train", "val", "test") for sample in find_samples(monuseg, split)}
+    for split in {split_of[file.stem] for file in files}:
+        (tmp_path / split).mkdir()
+    for file in files:
+        (tmp_path / split_of[file.stem] / file.name).symlink_to(file)
+    scores = {}
+    for folder in sorted(tmp_path.iterdir()):
+        for item in prepare_monuseg(folder, monuseg / folder.name / "images", folder / "out"):
+            assert item.nuclei > 200
+            assert item.microns_per_pixel == pytest.approx(0.25, abs=0.01)
+            filled = read_mask(folder / "out" / "masks" / f"{item.name}.png") > 0
+            stored = read_mask(monuseg / folder.name / "masks" / f"{item.name}.png") > 0
+            scores[item.name] = 2 * (filled & stored).sum() / (filled.sum() + stored.sum())
+            instances = skimage.io.imread(folder / "out" / "instances" / f"{item.name}.png")
+            assert len(np.unique(instances)) == item.nuclei + 1
+        assert len(find_images(folder / "out" / "masks")) == len(list(folder.glob("*.xml")))
+    assert len(scores) == len(files) == 18
+    assert min(scores.values()) >= 0.90, scores
