@@ -1,0 +1,183 @@
+"""Segment image files: a mask and an overlay of its outlines for each, optionally the probabilities."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from uctrans.data import DataError, Sample, find_images, labels_to_colours, read_image
+from uctrans.inference.files import (
+    InferenceError,
+    output_folder,
+    progress_bar,
+    refuse_existing,
+    write_png,
+    written_atomically,
+)
+from uctrans.inference.overlays import class_colours, overlay
+from uctrans.inference.predictor import Predictor, load_predictor, to_labels
+
+PROBABILITY_FORMATS = ("none", "png", "npy")
+
+
+@dataclass
+class PredictConfig:
+    """Settings of `predict`.
+
+    Args:
+        model: Run folder, folder of save_pretrained, checkpoint (.pt), or a published .pth.tar.
+        input: Folder of images, or one image, of any size.
+        output: Folder for NAME.png (mask) and NAME_overlay.png (outlines over the image).
+        resolution: What the network sees: protocol, the image as the model's protocol resizes it, the probabilities are
+            then enlarged to the image; native, the pixels of the image, in tiles where it is larger than one.
+        tile: Side of the tiles in pixels; none takes the model's image size.
+        overlap: Share of a tile that overlaps with the next.
+        tta: Test-time transforms whose probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
+        threshold: Probability above which a pixel is foreground, of binary models.
+        probability: Also write the probabilities: none; png, 8 bit, the foreground's; npy, float32 (classes, H, W).
+        batch_size: Tiles in one forward pass.
+        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
+        backend: Implementation of the network's operators: auto, triton, composed or reference.
+        device: auto, cpu, cuda, cuda:1.
+        amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
+        overwrite: Replace files that exist.
+        progress: Show a progress bar.
+    """
+
+    model: str
+    input: str
+    output: str
+    resolution: str = "protocol"
+    tile: int | None = None
+    overlap: float = 0.25
+    tta: str = "none"
+    threshold: float = 0.5
+    probability: str = "none"
+    batch_size: int = 4
+    channel_order: str | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    amp: str = "no"
+    overwrite: bool = False
+    progress: bool = True
+
+
+class PredictionError(InferenceError):
+    """Some images could not be segmented; the others were.
+
+    Attributes:
+        failures: What went wrong, by image file.
+        written: The files of the images that went well.
+    """
+
+    def __init__(self, failures: dict[Path, str], written: list[Path]):
+        self.failures, self.written = failures, written
+        listed = "\n".join(f"  {reason}" for reason in failures.values())
+        super().__init__(
+            f"{len(failures)} images were not segmented, {len(written)} files of the others are written:\n{listed}"
+        )
+
+
+def _output_files(folder: Path, name: str, probability: str) -> dict[str, Path]:
+    files = {"mask": folder / f"{name}.png", "overlay": folder / f"{name}_overlay.png"}
+    if probability != "none":
+        files["probability"] = folder / f"{name}_probability.{probability}"
+    return files
+
+
+def _plan(samples: list[Sample], folder: Path, config: PredictConfig) -> list[dict[str, Path]]:
+    """The files to write for each sample.
+
+    Raises:
+        InferenceError: Two images would write the same file, or the output folder is that of the images.
+    """
+    sources = {sample.image.parent.resolve() for sample in samples}
+    if folder.resolve() in sources:
+        raise InferenceError(f"The output folder {folder} holds the images themselves: choose another one.")
+    plan = [_output_files(folder, sample.name, config.probability) for sample in samples]
+    owners: dict[Path, Path] = {}
+    for sample, files in zip(samples, plan, strict=True):
+        for path in files.values():
+            if path in owners:
+                raise InferenceError(
+                    f"{owners[path]} and {sample.image} would both write {path.name}: rename one of them, or predict "
+                    "them into different folders."
+                )
+            owners[path] = sample.image
+    return plan
+
+
+def _write_outputs(predictor: Predictor, image: np.ndarray, files: dict[str, Path], threshold: float) -> None:
+    probabilities = predictor.probabilities_of_image(image)
+    labels = to_labels(probabilities[None], threshold)[0].cpu().numpy()
+    classes, palette = predictor.model.classes, predictor.model.metadata.get("palette")
+    if palette is not None:
+        mask = labels_to_colours(labels, palette)
+    else:
+        mask = labels * np.uint8(255) if classes == 1 else labels
+    if "probability" in files:
+        path, values = files["probability"], probabilities.cpu().numpy()
+        if path.suffix == ".npy":
+            with written_atomically(path) as temporary:
+                np.save(temporary, values)
+        else:
+            foreground = values[0] if classes == 1 else 1 - values[0]
+            write_png(path, (foreground * 255).round().astype(np.uint8))
+    write_png(files["overlay"], overlay(image, labels, class_colours(classes, palette)))
+    write_png(files["mask"], mask)
+
+
+def predict(config: PredictConfig) -> list[Path]:
+    """Segment a folder of images, or one image.
+
+    Writes for each image NAME.EXT, at its own size: ``NAME.png``, the mask (0 and 255 for binary models, otherwise the
+    label index, or the colours of the palette the model was trained with), ``NAME_overlay.png``, its outlines over the
+    image, and on request ``NAME_probability.png`` or ``.npy``. What can be checked is checked before the first file is
+    written; an image that cannot be read does not stop the others.
+
+    Returns:
+        The files written, those of one image together.
+
+    Raises:
+        PredictionError: Some images could not be read; the others are done.
+        InferenceError: A setting out of its range, files that exist while ``overwrite`` is not set, two images that
+            would write the same file, an output folder that holds the images.
+        DataError: There is no image at ``config.input``.
+        ModelFileError: ``config.model`` is no model file.
+        ImportError: MONAI (for tiles) or tqdm (for the progress bar) is not installed.
+    """
+    if config.probability not in PROBABILITY_FORMATS:
+        raise InferenceError(f'probability must be "none", "png" or "npy", got "{config.probability}".')
+    if not 0 < config.threshold < 1:
+        raise InferenceError(f"threshold must lie between 0 and 1, got {config.threshold}.")
+    folder = output_folder(config.output)
+    samples = find_images(config.input)
+    plan = _plan(samples, folder, config)
+    if not config.overwrite:
+        refuse_existing([path for files in plan for path in files.values()], "this prediction")
+    predictor = load_predictor(
+        config.model,
+        config.backend,
+        device=config.device,
+        resolution=config.resolution,
+        tile=config.tile,
+        overlap=config.overlap,
+        tta=config.tta,
+        amp=config.amp,
+        batch_size=config.batch_size,
+        channel_order=config.channel_order,
+    )
+    written: list[Path] = []
+    failures: dict[Path, str] = {}
+    pairs = zip(samples, plan, strict=True)
+    for sample, files in progress_bar(pairs, len(samples), "predict", config.progress):
+        try:
+            image = read_image(sample.image)
+        except DataError as error:
+            failures[sample.image] = str(error)
+            continue
+        _write_outputs(predictor, image, files, config.threshold)
+        written += files.values()
+    if failures:
+        raise PredictionError(failures, written)
+    return written

@@ -1,0 +1,248 @@
+"""From an image to class probabilities: channel order, resizing, tiles, test-time transforms, mixed precision.
+
+`Predictor` is what evaluate and predict share. Its two entrances are `Predictor.probabilities` (a batch that is already
+at the size the network sees) and `Predictor.probabilities_of_image` (one image of any size, back at that size).
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import uctrans
+from uctrans.data import Protocol, get_protocol
+from uctrans.inference.files import InferenceError, import_extra
+
+DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the weights' metadata name none
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
+RESOLUTIONS = ("protocol", "native")
+AMP = ("no", "bf16")
+
+# A test-time transform: quarter turns counter-clockwise, after a flip of the columns where the second value is True.
+TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
+    "none": ((0, False),),
+    "flips": ((0, False), (0, True), (2, False), (2, True)),
+    "d4": tuple((turns, flip) for flip in (False, True) for turns in range(4)),
+}
+
+
+def transform(images: Tensor, turns: int, flip: bool) -> Tensor:
+    """Flip the columns of ``(..., H, W)`` where ``flip``, then turn counter-clockwise by ``turns`` quarters."""
+    return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
+
+
+def inverse_transform(images: Tensor, turns: int, flip: bool) -> Tensor:
+    """Undo `transform`."""
+    images = torch.rot90(images, -turns, (-2, -1))
+    return images.flip(-1) if flip else images
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` (CUDA where there is one, otherwise the CPU) or a device by PyTorch's name.
+
+    Raises:
+        InferenceError: No such device, or CUDA is asked for and not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InferenceError(f'The device "{device}" is not known: use "auto", "cpu", "cuda" or "cuda:1".') from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InferenceError(
+            f'The device "{device}" is not there, {torch.cuda.device_count()} CUDA devices were found: '
+            'use "cpu" or "auto".'
+        )
+    return resolved
+
+
+def image_size_of(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width the model was trained at, by its metadata or else its configuration; None where neither says."""
+    size = model.metadata.get("image_size") or model.config.get("image_size")
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def protocol_of(model: nn.Module, channel_order: str | None = None) -> Protocol:
+    """The protocol the model was trained under, by its metadata.
+
+    Weights without metadata get ``uctransnet-224`` at the model's own image size. ``channel_order`` ("rgb" or "bgr")
+    replaces the order that the metadata name.
+
+    Raises:
+        DataError: An unknown protocol or channel order.
+    """
+    return get_protocol(
+        model.metadata.get("protocol") or DEFAULT_PROTOCOL,
+        image_size=image_size_of(model),
+        channel_order=channel_order or model.metadata.get("channel_order") or DEFAULT_CHANNEL_ORDER,
+    )
+
+
+def to_model_channels(images: Tensor, in_channels: int, channel_order: str) -> Tensor:
+    """Colour images ``(B, 3, H, W)`` as a model with ``in_channels`` takes them.
+
+    Three channels stay as they are; one channel is the luma ``0.299 R + 0.587 G + 0.114 B``.
+
+    Raises:
+        InferenceError: The model takes neither one nor three channels.
+    """
+    if in_channels == 3:
+        return images
+    if in_channels == 1:
+        weights = GRAY_WEIGHTS if channel_order == "rgb" else GRAY_WEIGHTS[::-1]
+        return torch.einsum("bchw,c->bhw", images, images.new_tensor(weights)).unsqueeze(1)
+    raise InferenceError(
+        f"The model takes {in_channels} channels, but image files are read as RGB: only models with 3 channels, "
+        "or with 1 (the image is turned to gray), can be used on image files."
+    )
+
+
+def enlarge(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of ``(B, P, h, w)`` to ``size``; pixel centres are kept in place, nothing is smoothed."""
+    if probabilities.shape[-2:] == size:
+        return probabilities
+    return nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
+
+
+def to_labels(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
+    """uint8 label maps ``(B, H, W)`` of ``(B, P, H, W)``.
+
+    One channel: 1 where the probability is above ``threshold``. More: the most probable class, whatever the threshold.
+    """
+    if probabilities.shape[1] == 1:
+        return (probabilities[:, 0] > threshold).to(torch.uint8)
+    return probabilities.argmax(1).to(torch.uint8)
+
+
+def _chosen(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InferenceError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+
+
+class Predictor:
+    """A model with everything between an image and its class probabilities.
+
+    Args:
+        model: Takes ``(B, in_channels, H, W)`` and gives logits ``(B, classes, H, W)``; has ``in_channels``,
+            ``classes``, ``config`` and ``metadata``. It is moved to ``device`` and set to eval.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        resolution: ``"protocol"``: the network sees the image as its protocol resizes it, and the probabilities are
+            enlarged to the image. ``"native"``: it sees the pixels of the image.
+        tile: Side in pixels of the square tiles that images at native resolution are cut into; None takes the
+            model's image size. Smaller images are seen whole.
+        overlap: Share of a tile that overlaps with the next, in 0 <= overlap < 1. Tiles are blended with a Gaussian.
+        tta: ``"none"``, ``"flips"`` (4 transforms) or ``"d4"`` (the 8 flips and rotations of the square): the mean of
+            the probabilities over the transforms.
+        amp: ``"no"`` or ``"bf16"`` (autocast).
+        batch_size: Tiles in one forward pass.
+        channel_order: ``"rgb"`` or ``"bgr"`` in place of the protocol's.
+
+    Raises:
+        InferenceError: A setting out of its range, a device that is not there, or a model of neither 1 nor 3 channels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: str = "auto",
+        resolution: str = "protocol",
+        tile: int | None = None,
+        overlap: float = 0.25,
+        tta: str = "none",
+        amp: str = "no",
+        batch_size: int = 4,
+        channel_order: str | None = None,
+    ) -> None:
+        _chosen("resolution", resolution, RESOLUTIONS)
+        _chosen("tta", tta, tuple(TRANSFORMS))
+        _chosen("amp", amp, AMP)
+        if tile is not None and tile < 1:
+            raise InferenceError(f"tile must be at least 1 pixel, got {tile}.")
+        if not 0 <= overlap < 1:
+            raise InferenceError(f"overlap must lie in 0 <= overlap < 1, got {overlap}.")
+        if batch_size < 1:
+            raise InferenceError(f"batch_size must be at least 1, got {batch_size}.")
+        self.device = resolve_device(device)
+        self.protocol = protocol_of(model, channel_order)
+        to_model_channels(torch.zeros(1, 3, 1, 1), model.in_channels, self.protocol.channel_order)
+        self.model = model.to(self.device).eval()
+        self.resolution, self.tta, self.amp = resolution, tta, amp
+        self.overlap, self.batch_size = overlap, batch_size
+        self.tile = self.protocol.image_size if tile is None else (tile, tile)
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """Probabilities of network inputs, float32: ``(B, C, H, W)`` to ``(B, P, H, W)``, P = 1 for one class."""
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.amp == "bf16" else contextlib.nullcontext()
+        with autocast:
+            logits = self.model(inputs)
+        logits = logits.float()
+        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+    def _forward_tiled(self, inputs: Tensor) -> Tensor:
+        height, width = inputs.shape[-2:]
+        window = (min(self.tile[0], height), min(self.tile[1], width))
+        if window == (height, width):
+            return self._forward(inputs)
+        sliding_window_inference = import_extra("monai.inferers", "training").sliding_window_inference
+        return sliding_window_inference(
+            inputs, window, self.batch_size, self._forward, overlap=self.overlap, mode="gaussian"
+        )
+
+    def _averaged(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        transforms = TRANSFORMS[self.tta]
+        total = inverse_transform(forward(transform(inputs, *transforms[0])), *transforms[0])
+        for turns, flip in transforms[1:]:
+            total = total + inverse_transform(forward(transform(inputs, turns, flip)), turns, flip)
+        return total / len(transforms)
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor, *, tiled: bool = False) -> Tensor:
+        """Class probabilities of a batch at the size the network sees.
+
+        Args:
+            images: uint8 ``(B, 3, H, W)``, RGB.
+            tiled: Cut images larger than the tile into tiles (needs MONAI).
+
+        Returns:
+            float32 ``(B, P, H, W)`` on the predictor's device; P is 1 (sigmoid) or the number of classes (softmax).
+        """
+        inputs = self.protocol.to_input(images.to(self.device))
+        inputs = to_model_channels(inputs, self.model.in_channels, self.protocol.channel_order).contiguous()
+        return self._averaged(self._forward_tiled if tiled else self._forward, inputs)
+
+    @torch.inference_mode()
+    def probabilities_of_image(self, image: np.ndarray) -> Tensor:
+        """Class probabilities of one image of any size.
+
+        Args:
+            image: uint8 ``(H, W, 3)``, RGB.
+
+        Returns:
+            float32 ``(P, H, W)`` on the predictor's device.
+        """
+        is_resized = self.resolution == "protocol"
+        seen = self.protocol.resize_image(image) if is_resized else np.ascontiguousarray(image)
+        pixels = torch.from_numpy(seen).permute(2, 0, 1).unsqueeze(0)
+        return enlarge(self.probabilities(pixels, tiled=not is_resized), image.shape[:2])[0]
+
+
+def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> Predictor:
+    """A `Predictor` of the model at ``path``: everything `uctrans.load_model` reads.
+
+    Raises:
+        ModelFileError: ``path`` is no model file.
+        InferenceError: See `Predictor`.
+    """
+    resolve_device(settings.get("device", "auto"))
+    model = uctrans.load_model(path)
+    if backend != "auto":
+        uctrans.set_backend(model, backend)
+    return Predictor(model, **settings)
