@@ -6,6 +6,7 @@ import scipy.ndimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from uctrans.data import get_protocol
 from uctrans.data.augmentation import draw_maps, rotation_maps, sample_nearest, turn_flip_maps, turn_flip_rotate
@@ -123,6 +124,16 @@ def test_does_not_change_its_input():
     turn_flip_rotate(images, masks, torch.Generator().manual_seed(0))
     assert torch.equal(images, before[0])
     assert torch.equal(masks, before[1])
+
+
+def test_never_looks_at_a_value_on_the_host():
+    """Tensors without values raise where Python asks for one, as ``.item()`` or an ``if`` would."""
+    with FakeTensorMode() as mode:
+        images, masks = (mode.from_tensor(tensor) for tensor in make_batch(4, 16, 16))
+        moved, _ = turn_flip_rotate(images, masks, torch.Generator())
+        with pytest.raises(DataDependentOutputException):
+            bool(moved.sum() > 0)
+    assert moved.shape == images.shape
 
 
 @pytest.mark.gpu
