@@ -1,10 +1,14 @@
 """Package metadata. The folder ``kernels/`` is installed as ``uctrans.kernels``."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+
+PACKAGE_SOURCE = (ROOT / "uctrans/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE_SOURCE, re.MULTILINE)[1]
 
 # find_packages walks the two real trees; the link uctrans/kernels exists for plain checkouts and editors only.
 PACKAGES = [name for name in find_packages(include=["uctrans", "uctrans.*"]) if not name.startswith("uctrans.kernels")]
@@ -18,7 +22,7 @@ DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pre-commit", "build"]
 
 setup(
     name="uctrans",
-    version="0.1.0",
+    version=VERSION,
     description="UCTransNet for medical image segmentation, over fused channel-attention operators",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -45,7 +49,6 @@ setup(
     entry_points={"console_scripts": ["uctrans = uctrans.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3 :: Only",
-        "License :: OSI Approved :: Apache Software License",
         "Topic :: Scientific/Engineering :: Image Processing",
         "Intended Audience :: Science/Research",
     ],

@@ -1,0 +1,47 @@
+"""torch.hub entry points: ``torch.hub.load(REPOSITORY, "uctransnet", classes=2)``."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+
+if not (ROOT / "uctrans/kernels").is_dir():
+    # Unpacking an archive of the repository can turn the link uctrans/kernels into a text file: load what it points to.
+    _spec = importlib.util.spec_from_file_location("uctrans.kernels", ROOT / "kernels/__init__.py")
+    sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_spec.name])
+
+from uctrans import SegmentationModel, create_model, load_model  # noqa: E402 - after the link is mended
+
+dependencies = ["torch", "numpy", "einops", "safetensors", "skimage"]
+
+
+def uctransnet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:
+    """UCTransNet; see ``uctrans.UCTransNet`` for the options.
+
+    Args:
+        pretrained: a local file or folder that ``uctrans.load_model`` reads; None gives random weights.
+        options: arguments of the model; they come from the file where ``pretrained`` is given.
+
+    Raises:
+        ValueError: ``pretrained`` together with options, or a file of another model.
+    """
+    return _model("uctransnet", pretrained, options)
+
+
+def unet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:
+    """U-Net; see ``uctrans.UNet`` for the options, and `uctransnet` for ``pretrained``."""
+    return _model("unet", pretrained, options)
+
+
+def _model(name: str, pretrained: str | Path | None, options: dict[str, Any]) -> SegmentationModel:
+    if pretrained is None:
+        return create_model(name, **options)
+    if options:
+        raise ValueError(f"{pretrained} says how the model is built: leave out {', '.join(options)}")
+    model = load_model(pretrained)
+    if model.name != name:
+        raise ValueError(f"{pretrained} holds a {model.name!r}, not a {name!r}")
+    return model

@@ -1,0 +1,308 @@
+"""The ``uctrans`` command: ``uctrans demo | prepare | train | evaluate | predict | export | benchmark``.
+
+A command is a dataclass of settings and a function that takes it. The fields are the flags, the docstring is
+their help, and ``--config FILE.yaml`` sets any of them (a flag wins over the file). A command's module is imported when
+it runs, so ``uctrans --help`` works without the training extra.
+
+Exit status: 0 done; 2 a mistake to be mended by the user, told in one line on stderr (``UCTRANS_DEBUG=1`` shows the
+traceback); 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from itertools import zip_longest
+from types import FrameType
+from typing import Any, get_type_hints
+
+DEBUG_VARIABLE = "UCTRANS_DEBUG"
+USER_ERROR = 2
+STOPPING_SIGNALS = ("SIGINT", "SIGTERM")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it runs and how it is explained."""
+
+    summary: str
+    module: str
+    settings: str  # name of the dataclass in the module
+    function: str  # name of the function that takes one
+    report: Callable[[Any], str]  # what to print of its result
+    paths: dict[str, tuple[str, str]]  # field: (its flag --input or --output, help)
+    examples: tuple[str, ...]
+
+
+def _report_files(files: Sequence[Any]) -> str:
+    return f"Wrote {len(files)} files into {files[0].parent}" if files else "Nothing to write."
+
+
+COMMANDS = {
+    "demo": Command(
+        summary="train, evaluate and predict on a small embedded dataset, in minutes on a CPU",
+        module="uctrans.demo",
+        settings="DemoConfig",
+        function="run_demo",
+        report=str,
+        paths={"output": ("output", "folder for everything the demo writes")},
+        examples=("uctrans demo -o demo",),
+    ),
+    "prepare monuseg": Command(
+        summary="turn MoNuSeg annotations into binary and instance masks",
+        module="uctrans.cli",
+        settings="PrepareMonusegConfig",
+        function="_prepare_monuseg",
+        report=lambda images: (
+            f"Wrote the masks of {len(images)} images, {sum(image.nuclei for image in images)} nuclei"
+        ),
+        paths={
+            "annotations": ("input", "folder of XML annotations, or one of them"),
+            "output": ("output", "folder for masks/ and instances/"),
+        },
+        examples=("uctrans prepare monuseg -i annotations --images images -o monuseg",),
+    ),
+    "train": Command(
+        summary="train a model on a folder of images and masks",
+        module="uctrans.training",
+        settings="TrainConfig",
+        function="train",
+        report=lambda run: (
+            f"Best validation Dice {run.best_score:.4f} in epoch {run.best_epoch} of {run.epochs} "
+            f"(stopped by: {run.stopped_by}). Everything is in {run.run_folder}"
+        ),
+        paths={
+            "data": ("input", "dataset: {train,val,test}/{images,masks}, or images and masks side by side"),
+            "output": ("output", "run folder: checkpoints, curves, the resolved config"),
+        },
+        examples=(
+            "uctrans train -i data -o runs/first",
+            "uctrans train -i data -o runs/unet --model unet --epochs 100",
+            "uctrans train --config runs/first/config.yaml -o runs/second --seed 1",
+        ),
+    ),
+    "evaluate": Command(
+        summary="score a model on images with masks",
+        module="uctrans.inference",
+        settings="EvaluateConfig",
+        function="evaluate",
+        report=lambda result: f"{result.table()}\nEverything is in {result.output}",
+        paths={
+            "data": ("input", "dataset: {train,val,test}/{images,masks}, or images and masks side by side"),
+            "output": ("output", "folder for metrics.csv, summary.json and figure.png"),
+        },
+        examples=("uctrans evaluate -i data -o scores --model runs/first",),
+    ),
+    "predict": Command(
+        summary="segment a folder of images, or one image",
+        module="uctrans.inference",
+        settings="PredictConfig",
+        function="predict",
+        report=_report_files,
+        paths={
+            "input": ("input", "folder of images, or one image"),
+            "output": ("output", "folder for the masks and overlays"),
+        },
+        examples=("uctrans predict -i images -o masks --model runs/first",),
+    ),
+    "export": Command(
+        summary="write a model for use without uctrans",
+        module="uctrans.inference",
+        settings="ExportConfig",
+        function="export",
+        report=_report_files,
+        paths={
+            "model": ("input", "run folder, saved model or checkpoint"),
+            "output": ("output", "folder to write"),
+        },
+        examples=("uctrans export -i runs/first -o exported",),
+    ),
+    "benchmark": Command(
+        summary="time a model's backends against each other on this machine",
+        module="uctrans.benchmark",
+        settings="BenchmarkConfig",
+        function="benchmark",
+        report=str,
+        paths={"output": ("output", "folder for benchmark.json; without it the table is only printed")},
+        examples=("uctrans benchmark", "uctrans benchmark --model attention --sizes [224,512] --mode training"),
+    ),
+}
+
+
+class CommandLineError(ValueError):
+    """The command line, or a config file it names, cannot be used."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@dataclass
+class PrepareMonusegConfig:
+    """Settings of ``uctrans prepare monuseg``.
+
+    Attributes:
+        annotations: Folder of XML annotations, or one of them.
+        images: Folder of the images that the annotations belong to.
+        output: Folder for masks/ (0 and 255) and instances/ (one number a nucleus).
+    """
+
+    annotations: str
+    images: str
+    output: str
+
+
+def _prepare_monuseg(config: PrepareMonusegConfig) -> Any:
+    from uctrans.data import prepare_monuseg
+
+    return prepare_monuseg(config.annotations, config.images, config.output)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: uctrans [--help] [--version] COMMAND ...\n\n"
+        f"UCTransNet for medical image segmentation.\n\ncommands:\n{listing}\n\n"
+        "uctrans COMMAND --help lists its settings. To begin: uctrans demo"
+    )
+
+
+def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the command that ``words`` begin with, and the words after it."""
+    for name in COMMANDS:
+        count = len(name.split())
+        if " ".join(words[:count]) == name:
+            return name, list(words[count:])
+    choices = [name for name in COMMANDS if name.split()[0] == words[0]] or list(COMMANDS)
+    raise CommandLineError(f"no such command: {' '.join(words[:2])}; choose one of {', '.join(choices)}")
+
+
+def _settings_class(command: Command) -> type:
+    return getattr(importlib.import_module(command.module), command.settings)
+
+
+def build_parser(name: str) -> Any:
+    """The jsonargparse parser of the command ``name`` (a key of `COMMANDS`).
+
+    Raises:
+        ImportError: jsonargparse is not installed.
+    """
+    try:
+        from jsonargparse import ArgumentParser
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'the command line needs {error.name}, which is not installed: pip install "uctrans[training]"'
+        ) from error
+    command = COMMANDS[name]
+    settings = _settings_class(command)
+    parser = ArgumentParser(
+        prog=f"uctrans {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog="examples: " + "; ".join(command.examples),
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with any of the settings; flags win over it")
+    types, defaults = get_type_hints(settings), {field.name: field.default for field in fields(settings)}
+    for field, (flag, explanation) in command.paths.items():
+        default = {"required": True} if defaults[field] in (MISSING, "") else {"default": defaults[field]}
+        # The first spelling is the name in a config file.
+        spellings = dict.fromkeys((f"--{field}", f"-{flag[0]}", f"--{flag}"))
+        parser.add_argument(*spellings, type=types[field], metavar="PATH", help=explanation, **default)
+    parser.add_class_arguments(settings, skip=set(command.paths))
+    return parser
+
+
+def _spelled_out(words: Sequence[str], settings: type) -> list[str]:
+    """Flags as the parser knows them: underscores for hyphens, and a value for ``--switch`` and ``--no-switch``."""
+    switches = {name for name, kind in get_type_hints(settings).items() if kind is bool}
+    spelled = []
+    for word, following in zip_longest(words, words[1:], fillvalue="--"):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        if not equals and flag[2:] in switches and following.startswith("-"):
+            spelled.append(f"{flag}=true")
+        elif not equals and flag.startswith("--no_") and flag[5:] in switches:
+            spelled.append(f"--{flag[5:]}=false")
+        else:
+            spelled.append(flag + equals + value)
+    return spelled
+
+
+def parse(words: Sequence[str]) -> tuple[str, Any]:
+    """The command that the words after ``uctrans`` name, and its settings.
+
+    Raises:
+        CommandLineError: an unknown command or flag, or a value of the wrong type.
+        ValueError: a value that the command's settings refuse.
+        ImportError: see `build_parser`.
+    """
+    name, rest = _split_command(words)
+    parser = build_parser(name)
+    settings = _settings_class(COMMANDS[name])
+    try:
+        namespace = parser.parse_args(_spelled_out(rest, settings))
+    except argparse.ArgumentError as error:
+        raise CommandLineError(f"{error} (uctrans {name} --help lists the settings)") from error
+    return name, settings(**{key: value for key, value in vars(namespace).items() if key != "config"})
+
+
+def _run(words: Sequence[str]) -> int:
+    name, settings = parse(words)
+    command = COMMANDS[name]
+    result = getattr(importlib.import_module(command.module), command.function)(settings)
+    print(command.report(result))
+    stopped_by = getattr(result, "stopped_by", "")
+    return 128 + signal.Signals[stopped_by] if stopped_by in STOPPING_SIGNALS else 0
+
+
+def _is_for_user(error: Exception) -> bool:
+    """Whether the message says what the user can do; any other RuntimeError is a bug and keeps its traceback."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from torch import OutOfMemoryError
+
+    from uctrans.inference import ExportError
+    from uctrans.training import TrainingError
+
+    return isinstance(error, NotImplementedError | OutOfMemoryError | TrainingError | ExportError)
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        words: what stands after ``uctrans``; None takes it from the process.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from uctrans import __version__
+
+        print(f"uctrans {__version__}")
+        return 0
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("uctrans: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Terminated:
+        print("uctrans: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get(DEBUG_VARIABLE) or not _is_for_user(error):
+            raise
+        print(f"uctrans: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR

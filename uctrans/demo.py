@@ -1,0 +1,114 @@
+"""``uctrans demo``: the whole way from a picture to predictions, on data that needs no download, in minutes on a CPU.
+
+The picture is the immunohistochemistry photograph inside scikit-image. Its labels are made by colour deconvolution and
+thresholding, so a score here tells that everything works, and nothing about accuracy on annotated data.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+MARKER = ".uctrans-demo"
+PARTS = ("data", "run", "evaluation", "prediction")
+IMAGE_SIZE = 128  # pixels; the side of the embedded tiles, so nothing is resized
+MODEL = "uctransnet"
+
+
+class DemoError(ValueError):
+    """The demo cannot write where it was told to; the message names the remedy."""
+
+
+@dataclass
+class DemoConfig:
+    """Settings of `run_demo`.
+
+    Args:
+        output: Folder for everything; an earlier demo in it is replaced, any other folder must be empty or new.
+        epochs: Epochs of training.
+        base_channels: Channels of the network's finest scale (the published network has 64).
+        device: auto, cpu, cuda, cuda:1.
+        progress: Show a progress bar.
+    """
+
+    output: str = "demo"
+    epochs: int = 40
+    base_channels: int = 16
+    device: str = "auto"
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo left what, and the mean test Dice (None when a signal stopped the training)."""
+
+    output: Path
+    test_dice: float | None
+    stopped_by: str
+
+    def __str__(self) -> str:
+        """What to look at."""
+        if self.test_dice is None:
+            return f"Training was stopped ({self.stopped_by}); its checkpoints are in {self.output / 'run'}"
+        return "\n".join(
+            (
+                f"Mean test Dice {self.test_dice:.3f}, against labels made by colour thresholding. Look at",
+                f"  {self.output}/run/progress.png          the training curves",
+                f"  {self.output}/evaluation/metrics.csv    the scores of every test image",
+                f"  {self.output}/evaluation/figure.png     image, label and prediction side by side",
+                f"  {self.output}/prediction/               masks, and outlines over the images (*_overlay.png)",
+            )
+        )
+
+
+def run_demo(config: DemoConfig) -> DemoResult:
+    """Write the embedded dataset, train a small UCTransNet on it, evaluate, predict.
+
+    Raises:
+        DemoError: the output folder holds something else than an earlier demo.
+        ImportError: a package of the training extra is missing.
+    """
+    from uctrans.data import write_demo_dataset
+    from uctrans.inference import EvaluateConfig, PredictConfig, evaluate, predict
+    from uctrans.training import TrainConfig, train
+
+    output = _fresh_folder(Path(config.output))
+    data, run, evaluation, prediction = (output / part for part in PARTS)
+    write_demo_dataset(data)
+    print(f"Training on {data} ({data / 'README.txt'} says what the labels are).")
+    trained = train(
+        TrainConfig(
+            data=str(data),
+            output=str(run),
+            model=MODEL,
+            base_channels=config.base_channels,
+            image_size=IMAGE_SIZE,
+            epochs=config.epochs,
+            patience=config.epochs,
+            device=config.device,
+            progress=config.progress,
+        )
+    )
+    if trained.stopped_by in ("SIGINT", "SIGTERM"):
+        return DemoResult(output, None, trained.stopped_by)
+    shared = {"model": str(run), "device": config.device, "progress": config.progress}
+    scores = evaluate(EvaluateConfig(data=str(data), output=str(evaluation), **shared))
+    predict(PredictConfig(input=str(data / "test" / "images"), output=str(prediction), **shared))
+    print(scores.table())
+    return DemoResult(output, scores.mean["dice"], trained.stopped_by)
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """An empty folder: what an earlier demo left there is removed, and nothing else ever is.
+
+    Raises:
+        DemoError: the folder holds files and no mark of an earlier demo.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DemoError(f"{folder} is a file: name a folder with -o/--output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise DemoError(f"{folder} holds files that no demo wrote: name a new or empty folder with -o/--output")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("Made by `uctrans demo`, which replaces its folders here when it runs again.\n")
+    for part in PARTS:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    return folder
