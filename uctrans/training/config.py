@@ -140,8 +140,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: {value} is too small; give at least {least}")
         if not self.data or not self.output:
             raise ConfigError(f"{'output' if self.data else 'data'}: is empty; name a folder")
-        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)
-        if min(sizes) < 1:
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if self.image_size is not None and min(sizes) < 1:
             raise ConfigError(f"image_size: {self.image_size} has no pixels; give a positive size such as 224")
         if self.learning_rate <= 0 or self.min_learning_rate > self.learning_rate:
             raise ConfigError(

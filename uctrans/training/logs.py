@@ -29,6 +29,17 @@ CURVES = ("learning_rate", "train_loss", "train_dice", "val_loss", "val_dice")
 SECONDS_BETWEEN_PICTURES = 30
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write in this block into a TrainingError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be written ({error}); free space or make it writable, and continue with resume"
+        ) from error
+
+
 class SilentLog:
     """The log of the processes that write nothing."""
 
@@ -67,7 +78,7 @@ class RunLog:
         self.show = config.progress
         self.next_picture = 0.0
         import_extra("matplotlib")
-        with _writing(self.folder):
+        with writing(self.folder):
             self.rows = _trimmed_rows(self.folder / "metrics.csv", epoch)
             self.board = import_extra("torch.utils.tensorboard").SummaryWriter(
                 str(self.folder / "tensorboard"), purge_step=epoch + 1
@@ -86,14 +97,14 @@ class RunLog:
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self.bar.close()
-        with _writing(self.folder / "tensorboard"):
+        with writing(self.folder / "tensorboard"):
             self.board.close()
         if self.rows and error is None:
             draw_progress(self.rows, self.folder / "progress.png")
 
     def line(self, text: str) -> None:
         """Write a line to log.txt, and show it where progress is shown."""
-        with _writing(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with writing(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self.show:
             self.bar.write(text)
@@ -104,13 +115,13 @@ class RunLog:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Write the metrics of an epoch, one value for each of ``COLUMNS``; None where there is no value."""
-        with _writing(self.folder / "metrics.csv"), (self.folder / "metrics.csv").open("a", newline="") as file:
+        with writing(self.folder / "metrics.csv"), (self.folder / "metrics.csv").open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
         self.rows.append({name: row[name] for name in COLUMNS})
-        with _writing(self.folder / "tensorboard"):
+        with writing(self.folder / "tensorboard"):
             for name in CURVES:
                 if row[name] is not None:
                     self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
@@ -183,13 +194,3 @@ def _summary(row: dict[str, Any]) -> str:
     if row["best_epoch"]:
         parts.append(f"best {row['best_dice']:.4f} at {row['best_epoch']}")
     return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s"])
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"{path}: cannot be written ({error}); free space or make it writable, and continue with resume"
-        ) from error

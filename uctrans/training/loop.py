@@ -19,7 +19,7 @@ from uctrans.training.checkpoint import copy_checkpoint, load_checkpoint, save_c
 from uctrans.training.config import CHANGEABLE_ON_RESUME, TrainConfig, changed_fields
 from uctrans.training.distributed import Processes, processes
 from uctrans.training.errors import CheckpointError, ConfigError, TrainingError
-from uctrans.training.logs import RunLog, SilentLog
+from uctrans.training.logs import RunLog, SilentLog, writing
 from uctrans.training.run import Run
 from uctrans.training.signals import StopRequest
 from uctrans.training.step import validate
@@ -178,7 +178,8 @@ def save(run: Run, *, is_best: bool = False) -> None:
         save_checkpoint(folder / "last.pt", checkpoint)
         return
     run.validated_model.metadata = run.metadata()
-    run.validated_model.save_pretrained(folder / "best")
+    with writing(folder / "best"):
+        run.validated_model.save_pretrained(folder / "best")
     # best.pt comes first: if last.pt is not reached, the epoch is done once more and gives the same best.pt.
     save_checkpoint(folder / "best.pt", checkpoint)
     copy_checkpoint(folder / "best.pt", folder / "last.pt")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from uctrans import __version__
 from uctrans.data import get_protocol, parse_palette
 from uctrans.models.base import load_state
 from uctrans.training.build import (
@@ -127,12 +128,6 @@ class Run:
 
     def metadata(self) -> dict[str, Any]:
         """Return what is kept beside the best weights."""
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            uctrans_version = version("uctrans")
-        except PackageNotFoundError:
-            uctrans_version = None  # a checkout that is not installed
         config = self.config
         return {
             "protocol": self.protocol.name,
@@ -142,7 +137,7 @@ class Run:
             "class_names": None if config.class_names is None else list(config.class_names),
             "best_epoch": self.best_epoch,
             "best_dice": self.best_dice,
-            "uctrans_version": uctrans_version,
+            "uctrans_version": __version__,
         }
 
     def state_dict(self) -> dict[str, Any]:

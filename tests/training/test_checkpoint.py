@@ -1,0 +1,212 @@
+import errno
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import uctrans
+from uctrans.models import ModelFileError
+from uctrans.training import CheckpointError, TrainingError, load_checkpoint, train
+from uctrans.training.checkpoint import copy_checkpoint, load_weights, save_checkpoint, write_atomically
+
+ROOT = Path(uctrans.__file__).parents[1]
+
+
+@pytest.fixture
+def finished(make_config):
+    """A run of two epochs: its configuration and its folder."""
+    config = make_config(epochs=2)
+    train(config)
+    return config, Path(config.output)
+
+
+def test_checkpoint_has_the_documented_keys(finished):
+    _, folder = finished
+    checkpoint = load_checkpoint(folder / "last.pt")
+    assert checkpoint.keys() == {
+        "format", "version", "train_config", "epoch", "model", "ema", "optimizer", "scheduler", "best", "generators",
+        "sampler",
+    }  # fmt: skip
+    assert checkpoint["model"].keys() == {"name", "config", "metadata", "state"}
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["ema"] is None
+
+
+def test_load_model_reads_run_folder_and_checkpoints(finished, assert_same):
+    _, folder = finished
+    state = dict(load_checkpoint(folder / "last.pt")["model"]["state"])
+    assert_same(dict(uctrans.load_model(folder / "last.pt").state_dict()), state)
+    best = dict(load_checkpoint(folder / "best.pt")["model"]["state"])
+    assert_same(dict(uctrans.load_model(folder).state_dict()), best)
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"file: cannot be written \(no space.*free space"):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_without_permission_is_named(tmp_path):
+    def write(file):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(CheckpointError, match="make the folder writable"):
+        write_atomically(tmp_path / "file", write)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(finished, make_config, monkeypatch):
+    _, folder = finished
+    before = (folder / "last.pt").read_bytes()
+
+    def half_save(checkpoint, file):
+        file.write(before[: len(before) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", half_save)
+    with pytest.raises(
+        CheckpointError, match=r"(last|best)\.pt: cannot be written .*free space .* continue with resume"
+    ):
+        train(make_config(epochs=4, resume=True))
+    assert (folder / "last.pt").read_bytes() == before
+    assert not list(folder.glob(".*"))
+    monkeypatch.undo()
+    assert train(make_config(epochs=4, resume=True)).epochs == 4
+
+
+def test_file_size_limit_keeps_the_previous_checkpoint(finished, make_config):
+    _, folder = finished
+    before = (folder / "last.pt").read_bytes()
+    resumed = make_config(epochs=4, resume=True)
+    resumed.save_yaml(folder.parent / "resumed.yaml")
+    script = (
+        "import resource, sys\n"
+        "from uctrans.training import TrainConfig, train\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)\n"
+        "train(TrainConfig.load_yaml(sys.argv[1]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(folder.parent / "resumed.yaml")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 1
+    assert "CheckpointError" in result.stderr.splitlines()[-1]
+    assert ".pt: cannot be written" in result.stderr.splitlines()[-1]
+    assert "free space" in result.stderr.splitlines()[-1]
+    assert (folder / "last.pt").read_bytes() == before
+    assert load_checkpoint(folder / "last.pt")["epoch"] == 2
+
+
+def test_best_weights_that_cannot_be_written_are_named(make_config, monkeypatch):
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(uctrans.UNet, "save_pretrained", full)
+    with pytest.raises(TrainingError, match=r"best.*No space left.*resume"):
+        train(make_config())
+
+
+def test_copy_gives_a_second_name_that_outlives_the_first(tmp_path, monkeypatch):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+    copy_checkpoint(source, target)
+    source.unlink()
+    assert target.read_bytes() == b"new"
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    copy_checkpoint(target, source)
+    assert source.read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pt"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_truncated_checkpoint_is_named(finished, keep):
+    path = finished[1] / "last.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(CheckpointError, match=r"last\.pt.*take another checkpoint"):
+        load_checkpoint(path)
+
+
+def test_noise_is_no_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(bytes(range(256)) * 40)
+    with pytest.raises(CheckpointError, match=r"last\.pt"):
+        load_checkpoint(path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_pickled_objects_are_not_loaded(tmp_path, monkeypatch, writer):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    if writer == "torch":
+        torch.save({"format": "uctrans-checkpoint", "model": Payload()}, path)
+    else:
+        path.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(CheckpointError, match=r"last\.pt"):
+        load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "is not a checkpoint"),
+        ({"state_dict": {}}, "is not a checkpoint"),
+        ({"format": "uctrans-checkpoint", "version": 2}, "format version 2"),
+        ({"format": "uctrans-checkpoint", "version": 1, "model": None}, "lacks train_config"),
+    ],
+)
+def test_other_contents_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_weights_of_another_model_or_size_are_refused(finished):
+    saved = load_checkpoint(finished[1] / "last.pt")["model"]
+    with pytest.raises(CheckpointError, match=r"last\.pt: holds another unet \(base_channels: 2 in the file, 4 here\)"):
+        load_weights(uctrans.UNet(base_channels=4), saved, "last.pt")
+    with pytest.raises(CheckpointError, match=r"last\.pt: holds a unet, not a uctransnet; set model to unet"):
+        load_weights(uctrans.UCTransNet(base_channels=2, image_size=16), saved, "last.pt")
+    with pytest.raises(ModelFileError, match=r"last\.pt"):
+        load_weights(uctrans.UNet(base_channels=2), {**saved, "state": {}}, "last.pt")
+
+
+def test_foreign_checkpoint_in_a_run_folder_is_refused(finished, make_config):
+    _, folder = finished
+    other = make_config(output=str(folder.parent / "other"), base_channels=4)
+    train(other)
+    checkpoint = load_checkpoint(Path(other.output) / "last.pt")
+    save_checkpoint(
+        folder / "last.pt", {**checkpoint, "train_config": load_checkpoint(folder / "last.pt")["train_config"]}
+    )
+    with pytest.raises(CheckpointError, match=r"last\.pt: holds another unet"):
+        train(make_config(epochs=5, resume=True))

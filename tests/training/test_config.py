@@ -1,0 +1,123 @@
+import pytest
+import yaml
+
+from uctrans.training import ConfigError, TrainConfig
+from uctrans.training.config import changed_fields
+
+
+def test_defaults_are_the_published_protocol():
+    config = TrainConfig(data="d", output="o")
+    assert (config.protocol, config.batch_size, config.epochs, config.patience) == ("uctransnet-224", 4, 2000, 50)
+    assert (config.learning_rate, config.min_learning_rate, config.restart_period) == (1e-3, 1e-4, 10)
+    assert (config.optimizer, config.first_best_epoch, config.dice_weight) == ("adam", 6, 0.5)
+
+
+def test_yaml_there_and_back_is_the_same(tmp_path):
+    config = TrainConfig(
+        data="d",
+        output="o",
+        image_size=(32, 48),
+        classes=2,
+        class_names=("background", "cell"),
+        model_options={"num_layers": 2},
+        palette=((0, 0, 0), (255, 0, 0)),
+        threads=2,
+    )
+    config.save_yaml(tmp_path / "config.yaml")
+    assert TrainConfig.load_yaml(tmp_path / "config.yaml") == config
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.yaml"]
+
+
+def test_dict_holds_plain_values_only():
+    values = TrainConfig(data="d", output="o", image_size=(32, 48)).to_dict()
+    assert yaml.safe_load(yaml.safe_dump(values)) == values
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: d\noutput: o\nlearning_rate: 2e-3\nmin_learning_rate: 0\n")
+    assert TrainConfig.load_yaml(path).learning_rate == 0.002
+
+
+def test_model_options_may_be_json():
+    assert TrainConfig(data="d", output="o", model_options='{"num_layers": 2}').model_options == {"num_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data", ""),
+        ("output", ""),
+        ("data", 3),
+        ("epochs", 0),
+        ("epochs", "ten"),
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("batch_size", 0),
+        ("learning_rate", 0),
+        ("learning_rate", "fast"),
+        ("learning_rate", float("nan")),
+        ("learning_rate", 1e-5),
+        ("min_learning_rate", -1),
+        ("restart_period", 0),
+        ("patience", 0),
+        ("first_best_epoch", 0),
+        ("val_every", 0),
+        ("save_every", 0),
+        ("optimizer", "sgd"),
+        ("amp", "fp16"),
+        ("channel_order", "gbr"),
+        ("ema_decay", 1.0),
+        ("ema_decay", -0.1),
+        ("image_size", 0),
+        ("image_size", (32, 0)),
+        ("image_size", (1, 2, 3)),
+        ("classes", 0),
+        ("class_names", ("a", "b")),
+        ("base_channels", 0),
+        ("model_options", "{num_layers"),
+        ("model_options", "[1]"),
+        ("model_options", 3),
+        ("fold", 0),
+        ("threads", 0),
+        ("resume", "yes"),
+        ("weight_decay", -1.0),
+        ("seed", -1),
+    ],
+)
+def test_unusable_values_are_refused_by_name(field, value):
+    with pytest.raises(ConfigError, match=rf"^{field}: .*(give|choose|name|raise|write|lower)"):
+        TrainConfig(**{"data": "d", "output": "o", field: value})
+
+
+def test_loss_weights_that_are_both_zero_are_refused():
+    with pytest.raises(ConfigError, match="dice_weight"):
+        TrainConfig(data="d", output="o", dice_weight=0, cross_entropy_weight=0)
+
+
+def test_unknown_field_suggests_the_nearest(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: d\noutput: o\nlearnig_rate: 1\n")
+    with pytest.raises(ConfigError, match=r"learnig_rate.*config\.yaml.*did you mean learning_rate"):
+        TrainConfig.load_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["data: [", "just words", "- a\n- b", "", "output: o"])
+def test_files_that_hold_no_configuration_are_named(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        TrainConfig.load_yaml(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
+        TrainConfig.load_yaml(tmp_path / "nothing.yaml")
+
+
+def test_changed_fields_leave_out_what_may_change():
+    before = TrainConfig(data="d", output="o", seed=1).to_dict()
+    now = TrainConfig(
+        data="d", output="p", seed=2, epochs=5, patience=7, device="cpu", threads=1, resume=True
+    ).to_dict()
+    assert changed_fields(before, now) == ["seed: 1 -> 2"]
