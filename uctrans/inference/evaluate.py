@@ -117,9 +117,7 @@ class EvaluationResult:
         lines.append(f"{len(self.rows)} images")
         undefined = len(self.rows) - self.count["hd95"]
         if undefined:
-            lines.append(
-                f"HD95 is undefined for {undefined} of them (truth or prediction empty) and left out of its mean."
-            )
+            lines.append(f"HD95 is undefined for {undefined} of {len(self.rows)} images: truth or prediction is empty")
         return "\n".join(lines)
 
 

@@ -229,8 +229,8 @@ class Predictor:
             float32 ``(P, H, W)`` on the predictor's device.
         """
         is_resized = self.resolution == "protocol"
-        seen = self.protocol.resize_image(image) if is_resized else np.ascontiguousarray(image)
-        pixels = torch.from_numpy(seen).permute(2, 0, 1).unsqueeze(0)
+        seen = self.protocol.resize_image(image) if is_resized else image
+        pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).unsqueeze(0)
         return enlarge(self.probabilities(pixels, tiled=not is_resized), image.shape[:2])[0]
 
 
@@ -243,6 +243,5 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
     """
     resolve_device(settings.get("device", "auto"))
     model = uctrans.load_model(path)
-    if backend != "auto":
-        uctrans.set_backend(model, backend)
+    uctrans.set_backend(model, backend)
     return Predictor(model, **settings)

@@ -1,0 +1,150 @@
+"""Evaluation on data whose scores are known."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from skimage.io import imread, imsave
+
+import uctrans
+from uctrans.data import DataError
+from uctrans.inference import EvaluateConfig, InferenceError, evaluate
+
+
+def config(dataset, tmp_path, **settings):
+    return EvaluateConfig("model", str(dataset), str(tmp_path / "scores"), device="cpu", progress=False, **settings)
+
+
+@pytest.mark.parametrize("size", ["protocol", "native"])
+def test_known_scores(size, brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    result = evaluate(config(dataset, tmp_path, size=size))
+    assert [row["name"] for row in result.rows] == ["all", "half", "none"]
+    assert [row["dice"] for row in result.rows] == pytest.approx([1, 2 / 3, 0])
+    assert [row["iou"] for row in result.rows] == pytest.approx([1, 1 / 2, 0])
+    assert [row["hd95"] for row in result.rows] == pytest.approx([0, 4, math.nan], nan_ok=True)
+    assert result.mean == pytest.approx({"dice": 5 / 9, "iou": 0.5, "hd95": 2})
+    assert result.deviation["dice"] == pytest.approx(np.std([1, 2 / 3, 0], ddof=1))
+    assert result.count == {"dice": 3, "iou": 3, "hd95": 2}
+
+
+def test_files(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model(metadata={"best_epoch": 7}))
+    result = evaluate(config(dataset, tmp_path))
+    assert {path.name for path in result.output.iterdir()} == {"metrics.csv", "summary.json", "figure.png"}
+    with (result.output / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["name", "dice", "iou", "hd95"]
+    assert rows[1] == {"name": "half", "dice": "0.666667", "iou": "0.500000", "hd95": "4.000000"}
+    assert rows[2]["hd95"] == "nan"
+    summary = json.loads((result.output / "summary.json").read_text())
+    assert summary["images"] == 3
+    assert summary["mean"]["dice"] == pytest.approx(5 / 9)
+    assert summary["hd95_undefined"] == 1
+    assert summary["settings"]["split"] == "test"
+    assert summary["model"]["metadata"] == {"best_epoch": 7}
+    assert imread(result.output / "figure.png").shape[2] >= 3
+
+
+def test_table(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    lines = str(evaluate(config(dataset, tmp_path))).splitlines()
+    assert lines[0].split() == ["Dice", "IoU", "HD95", "(px)"]
+    assert lines[2].split() == ["half", "0.6667", "0.5000", "4.00"]
+    assert lines[5].split() == ["mean", "0.5556", "0.5000", "2.00"]
+    assert lines[6].startswith("standard deviation")
+    assert "HD95 is undefined for 1 of 3" in lines[-1]
+
+
+def test_native_scores_are_against_the_mask_as_it_is(brightness_model, use_model, dataset, tmp_path):
+    """A model at 8 pixels cannot draw an object of one pixel; at the protocol's size the mask loses it as well."""
+    use_model(brightness_model(image_size=8))
+    for path in dataset.glob("test/*/*.png"):
+        path.unlink()
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+    image[4:12, 4:12] = 255
+    mask = image[..., 0].copy()
+    mask[4:12, 12] = 255
+    imsave(dataset / "test/images/a.png", image, check_contrast=False)
+    imsave(dataset / "test/masks/a.png", mask, check_contrast=False)
+    at_protocol = evaluate(config(dataset, tmp_path, size="protocol"))
+    at_native = evaluate(config(dataset, tmp_path, size="native", resolution="native", overwrite=True))
+    assert at_protocol.mean["dice"] == pytest.approx(2 * 16 / (16 + 20))  # the mask's rim counts as foreground
+    assert at_native.mean["dice"] == pytest.approx(2 * 64 / (64 + 72))
+
+
+def test_several_classes(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model(classes=3, metadata={"class_names": ["background", "nucleus", "stroma"]}))
+    labels = np.zeros((16, 16), dtype=np.uint8)
+    labels[:8], labels[8:12] = 1, 2
+    for name in ("all", "half", "none"):
+        imsave(dataset / f"test/masks/{name}.png", labels, check_contrast=False)
+        shown = np.array([20, 127, 240], dtype=np.uint8)[labels if name == "all" else np.minimum(labels, 1)]
+        imsave(dataset / f"test/images/{name}.png", shown[..., None].repeat(3, -1), check_contrast=False)
+    result = evaluate(config(dataset, tmp_path))
+    half = result.rows[1]
+    assert (half["dice_nucleus"], half["dice_stroma"]) == (pytest.approx(2 * 8 / (8 + 12)), 0)
+    assert half["dice"] == pytest.approx(0.4)
+    assert math.isnan(half["hd95_stroma"])
+    assert half["hd95"] == half["hd95_nucleus"]
+    assert result.rows[0]["dice"] == 1
+    assert any(line.startswith("mean, stroma") for line in str(result).splitlines())
+
+
+def test_batches_do_not_change_scores(unet_folder, dataset, tmp_path):
+    settings = {"device": "cpu", "progress": False}
+    single = evaluate(EvaluateConfig(str(unet_folder), str(dataset), str(tmp_path / "a"), batch_size=1, **settings))
+    batched = evaluate(EvaluateConfig(str(unet_folder), str(dataset), str(tmp_path / "b"), batch_size=3, **settings))
+    assert [row["dice"] for row in single.rows] == pytest.approx([row["dice"] for row in batched.rows])
+
+
+def test_an_evaluation_is_not_replaced_unasked(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    evaluate(config(dataset, tmp_path))
+    written = (tmp_path / "scores/metrics.csv").read_bytes()
+    use_model(brightness_model(classes=1, image_size=8))
+    with pytest.raises(InferenceError, match="set overwrite"):
+        evaluate(config(dataset, tmp_path))
+    assert (tmp_path / "scores/metrics.csv").read_bytes() == written
+    evaluate(config(dataset, tmp_path, threshold=0.3, overwrite=True))
+    assert json.loads((tmp_path / "scores/summary.json").read_text())["settings"]["threshold"] == 0.3
+
+
+def test_bad_data(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model(classes=2))
+    with pytest.raises(DataError, match="label values 255"):
+        evaluate(config(dataset, tmp_path))
+    use_model(brightness_model())
+    with pytest.raises(DataError, match="split"):
+        evaluate(config(dataset, tmp_path, split="val"))
+    (dataset / "test/masks/half.png").unlink()
+    with pytest.raises(DataError, match="half"):
+        evaluate(config(dataset, tmp_path))
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": "full"}, "size must be"),
+        ({"threshold": 1.0}, "threshold must lie between"),
+        ({"resolution": "native"}, "set size to native"),
+        ({"tta": "all"}, "tta must be"),
+    ],
+)
+def test_bad_settings(settings, message, brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    with pytest.raises(InferenceError, match=message):
+        evaluate(config(dataset, tmp_path, **settings))
+
+
+def test_bad_paths(dataset, tmp_path):
+    with pytest.raises(uctrans.ModelFileError, match="nowhere"):
+        evaluate(EvaluateConfig(str(tmp_path / "nowhere"), str(dataset), str(tmp_path / "scores"), device="cpu"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InferenceError, match="is a file"):
+        evaluate(EvaluateConfig("model", str(dataset), str(tmp_path / "file")))
+    with pytest.raises(InferenceError, match="No output folder"):
+        evaluate(EvaluateConfig("model", str(dataset), ""))

@@ -1,0 +1,89 @@
+"""Overlays, difference pictures and the comparison figure."""
+
+import numpy as np
+import pytest
+from skimage.io import imread
+
+from uctrans.inference.figures import ComparisonRow, choose_rows, comparison_figure
+from uctrans.inference.overlays import (
+    CLASS_COLOURS,
+    DIFFERENCES,
+    class_colours,
+    colour_labels,
+    differences,
+    outlines,
+    overlay,
+)
+
+
+def test_outlines_are_the_rim_of_each_class():
+    labels = np.zeros((9, 12), dtype=np.uint8)
+    labels[2:7, 2:6], labels[2:7, 6:10] = 1, 2
+    rim = outlines(labels)
+    assert rim[4].tolist() == [0, 0, 1, 0, 0, 1, 2, 0, 0, 2, 0, 0]
+    assert (rim[labels == 0] == 0).all()
+
+
+def test_outlines_widen_with_the_image():
+    labels = np.zeros((1000, 1000), dtype=np.uint8)
+    labels[300:700, 300:700] = 3
+    assert np.flatnonzero(outlines(labels)[500]).tolist() == [299, 300, 301, 698, 699, 700]
+    assert set(np.unique(outlines(labels))) == {0, 3}
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_uniform_masks_have_no_outline(value):
+    image = np.full((6, 7, 3), 9, dtype=np.uint8)
+    assert np.array_equal(overlay(image, np.full((6, 7), value, dtype=np.uint8), class_colours(1)), image)
+
+
+def test_overlay_colours_and_leaves_its_input():
+    image, labels = np.zeros((5, 5, 3), dtype=np.uint8), np.zeros((5, 5), dtype=np.uint8)
+    labels[2, 2] = 2
+    picture = overlay(image, labels, class_colours(3))
+    assert tuple(picture[2, 2]) == CLASS_COLOURS[1]
+    assert picture.dtype == np.uint8
+    assert not image.any()
+
+
+def test_colours():
+    assert class_colours(1).tolist() == [[0, 0, 0], list(CLASS_COLOURS[0])]
+    assert class_colours(20).shape == (20, 3)
+    assert class_colours(2, ["#000000", "#0a0b0c"]).tolist() == [[0, 0, 0], [10, 11, 12]]
+    assert colour_labels(np.array([[1, 0]]), class_colours(2, [[0, 0, 0], [1, 2, 3]])).tolist() == [
+        [[1, 2, 3], [0, 0, 0]]
+    ]
+
+
+def test_differences():
+    truth, prediction = np.array([[0, 1, 0, 1, 1]], dtype=np.uint8), np.array([[0, 1, 1, 0, 2]], dtype=np.uint8)
+    expected = [(0, 0, 0), *(DIFFERENCES[f"{kind}"] for kind in DIFFERENCES)]
+    assert [tuple(pixel) for pixel in differences(prediction, truth)[0]] == expected
+
+
+def test_rows_are_the_best_the_median_and_the_worst():
+    dice = [place / 10 for place in range(9)]
+    assert choose_rows(dice) == [(8, "best"), (7, "best"), (5, "median"), (4, "median"), (1, "worst"), (0, "worst")]
+    assert choose_rows([0.1, 0.9, 0.5]) == [(1, "best"), (2, "median"), (0, "worst")]
+    assert choose_rows([0.3]) == [(0, "")]
+    assert [position for position, _ in choose_rows([0.5] * 4)] == [0, 1, 2, 3]
+
+
+def row(height=20, width=30, **values):
+    labels = np.zeros((height, width), dtype=np.uint8)
+    labels[: height // 2] = 1
+    image = np.full((height, width, 3), 200, dtype=np.uint8)
+    return ComparisonRow("name" * 20, image, labels, labels, 0.5)._replace(**values)
+
+
+def test_figure(tmp_path):
+    comparison_figure(tmp_path / "one.png", [row()], class_colours(1))
+    comparison_figure(tmp_path / "two.png", [row(), row(50, 20)], class_colours(3), ["nucleus", "stroma"])
+    one, two = imread(tmp_path / "one.png"), imread(tmp_path / "two.png")
+    assert two.shape[0] > one.shape[0]
+    assert two.shape[1] == one.shape[1]
+    true_positive = (one[..., :3] == DIFFERENCES["true positive"]).all(-1)
+    assert true_positive.mean() > 0.02
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+    with pytest.raises(ValueError, match="at least one row"):
+        comparison_figure(tmp_path / "none.png", [], class_colours(1))

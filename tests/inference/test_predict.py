@@ -1,0 +1,166 @@
+"""Prediction on image files: what is written, and what is refused before anything is."""
+
+import numpy as np
+import pytest
+from skimage.io import imread, imsave
+
+import uctrans
+from uctrans.data import DataError
+from uctrans.inference import InferenceError, PredictConfig, PredictionError, predict
+
+SQUARE = np.zeros((20, 30, 3), dtype=np.uint8)
+SQUARE[5:15, 10:20] = 255
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    imsave(folder / "square.png", SQUARE, check_contrast=False)
+    imsave(folder / "wide.tif", np.full((8, 40), 255, dtype=np.uint8), check_contrast=False)
+    imsave(folder / "dot.png", np.zeros((1, 1, 3), dtype=np.uint8), check_contrast=False)
+    return folder
+
+
+def config(source, tmp_path, **settings):
+    settings = {"device": "cpu", "progress": False, "resolution": "native", **settings}
+    return PredictConfig("model", str(source), str(tmp_path / "masks"), **settings)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_masks_and_overlays(brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    written = predict(config(images, tmp_path))
+    out = tmp_path / "masks"
+    assert names(out) == sorted(path.name for path in written)
+    assert names(out) == [f"{name}{end}.png" for name in ("dot", "square", "wide") for end in ("", "_overlay")]
+    mask = imread(out / "square.png")
+    assert mask.dtype == np.uint8
+    assert np.array_equal(mask, SQUARE[..., 0])
+    assert imread(out / "dot.png").shape == (1, 1)
+    assert (imread(out / "wide.png") == 255).all()
+    changed = (imread(out / "square_overlay.png") != SQUARE).any(-1)
+    rim = (SQUARE[..., 0] > 0).copy()
+    rim[6:14, 11:19] = False
+    assert np.array_equal(changed, rim)
+
+
+def test_one_image(brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    written = predict(config(images / "wide.tif", tmp_path))
+    assert [path.name for path in written] == ["wide.png", "wide_overlay.png"]
+
+
+@pytest.mark.parametrize("resolution", ["protocol", "native"])
+def test_a_real_model_on_every_size(resolution, unet_folder, images, tmp_path):
+    settings = {"device": "cpu", "resolution": resolution, "tta": "d4", "tile": 16, "probability": "npy"}
+    predict(PredictConfig(str(unet_folder), str(images), str(tmp_path / "masks"), **settings))
+    for name, shape in {"square": (20, 30), "wide": (8, 40), "dot": (1, 1)}.items():
+        assert imread(tmp_path / f"masks/{name}.png").shape == shape
+        probabilities = np.load(tmp_path / f"masks/{name}_probability.npy")
+        assert probabilities.shape == (1, *shape)
+        assert probabilities.dtype == np.float32
+        assert np.array_equal(imread(tmp_path / f"masks/{name}.png") == 255, probabilities[0] > 0.5)
+
+
+def test_probability_picture(brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    predict(config(images, tmp_path, probability="png"))
+    assert np.array_equal(imread(tmp_path / "masks/square_probability.png"), SQUARE[..., 0])
+
+
+def test_label_indices_and_palette_colours(brightness_model, use_model, tmp_path):
+    shades = np.array([[20, 127, 240]], dtype=np.uint8)[..., None].repeat(3, -1)
+    imsave(tmp_path / "shades.png", shades, check_contrast=False)
+    use_model(brightness_model(classes=3))
+    predict(config(tmp_path / "shades.png", tmp_path, probability="png"))
+    assert imread(tmp_path / "masks/shades.png").tolist() == [[0, 1, 2]]
+    assert imread(tmp_path / "masks/shades_probability.png").tolist() == [[0, 255, 255]]
+    use_model(brightness_model(classes=3, metadata={"palette": ["#000000", "#ff0000", "#0000ff"]}))
+    predict(config(tmp_path / "shades.png", tmp_path, overwrite=True))
+    assert imread(tmp_path / "masks/shades.png").tolist() == [[[0, 0, 0], [255, 0, 0], [0, 0, 255]]]
+
+
+def test_a_damaged_image_does_not_stop_the_others(brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    (images / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(PredictionError, match=r"broken\.png") as caught:
+        predict(config(images, tmp_path))
+    assert list(caught.value.failures) == [images / "broken.png"]
+    assert len(caught.value.written) == 6
+    assert names(tmp_path / "masks") == sorted(path.name for path in caught.value.written)
+
+
+def test_existing_files_are_kept(brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/square.png").write_bytes(b"mine")
+    with pytest.raises(InferenceError, match=r"square\.png.*set overwrite"):
+        predict(config(images, tmp_path))
+    assert names(tmp_path / "masks") == ["square.png"]
+    assert (tmp_path / "masks/square.png").read_bytes() == b"mine"
+    predict(config(images, tmp_path, overwrite=True))
+    assert imread(tmp_path / "masks/square.png").shape == (20, 30)
+
+
+def test_two_images_of_one_name(brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    imsave(images / "square.tif", SQUARE, check_contrast=False)
+    with pytest.raises(DataError, match=r"square\.tif"):
+        predict(config(images, tmp_path))
+    (images / "square.tif").unlink()
+    imsave(images / "square_overlay.png", SQUARE, check_contrast=False)
+    with pytest.raises(InferenceError, match=r"both write square_overlay\.png"):
+        predict(config(images, tmp_path))
+    assert not (tmp_path / "masks").exists()
+
+
+@pytest.mark.parametrize("source", ["images", "images/square.png"])
+def test_the_folder_of_the_images_is_no_output(source, brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    before = names(images)
+    with pytest.raises(InferenceError, match="holds the images themselves"):
+        predict(PredictConfig("model", str(tmp_path / source), str(images / "../images"), overwrite=True))
+    assert names(images) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"probability": "jpg"}, "probability must be"),
+        ({"threshold": 0.0}, "threshold must lie between"),
+        ({"tta": "all"}, "tta must be"),
+        ({"resolution": "full"}, "resolution must be"),
+    ],
+)
+def test_bad_settings(settings, message, brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    with pytest.raises(InferenceError, match=message):
+        predict(config(images, tmp_path, **settings))
+    assert not (tmp_path / "masks").exists()
+
+
+def test_bad_paths(images, tmp_path):
+    with pytest.raises(DataError, match="nothing-here"):
+        predict(config(tmp_path / "nothing-here", tmp_path))
+    with pytest.raises(uctrans.ModelFileError, match="model"):
+        predict(config(images, tmp_path))
+    with pytest.raises(InferenceError, match="is a file"):
+        predict(PredictConfig("model", str(images), str(images / "dot.png")))
+
+
+def test_a_failed_write_leaves_no_part_of_a_file(brightness_model, use_model, images, tmp_path, monkeypatch):
+    import skimage.io
+
+    def fail(path, *args, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    use_model(brightness_model())
+    monkeypatch.setattr(skimage.io, "imsave", fail)
+    with pytest.raises(OSError, match="disk full"):
+        predict(config(images, tmp_path))
+    assert names(tmp_path / "masks") == []
