@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..kernels import resolve_backend
@@ -50,8 +51,8 @@ class Reconstruct(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, C, rows, columns) -> (B, C, rows, columns), times ``patch_size`` on the reference path."""
         if resolve_backend(self.backend) == "reference":
-            tokens = F.interpolate(tokens, scale_factor=self.patch_size, mode="nearest")
-            return F.relu(self.norm(self.conv(tokens)))
+            upsampled = F.interpolate(tokens.contiguous(), scale_factor=self.patch_size, mode="nearest")
+            return F.relu(self.norm(self.conv(upsampled)))
         return F.relu(self._norm_as_if_upsampled(self.conv(tokens)))
 
     def _norm_as_if_upsampled(self, tokens: Tensor) -> Tensor:
@@ -62,14 +63,14 @@ class Reconstruct(nn.Module):
             # A single value has no unbiased variance to correct, so this one case is normalised at full size.
             upsampled = norm(F.interpolate(tokens, scale_factor=self.patch_size, mode="nearest"))
             return upsampled[:, :, :1, :1]
-        before = norm.running_var.clone()
-        normalised = norm(tokens)
-        # Batch norm wrote (1 - m) before + m v n/(n-1); upsampled maps would give n'/(n'-1) in place of n/(n-1).
+        # Autograd holds on to the buffer that batch norm updates, so batch norm is given a copy of it. It writes
+        # (1 - m) old + m v n/(n-1) there; upsampled maps would give n'/(n'-1) in place of n/(n-1).
+        updated = norm.running_var.clone()
+        normalised = functional_call(norm, {"running_var": updated}, (tokens,))
         count = tokens.shape[0] * tokens.shape[2] * tokens.shape[3] * _processes(norm)
         upsampled_count = count * self.patch_size**2
         correction = (count - 1) / count * upsampled_count / (upsampled_count - 1)
-        kept = 1 - norm.momentum
-        norm.running_var.mul_(correction).add_(before, alpha=kept * (1 - correction))
+        norm.running_var.mul_((1 - norm.momentum) * (1 - correction)).add_(updated, alpha=correction)
         return normalised
 
 
