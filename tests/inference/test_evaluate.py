@@ -50,7 +50,7 @@ def test_files(brightness_model, use_model, dataset, tmp_path):
 
 def test_table(brightness_model, use_model, dataset, tmp_path):
     use_model(brightness_model())
-    lines = str(evaluate(config(dataset, tmp_path))).splitlines()
+    lines = evaluate(config(dataset, tmp_path)).table().splitlines()
     assert lines[0].split() == ["Dice", "IoU", "HD95", "(px)"]
     assert lines[2].split() == ["half", "0.6667", "0.5000", "4.00"]
     assert lines[5].split() == ["mean", "0.5556", "0.5000", "2.00"]
@@ -90,7 +90,7 @@ def test_several_classes(brightness_model, use_model, dataset, tmp_path):
     assert math.isnan(half["hd95_stroma"])
     assert half["hd95"] == half["hd95_nucleus"]
     assert result.rows[0]["dice"] == 1
-    assert any(line.startswith("mean, stroma") for line in str(result).splitlines())
+    assert any(line.startswith("mean, stroma") for line in result.table().splitlines())
 
 
 def test_batches_do_not_change_scores(unet_folder, dataset, tmp_path):

@@ -94,9 +94,6 @@ class EvaluationResult:
     count: dict[str, int]
     output: Path
 
-    def __str__(self) -> str:
-        return self.table()
-
     def table(self) -> str:
         """The scores as plain text: a line an image (the first where there are many), then mean and deviation."""
         names = [row["name"] for row in self.rows[:TABLE_ROWS]]

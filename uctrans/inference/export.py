@@ -69,7 +69,7 @@ class ExportConfig:
     overwrite: bool = False
 
 
-class ExportError(RuntimeError):
+class ExportError(InferenceError):
     """An exported program does not compute what the model computes; nothing was written."""
 
 
