@@ -145,8 +145,8 @@ def _drop(attention: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     dropped_levels = round(dropout_p * LANE_LEVELS)
     if dropped_levels == 0:
         return attention, 1.0
-    draws = torch.empty(-(-attention.numel() // LANES), dtype=torch.int64, device=attention.device)
-    lanes = draws.random_(-(2**63), None).view(torch.int16)[: attention.numel()].view(attention.shape)
+    draws = torch.randint(-(2**63), 2**63 - 1, (-(-attention.numel() // LANES),), device=attention.device)
+    lanes = draws.view(torch.int16)[: attention.numel()].view(attention.shape)
     keep = lanes >= dropped_levels - LANE_LEVELS // 2
     return attention * keep, LANE_LEVELS / (LANE_LEVELS - dropped_levels)
 
