@@ -7,11 +7,19 @@ from typing import Any
 
 ROOT = Path(__file__).parent
 
+
+class _Kernels:
+    """Finds uctrans.kernels where unpacking an archive turned the link uctrans/kernels into a text file."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "uctrans.kernels":
+            return None
+        return importlib.util.spec_from_file_location(name, ROOT / "kernels/__init__.py")
+
+
 if not (ROOT / "uctrans/kernels").is_dir():
-    # Unpacking an archive of the repository can turn the link uctrans/kernels into a text file: load what it points to.
-    _spec = importlib.util.spec_from_file_location("uctrans.kernels", ROOT / "kernels/__init__.py")
-    sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_spec.name])
+    sys.meta_path.append(_Kernels)
 
 from uctrans import SegmentationModel, create_model, load_model  # noqa: E402 - after the link is mended
 

@@ -2,7 +2,7 @@
 
 import os
 
-# Read when the libraries load, so they come before the first import of torch and matplotlib; child processes inherit them.
+# Read when torch and matplotlib load, so they come before the first import of either; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

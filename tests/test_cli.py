@@ -1,0 +1,242 @@
+"""The command line: what it prints, what it refuses, and how it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from uctrans import __version__, cli
+from uctrans.data import write_demo_dataset
+from uctrans.demo import DemoConfig, DemoError, run_demo
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--base-channels", "2", "--image-size", "32", "--batch-size", "5", "--threads", "1", "--no-progress")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_demo_dataset(tmp_path_factory.mktemp("demo") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert cli.main(["train", "-i", str(data), "-o", str(folder), "--epochs", "1", *TINY]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """main() takes over SIGTERM; give it back."""
+    previous = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+def error_of(capsys, *words):
+    """The one line on stderr with which ``uctrans *words`` ends."""
+    assert cli.main([str(word) for word in words]) == cli.USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("uctrans: error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_overview_names_every_command(words, capsys):
+    assert cli.main(words) == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in cli.COMMANDS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"uctrans {__version__}\n"
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_explains_every_setting(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*name.split(), "--help"])
+    assert ended.value.code == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "examples: uctrans" in output
+    assert "-o PATH" in output
+    assert re.findall(r"--\w+ \S+ \(type:", output) == [], "settings without an explanation"
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_examples_parse(name):
+    for example in cli.COMMANDS[name].examples:
+        if "--config" not in example:
+            assert cli.parse(example.split()[1:])[0] == name
+
+
+def test_hyphens_and_switches():
+    base = ["train", "-i", "data", "-o", "run"]
+    assert cli.parse([*base, "--base-channels", "3"])[1].base_channels == 3
+    assert cli.parse([*base, "--base_channels=3"])[1].base_channels == 3
+    assert cli.parse([*base, "--resume"])[1].resume is True
+    assert cli.parse([*base, "--resume", "--seed", "3"])[1].resume is True
+    assert cli.parse([*base, "--resume", "false"])[1].resume is False
+    assert cli.parse([*base, "--no-progress"])[1].progress is False
+
+
+def test_values_of_every_kind():
+    words = ["-i", "data", "-o", "run", "--image-size", "[64,96]", "--class-names", "[cell]", "--learning-rate", "1e-4"]
+    settings = cli.parse(["train", *words, "--model-options", '{"num_layers": 2}'])[1]
+    assert settings.image_size == (64, 96)
+    assert settings.class_names == ("cell",)
+    assert settings.learning_rate == 1e-4
+    assert settings.model_options == {"num_layers": 2}
+
+
+def test_a_flag_wins_over_the_config_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("data: folder\nepochs: 5\nseed: 4\n")
+    settings = cli.parse(["train", "--config", str(file), "-o", "run", "--seed", "9"])[1]
+    assert (settings.data, settings.output, settings.epochs, settings.seed) == ("folder", "run", 5, 9)
+
+
+def test_a_runs_config_repeats_it(trained, tmp_path):
+    written = yaml.safe_load((trained / "config.yaml").read_text())
+    settings = cli.parse(["train", "--config", str(trained / "config.yaml")])[1]
+    assert settings.to_dict() == written
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("epoch: 3", "epoch"), ("- 1\n- 2", "config"), ("epochs: [", "config"), ("epochs: many", "epochs")],
+)
+def test_a_bad_config_file(content, named, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    assert named in error_of(capsys, "train", "-i", "data", "-o", tmp_path / "run", "--config", file)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("bogus", "no such command: bogus"),
+        ("prepare", "prepare monuseg"),
+        ("prepare camelyon", "prepare monuseg"),
+        ("train", "data, output"),
+        ("train -i data -o run --epoch 3", "--epoch 3"),
+        ("train -i data -o run --epochs many", "epochs"),
+        ("train -i data -o run --epochs 0", "epochs"),
+        ("train -i data -o run --config nowhere.yaml", "nowhere.yaml"),
+        ("train -i nowhere -o run", "nowhere"),
+        ("train -i data -o run --model resnet", "resnet"),
+        ("evaluate -i data -o scores --model nowhere", "nowhere"),
+        ("predict -i nowhere -o masks --model nowhere", "nowhere"),
+        ("export --model nowhere -o exported", "nowhere"),
+        ("prepare monuseg -i nowhere --images nowhere -o out", "nowhere"),
+        ("benchmark --device tpu", "tpu"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, named, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(data)
+    assert named in error_of(capsys, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OSError(28, "No space left on device", "run/last.pt"), "No space left on device: 'run/last.pt'"),
+        (FileExistsError(17, "File exists", "run"), "File exists"),
+        (ImportError('pip install "uctrans[training]"'), 'pip install "uctrans[training]"'),
+        (ValueError("two\nlines"), "two lines"),
+        (NotImplementedError("no Triton operators yet"), "no Triton operators yet"),
+    ],
+)
+def test_errors_the_user_can_mend(error, shown, monkeypatch, capsys):
+    def fail(settings):
+        raise error
+
+    monkeypatch.setattr("uctrans.benchmark.benchmark", fail)
+    assert shown in error_of(capsys, "benchmark")
+    monkeypatch.setenv("UCTRANS_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["benchmark"])
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(settings):
+        raise RuntimeError("the tensors disagree")
+
+    monkeypatch.setattr("uctrans.benchmark.benchmark", fail)
+    with pytest.raises(RuntimeError, match="disagree"):
+        cli.main(["benchmark"])
+
+
+def test_without_jsonargparse(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert 'pip install "uctrans[training]"' in error_of(capsys, "train", "-i", "data", "-o", "run")
+    assert cli.main(["--help"]) == 0
+
+
+@pytest.mark.parametrize(("stopped_by", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("epochs", 0)])
+def test_a_run_that_a_signal_stopped_says_so_in_its_status(stopped_by, status, monkeypatch):
+    run = SimpleNamespace(run_folder="run", best_epoch=1, best_score=0.5, epochs=1, stopped_by=stopped_by)
+    monkeypatch.setattr("uctrans.training.train", lambda settings: run)
+    assert cli.main(["train", "-i", "data", "-o", "run"]) == status
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_training_with_a_checkpoint(number, status, data, tmp_path):
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "uctrans", "train", "-i", data, "-o", run, "--epochs", "2000", *TINY]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert (run / "last.pt").exists()
+    assert "Traceback" not in errors
+
+
+def test_train_evaluate_predict(trained, data, tmp_path, capsys):
+    assert (trained / "best" / "model.safetensors").exists()
+    scores, masks = tmp_path / "scores", tmp_path / "masks"
+    assert cli.main(["evaluate", "-i", str(data), "-o", str(scores), "--model", str(trained)]) == 0
+    assert "mean" in capsys.readouterr().out
+    assert {path.name for path in scores.iterdir()} == {"metrics.csv", "summary.json", "figure.png"}
+    images = data / "test" / "images"
+    assert cli.main(["predict", "-i", str(images), "-o", str(masks), "--model", str(trained)]) == 0
+    assert "Wrote 6 files" in capsys.readouterr().out
+    assert {path.name for path in images.iterdir()} < {path.name for path in masks.iterdir()}
+
+
+def test_the_demo_leaves_everything_it_names_and_runs_again(tmp_path):
+    folder = tmp_path / "demo"
+    config = DemoConfig(output=str(folder), epochs=1, base_channels=2, progress=False)
+    for _ in range(2):
+        result = run_demo(config)
+        assert 0 <= result.test_dice <= 1
+        named = [line.split()[0] for line in str(result).splitlines()[1:]]
+        assert len(named) == 4
+        assert all(Path(path).exists() for path in named)
+
+
+def test_the_demo_touches_no_other_folder(tmp_path):
+    kept = tmp_path / "run" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    with pytest.raises(DemoError, match=str(tmp_path)):
+        run_demo(DemoConfig(output=str(tmp_path), epochs=1))
+    assert kept.read_text() == "mine"
+    with pytest.raises(DemoError, match="is a file"):
+        run_demo(DemoConfig(output=str(kept), epochs=1))
