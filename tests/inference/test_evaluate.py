@@ -44,6 +44,7 @@ def test_files(brightness_model, use_model, dataset, tmp_path):
     assert summary["mean"]["dice"] == pytest.approx(5 / 9)
     assert summary["hd95_undefined"] == 1
     assert summary["settings"]["split"] == "test"
+    assert summary["protocol"] == {"name": "uctransnet-224", "image_size": [16, 16], "channel_order": "rgb"}
     assert summary["model"]["metadata"] == {"best_epoch": 7}
     assert imread(result.output / "figure.png").shape[2] >= 3
 

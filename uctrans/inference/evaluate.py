@@ -247,7 +247,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             "count": count,
             "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
             "settings": dataclasses.asdict(config),
-            "protocol": {"name": predictor.protocol.name, "channel_order": predictor.protocol.channel_order},
+            "protocol": dataclasses.asdict(predictor.protocol),
             "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
             "torch_version": torch.__version__,
         },
