@@ -16,8 +16,8 @@ def check_backend(backend: str) -> str:
 def resolve_backend(backend: str) -> str:
     """Turn a requested backend into the one that runs.
 
-    ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set, and by ``composed`` elsewhere.
-    A backend asked for by name runs or raises; there is no silent fallback.
+    ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set, else by ``composed``. A
+    backend asked for by name runs or raises; there is no silent fallback.
 
     Raises:
         ValueError: the name, or the value of the environment variable, is unknown.
@@ -28,7 +28,8 @@ def resolve_backend(backend: str) -> str:
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         if backend not in BACKENDS:
             raise ValueError(
-                f"the environment variable {ENVIRONMENT_VARIABLE} is {backend!r}; set it to one of {', '.join(BACKENDS)}"
+                f"the environment variable {ENVIRONMENT_VARIABLE} is {backend!r}; "
+                f"set it to one of {', '.join(BACKENDS)}"
             )
     if backend == "triton":
         raise NotImplementedError(

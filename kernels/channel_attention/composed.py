@@ -2,7 +2,7 @@
 
 Three things differ from the paper's steps, none of them in the result (docs/design.md has the identities):
 
-- The instance norm is a temperature: softmax ignores its mean, so only one standard deviation a head and scale is needed.
+- The instance norm is a temperature: softmax ignores its mean, so it takes one standard deviation a head and scale.
 - All scales are rows of one matrix product, one head at a time, so that the map of a head stays in the cache.
 - For long token sequences the products associate the other way, ``W_q^T (T^T T) W_k`` instead of ``(T W_q)^T (T W_k)``:
   everything after ``T^T T`` is independent of the number of tokens.

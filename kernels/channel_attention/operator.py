@@ -21,8 +21,8 @@ def channel_attention(
 ) -> Tensor:
     """Channel-wise cross attention with instance-normalised similarity over packed scales, mean over heads.
 
-    Per sample, head and scale, with ``Q`` (N x C), ``K`` and ``V`` (N x S): ``X = Q^T K / sqrt(S)``, ``Z`` = instance norm
-    of ``X`` over the whole C x S map, ``P`` = softmax of ``Z`` over S, and the output is ``dropout(P) V^T``.
+    Per sample, head and scale, with ``Q`` (N x C), ``K`` and ``V`` (N x S): ``X = Q^T K / sqrt(S)``, ``Z`` = instance
+    norm of ``X`` over the whole C x S map, ``P`` = softmax of ``Z`` over S, and the output is ``dropout(P) V^T``.
 
     Args:
         query: (B, H, N, sum C), the scales packed side by side along the last axis.
@@ -123,7 +123,7 @@ def correlating_is_cheaper(tokens: int, heads: int, segments: Sequence[int], key
     """Whether multiplying the tokens with each other first takes fewer multiplications than projecting them first.
 
     Both orders hold the same maps, so only matrix products count. With 4 heads and channels (64, 128, 256, 512) the
-    balance tips at 587 tokens, a 388-pixel image under 16-pixel patches.
+    balance tips at 589 tokens, a 400-pixel image under 16-pixel patches.
     """
     query_channels = sum(segments)
     query_projection = heads * sum(width * width for width in segments)

@@ -1,7 +1,7 @@
 """Channel attention as published, one PyTorch operation a step: the specification, oracle and baseline.
 
-Source: Wang et al., UCTransNet, AAAI 2022, section "CCT: multi-head channel cross-attention", equations 1 to 3, with the
-scale ``1/sqrt(S)`` and the mean over heads of the authors' implementation.
+Source: Wang et al., UCTransNet, AAAI 2022, section "CCT: multi-head channel cross-attention", equations 1 to 3, with
+the scale ``1/sqrt(S)`` and the mean over heads of the authors' implementation.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The skip path in plain PyTorch at its fastest, on any device and in any dtype.
 
-Means are taken before upsampling (``gap(e + up(r)) = gap(e) + gap(r)``, ``gap(up(d)) = gap(d)``), and the upsampled tokens
-are added by broadcasting: neither they nor their sum with the encoder feature are pooled or stored at full size twice.
+Means are taken before upsampling (``gap(e + up(r)) = gap(e) + gap(r)``, ``gap(up(d)) = gap(d)``), and the tokens are
+added by broadcasting: they never exist at full size.
 """
 
 import torch

@@ -1,5 +1,7 @@
 """Convolution blocks shared by every network."""
 
+import itertools
+
 from torch import Tensor, nn
 
 
@@ -38,17 +40,15 @@ class Encoder(nn.Module):
 
     Args:
         in_channels: channels of the image.
-        channels: width of each scale; scale ``i`` has ``1/2^i`` of the image's resolution. The deepest feature keeps the
-            width of the last scale.
+        channels: width of each scale; scale ``i`` has ``1/2^i`` of the image's resolution. The deepest feature keeps
+            the width of the last scale.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...]):
         super().__init__()
         self.stem = ConvNormAct(in_channels, channels[0])
         widths = [*channels, channels[-1]]
-        self.stages = nn.ModuleList(
-            DownStage(narrow, wide) for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.stages = nn.ModuleList(DownStage(narrow, wide) for narrow, wide in itertools.pairwise(widths))
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """(B, in_channels, H, W) -> ([(B, C_i, H/2^i, W/2^i)], (B, C_last, H/2^n, W/2^n))."""

@@ -45,8 +45,8 @@ class ChannelTransformer(nn.Module):
 
     Args:
         channels: width of each scale, finest first. ``None`` switches a scale off: it takes no part and has no weights.
-        patch_sizes: side of a patch at each scale, in pixels of that scale. All scales must come to the same token grid,
-            so with features at 1, 1/2, 1/4, 1/8 of the image these are p, p/2, p/4, p/8.
+        patch_sizes: side of a patch at each scale, in pixels of that scale. All scales must come to one token grid, so
+            with features at 1, 1/2, 1/4, 1/8 of the image these are p, p/2, p/4, p/8.
         grid: rows and columns of tokens that the position embeddings are learned for; others are interpolated.
         num_layers: transformer layers.
         num_heads: attention heads.

@@ -120,7 +120,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``model``; raise :class:`ModelFileError` where it is missing, corrupt or another's."""
+    """Load a safetensors file into ``model``; :class:`ModelFileError` where it is missing, corrupt or another's."""
     try:
         state = safetensors.torch.load_file(path)
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column until height and width are multiples of ``multiple``: (B, C, H, W) -> (B, C, H', W')."""
+    """(B, C, H, W) -> (B, C, H', W'): repeat the last row and column up to multiples of ``multiple``."""
     missing_rows, missing_columns = -image.shape[-2] % multiple, -image.shape[-1] % multiple
     if missing_rows == 0 and missing_columns == 0:
         return image
@@ -173,7 +173,7 @@ def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(str(temporary))
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

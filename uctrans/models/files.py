@@ -16,8 +16,8 @@ def load_model(path: str | Path, device: str = "cpu") -> SegmentationModel:
     """Load a model in evaluation mode.
 
     Args:
-        path: a folder that ``save_pretrained`` wrote, the folder of a training run (its best weights), a checkpoint of a
-            run (``last.pt``, ``best.pt``; averaged weights where the run kept any), or a published UCTransNet
+        path: a folder that ``save_pretrained`` wrote, the folder of a training run (its best weights), a checkpoint of
+            a run (``last.pt``, ``best.pt``; averaged weights where the run kept any), or a published UCTransNet
             checkpoint (``.pth.tar``, see :func:`uctrans.load_upstream` for its options).
         device: where the weights go.
 

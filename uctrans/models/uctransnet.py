@@ -1,5 +1,6 @@
 """UCTransNet: a U-Net whose skip connections are a channel transformer and channel gates."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,8 @@ class UCTransNet(SegmentationModel):
         base_channels: width of the finest scale; each next one doubles it.
         num_layers: transformer layers.
         num_heads: attention heads.
-        patch_sizes: side of a patch at each scale, finest first, each half of the one before; their number is the number
-            of scales.
+        patch_sizes: side of a patch at each scale, finest first, each half of the one before; as many as there are
+            scales.
         mlp_ratio: hidden width of the MLPs over their width.
         embedding_dropout: dropout after the patch embeddings.
         attention_dropout: dropout of attention maps and output projections.
@@ -122,8 +123,8 @@ class UCTransNet(SegmentationModel):
         unfit = [key for key, value in given.items() if key not in own or own[key].shape != value.shape]
         if unfit:
             raise ModelFileError(
-                f"the U-Net ({unet.config}) does not fit this UCTransNet ({self.config}), first at {unfit[0]}: both need "
-                f"the same in_channels, classes and base_channels, four scales, and a U-Net with all skips"
+                f"the U-Net ({unet.config}) does not fit this UCTransNet ({self.config}), first at {unfit[0]}: both "
+                f"need the same in_channels, classes and base_channels, four scales, and a U-Net with all skips"
             )
         self.load_state_dict(given, strict=False)
         return list(given)
@@ -143,7 +144,7 @@ class UCTransNet(SegmentationModel):
 def _check_patches(patch_sizes: Sequence[int]) -> None:
     if not patch_sizes or any(patch < 1 for patch in patch_sizes):
         raise ValueError(f"patch_sizes needs one positive size a scale; got {list(patch_sizes)}")
-    if any(fine != 2 * coarse for fine, coarse in zip(patch_sizes[:-1], patch_sizes[1:], strict=True)):
+    if any(fine != 2 * coarse for fine, coarse in itertools.pairwise(patch_sizes)):
         raise ValueError(
             f"patch_sizes must halve from scale to scale, so that all come to one token grid; got {list(patch_sizes)}"
         )

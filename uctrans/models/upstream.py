@@ -1,8 +1,8 @@
 """The authors' checkpoints, in and out, bit for bit.
 
-The published network keeps one matrix a head and one module a scale; here heads are stacked and scales are packed. Each
-of our entries corresponds to one or several published ones, stacked along a new axis, joined along the first, or taken as
-they are.
+The published network keeps one matrix a head and one module a scale; here heads are stacked and scales are packed.
+Each of our entries corresponds to one or several published ones: stacked along a new axis, joined along the first, or
+taken as they are.
 """
 
 import math
@@ -38,10 +38,10 @@ def load_upstream(
     """Build a :class:`UCTransNet` from a published checkpoint; every size is read off the shapes of its entries.
 
     Args:
-        checkpoint: path of a ``.pth``/``.pth.tar`` file, its loaded contents, or a bare state dict. ``module.`` prefixes
-            of DataParallel are taken off.
-        image_size: size the model is for; ``None`` keeps the (square) size of the checkpoint. For any other, the position
-            embeddings are interpolated.
+        checkpoint: path of a ``.pth``/``.pth.tar`` file, its loaded contents, or a bare state dict. ``module.``
+            prefixes of DataParallel are taken off.
+        image_size: size the model is for; ``None`` keeps the (square) size of the checkpoint. For any other, the
+            position embeddings are interpolated.
         channel_order: order of the channels the weights were trained on. The weights published for MoNuSeg and GlaS
             read images as ``bgr``: the first convolution is then mirrored, and the model takes RGB.
 

@@ -1,0 +1,71 @@
+"""What tests of the operators share: awkward shapes, inputs, and error budgets.
+
+An implementation may be as far from the float64 oracle as twice what the paper's own steps are in the same dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BUDGET = 2.0
+# The reference may hit the oracle by luck; this many units in the last place are never counted as an error.
+FREE_ULPS = 8.0
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one channel attention problem."""
+
+    batch: int
+    heads: int
+    tokens: int
+    segments: tuple[int, ...]
+    key_channels: int
+
+
+ATTENTION_SHAPES = (
+    AttentionShape(2, 4, 16, (8, 16, 32, 64), 120),
+    AttentionShape(1, 1, 1, (3,), 3),  # a single token
+    AttentionShape(2, 2, 49, (5, 7), 12),  # odd everything
+    AttentionShape(1, 3, 225, (17, 33, 65), 115),  # a 240-pixel image
+    AttentionShape(3, 2, 7, (1, 130), 131),  # a scale of one channel beside one over 128
+    AttentionShape(1, 2, 300, (12, 20), 24),  # more tokens than channels, keys of another width
+    AttentionShape(0, 2, 9, (4, 8), 12),  # an empty batch
+)
+
+
+def attention_inputs(shape: AttentionShape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of ``shape``: standard normal, requiring gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = (shape.batch, shape.heads, shape.tokens)
+    widths = (sum(shape.segments), shape.key_channels, shape.key_channels)
+    return tuple(
+        torch.randn(*lead, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for width in widths
+    )
+
+
+def outputs_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+    """The output of ``function(*inputs)`` and the gradient of its inner product with ``weight`` by each input."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = function(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, weight.to(output.dtype))]
+
+
+def assert_within_budget(actual: Sequence[Tensor], baseline: Sequence[Tensor], oracle: Sequence[Tensor]) -> None:
+    """Every tensor of ``actual`` is at most ``BUDGET`` times as far from the float64 ``oracle`` as ``baseline`` is.
+
+    Distance is the Frobenius norm of the difference. ``FREE_ULPS`` of the oracle's norm are free.
+    """
+    for place, (result, own, exact) in enumerate(zip(actual, baseline, oracle, strict=True)):
+        assert result.shape == exact.shape, f"result {place}: {tuple(result.shape)} instead of {tuple(exact.shape)}"
+        if exact.numel() == 0:
+            continue
+        error = torch.linalg.vector_norm(result.double() - exact).item()
+        own_error = torch.linalg.vector_norm(own.double() - exact).item()
+        free = FREE_ULPS * torch.finfo(own.dtype).eps * torch.linalg.vector_norm(exact).item()
+        assert error <= BUDGET * own_error + free, (
+            f"result {place}: error {error:.3g} against {own_error:.3g} of the reference (free: {free:.3g})"
+        )

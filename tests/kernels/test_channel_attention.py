@@ -1,0 +1,334 @@
+"""Channel attention: the composed forms against the reference in float64, and what the public functions refuse."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from uctrans.kernels import channel_attention, projected_attention_maps, projected_channel_attention
+from uctrans.kernels.channel_attention import composed, correlating_is_cheaper, reference
+from uctrans.kernels.testing import (
+    ATTENTION_SHAPES,
+    AttentionShape,
+    assert_within_budget,
+    attention_inputs,
+    outputs_and_gradients,
+)
+
+EPS = 1e-5
+SMALL = AttentionShape(2, 2, 9, (4, 8), 12)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ORDERS = (composed.project_then_attend, composed.correlate_then_attend)
+
+
+def projected_inputs(shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    tokens = normal(shape.batch, shape.tokens, sum(shape.segments))
+    context = normal(shape.batch, shape.tokens, shape.key_channels)
+    query_weights = [normal(shape.heads, width, width) / math.sqrt(width) for width in shape.segments]
+    square = (shape.heads, shape.key_channels, shape.key_channels)
+    root = math.sqrt(shape.key_channels)
+    return tokens, context, query_weights, normal(*square) / root, normal(*square) / root
+
+
+def compare(function, oracle, inputs, dtype):
+    """``function`` and ``oracle`` in ``dtype`` against ``oracle`` in float64, output and every gradient."""
+    exact_inputs = [tensor.detach().double() for tensor in inputs]
+    weight = torch.randn(oracle(*exact_inputs).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    weight = weight.to(dtype).double()
+    assert_within_budget(
+        outputs_and_gradients(function, inputs, weight),
+        outputs_and_gradients(oracle, inputs, weight),
+        outputs_and_gradients(oracle, exact_inputs, weight),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_composed_stays_within_the_error_budget(shape, dtype):
+    def run(implementation):
+        return lambda *inputs: implementation.channel_attention(*inputs, shape.segments, 0.0, EPS)
+
+    compare(run(composed), run(reference), attention_inputs(shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_both_orders_stay_within_the_error_budget(shape, order, dtype):
+    # The gradient by the query weight of a one-channel scale vanishes (instance norm takes its size out again), so its
+    # rounding noise says nothing by itself: the query weights of all scales are one tensor here.
+    def run(function):
+        def packed(tokens, context, key_weight, value_weight, flat_query_weights):
+            sizes = [shape.heads * width * width for width in shape.segments]
+            query_weights = [
+                piece.view(shape.heads, width, width)
+                for piece, width in zip(flat_query_weights.split(sizes), shape.segments, strict=True)
+            ]
+            return function(tokens, context, query_weights, key_weight, value_weight, 0.0, EPS)
+
+        return packed
+
+    tokens, context, query_weights, key_weight, value_weight = projected_inputs(shape, dtype)
+    inputs = [tokens, context, key_weight, value_weight, torch.cat([weight.flatten() for weight in query_weights])]
+    compare(run(order), run(reference.projected_channel_attention), inputs, dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    heads=st.integers(1, 4),
+    tokens=st.integers(1, 40),
+    segments=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    key_channels=st.integers(2, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_agrees_with_the_reference(batch, heads, tokens, segments, key_channels, seed):
+    shape = AttentionShape(batch, heads, tokens, tuple(segments), key_channels)
+    inputs = attention_inputs(shape, torch.float64, seed)
+    expected = channel_attention(*inputs, segments, backend="reference")
+    torch.testing.assert_close(channel_attention(*inputs, segments, backend="composed"), expected)
+    projected = projected_inputs(shape, seed=seed)
+    expected = projected_channel_attention(*projected, backend="reference")
+    for order in ORDERS:
+        torch.testing.assert_close(order(*projected, 0.0, EPS), expected)
+
+
+def test_both_sides_of_the_cost_boundary_agree():
+    segments, heads = (4, 8), 2
+    flips = [
+        tokens
+        for tokens in range(2, 200)
+        if correlating_is_cheaper(tokens, heads, segments, 12)
+        != correlating_is_cheaper(tokens - 1, heads, segments, 12)
+    ]
+    assert len(flips) == 1
+    for tokens in (flips[0] - 1, flips[0]):
+        inputs = projected_inputs(AttentionShape(2, heads, tokens, segments, 12))
+        expected = projected_channel_attention(*inputs, backend="reference")
+        torch.testing.assert_close(projected_channel_attention(*inputs), expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 30, 31, 60, 120])
+def test_cost_model_agrees_with_a_count_of_operations(tokens):
+    shape = AttentionShape(1, 4, tokens, (8, 16, 24), 48)
+    inputs = projected_inputs(shape)
+    counts = []
+    for order in ORDERS:
+        with FlopCounterMode(display=False) as counter:
+            order(*inputs, 0.0, EPS)
+        counts.append(counter.get_total_flops())
+    project_first, correlate_first = counts
+    cheaper = correlating_is_cheaper(shape.tokens, shape.heads, shape.segments, shape.key_channels)
+    assert cheaper == (correlate_first < project_first)
+
+
+def test_cost_boundary_of_the_published_sizes():
+    assert not correlating_is_cheaper(588, 4, (64, 128, 256, 512), 960)
+    assert correlating_is_cheaper(589, 4, (64, 128, 256, 512), 960)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+def test_gradcheck(order):
+    tokens, context, query_weights, key_weight, value_weight = projected_inputs(AttentionShape(2, 2, 5, (2, 3), 4))
+    inputs = [tensor.requires_grad_() for tensor in (tokens, context, key_weight, value_weight, *query_weights)]
+
+    def function(tokens, context, key_weight, value_weight, *query_weights):
+        return order(tokens, context, query_weights, key_weight, value_weight, 0.0, EPS)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_attention_maps_are_those_that_mix():
+    tokens, context, query_weights, key_weight, _ = projected_inputs(AttentionShape(2, 3, 11, (4, 8), 12))
+    maps = {
+        backend: projected_attention_maps(tokens, context, query_weights, key_weight, backend=backend)
+        for backend in ("reference", "composed")
+    }
+    for ours, published in zip(maps["composed"], maps["reference"], strict=True):
+        torch.testing.assert_close(ours, published)
+        torch.testing.assert_close(ours.sum(dim=-1), torch.ones_like(ours[..., 0]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scale_of_scores_cancels(backend, scale):
+    """Instance norm makes the map independent of the size of query and key, until eps takes over."""
+    query, key, value = (tensor.detach() for tensor in attention_inputs(SMALL, torch.float64))
+    exact = channel_attention(query, key, value, SMALL.segments, eps=0.0, backend=backend)
+    scaled = channel_attention(query * scale, key, value, SMALL.segments, eps=0.0, backend=backend)
+    torch.testing.assert_close(scaled, exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+def test_constant_map_attends_evenly(backend):
+    query, key, value = (tensor.detach() for tensor in attention_inputs(SMALL, torch.float32))
+    inputs = [torch.ones_like(query).requires_grad_(), torch.ones_like(key).requires_grad_(), value.requires_grad_()]
+    output = channel_attention(*inputs, SMALL.segments, backend=backend)
+    expected = value.mean(dim=(1, 3), keepdim=True).squeeze(1).expand_as(output)
+    torch.testing.assert_close(output, expected)
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(output.sum(), inputs))
+
+
+def test_large_common_offset():
+    """Scores with a mean of a thousand deviations: the budget holds where a naive sum of squares would cancel."""
+    query, key, value = (tensor.detach() for tensor in attention_inputs(SMALL, torch.float64))
+    offset = 40.0
+    inputs = [(query + offset).float(), (key + offset).float(), value.float()]
+    scores = inputs[0].double().transpose(-1, -2) @ inputs[1].double()
+    assert (scores.mean().abs() / (scores - scores.mean(dim=(-1, -2), keepdim=True)).std()) > 20
+
+    def run(implementation):
+        return lambda *tensors: implementation.channel_attention(*tensors, SMALL.segments, 0.0, EPS)
+
+    compare(run(composed), run(reference), inputs, torch.float32)
+
+
+def test_strided_inputs_and_gradients_of_stride_zero():
+    query, key, value = (tensor.detach() for tensor in attention_inputs(SMALL, torch.float64))
+    packed = [tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in (query, key, value)]
+    plain = [tensor.requires_grad_() for tensor in (query, key, value)]
+    assert not packed[0].is_contiguous()
+    gradients = [
+        torch.autograd.grad(channel_attention(*inputs, SMALL.segments, backend=backend).sum(), inputs)
+        for inputs, backend in ((packed, "composed"), (plain, "reference"))
+    ]
+    for ours, published in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, published)
+
+
+class TestDropout:
+    shape = AttentionShape(1, 1, 64, (32, 32), 64)
+
+    def recovered_mask(self, dropout_p, seed):
+        """With the identity as value, the output is the dropped map itself."""
+        query, key, _ = (tensor.detach() for tensor in attention_inputs(self.shape, torch.float64))
+        value = torch.eye(64, dtype=torch.float64)[None, None]
+        torch.manual_seed(seed)
+        dropped = channel_attention(query, key, value, self.shape.segments, dropout_p=dropout_p, backend="composed")
+        return dropped, channel_attention(query, key, value, self.shape.segments, backend="composed")
+
+    @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+    def test_rate_and_rescaling(self, dropout_p):
+        dropped, kept = self.recovered_mask(dropout_p, seed=0)
+        mask = dropped != 0
+        deviation = math.sqrt(dropout_p * (1 - dropout_p) / mask.numel())
+        assert abs(1 - mask.double().mean().item() - dropout_p) < 4 * deviation
+        torch.testing.assert_close(dropped[mask], kept[mask] / (1 - dropout_p), rtol=2e-4, atol=0)
+
+    def test_entries_are_independent(self):
+        masks = [(self.recovered_mask(0.5, seed)[0] != 0).double().flatten() - 0.5 for seed in range(3)]
+        count = masks[0].numel()
+        for first, second in itertools.combinations(masks, 2):  # one draw tells nothing about the next
+            assert abs((first @ second).item()) / count < 4 * 0.25 / math.sqrt(count)
+        for lag in (1, 2, 3, 4, 64):  # nor one entry about its neighbours, lanes of one draw among them
+            assert abs((masks[0][lag:] @ masks[0][:-lag]).item()) / count < 4 * 0.25 / math.sqrt(count)
+
+    def test_forward_and_backward_use_one_mask(self):
+        query, key, value = attention_inputs(AttentionShape(1, 2, 5, (2, 3), 4), torch.float64)
+
+        def seeded(*inputs):
+            torch.manual_seed(3)
+            return channel_attention(*inputs, (2, 3), dropout_p=0.4, backend="composed")
+
+        assert torch.autograd.gradcheck(seeded, (query, key, value))
+
+    @pytest.mark.parametrize("backend", ["reference", "composed"])
+    def test_expectation(self, backend):
+        inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float64)]
+        torch.manual_seed(0)
+        draws = [channel_attention(*inputs, SMALL.segments, dropout_p=0.3, backend=backend) for _ in range(2000)]
+        expected = channel_attention(*inputs, SMALL.segments, backend=backend)
+        error = torch.stack(draws).mean(dim=0) - expected
+        assert error.abs().max() < 0.05
+
+
+class TestBadInput:
+    def inputs(self):
+        return [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
+
+    def test_segments_do_not_add_up(self):
+        with pytest.raises(ValueError, match=r"add up to 11, but the packed axis has 12"):
+            channel_attention(*self.inputs(), (4, 7))
+
+    @pytest.mark.parametrize("segments", [(), (0, 12), (-4, 16)])
+    def test_segments_without_width(self, segments):
+        with pytest.raises(ValueError, match="segments must be one positive width a scale"):
+            channel_attention(*self.inputs(), segments)
+
+    def test_shapes_do_not_match(self):
+        query, key, value = self.inputs()
+        with pytest.raises(ValueError, match="agree in batch, heads and tokens"):
+            channel_attention(query[:, :, 1:], key, value, SMALL.segments)
+        with pytest.raises(ValueError, match="key and value must have one shape"):
+            channel_attention(query, key, value[..., 1:], SMALL.segments)
+        with pytest.raises(ValueError, match="must be \\(B, H, N, channels\\)"):
+            channel_attention(query[0], key[0], value[0], SMALL.segments)
+
+    def test_no_tokens(self):
+        query, key, value = (tensor[:, :, :0] for tensor in self.inputs())
+        with pytest.raises(ValueError, match="tokens must be at least 1"):
+            channel_attention(query, key, value, SMALL.segments)
+
+    def test_mixed_and_integer_dtypes(self):
+        query, key, value = self.inputs()
+        with pytest.raises(TypeError, match="share one dtype"):
+            channel_attention(query, key.double(), value, SMALL.segments)
+        with pytest.raises(TypeError, match="value must be floating point"):
+            channel_attention(query, key, value.long(), SMALL.segments)
+
+    def test_mixed_devices(self):
+        query, key, value = self.inputs()
+        with pytest.raises(ValueError, match="on one device"):
+            channel_attention(query, key.to("meta"), value, SMALL.segments)
+
+    @pytest.mark.parametrize("dropout_p", [-0.1, 1.0])
+    def test_dropout_out_of_range(self, dropout_p):
+        with pytest.raises(ValueError, match="dropout_p must be in"):
+            channel_attention(*self.inputs(), SMALL.segments, dropout_p=dropout_p)
+
+    def test_projections_of_another_shape(self):
+        tokens, context, query_weights, key_weight, value_weight = projected_inputs(SMALL)
+        with pytest.raises(ValueError, match=r"key_weight must be \(H, S, S\)"):
+            projected_channel_attention(tokens, context, query_weights, key_weight[:, 1:], value_weight)
+        with pytest.raises(ValueError, match=r"query_weights\[1\] must be \(H, C, C\)"):
+            wrong = [query_weights[0], query_weights[1][:1]]
+            projected_channel_attention(tokens, context, wrong, key_weight, value_weight)
+        with pytest.raises(ValueError, match="over the same B and N"):
+            projected_channel_attention(tokens[:, 1:], context, query_weights, key_weight, value_weight)
+        with pytest.raises(TypeError, match="share one dtype"):
+            projected_channel_attention(tokens, context, query_weights, key_weight.float(), value_weight)
+
+
+class TestBackends:
+    def test_unknown_name(self):
+        inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
+        with pytest.raises(ValueError, match="unknown backend 'fast'"):
+            channel_attention(*inputs, SMALL.segments, backend="fast")
+
+    def test_triton_says_that_it_is_not_there(self):
+        inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
+        with pytest.raises(NotImplementedError, match="no Triton operators yet"):
+            channel_attention(*inputs, SMALL.segments, backend="triton")
+
+    def test_environment_variable_overrides_auto_only(self, monkeypatch):
+        inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
+        results = {
+            backend: channel_attention(*inputs, SMALL.segments, backend=backend)
+            for backend in ("reference", "composed")
+        }
+        assert not torch.equal(results["reference"], results["composed"])
+        monkeypatch.setenv("UCTRANS_BACKEND", "reference")
+        assert torch.equal(channel_attention(*inputs, SMALL.segments), results["reference"])
+        assert torch.equal(channel_attention(*inputs, SMALL.segments, backend="composed"), results["composed"])
+        monkeypatch.setenv("UCTRANS_BACKEND", "cuda")
+        with pytest.raises(ValueError, match="UCTRANS_BACKEND is 'cuda'"):
+            channel_attention(*inputs, SMALL.segments)
