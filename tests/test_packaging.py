@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -30,8 +31,11 @@ def run(*words, cwd="/", pythonpath=None):
 
 
 def imported_from(folder, preamble=""):
-    """Where uctrans and uctrans.kernels come from with ``folder`` on the search path."""
-    return [Path(line) for line in run(sys.executable, "-c", preamble + WHERE, pythonpath=folder).split()]
+    """Where uctrans and uctrans.kernels come from with ``folder`` on the search path, whatever is installed here."""
+    # -S leaves out the .pth files of an editable install; torch comes from the folder of the packages alone.
+    packages = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
+    lines = run(sys.executable, "-S", "-c", packages + preamble + WHERE, pythonpath=folder).split()
+    return [Path(line) for line in lines]
 
 
 def build(hook, source, output):
@@ -112,7 +116,8 @@ def test_an_editable_install_imports(link, checkout, tmp_path):
     if link == "missing":
         (source / "uctrans/kernels").unlink()
     site = unpacked(build("build_editable", source, tmp_path / "wheel"), tmp_path / "site")
-    files = imported_from(None, preamble=f"import site; site.addsitedir({str(site)!r})\n")
+    preamble = f"import site; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n"
+    files = imported_from(None, preamble)
     assert [file.resolve() for file in files] == [source / "uctrans/__init__.py", source / "kernels/__init__.py"]
 
 

@@ -31,7 +31,7 @@ class DemoConfig:
     """
 
     output: str = "demo"
-    epochs: int = 40
+    epochs: int = 60
     base_channels: int = 16
     device: str = "auto"
     progress: bool = True
