@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
+from ..checks import check_dtypes_and_devices
 from . import composed, reference
 
 
@@ -43,7 +43,7 @@ def channel_attention(
 
     Source: UCTransNet (AAAI 2022), equations 1 to 3.
     """
-    _check_dtypes_and_devices(query=query, key=key, value=value)
+    check_dtypes_and_devices(query=query, key=key, value=value)
     if query.ndim != 4 or key.ndim != 4:
         raise ValueError(f"query and key must be (B, H, N, channels); got {tuple(query.shape)} and {tuple(key.shape)}")
     if key.shape != value.shape:
@@ -143,11 +143,7 @@ def _check_projected(
 ) -> None:
     named_weights = {f"query_weights[{scale}]": weight for scale, weight in enumerate(query_weights)}
     named_weights |= {"key_weight": key_weight, "value_weight": value_weight}
-    if torch.is_autocast_enabled(tokens.device.type):
-        # Autocast brings activations and weights to one dtype inside the matrix products.
-        _check_dtypes_and_devices(tokens=tokens)
-    else:
-        _check_dtypes_and_devices(tokens=tokens, context=context, **named_weights)
+    check_dtypes_and_devices(tokens=tokens, context=context, **named_weights)
     if tokens.ndim != 3 or context.ndim != 3 or tokens.shape[:2] != context.shape[:2]:
         raise ValueError(
             f"tokens and context must be (B, N, channels) over the same B and N; "
@@ -180,15 +176,3 @@ def _check_sizes(**sizes: int) -> None:
 def _check_dropout(dropout_p: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-
-
-def _check_dtypes_and_devices(**tensors: Tensor) -> None:
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    for name, dtype in dtypes.items():
-        if not dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating point; got {dtype}")
-    if len(set(dtypes.values())) > 1:
-        raise TypeError(f"all tensors must share one dtype; got {dtypes}")
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"all tensors must be on one device; got {devices}")

@@ -1,9 +1,9 @@
 """The public function of the skip path: what it takes, what it refuses, and which implementation runs."""
 
-import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
+from ..checks import check_dtypes_and_devices
 from . import composed, reference
 
 
@@ -44,21 +44,30 @@ def skip_gate(
 
     Source: UCTransNet (AAAI 2022), channel-wise cross attention (CCA).
     """
+    tensors = {
+        "encoder_feature": encoder_feature,
+        "tokens": tokens,
+        "decoder_feature": decoder_feature,
+        "weight_skip": weight_skip,
+        "bias_skip": bias_skip,
+        "weight_decoder": weight_decoder,
+        "bias_decoder": bias_decoder,
+    }
+    check_dtypes_and_devices(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
     _check_feature(encoder_feature, tokens, "tokens")
     _check_feature(encoder_feature, decoder_feature, "decoder_feature")
     channels, decoder_channels = encoder_feature.shape[1], decoder_feature.shape[1]
     if tokens is not None and tokens.shape[1] != channels:
         raise ValueError(f"tokens have {tokens.shape[1]} channels, encoder_feature has {channels}")
-    expected = {
-        "weight_skip": (weight_skip, (channels, channels)),
-        "bias_skip": (bias_skip, (channels,)),
-        "weight_decoder": (weight_decoder, (channels, decoder_channels)),
-        "bias_decoder": (bias_decoder, (channels,)),
+    expected_shapes = {
+        "weight_skip": (channels, channels),
+        "bias_skip": (channels,),
+        "weight_decoder": (channels, decoder_channels),
+        "bias_decoder": (channels,),
     }
-    for name, (parameter, shape) in expected.items():
-        if tuple(parameter.shape) != shape:
-            raise ValueError(f"{name} must be {shape}; got {tuple(parameter.shape)}")
-        _check_companion(encoder_feature, parameter, name)
+    for name, shape in expected_shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} must be {shape}; got {tuple(tensors[name].shape)}")
     implementation = reference if resolve_backend(backend) == "reference" else composed
     return implementation.skip_gate(
         encoder_feature, tokens, decoder_feature, weight_skip, bias_skip, weight_decoder, bias_decoder
@@ -66,8 +75,6 @@ def skip_gate(
 
 
 def _check_feature(encoder_feature: Tensor, other: Tensor | None, name: str) -> None:
-    if not encoder_feature.is_floating_point():
-        raise TypeError(f"encoder_feature must be floating point; got {encoder_feature.dtype}")
     if encoder_feature.ndim != 4:
         raise ValueError(f"encoder_feature must be (B, C, H, W); got {tuple(encoder_feature.shape)}")
     if other is None:
@@ -82,11 +89,3 @@ def _check_feature(encoder_feature: Tensor, other: Tensor | None, name: str) -> 
                 f"the grid of {name}, {tuple(other.shape[2:])}, does not tile encoder_feature, "
                 f"{tuple(encoder_feature.shape[2:])}: each side must divide the feature's"
             )
-    _check_companion(encoder_feature, other, name)
-
-
-def _check_companion(encoder_feature: Tensor, other: Tensor, name: str) -> None:
-    if other.device != encoder_feature.device:
-        raise ValueError(f"{name} is on {other.device}, encoder_feature on {encoder_feature.device}")
-    if other.dtype != encoder_feature.dtype and not torch.is_autocast_enabled(encoder_feature.device.type):
-        raise TypeError(f"{name} is {other.dtype}, encoder_feature {encoder_feature.dtype}: use one dtype")

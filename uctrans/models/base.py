@@ -87,7 +87,10 @@ class SegmentationModel(nn.Module):
             raise ModelFileError(
                 f"{folder / CONFIG_FILE} describes a {name!r}, not a {cls.name!r}: use uctrans.load_model"
             )
-        model = cls(**config)
+        try:
+            model = cls(**config)
+        except (TypeError, ValueError) as error:
+            raise ModelFileError(f"{folder / CONFIG_FILE} does not configure a {cls.name!r}: {error}") from None
         load_weights(model, folder / WEIGHTS_FILE)
         model.metadata = metadata
         return model.to(device)

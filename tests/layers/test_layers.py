@@ -1,0 +1,210 @@
+"""Layers: the packed transformer, reconstruction on the token grid, and scales that are switched off."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from uctrans.layers import ChannelGate, ChannelTransformer, Encoder, Reconstruct, set_backend
+from uctrans.layers.packed import PackedLayerNorm, PackedLinear, PackedMlp
+
+CHANNELS, PATCHES, GRID = (4, 8, 12), (8, 4, 2), (2, 3)
+
+
+def transformer(channels=CHANNELS, **options):
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "num_heads": 2, "embedding_dropout": 0.0, "attention_dropout": 0.0} | options
+    return ChannelTransformer(channels, PATCHES, GRID, **options)
+
+
+def features(channels=CHANNELS, grid=GRID, batch=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        None
+        if width is None
+        else torch.randn(batch, width, grid[0] * patch, grid[1] * patch, generator=generator, dtype=dtype)
+        for width, patch in zip(channels, PATCHES, strict=True)
+    ]
+
+
+class TestPackedLayers:
+    @pytest.mark.parametrize("layer", [PackedLayerNorm, PackedLinear, lambda channels: PackedMlp(channels, 2, 0.0)])
+    def test_scales_do_not_see_each_other(self, layer):
+        layer = layer(CHANNELS)
+        tokens = torch.randn(2, 5, sum(CHANNELS))
+        changed = tokens.clone()
+        changed[..., : CHANNELS[0]] += torch.randn(2, 5, CHANNELS[0])
+        before, after = layer(tokens), layer(changed)
+        assert torch.equal(before[..., CHANNELS[0] :], after[..., CHANNELS[0] :])
+        assert not torch.equal(before[..., : CHANNELS[0]], after[..., : CHANNELS[0]])
+
+    def test_layer_norm_is_that_of_each_scale(self):
+        layer = PackedLayerNorm(CHANNELS)
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+        tokens = torch.randn(2, 5, sum(CHANNELS))
+        start = 0
+        for width in CHANNELS:
+            part = slice(start, start + width)
+            expected = F.layer_norm(tokens[..., part], (width,), layer.weight[part], layer.bias[part], 1e-6)
+            torch.testing.assert_close(layer(tokens)[..., part], expected)
+            start += width
+
+
+class TestReconstruct:
+    def pair(self, channels=6, patch=4):
+        torch.manual_seed(0)
+        composed = Reconstruct(channels, patch, "composed")
+        published = Reconstruct(channels, patch, "reference")
+        published.load_state_dict(composed.state_dict())
+        return composed, published
+
+    @pytest.mark.parametrize("batch_and_grid", [(2, 3, 5), (1, 1, 2), (1, 1, 1), (3, 1, 1)], ids=str)
+    def test_output_and_buffers_over_ten_steps(self, batch_and_grid):
+        batch, *grid = batch_and_grid
+        composed, published = (module.double() for module in self.pair())
+        for step in range(10):
+            tokens = torch.randn(batch, 6, *grid, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            expected = published(tokens)
+            ours = composed(tokens)
+            assert ours.shape[-2:] == tuple(grid)
+            torch.testing.assert_close(F.interpolate(ours, scale_factor=4.0), expected)
+        for name, buffer in published.norm.named_buffers():
+            torch.testing.assert_close(composed.norm.get_buffer(name), buffer, rtol=1e-12, atol=0, msg=name)
+        composed.eval(), published.eval()
+        tokens = torch.randn(batch, 6, *grid, dtype=torch.float64)
+        torch.testing.assert_close(F.interpolate(composed(tokens), scale_factor=4.0), published(tokens))
+
+    def test_uncorrected_variance_would_show(self):
+        """The test above can fail: plain batch norm over few tokens leaves another running variance."""
+        composed, published = self.pair()
+        tokens = torch.randn(1, 6, 1, 2)
+        published(tokens)
+        composed.norm(composed.conv(tokens))
+        assert (composed.norm.running_var / published.norm.running_var - 1).abs().max() > 0.01
+
+    def test_gradients(self):
+        composed, published = (module.double() for module in self.pair())
+        tokens = torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(2, 6, 8, 12, dtype=torch.float64)
+        ours = torch.autograd.grad(
+            (F.interpolate(composed(tokens), scale_factor=4.0) * weight).sum(), [tokens, *composed.parameters()]
+        )
+        theirs = torch.autograd.grad((published(tokens) * weight).sum(), [tokens, *published.parameters()])
+        for gradient, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(gradient, expected)
+
+
+class TestChannelTransformer:
+    def test_backends_agree_in_output_gradient_and_buffers(self):
+        results = []
+        for backend in ("reference", "composed"):
+            module = set_backend(transformer().double(), backend)
+            inputs = [feature.requires_grad_() for feature in features(dtype=torch.float64)]
+            outputs = module(inputs)
+            gradients = torch.autograd.grad(
+                sum((output**2).mean() for output in outputs), [*inputs, *module.parameters()]
+            )
+            results.append([*outputs, *gradients, *(buffer.double() for buffer in module.buffers())])
+        for published, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, published, rtol=1e-7, atol=1e-10)
+
+    def test_forward_adds_the_token_maps(self):
+        module, inputs = transformer().eval(), features()
+        for enriched, feature, tokens in zip(module(inputs), inputs, module.token_maps(inputs), strict=True):
+            assert tokens.shape[-2:] == GRID
+            torch.testing.assert_close(
+                enriched - feature, F.interpolate(tokens, size=feature.shape[-2:]), atol=1e-6, rtol=0
+            )
+
+    @pytest.mark.parametrize("backend", ["reference", "composed"])
+    def test_scale_switched_off_passes_none_through(self, backend):
+        channels = (4, None, 12)
+        module = set_backend(transformer(channels).eval(), backend)
+        outputs = module(features(channels))
+        assert outputs[1] is None
+        assert [output.shape[1] for output in outputs if output is not None] == [4, 12]
+        assert module.layers[0].attention.key.shape == (2, 16, 16)
+
+    def test_single_scale(self):
+        module = ChannelTransformer((5,), (4,), (2, 2), num_layers=1, num_heads=3)
+        (output,) = module([torch.randn(2, 5, 8, 8)])
+        assert output.shape == (2, 5, 8, 8)
+
+    @pytest.mark.parametrize("backend", ["reference", "composed"])
+    def test_another_grid_interpolates_positions(self, backend):
+        module = set_backend(transformer().eval(), backend)
+        for embedding in module.embeddings:
+            nn.init.normal_(embedding.position)
+        outputs = module(features(grid=(4, 5)))
+        assert [output.shape[-2:] for output in outputs] == [(32, 40), (16, 20), (8, 10)]
+
+    def test_maps_are_distributions_over_all_channels(self):
+        module = transformer().eval()
+        _, maps = module.token_maps_with_attention(features())
+        assert len(maps) == 2
+        for layer_maps in maps:
+            assert [tuple(scale.shape) for scale in layer_maps] == [(2, width, 24) for width in CHANNELS]
+            for scale in layer_maps:
+                torch.testing.assert_close(scale.sum(dim=-1), torch.ones(scale.shape[:2]))
+
+    @pytest.mark.parametrize("backend", ["reference", "composed"])
+    def test_dropout_acts_in_training_only(self, backend):
+        module = set_backend(transformer(embedding_dropout=0.3, attention_dropout=0.3, mlp_dropout=0.3), backend)
+        inputs = features()
+        module.eval()
+        assert torch.equal(module(inputs)[0], module(inputs)[0])
+        module.train()
+        assert not torch.equal(module(inputs)[0], module(inputs)[0])
+
+    def test_bfloat16_autocast(self):
+        module, inputs = transformer().eval(), features()
+        exact = module(inputs)
+        for backend in ("reference", "composed"):
+            set_backend(module, backend)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                outputs = module(inputs)
+            for output, expected in zip(outputs, exact, strict=True):
+                assert (output - expected).abs().max() < 0.1
+
+    def test_bad_input(self):
+        module = transformer()
+        with pytest.raises(ValueError, match=r"scales \['on', 'on', 'on'\]; got \['feature', 'None', 'feature'\]"):
+            module(features((4, None, 12)))
+        wrong = features()
+        wrong[1] = wrong[1][..., 1:]
+        with pytest.raises(ValueError, match="feature 1 is 8x11 pixels, no multiple of its patch size 4"):
+            module(wrong)
+        wrong = features()
+        wrong[2] = wrong[2][..., 2:]
+        with pytest.raises(ValueError, match="one token grid"):
+            module(wrong)
+        with pytest.raises(ValueError, match="3 scales need as many patch sizes"):
+            ChannelTransformer(CHANNELS, (4, 2), GRID)
+        with pytest.raises(ValueError, match="at least one scale"):
+            ChannelTransformer((None,), (4,), GRID)
+
+
+class TestChannelGate:
+    @pytest.mark.parametrize("backend", ["reference", "composed"])
+    def test_drop_in(self, backend):
+        """Any U-Net: skip and decoder of different widths, decoder at half or at full size, no tokens."""
+        gate = ChannelGate(6, 10, backend)
+        skip = torch.randn(2, 6, 8, 12)
+        assert gate(skip, torch.randn(2, 10, 4, 6)).shape == (2, 16, 8, 12)
+        assert gate(skip, torch.randn(2, 10, 8, 12)).shape == (2, 16, 8, 12)
+
+
+def test_encoder_shapes():
+    features, deepest = Encoder(3, (4, 8, 16))(torch.randn(1, 3, 32, 48))
+    assert [tuple(feature.shape) for feature in features] == [(1, 4, 32, 48), (1, 8, 16, 24), (1, 16, 8, 12)]
+    assert deepest.shape == (1, 16, 4, 6)
+
+
+def test_set_backend_reaches_every_layer_and_refuses_unknown_names():
+    module = set_backend(transformer(), "reference")
+    assert {part.backend for part in module.modules() if hasattr(part, "backend")} == {"reference"}
+    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
+        set_backend(module, "tritn")
+    with pytest.raises(NotImplementedError, match="no Triton operators yet"):
+        set_backend(module, "triton")(features())
