@@ -148,8 +148,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw loss and Dice of training and validation against the epoch into a PNG file, atomically."""
     figure_type = import_extra("matplotlib.figure").Figure
-    figure = figure_type(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = figure_type(figsize=(10, 4))
+    axes = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.13, "top": 0.92})
     for axis, quantity in zip(axes, ("loss", "dice"), strict=True):
         for part, colour in (("train", "tab:blue"), ("val", "tab:orange")):
             points = [

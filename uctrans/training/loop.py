@@ -73,6 +73,7 @@ def train(config: TrainConfig) -> RunResult:
                 save(run)
             stopped_by = train_epochs(run, log, stop)
             log.line(_farewell(run, stopped_by))
+        group.barrier()  # nobody leaves before the files are complete
     return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by)
 
 
