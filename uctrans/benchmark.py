@@ -4,6 +4,7 @@ Backends take turns, so that whatever else the machine does hits all of them, an
 weights and the inputs are the same for all.
 """
 
+import inspect
 import json
 import platform
 import statistics
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from uctrans.kernels import BACKENDS, resolve_backend
 from uctrans.layers import ChannelAttention, set_backend
 from uctrans.models import create_model, list_models
+from uctrans.models.registry import model_class
 
 ATTENTION = "attention"
 MODES = ("inference", "training")
@@ -27,6 +29,10 @@ SCALES = (1, 2, 4, 8)  # widths in base channels
 HEADS = 4
 WARMUP_ROUNDS = 2
 BASELINE = "reference"
+
+
+def _has_backends(model: str) -> bool:
+    return "backend" in inspect.signature(model_class(model)).parameters
 
 
 class BenchmarkError(ValueError):
@@ -38,7 +44,7 @@ class BenchmarkConfig:
     """Settings of `benchmark`.
 
     Args:
-        model: A model's name, see ``uctrans.list_models()``, or "attention" for one channel attention block alone.
+        model: A model with backends (uctransnet), or "attention" for one channel attention block alone.
         base_channels: Channels of the finest scale.
         sizes: Sides of the square images, in pixels.
         batch: Images at once.
@@ -62,9 +68,11 @@ class BenchmarkConfig:
     output: str | None = None
 
     def __post_init__(self):
-        known = [*list_models(), ATTENTION]
-        if self.model not in known:
-            raise BenchmarkError(f"model: {self.model!r} is not known; choose one of {', '.join(known)}")
+        comparable = [*filter(_has_backends, list_models()), ATTENTION]
+        if self.model not in comparable:
+            raise BenchmarkError(
+                f"model: {self.model!r} has no backends to compare; choose one of {', '.join(comparable)}"
+            )
         if self.mode not in MODES:
             raise BenchmarkError(f"mode: {self.mode!r} is not known; choose one of {', '.join(MODES)}")
         if not self.sizes:
@@ -202,8 +210,7 @@ def _time_size(config: BenchmarkConfig, size: int, backends: list[str], device: 
 def _subject(config: BenchmarkConfig, size: int) -> tuple[nn.Module, list[Tensor]]:
     """What is timed, and its inputs: normal random values, which is what a network works on."""
     if config.model != ATTENTION:
-        sized = {"image_size": size} if config.model != "unet" else {}
-        model = create_model(config.model, base_channels=config.base_channels, **sized)
+        model = create_model(config.model, base_channels=config.base_channels, image_size=size)
         return model, [torch.randn(config.batch, model.in_channels, size, size)]
     channels = [config.base_channels * scale for scale in SCALES]
     tokens = torch.randn(2, config.batch, (size // PATCH) ** 2, sum(channels))
