@@ -37,6 +37,12 @@ def image_folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("squares"), 7, 3)
 
 
+@pytest.fixture(scope="session")
+def even_folder(tmp_path_factory):
+    """Eight training images, so that two processes leave none out, and three validation images."""
+    return write_images(tmp_path_factory.mktemp("even"), 8, 3, seed=1)
+
+
 @pytest.fixture
 def make_config(image_folder, tmp_path):
     """Settings of a run that takes milliseconds an epoch, in a folder of the test's own."""

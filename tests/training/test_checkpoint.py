@@ -100,6 +100,7 @@ def test_file_size_limit_keeps_the_previous_checkpoint(finished, make_config):
         [sys.executable, "-c", script, str(folder.parent / "resumed.yaml")],
         capture_output=True,
         text=True,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 1

@@ -76,7 +76,8 @@ def test_several_classes_train(make_config):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"channel_order": "bgr"}, {"optimizer": "adamw", "weight_decay": 0.1}, {"amp": "bf16"}, {"batch_size": 9}]
+    "changes",
+    [{"channel_order": "bgr"}, {"optimizer": "adamw", "weight_decay": 0.1}, {"amp": "bf16"}, {"batch_size": 9}],
 )
 def test_options_train_and_change_the_result(make_config, changes, tmp_path):
     train(make_config())

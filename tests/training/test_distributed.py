@@ -1,0 +1,89 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import uctrans
+from uctrans.training import ConfigError, load_checkpoint
+from uctrans.training.distributed import choose_device, processes, with_sync_batch_norm
+from uctrans.training.logs import read_metrics
+
+ROOT = Path(uctrans.__file__).parents[1]
+PROGRAM = Path(__file__).with_name("distributed_run.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run_program(config, folder, launcher):
+    folder.mkdir(exist_ok=True)
+    config.save_yaml(folder / "settings.yaml")
+    result = subprocess.run(
+        [sys.executable, *launcher, str(PROGRAM), str(folder / "settings.yaml"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_two_processes_are_one_with_twice_the_batch(make_config, tmp_path, even_folder, assert_same):
+    settings = {"data": str(even_folder), "model": "plain", "base_channels": 4, "progress": True}
+    settings["output"] = str(tmp_path / "double" / "run")
+    result = run_program(make_config(batch_size=2, epochs=2, **settings), tmp_path / "double", TORCHRUN)
+    run_program(make_config(batch_size=2, epochs=3, resume=True, **settings), tmp_path / "double", TORCHRUN)
+    settings["output"] = str(tmp_path / "single" / "run")
+    run_program(make_config(batch_size=4, epochs=3, **settings), tmp_path / "single", [])
+
+    weights = [torch.load(tmp_path / "double" / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(*weights)
+    alone = torch.load(tmp_path / "single" / "0.pt", weights_only=True)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(weights[0][name], tensor, rtol=1e-4, atol=1e-6)
+
+    rows = [read_metrics(tmp_path / name / "run" / "metrics.csv") for name in ("double", "single")]
+    assert [row["epoch"] for row in rows[0]] == [1, 2, 3]  # only one process wrote
+    for both, one in zip(*rows, strict=True):
+        assert both["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+        assert both["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+        assert both["val_dice"] == pytest.approx(one["val_dice"], rel=1e-5)
+    assert result.stdout.count("epoch 1,") == 1
+    assert "2 processes on cpu" in result.stdout
+    checkpoint = load_checkpoint(tmp_path / "double" / "run" / "last.pt")
+    augment = [states["augment"] for states in checkpoint["generators"]]
+    assert len(augment) == 2
+    assert not torch.equal(*augment)
+
+
+def test_without_torchrun_this_is_the_only_process():
+    with processes("cpu") as group:
+        assert (group.rank, group.count, group.is_main, group.device.type) == (0, 1, True, "cpu")
+        value = torch.tensor([2.0])
+        assert group.mean_(value) is value
+        assert group.sum_(value).item() == 2
+        assert group.gather("x") == ["x"]
+        model = torch.nn.BatchNorm2d(1)
+        assert group.wrap(model) is model
+        group.share_buffers(model)
+        group.barrier()
+
+
+def test_auto_takes_cuda_where_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("cuda", local_rank=1) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"device: cuda:2 is not there; .*no more processes than GPUs"):
+        choose_device("auto", local_rank=2)
+
+
+def test_sync_batch_norm_needs_cuda():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    with pytest.raises(ConfigError, match=r"sync_batch_norm: .*CUDA only, not on cpu; switch sync_batch_norm off"):
+        with_sync_batch_norm(model, torch.device("cpu"))
+    assert isinstance(with_sync_batch_norm(model, torch.device("cuda"))[0], torch.nn.SyncBatchNorm)
