@@ -170,7 +170,7 @@ def test_pickled_objects_are_not_loaded(tmp_path, monkeypatch, writer):
     if writer == "torch":
         torch.save({"format": "uctrans-checkpoint", "model": Payload()}, path)
     else:
-        path.write_bytes(pickle.dumps(Payload()))
+        path.write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(CheckpointError, match=r"last\.pt"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()

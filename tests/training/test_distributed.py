@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 import uctrans
-from uctrans.training import ConfigError, load_checkpoint
+from uctrans.data import Protocol
+from uctrans.models import registry
+from uctrans.training import ConfigError, load_checkpoint, train
 from uctrans.training.distributed import choose_device, processes, with_sync_batch_norm
 from uctrans.training.logs import read_metrics
 
@@ -16,11 +19,11 @@ PROGRAM = Path(__file__).with_name("distributed_run.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run_program(config, folder, launcher):
+def run_program(config, folder):
     folder.mkdir(exist_ok=True)
     config.save_yaml(folder / "settings.yaml")
     result = subprocess.run(
-        [sys.executable, *launcher, str(PROGRAM), str(folder / "settings.yaml"), str(folder)],
+        [sys.executable, *TORCHRUN, str(PROGRAM), str(folder / "settings.yaml"), str(folder)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -30,17 +33,21 @@ def run_program(config, folder, launcher):
     return result
 
 
-def test_two_processes_are_one_with_twice_the_batch(make_config, tmp_path, even_folder, assert_same):
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(make_config, tmp_path, even_folder, monkeypatch, assert_same):
     settings = {"data": str(even_folder), "model": "plain", "base_channels": 4, "progress": True}
     settings["output"] = str(tmp_path / "double" / "run")
-    result = run_program(make_config(batch_size=2, epochs=2, **settings), tmp_path / "double", TORCHRUN)
-    run_program(make_config(batch_size=2, epochs=3, resume=True, **settings), tmp_path / "double", TORCHRUN)
+    result = run_program(make_config(batch_size=2, epochs=2, **settings), tmp_path / "double")
+    run_program(make_config(batch_size=2, epochs=3, resume=True, **settings), tmp_path / "double")
     settings["output"] = str(tmp_path / "single" / "run")
-    run_program(make_config(batch_size=4, epochs=3, **settings), tmp_path / "single", [])
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    runpy.run_path(str(PROGRAM))  # registers the network
+    monkeypatch.setattr(Protocol, "augment", lambda self, images, masks, generator: (images, masks))
+    train(make_config(batch_size=4, epochs=3, **settings))
 
     weights = [torch.load(tmp_path / "double" / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(*weights)
-    alone = torch.load(tmp_path / "single" / "0.pt", weights_only=True)
+    alone = load_checkpoint(tmp_path / "single" / "run" / "last.pt")["model"]["state"]
     for name, tensor in alone.items():
         torch.testing.assert_close(weights[0][name], tensor, rtol=1e-4, atol=1e-6)
 

@@ -35,6 +35,7 @@ def end_of(config):
     return {"checkpoints": checkpoints, "rows": rows, "weights": weights}
 
 
+@pytest.mark.slow
 def test_run_killed_at_any_moment_ends_with_the_same_bits(make_config, tmp_path, assert_same):
     configs = [make_config(output=str(tmp_path / name), epochs=12, **WITH_DROPOUT) for name in ("straight", "killed")]
     files = [tmp_path / "straight.yaml", tmp_path / "killed.yaml"]
@@ -136,6 +137,7 @@ def test_another_kind_of_device_draws_anew_from_the_seed(make_config, tmp_path):
     train(config)
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     checkpoint["generators"][0]["device"] = "cuda"
+    checkpoint["optimizer"]["param_groups"][0] |= {"lr": torch.tensor(0.01), "capturable": True}
     draws = []
     for _ in range(2):
         run = Run(config, CPU)
@@ -145,6 +147,9 @@ def test_another_kind_of_device_draws_anew_from_the_seed(make_config, tmp_path):
             [run.order.tolist(), torch.rand(3).tolist(), torch.rand(3, generator=run.augment_generator).tolist()]
         )
     assert draws[0] == draws[1]
+    assert run.optimizer.param_groups[0]["capturable"] is False
+    run.step(run.batch(0))
+    assert run.totals.loss > 0
     fresh = Run(config, CPU)
     fresh.begin_epoch()
     assert fresh.order.tolist() != draws[0][0]

@@ -179,6 +179,30 @@ def test_fused_adam_is_adam(make_config):
     torch.testing.assert_close(model.weight, plain.weight)
 
 
+def test_compile_wraps_what_a_step_calls_and_not_what_is_saved(make_config, monkeypatch):
+    compiled = []
+
+    def fake_compile(model):
+        compiled.append(model)
+        return lambda images: model(images)
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    run = started_run(make_config(compile=True))
+    assert compiled == [run.model]
+    run.step(run.batch(0))
+    assert run.totals.steps == 1
+
+
+def test_deterministic_kernels_where_they_are_asked_for(make_config):
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        run = started_run(make_config(deterministic=True, threads=1))
+        assert torch.are_deterministic_algorithms_enabled()
+        run.step(run.batch(0))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_an_epoch_shows_every_image_once_and_keeps_the_last_smaller_batch(make_config):
     run = started_run(make_config(batch_size=3))
     batches = [run.batch(step).tolist() for step in range(run.steps_per_epoch)]

@@ -47,15 +47,21 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, device: torch.d
         fused=device.type in FUSED_DEVICES,
         capturable=device.type == "cuda",
     )
-    prepare_learning_rate(optimizer, device)
+    fit_to_device(optimizer, device)
     return optimizer
 
 
-def prepare_learning_rate(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """On CUDA keep the learning rate in a tensor there, so that a captured step can be given another one."""
-    if device.type == "cuda":
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = torch.tensor(float(parameters["lr"]), device=device)
+def fit_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Choose the implementation for ``device``, also of an optimizer whose state was saved on another kind of device.
+
+    On CUDA the learning rate lies in a tensor there, so that a captured step can be given another one.
+    """
+    on_cuda = device.type == "cuda"
+    for parameters in optimizer.param_groups:
+        rate = float(parameters["lr"])
+        parameters["lr"] = torch.tensor(rate, device=device) if on_cuda else rate
+        parameters["fused"] = device.type in FUSED_DEVICES
+        parameters["capturable"] = on_cuda
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

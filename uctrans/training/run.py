@@ -16,9 +16,9 @@ from uctrans.training.build import (
     build_model,
     build_optimizer,
     derived_seed,
+    fit_to_device,
     learning_rate,
     load_data,
-    prepare_learning_rate,
     set_learning_rate,
     set_threads_and_determinism,
     start_from,
@@ -186,7 +186,7 @@ class Run:
         if self.average:
             load_state(self.average.model, state["ema"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        prepare_learning_rate(self.optimizer, self.group.device)
+        fit_to_device(self.optimizer, self.group.device)
         self.epoch = state["epoch"]
         self.best_epoch, self.best_dice = state["best"]["epoch"], state["best"]["dice"]
         self._load_generator_states(state["generators"][self.group.rank], sampler["generator"])
