@@ -83,6 +83,7 @@ def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> str:
         started = time.perf_counter()
         is_complete = train_epoch(run, log, stop)
         check_training_was_finite(run)
+        check_weights_are_finite(run)
         is_best = is_complete and complete_epoch(run, log, started)
         signal_name = next(filter(None, run.group.gather(stop.name)), None)
         is_over = run.epoch == run.config.epochs or run.is_out_of_patience
@@ -110,7 +111,6 @@ def complete_epoch(run: Run, log: RunLog | SilentLog, started: float) -> bool:
     """Read the sums of the epoch, validate, log; tell whether this is the best epoch so far."""
     train_loss, train_dice = run.totals.read(run.group)
     run.end_epoch()
-    check_weights_are_finite(run)
     is_validated = run.epoch % run.config.val_every == 0 or run.epoch == run.config.epochs
     val_loss, val_dice = validate_epoch(run) if is_validated else (None, None)
     is_best = is_validated and run.take_score(val_dice)
@@ -160,11 +160,11 @@ def check_training_was_finite(run: Run) -> None:
 
 
 def check_weights_are_finite(run: Run) -> None:
-    """Raise TrainingError where the last update of an epoch has spoilt the weights."""
+    """Raise TrainingError where the last step, whose loss was finite, has spoilt the weights."""
     floating = [tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack([tensor.isfinite().all() for tensor in floating]).all():
         raise TrainingError(
-            f"epoch {run.epoch}: the last step made weights that are not finite; lower learning_rate or use amp no. "
+            f"epoch {run.epoch + 1}: the last step made weights that are not finite; lower learning_rate or use amp no. "
             f"{_kept(run)}"
         )
 
