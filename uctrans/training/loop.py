@@ -164,8 +164,8 @@ def check_weights_are_finite(run: Run) -> None:
     floating = [tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack([tensor.isfinite().all() for tensor in floating]).all():
         raise TrainingError(
-            f"epoch {run.epoch + 1}: the last step made weights that are not finite; lower learning_rate or use amp no. "
-            f"{_kept(run)}"
+            f"epoch {run.epoch + 1}: the last step made weights that are not finite; lower learning_rate or use "
+            f"amp no. {_kept(run)}"
         )
 
 
