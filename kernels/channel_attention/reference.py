@@ -54,7 +54,8 @@ def projected_attention_maps(
 def _attend_one_scale(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, eps: float) -> Tensor:
     attention = F.dropout(_attention_map(query, key, eps), dropout_p)  # [B, H, C, S]
     mixed = attention @ value.transpose(-1, -2)  # [B, H, C, N]
-    return mixed.mean(dim=1).transpose(-1, -2)
+    # The published sequence moves the heads last in memory before it averages them.
+    return mixed.permute(0, 3, 2, 1).contiguous().mean(dim=-1)
 
 
 def _attention_map(query: Tensor, key: Tensor, eps: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,8 +142,6 @@ class TestEveryModel:
         uploaded = {}
 
         def upload_folder(repo_id, folder_path, commit_message):
-            from pathlib import Path
-
             uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
             return "address of the commit"
 
@@ -163,18 +162,16 @@ class TestEveryModel:
             model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
     def test_full_disk_keeps_the_former_weights(self, name, tmp_path, monkeypatch):
-        import safetensors.torch
-
         model = randomised(build(name))
         model.save_pretrained(tmp_path)
         before = (tmp_path / WEIGHTS_FILE).read_bytes()
 
-        def half_written(state, path):
-            with open(path, "wb") as file:  # noqa: PTH123
-                file.write(before[: len(before) // 2])
+        def half_written(path, contents):
+            with path.open("wb") as file:
+                file.write(contents[: len(contents) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(safetensors.torch, "save_file", half_written)
+        monkeypatch.setattr(Path, "write_bytes", half_written)
         with pytest.raises(OSError, match="No space left"):
             build(name).save_pretrained(tmp_path)
         assert (tmp_path / WEIGHTS_FILE).read_bytes() == before

@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,9 +60,9 @@ class SegmentationModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        _write_atomically(folder / WEIGHTS_FILE, lambda path: safetensors.torch.save_file(state, path))
+        _write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(state))
         text = json.dumps({"name": self.name, **self.config, "metadata": self.metadata}, indent=2)
-        _write_atomically(folder / CONFIG_FILE, lambda path: Path(path).write_text(text + "\n", encoding="utf-8"))
+        _write_atomically(folder / CONFIG_FILE, f"{text}\n".encode())
         return folder
 
     @classmethod
@@ -171,11 +170,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place; ``path`` is never half written."""
+def _write_atomically(path: Path, contents: bytes) -> None:
+    """Fill a temporary file beside ``path``, then put it in place; ``path`` is never half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(str(temporary))
+        temporary.write_bytes(contents)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -52,7 +52,9 @@ class Run:
         self.train_data, self.val_data = load_data(config, self.protocol, group)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.protocol.image_size).to(group.device)
+        model = build_model(config, self.protocol.image_size)
+        # The kernels of convolutions read this layout as it is; features take it over from the weights.
+        self.model = model.to(group.device, memory_format=torch.channels_last)
         if config.init_from is not None and not config.resume:
             start_from(self.model, config.init_from)
         if config.sync_batch_norm:

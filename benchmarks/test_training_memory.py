@@ -1,0 +1,43 @@
+"""Peak memory of a training step, each backend in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+import json, resource, sys, torch, uctrans
+backend, base_channels, pixels, batch = sys.argv[1], *map(int, sys.argv[2:])
+torch.manual_seed(0)
+model = uctrans.set_backend(uctrans.UCTransNet(base_channels=base_channels), backend)
+model.to(memory_format=torch.channels_last).train()
+image = torch.rand(batch, 3, pixels, pixels)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(2):
+    model.zero_grad(set_to_none=True)
+    model(image).square().mean().backward()
+print(json.dumps({"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+"""
+KIB_IN_MIB = 1024
+
+
+@pytest.mark.parametrize(("base_channels", "pixels", "batch"), [(64, 224, 4), (64, 512, 1)])
+def test_training_step_needs_no_more_memory_than_the_reference(benchmark, base_channels, pixels, batch):
+    benchmark.group = "peak memory of a training step"
+
+    def peak_mib(backend):
+        arguments = [backend, str(base_channels), str(pixels), str(batch)]
+        output = subprocess.run([sys.executable, "-c", STEP, *arguments], check=True, capture_output=True, text=True)
+        return json.loads(output.stdout)["peak"] / KIB_IN_MIB
+
+    composed = benchmark.pedantic(peak_mib, args=("composed",), rounds=1)
+    reference = peak_mib("reference")
+    benchmark.extra_info |= {
+        "base_channels": base_channels,
+        "pixels": pixels,
+        "batch": batch,
+        "peak_mib": composed,
+        "reference_peak_mib": reference,
+    }
+    assert composed <= reference
