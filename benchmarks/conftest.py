@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-WARMUP_ROUNDS = 2
+WARMUP_ROUNDS = 1
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from .workloads import MODES, assert_same_function, call, on_backends
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("base_channels", "pixels", "batch", "rounds"),
-    [(16, 224, 4, 11), (64, 224, 1, 11), (64, 224, 4, 7), (64, 1024, 1, 5)],
+    [(16, 224, 4, 15), (64, 224, 1, 15), (64, 224, 4, 7), (64, 1024, 1, 3)],
 )
 def test_network(benchmark, race, base_channels, pixels, batch, rounds, mode):
     benchmark.group = f"network, {mode}"

@@ -5,6 +5,7 @@ added by broadcasting: they never exist at full size.
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,8 +38,9 @@ def skip_gate(
 
 def _add_upsampled(feature: Tensor, tokens: Tensor) -> Tensor:
     rows, columns = tokens.shape[-2:]
-    patches = feature.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [B, C, rows, p, columns, p]
-    return (patches + tokens[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+    patches = rearrange(feature, "b c (rows p) (columns q) -> b c rows p columns q", rows=rows, columns=columns)
+    summed = patches + rearrange(tokens, "b c rows columns -> b c rows 1 columns 1")
+    return rearrange(summed, "b c rows p columns q -> b c (rows p) (columns q)")
 
 
 def _upsample(feature: Tensor, size: tuple[int, int]) -> Tensor:

@@ -193,6 +193,11 @@ class TestUCTransNet:
         model = uctrans.UCTransNet(base_channels=3, image_size=32, num_layers=1, num_heads=2, patch_sizes=patch_sizes)
         assert model(torch.rand(2, 3, 64, 80)).shape == (2, 1, 64, 80)
 
+    def test_any_widths(self):
+        model = build("uctransnet", base_channels=(5, 3, 7, 6))
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
+        assert model.load_unet(build("unet", base_channels=(5, 3, 7, 6)))
+
     def test_oblong_image_size(self):
         model = build("uctransnet", image_size=(32, 64))
         assert model.transformer.embeddings[0].position.shape[-2:] == (2, 4)
@@ -211,7 +216,8 @@ class TestUCTransNet:
         [
             ({"patch_sizes": (16, 4)}, "patch_sizes must halve"),
             ({"patch_sizes": ()}, "one positive size a scale"),
-            ({"base_channels": 0}, "base_channels must be at least 1"),
+            ({"base_channels": 0}, "base_channels must be one width, or 4, at least 1 each"),
+            ({"base_channels": (4, 8)}, "base_channels must be one width, or 4"),
             ({"image_size": 0}, "image_size must be positive"),
             ({"backend": "fast"}, "unknown backend 'fast'"),
         ],
@@ -360,6 +366,7 @@ class TestUpstream:
             {"in_channels": 1, "classes": 9},
             {"num_layers": 1, "num_heads": 3, "mlp_ratio": 2, "image_size": 64},
             {"patch_sizes": (8, 4, 2)},
+            {"patch_sizes": (8, 4, 2), "base_channels": (6, 5, 9)},
         ],
         ids=str,
     )

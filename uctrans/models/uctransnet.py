@@ -35,7 +35,7 @@ class UCTransNet(SegmentationModel):
         in_channels: channels of the image.
         classes: channels of the logits; 1 for a binary mask.
         image_size: side, or (height, width), that the position embeddings are learned for; any other size works too.
-        base_channels: width of the finest scale; each next one doubles it.
+        base_channels: width of the finest scale, each next one doubling it; or the widths of all scales.
         num_layers: transformer layers.
         num_heads: attention heads.
         patch_sizes: side of a patch at each scale, finest first, each half of the one before; as many as there are
@@ -55,7 +55,7 @@ class UCTransNet(SegmentationModel):
         in_channels: int = 3,
         classes: int = 1,
         image_size: int | Sequence[int] = 224,
-        base_channels: int = 64,
+        base_channels: int | Sequence[int] = 64,
         num_layers: int = 4,
         num_heads: int = 4,
         patch_sizes: Sequence[int] = (16, 8, 4, 2),

@@ -33,12 +33,16 @@ class UNet(SegmentationModel):
     Args:
         in_channels: channels of the image.
         classes: channels of the logits; 1 for a binary mask.
-        base_channels: width of the finest of the four scales; each next one doubles it.
+        base_channels: width of the finest of the four scales, each next one doubling it; or the widths of all four.
         skips: which skip connections exist, 1 the finest to 4 the coarsest; ``()`` for none.
     """
 
     def __init__(
-        self, in_channels: int = 3, classes: int = 1, base_channels: int = 64, skips: Sequence[int] = (1, 2, 3, 4)
+        self,
+        in_channels: int = 3,
+        classes: int = 1,
+        base_channels: int | Sequence[int] = 64,
+        skips: Sequence[int] = (1, 2, 3, 4),
     ):
         super().__init__()
         if not set(skips) <= set(range(1, NUM_SCALES + 1)) or len(set(skips)) != len(list(skips)):
@@ -64,8 +68,10 @@ class UNet(SegmentationModel):
         return self.head(decoded)[..., :height, :width]
 
 
-def scale_widths(base_channels: int, num_scales: int) -> tuple[int, ...]:
-    """Widths of the scales: ``base_channels``, doubling."""
-    if base_channels < 1:
-        raise ValueError(f"base_channels must be at least 1; got {base_channels}")
-    return tuple(base_channels * 2**scale for scale in range(num_scales))
+def scale_widths(base_channels: int | Sequence[int], num_scales: int) -> tuple[int, ...]:
+    """Widths of the scales: one number doubles from scale to scale, a sequence gives each."""
+    if isinstance(base_channels, int):
+        base_channels = [base_channels * 2**scale for scale in range(num_scales)]
+    if len(base_channels) != num_scales or min(base_channels) < 1:
+        raise ValueError(f"base_channels must be one width, or {num_scales}, at least 1 each; got {base_channels}")
+    return tuple(base_channels)

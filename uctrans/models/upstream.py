@@ -207,11 +207,9 @@ def _state_of(checkpoint: str | Path | dict, source: object) -> dict[str, Tensor
 
 def _infer_config(state: dict[str, Tensor], source: object) -> dict[str, object]:
     try:
-        base_channels, in_channels = state[FIRST_CONVOLUTION].shape[:2]
+        in_channels = state[FIRST_CONVOLUTION].shape[1]
         scales = _count(state, r"mtc\.embeddings_(\d+)\.position_embeddings")
-        patch_sizes = [
-            state[f"mtc.embeddings_{scale + 1}.patch_embeddings.weight"].shape[-1] for scale in range(scales)
-        ]
+        patches = [state[f"mtc.embeddings_{scale + 1}.patch_embeddings.weight"] for scale in range(scales)]
         tokens = state["mtc.embeddings_1.position_embeddings"].shape[1]
         hidden, width = state["mtc.encoder.layer.0.ffn1.fc1.weight"].shape
         classes = state["outc.weight"].shape[0]
@@ -222,14 +220,16 @@ def _infer_config(state: dict[str, Tensor], source: object) -> dict[str, object]
         raise ModelFileError(
             f"{source} has {tokens} tokens, no square grid: the published network is for square images"
         )
+    widths = [weight.shape[0] for weight in patches]
+    doubled = [widths[0] * 2**scale for scale in range(scales)]
     return {
         "in_channels": in_channels,
         "classes": classes,
-        "image_size": rows * patch_sizes[0],
-        "base_channels": base_channels,
+        "image_size": rows * patches[0].shape[-1],
+        "base_channels": widths[0] if widths == doubled else widths,
         "num_layers": _count(state, r"mtc\.encoder\.layer\.(\d+)\.attn_norm\.weight"),
         "num_heads": _count(state, r"mtc\.encoder\.layer\.0\.channel_attn\.key\.(\d+)\.weight"),
-        "patch_sizes": patch_sizes,
+        "patch_sizes": [weight.shape[-1] for weight in patches],
         "mlp_ratio": hidden // width,
     }
 
