@@ -1,6 +1,8 @@
 """Every kind of image and mask file becomes uint8 RGB and uint8 labels, or an error that names it."""
 
 import re
+import struct
+import zlib
 
 import imageio.v3
 import numpy as np
@@ -78,6 +80,45 @@ def test_sixteen_bit_is_scaled(tmp_path, name, channels):
     image = read_image(tmp_path / name)
     np.testing.assert_array_equal(image, expected)
     assert image[0, :4, 0].tolist() == [0, 0, 1, 255]
+
+
+def put_deep_png(path, pixels):
+    """Write (H, W, 1..4) uint16 as a 16-bit PNG by the format's specification; Pillow cannot write these."""
+    height, width, channels = pixels.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks.items():
+        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("name", ["deep.png", "deep.bmp"], ids=["named png", "named otherwise"])
+def test_sixteen_bit_png_with_colours_or_alpha_is_refused_rather_than_cut(tmp_path, channels, name):
+    path = put_deep_png(tmp_path / name, random_pixels(5, 6, channels, dtype=np.uint16) % 3)
+    message = rf"{re.escape(name)} is a 16-bit PNG with colours or alpha.*save it as 8-bit PNG, as 16-bit TIFF"
+    with pytest.raises(DataError, match=message):
+        read_mask(path, classes=3)
+    with pytest.raises(DataError, match=message):
+        read_image(path)
+
+
+def test_sixteen_bit_png_of_one_channel_keeps_every_label(tmp_path):
+    labels = random_pixels(5, 6, 1, dtype=np.uint16) % 3
+    np.testing.assert_array_equal(read_mask(put_deep_png(tmp_path / "a.png", labels), classes=3), labels[..., 0])
+
+
+@pytest.mark.parametrize("height", [3, 4])
+def test_low_images_with_alpha_keep_their_shape(tmp_path, height):
+    pixels = random_pixels(height, 9, 2)
+    np.testing.assert_array_equal(read_image(put(tmp_path / "a.png", pixels))[..., 0], pixels[..., 0])
 
 
 def test_black_and_white(tmp_path):

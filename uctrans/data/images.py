@@ -1,9 +1,7 @@
 """Read image and mask files of any kind scikit-image opens into two forms: RGB and label index, both uint8."""
 
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from uctrans.data.errors import DataError, shorten
 from uctrans.data.palettes import colours_to_labels, pack_colours, parse_palette
+from uctrans.data.pixels import read_pixels
 
 MAX_CLASSES = 256
 # 65535 = 255 * 257, so a 16-bit value over 257 is the nearest 8-bit one.
@@ -24,11 +23,11 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     scaled by 1/257.
 
     Raises:
-        DataError: a file that is missing, damaged, of several pages or frames, in CMYK, or of floating-point or other
-            values than 1, 8 or 16 bit.
+        DataError: a file that is missing, damaged, of several pages or frames, in CMYK, a PNG of 16 bit with colours
+            or alpha, or of floating-point or other values than 1, 8 or 16 bit.
     """
     path = Path(path)
-    pixels = _to_rgb(_read_pixels(path), path)
+    pixels = _to_rgb(read_pixels(path), path)
     if pixels.dtype == np.uint16:
         half = SIXTEEN_TO_EIGHT_BIT // 2
         return ((pixels.astype(np.uint32) + half) // SIXTEEN_TO_EIGHT_BIT).astype(np.uint8)
@@ -72,7 +71,7 @@ def decode_mask(
     path = Path(path)
     if not 1 <= classes <= MAX_CLASSES:
         raise DataError(f"classes={classes}: masks hold 1 to {MAX_CLASSES} classes.")
-    pixels = _read_pixels(path)
+    pixels = read_pixels(path)
     if shape is not None and pixels.shape[:2] != tuple(shape):
         height, width = pixels.shape[:2]
         raise DataError(
@@ -93,29 +92,6 @@ def warn_of_more_values(paths: Sequence[str | os.PathLike]) -> None:
         f"{shorten(paths)}. If the values are classes, set classes; if they are blurred edges, threshold the masks.",
         stacklevel=3,
     )
-
-
-def _read_pixels(path: Path) -> np.ndarray:
-    """(H, W) or (H, W, 1..4) of bool, uint8 or uint16."""
-    from PIL.Image import DecompressionBombError
-    from skimage.io import imread
-
-    if not path.is_file():
-        raise DataError(f"{path} is not a file.")
-    try:
-        pixels = imread(path)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be read, it may be damaged ({reason}): replace or re-save it.") from error
-    if pixels.ndim == 4 and pixels.shape[0] == 1:
-        pixels = pixels[0]
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] > 4):
-        raise DataError(f"{path} holds several pages or frames (shape {pixels.shape}): save one image to a file.")
-    if pixels.ndim == 3 and pixels.shape[2] == 4 and path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"):
-        raise DataError(f"{path} is a CMYK JPEG: convert it to RGB.")
-    if pixels.dtype not in (bool, np.uint8, np.uint16):
-        raise DataError(f"{path} holds {pixels.dtype} values: save it with 8 or 16 bit unsigned integers.")
-    return pixels
 
 
 def _to_rgb(pixels: np.ndarray, path: Path) -> np.ndarray:
