@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
 from uctrans import __version__, cli
-from uctrans.data import write_demo_dataset
+from uctrans.data import read_mask, write_demo_dataset
+from uctrans.data.writing import write_png
 from uctrans.demo import DemoConfig, DemoError, run_demo
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +149,21 @@ def test_mistakes_end_in_one_line(words, named, data, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(data)
     assert named in error_of(capsys, *words.split())
+
+
+def test_prepare_replaces_masks_only_when_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_png(tmp_path / "images" / "a.png", np.zeros((12, 10, 3), dtype=np.uint8))
+    vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in ((2, 3), (5, 3), (5, 8)))
+    (tmp_path / "a.xml").write_text(f"<Annotations><Region><Vertices>{vertices}</Vertices></Region></Annotations>")
+    words = ["prepare", "monuseg", "-i", "a.xml", "--images", "images", "-o", "out"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == "Wrote the masks of 1 images, 1 nuclei\n"
+    Path("out/masks/a.png").write_bytes(b"hand-made")
+    assert "overwrite" in error_of(capsys, *words)
+    assert Path("out/masks/a.png").read_bytes() == b"hand-made"
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert read_mask("out/masks/a.png").sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -148,17 +148,19 @@ class PrepareMonusegConfig:
         annotations: Folder of XML annotations, or one of them.
         images: Folder of the images that the annotations belong to.
         output: Folder for masks/ (0 and 255) and instances/ (one number a nucleus).
+        overwrite: Replace masks and instance maps that the output folder already holds.
     """
 
     annotations: str
     images: str
     output: str
+    overwrite: bool = False
 
 
 def _prepare_monuseg(config: PrepareMonusegConfig) -> Any:
     from uctrans.data import prepare_monuseg
 
-    return prepare_monuseg(config.annotations, config.images, config.output)
+    return prepare_monuseg(config.annotations, config.images, config.output, overwrite=config.overwrite)
 
 
 def _overview() -> str:

@@ -68,6 +68,40 @@ def test_images_without_annotation_are_passed_over(tmp_path, images):
     assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("folder", ["masks", "instances"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_image_folder_is_never_written_to(tmp_path, images, folder, overwrite):
+    images = images.rename(tmp_path / folder)
+    link = tmp_path / "link"
+    link.symlink_to(images)
+    before = (images / "a.png").read_bytes()
+    path = write_xml(tmp_path / "a.xml", SQUARE)
+    for source in (images, link):
+        with pytest.raises(DataError, match=rf"{folder} is the folder of the images.*choose another output folder"):
+            prepare_monuseg(path, source, tmp_path, overwrite=overwrite)
+    assert (images / "a.png").read_bytes() == before
+    assert not (tmp_path / "annotations.json").exists()
+
+
+@pytest.mark.parametrize("existing", ["masks/a.png", "instances/a.png", "annotations.json"])
+def test_existing_files_are_replaced_only_when_asked(tmp_path, images, existing):
+    path = write_xml(tmp_path / "a.xml", SQUARE)
+    file = tmp_path / "out" / existing
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"hand-made")
+    with pytest.raises(DataError, match=rf"1 of the files to write exist already: .*{existing}.*set overwrite"):
+        prepare_monuseg(path, images, tmp_path / "out")
+    assert [item.read_bytes() for item in (tmp_path / "out").rglob("*.*")] == [b"hand-made"]
+    prepare_monuseg(path, images, tmp_path / "out", overwrite=True)
+    assert file.read_bytes() != b"hand-made"
+
+
+def test_masks_of_other_images_may_be_there(tmp_path, images):
+    write_png(tmp_path / "masks" / "b.png", np.zeros((4, 4), dtype=np.uint8))
+    prepare_monuseg(write_xml(tmp_path / "a.xml", SQUARE), images, tmp_path)
+    assert sorted(file.name for file in (tmp_path / "masks").iterdir()) == ["a.png", "b.png"]
+
+
 def test_vertices_outside_the_image_are_cut_off(tmp_path, images):
     write_xml(tmp_path / "a.xml", [(-5, -5), (4, -5), (4, 4), (-5, 4)], [(8, 10), (40, 10), (40, 40), (8, 40)])
     prepare_monuseg(tmp_path / "a.xml", images, tmp_path)
@@ -118,6 +152,13 @@ def test_file_that_is_no_xml(tmp_path, images, content):
     with pytest.raises(DataError, match=r"a\.xml is not well-formed XML .*export it anew"):
         prepare_monuseg(tmp_path / "a.xml", images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["foo", "shift_jis", "rot13", "idna"])
+def test_encoding_that_cannot_be_read(tmp_path, encoding):
+    (tmp_path / "a.xml").write_text(f'<?xml version="1.0" encoding="{encoding}"?><Annotations/>')
+    with pytest.raises(DataError, match=r"a\.xml declares a text encoding that cannot be read .*save it as UTF-8"):
+        read_annotation(tmp_path / "a.xml")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from uctrans.data.writing import write_bytes, write_png
 
 XML_SUFFIX = ".xml"
 MIN_VERTICES = 3
+MASKS, INSTANCES, SUMMARY = "masks", "instances", "annotations.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PreparedImage:
 
 
 def prepare_monuseg(
-    annotations: str | os.PathLike, images: str | os.PathLike, output: str | os.PathLike
+    annotations: str | os.PathLike, images: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False
 ) -> list[PreparedImage]:
     """Write a mask and an instance map for each annotated image.
 
@@ -59,10 +60,12 @@ def prepare_monuseg(
     Args:
         annotations: folder of XML files, or one of them.
         images: folder with an image of the same stem for each XML file (may be the same folder).
-        output: folder to write to; files of the same name are replaced.
+        output: folder to write to.
+        overwrite: replace files that are there already; False refuses to.
 
     Raises:
-        DataError: a missing folder, no XML file, an annotation without an image, or a file that cannot be read.
+        DataError: a missing folder, no XML file, an annotation without an image, a file that cannot be read, a file
+            that would be replaced, or ``images`` being a folder that masks or instances would go to.
         ImportError: defusedxml is not installed.
     """
     annotation_files = _list_annotations(Path(annotations))
@@ -76,6 +79,7 @@ def prepare_monuseg(
             "take these files out of the annotations folder."
         )
     output = Path(output)
+    _refuse_losses(Path(images), output, [file.stem for file in annotation_files], overwrite)
     prepared, maps = [], {}
     for file in annotation_files:
         annotation = read_annotation(file)
@@ -86,9 +90,9 @@ def prepare_monuseg(
         maps[file.stem] = instances
         prepared.append(PreparedImage(file.stem, nuclei, annotation.skipped, annotation.microns_per_pixel))
     for name, instances in maps.items():
-        write_png(output / "masks" / f"{name}.png", np.where(instances > 0, np.uint8(255), np.uint8(0)))
-        write_png(output / "instances" / f"{name}.png", instances)
-    write_bytes(output / "annotations.json", _summary(prepared))
+        write_png(output / MASKS / f"{name}.png", np.where(instances > 0, np.uint8(255), np.uint8(0)))
+        write_png(output / INSTANCES / f"{name}.png", instances)
+    write_bytes(output / SUMMARY, _summary(prepared))
     return prepared
 
 
@@ -158,6 +162,21 @@ def _list_annotations(path: Path) -> list[Path]:
     return files
 
 
+def _refuse_losses(images: Path, output: Path, names: list[str], overwrite: bool) -> None:
+    for folder in (output / MASKS, output / INSTANCES):
+        if folder.is_dir() and folder.samefile(images):
+            raise DataError(
+                f"{folder} is the folder of the images, which the results would replace: choose another output folder."
+            )
+    files = [output / folder / f"{name}.png" for folder in (MASKS, INSTANCES) for name in names]
+    existing = [file for file in (*files, output / SUMMARY) if file.exists()]
+    if existing and not overwrite:
+        raise DataError(
+            f"{len(existing)} of the files to write exist already: {shorten(existing, limit=3)}. Choose another output "
+            "folder, or set overwrite to replace them."
+        )
+
+
 def _parse_xml(path: Path):
     try:
         from defusedxml import DefusedXmlException
@@ -172,6 +191,10 @@ def _parse_xml(path: Path):
         raise DataError(
             f"{path} declares entities, which an annotation has no use for and which can exhaust memory: it was not "
             "read. Take the declarations out or get the file from its source anew."
+        ) from error
+    except (LookupError, ValueError) as error:
+        raise DataError(
+            f"{path} declares a text encoding that cannot be read ({error}): save it as UTF-8 and declare that."
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
