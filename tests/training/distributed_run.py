@@ -1,11 +1,14 @@
-"""Train a network without batch norm under torchrun; a program that test_distributed.py starts.
+"""Train under torchrun; a program that test_distributed.py starts.
 
-Usage: distributed_run.py CONFIG.yaml FOLDER. Each process leaves its weights as FOLDER/RANK.pt. Augmentation is off, so
+Usage: distributed_run.py CONFIG.yaml FOLDER [STEPS]. Each process leaves its weights as FOLDER/RANK.pt. After STEPS
+steps the first process sends SIGTERM to torchrun. The model "plain" has no batch norm and is trained without augmentation, so
 that two processes see what one with twice the batch sees.
 """
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +16,9 @@ import torch
 import uctrans
 from uctrans.data import Protocol
 from uctrans.training import TrainConfig, loop, train
+from uctrans.training.step import TrainStep
+
+LONGEST_WAIT = 20  # seconds for torchrun to pass the signal on
 
 
 @uctrans.register_model("plain")
@@ -34,10 +40,24 @@ def unchanged(protocol, images, masks, generator):
     return images, masks
 
 
-def main(config_file: str, folder: str) -> None:
-    Protocol.augment = unchanged
-    config = TrainConfig.load_yaml(config_file)
-    kept = {}
+def stop_torchrun_after(steps: int) -> None:
+    """Let the first process end torchrun after some steps, and go on once the signal has come back."""
+    step, calls = TrainStep.__call__, []
+
+    def stopping(self, index):
+        step(self, index)
+        calls.append(index)
+        if len(calls) == steps and self.group.is_main:
+            handler, deadline = signal.getsignal(signal.SIGTERM), time.monotonic() + LONGEST_WAIT
+            os.kill(os.getppid(), signal.SIGTERM)
+            while signal.getsignal(signal.SIGTERM) == handler and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    TrainStep.__call__ = stopping
+
+
+def keep_weights(kept: dict[str, torch.Tensor]) -> None:
+    """Put the weights after each epoch into ``kept``."""
     complete = loop.complete_epoch
 
     def complete_and_keep(run, *arguments):
@@ -46,9 +66,17 @@ def main(config_file: str, folder: str) -> None:
         return result
 
     loop.complete_epoch = complete_and_keep
+
+
+def main(config_file: str, folder: str, steps: str = "0") -> None:
+    config = TrainConfig.load_yaml(config_file)
+    if config.model == "plain":
+        Protocol.augment = unchanged
+    stop_torchrun_after(int(steps))
+    kept = {}
+    keep_weights(kept)
     train(config)
-    rank = int(os.environ.get("RANK", 0))
-    torch.save(kept, Path(folder) / f"{rank}.pt")
+    torch.save(kept, Path(folder) / f"{os.environ.get('RANK', 0)}.pt")
 
 
 if __name__ == "__main__":

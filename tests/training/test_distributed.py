@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import runpy
 import subprocess
@@ -19,17 +20,17 @@ PROGRAM = Path(__file__).with_name("distributed_run.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run_program(config, folder):
+def run_program(config, folder, *words, is_stopped=False):
     folder.mkdir(exist_ok=True)
     config.save_yaml(folder / "settings.yaml")
     result = subprocess.run(
-        [sys.executable, *TORCHRUN, str(PROGRAM), str(folder / "settings.yaml"), str(folder)],
+        [sys.executable, *TORCHRUN, str(PROGRAM), str(folder / "settings.yaml"), str(folder), *words],
         capture_output=True,
         text=True,
         timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode != 0) == is_stopped, result.stderr
     return result
 
 
@@ -65,6 +66,43 @@ def test_two_processes_are_one_with_twice_the_batch(make_config, tmp_path, even_
     assert not torch.equal(*augment)
 
 
+@pytest.mark.slow
+def test_torchrun_stopped_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_bits(
+    make_config, tmp_path, even_folder, assert_same
+):
+    settings = {
+        "data": str(even_folder),
+        "model": "uctransnet",
+        "image_size": 32,
+        "model_options": {"num_layers": 1, "num_heads": 1},
+        "batch_size": 1,
+        "ema_decay": 0.9,
+        "amp": "bf16",
+    }
+    straight = make_config(output=str(tmp_path / "straight" / "run"), **settings)
+    run_program(straight, tmp_path / "straight")
+
+    stopped = make_config(output=str(tmp_path / "stopped" / "run"), **settings)
+    run_program(stopped, tmp_path / "stopped", "6", is_stopped=True)
+    folder = Path(stopped.output)
+    assert "stopped by SIGTERM after epoch 1 and 2 steps" in (folder / "log.txt").read_text()
+    checkpoint = load_checkpoint(folder / "last.pt")
+    assert (checkpoint["epoch"], checkpoint["sampler"]["step"]) == (1, 2)
+    first, second = checkpoint["sampler"]["totals"]
+    assert (first["steps"], second["steps"]) == (2, 2)
+    assert first["loss"] != second["loss"]
+
+    run_program(dataclasses.replace(stopped, resume=True), tmp_path / "stopped")
+    ends = [load_checkpoint(Path(config.output) / "last.pt") for config in (straight, stopped)]
+    rows = [read_metrics(Path(config.output) / "metrics.csv") for config in (straight, stopped)]
+    for end in ends:
+        end.pop("train_config")
+    for row in rows[0] + rows[1]:
+        del row["seconds"], row["images_per_second"]
+    assert_same(*ends)
+    assert_same(*rows)
+
+
 def test_without_torchrun_this_is_the_only_process():
     with processes("cpu") as group:
         assert (group.rank, group.count, group.is_main, group.device.type) == (0, 1, True, "cpu")
@@ -72,6 +110,8 @@ def test_without_torchrun_this_is_the_only_process():
         assert group.mean_(value) is value
         assert group.sum_(value).item() == 2
         assert group.gather("x") == ["x"]
+        assert group.any(True) is True
+        assert group.any(False) is False
         model = torch.nn.BatchNorm2d(1)
         assert group.wrap(model) is model
         group.share_buffers(model)

@@ -6,8 +6,8 @@
      "generators": one dict of generator states for each process,
      "sampler": {"generator", "train_names", "val_names", "order", "step", "totals"}}
 
-``order`` is the order of the images of an epoch that was left after ``step`` steps, and ``totals`` its sums so far; in
-a checkpoint between two epochs ``order`` and ``totals`` are None and ``step`` is 0.
+``order`` is the order of the images of an epoch that was left after ``step`` steps, and ``totals`` its sums so far, one
+dict for each process; in a checkpoint between two epochs ``order`` and ``totals`` are None and ``step`` is 0.
 """
 
 import errno

@@ -17,11 +17,19 @@ from uctrans.training.errors import ConfigError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: its rank, how many there are, and the device it computes on."""
+    """This process among those of the run.
+
+    Attributes:
+        rank: which one this is.
+        count: how many there are.
+        device: what it computes on.
+        hosts: the group in which values in main memory are exchanged, past the device; none where there is one process.
+    """
 
     rank: int
     count: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -41,12 +49,20 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Tell whether ``flag`` is set in any process. Waits for the other processes, but never for the device."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, group=self.hosts)
+        return flags.item() > 0
+
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, by rank."""
         if self.count == 1:
             return [value]
         values = [None] * self.count
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.hosts)
         return values
 
     def barrier(self) -> None:
@@ -90,7 +106,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
 @contextlib.contextmanager
 def processes(device_name: str) -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started (NCCL on CUDA, gloo elsewhere); leave them at the end.
+    """Join the processes that ``torchrun`` started (NCCL between GPUs, gloo for the rest); leave them at the end.
 
     Joins nothing where ``torchrun`` was not used, and leaves a group that exists already as it is.
     """
@@ -102,8 +118,10 @@ def processes(device_name: str) -> Iterator[Processes]:
     if owned:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        joined = dist.is_initialized()
-        yield Processes(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, device)
+        if dist.is_initialized():
+            yield Processes(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+        else:
+            yield Processes(0, 1, device)
     finally:
         if owned:
             dist.destroy_process_group()

@@ -2,8 +2,8 @@
 
 A run lives in a folder: config.yaml, last.pt, best.pt, best/ (the best weights, for use), metrics.csv, progress.png,
 tensorboard/ and log.txt. last.pt is written before the first step, after every ``save_every`` epochs, and when a signal
-stops the run, then in the middle of an epoch: after the step that was running (with several processes: at the end of
-the epoch). A run continued from it ends with the very bits of an undisturbed one.
+stops the run, then in the middle of an epoch: after the step that was running, the same in all processes. A run
+continued from it ends with the very bits of an undisturbed one.
 """
 
 import dataclasses
@@ -98,8 +98,7 @@ def train_epoch(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> bool:
     """Do the steps that are left of an epoch; return False where a signal came before the last one."""
     run.begin_epoch()
     while run.steps_done < run.steps_per_epoch:
-        # Processes may see a signal at different steps, so several of them finish the epoch together.
-        if stop.name and run.group.count == 1:
+        if run.group.any(stop.name is not None):  # the signal may come to the processes at different steps
             return False
         run.step(run.batch(run.steps_done))
         run.steps_done += 1

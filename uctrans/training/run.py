@@ -165,7 +165,7 @@ class Run:
                 "val_names": list(self.val_data.names),
                 "order": self.order.cpu() if is_inside_epoch else None,
                 "step": self.steps_done,
-                "totals": self.totals.state_dict() if is_inside_epoch else None,
+                "totals": self.group.gather(self.totals.state_dict()) if is_inside_epoch else None,
             },
         }
 
@@ -195,7 +195,7 @@ class Run:
         self.steps_done = sampler["step"]
         if sampler["order"] is not None:
             self.order = sampler["order"].to(self.group.device)
-            self.totals.load_state_dict(sampler["totals"])
+            self.totals.load_state_dict(sampler["totals"][self.group.rank])
 
     def _generator_states(self) -> dict[str, Any]:
         on_cuda = self.group.device.type == "cuda"
