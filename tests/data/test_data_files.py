@@ -55,13 +55,26 @@ def test_image_and_mask_may_have_different_extensions(tmp_path):
 def test_seeded_split_covers_the_folder_once_and_repeats(flat):
     parts = {split: names_of(find_samples(flat, split, seed=3)) for split in ("train", "val", "test")}
     assert {split: len(names) for split, names in parts.items()} == {"train": 12, "val": 4, "test": 4}
-    assert (
-        sorted([*parts["train"], *parts["val"], *parts["test"]])
-        == names_of(find_samples(flat))
-        == names_of(find_development_samples(flat))
-    )
+    assert sorted([*parts["train"], *parts["val"], *parts["test"]]) == names_of(find_samples(flat))
     assert parts["test"] == names_of(find_samples(flat, "test", seed=3))
     assert parts["test"] != names_of(find_samples(flat, "test", seed=4))
+
+
+@pytest.mark.parametrize("draw", [{}, {"seed": 3}, {"test_fraction": 0.5}, {"val_fraction": 0.1, "test_fraction": 0}])
+def test_folds_never_get_the_test_images_of_a_flat_folder(flat, draw):
+    """The defaults are those with which training and evaluation look for their images."""
+    development = names_of(find_development_samples(flat, **draw))
+    parts = {split: names_of(find_samples(flat, split, **draw)) for split in ("train", "val")}
+    assert development == sorted(parts["train"] + parts["val"])
+    if draw.get("test_fraction") != 0:
+        assert not set(development) & set(names_of(find_samples(flat, "test", **draw)))
+
+
+def test_flat_folder_of_one_image_has_none_for_folds(tmp_path):
+    put_images(tmp_path / "images", "a")
+    put_images(tmp_path / "masks", "a")
+    with pytest.raises(DataError, match="has 1 images, all of them for testing: add images"):
+        find_development_samples(tmp_path)
 
 
 def test_seeded_split_does_not_depend_on_the_machine(flat):

@@ -79,6 +79,17 @@ def test_names_the_dataset_does_not_have(root, tmp_path, name):
         load_folds(path, root)
 
 
+def test_drawn_test_images_of_a_flat_folder(tmp_path):
+    for name in NAMES:
+        for kind in ("images", "masks"):
+            write_png(tmp_path / "flat" / kind / f"{name}.png", np.zeros((4, 4), dtype=np.uint8))
+    (drawn,) = (sample.name for sample in find_samples(tmp_path / "flat", "test"))
+    rest = [name for name in NAMES if name != drawn]
+    assert load_folds(write_folds(tmp_path, make_folds(rest, 2)), tmp_path / "flat") == make_folds(rest, 2)
+    with pytest.raises(DataError, match=rf"among the 4 of train and val .*: {drawn}\. .*drawn for testing"):
+        load_folds(write_folds(tmp_path, make_folds(NAMES, 2)), tmp_path / "flat")
+
+
 def test_name_in_train_and_val(tmp_path):
     with pytest.raises(DataError, match="fold 0: in train and in val at once: b"):
         load_folds(write_folds(tmp_path, [{"train": ["a", "b"], "val": ["b"]}]))

@@ -91,14 +91,24 @@ def find_samples(
     return [sample for sample in samples if sample.name in chosen]
 
 
-def find_development_samples(root: str | os.PathLike) -> list[Sample]:
-    """All samples that folds may use, sorted by name: train and val together, or the whole of a flat folder.
+def find_development_samples(
+    root: str | os.PathLike, *, val_fraction: float = 0.2, test_fraction: float = 0.2, seed: int = 0
+) -> list[Sample]:
+    """All samples that folds may use, sorted by name: train and val together.
+
+    In a folder of ``images`` + ``masks`` these are all but the test images that :func:`find_samples` draws with the
+    same fractions and seed, so that no fold trains on an image that is scored later.
 
     Raises:
-        DataError: as :func:`find_samples`, or a name that is in train and in val.
+        DataError: as :func:`find_samples`, a flat folder of test images alone, or a name that is in train and in val.
     """
-    if not _split_folders(Path(root)):
-        return find_samples(root)
+    root = Path(root)
+    if not _split_folders(root):
+        samples = find_samples(root)
+        test = _draw_split([sample.name for sample in samples], val_fraction, test_fraction, seed)["test"]
+        if len(test) == len(samples):
+            raise DataError(f"{root} has {len(samples)} images, all of them for testing: add images.")
+        return [sample for sample in samples if sample.name not in test]
     by_name: dict[str, Sample] = {}
     for split in ("train", "val"):
         for sample in find_samples(root, split):

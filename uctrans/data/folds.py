@@ -70,7 +70,8 @@ def load_folds(path_or_name: str | os.PathLike, root: str | os.PathLike | None =
         if unknown:
             raise DataError(
                 f"{path} names images that are not among the {len(known)} of train and val in {root}: "
-                f"{shorten(unknown)}. Correct the names, or choose other folds; test images never belong in a fold."
+                f"{shorten(unknown)}. Correct the names, or choose other folds; test images never belong in a fold, "
+                "and in a folder that does not come split a fifth of the images is drawn for testing."
             )
     return folds
 
