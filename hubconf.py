@@ -23,7 +23,7 @@ if not (ROOT / "uctrans/kernels").is_dir():
 
 from uctrans import SegmentationModel, create_model, load_model  # noqa: E402 - after the link is mended
 
-dependencies = ["torch", "numpy", "einops", "safetensors", "skimage"]
+dependencies = ["torch", "numpy", "einops", "safetensors"]
 
 
 def uctransnet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:

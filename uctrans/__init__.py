@@ -1,21 +1,28 @@
-"""UCTransNet for medical image segmentation, over fused channel-attention operators."""
+"""UCTransNet for medical image segmentation, over fused channel-attention operators.
 
-from .layers import set_backend
-from .models import (
-    ModelFileError,
-    SegmentationModel,
-    UCTransNet,
-    UNet,
-    create_model,
-    list_models,
-    load_model,
-    load_upstream,
-    register_model,
-    resize_positions,
-    to_upstream,
-)
+Names are imported when they are first used, so that ``uctrans.kernels`` and ``uctrans.layers`` load nothing above them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .layers import set_backend
+    from .models import (
+        ModelFileError,
+        SegmentationModel,
+        UCTransNet,
+        UNet,
+        create_model,
+        list_models,
+        load_model,
+        load_upstream,
+        register_model,
+        resize_positions,
+        to_upstream,
+    )
 
 __all__ = [
     "ModelFileError",
@@ -32,3 +39,14 @@ __all__ = [
     "set_backend",
     "to_upstream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{'layers' if name == 'set_backend' else 'models'}")
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -139,12 +139,12 @@ def _statistics_dtype(tensor: Tensor) -> torch.dtype:
 def _drop(attention: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     """Zero entries with probability ``dropout_p``; also returns the factor, still to be applied, that keeps the mean.
 
-    Four 16-bit lanes come out of one 64-bit draw, a third of the time of ``torch.nn.functional.dropout`` on a CPU. The
-    probability is rounded to 1/65536, and the factor is that of the rounded one.
+    Four 16-bit lanes come out of one 64-bit draw, a third of the time of ``torch.nn.functional.dropout`` on a CPU. A
+    probability above 0 is rounded to one of 1/65536 to 65535/65536, and the factor is that of the rounded one.
     """
-    dropped_levels = round(dropout_p * LANE_LEVELS)
-    if dropped_levels == 0:
+    if dropout_p == 0.0:
         return attention, 1.0
+    dropped_levels = min(max(round(dropout_p * LANE_LEVELS), 1), LANE_LEVELS - 1)
     draws = torch.randint(-(2**63), 2**63 - 1, (-(-attention.numel() // LANES),), device=attention.device)
     lanes = draws.view(torch.int16)[: attention.numel()].view(attention.shape)
     keep = lanes >= dropped_levels - LANE_LEVELS // 2

@@ -38,7 +38,7 @@ def channel_attention(
 
     Raises:
         ValueError: shapes, devices, segments, ``dropout_p`` or ``backend`` do not fit.
-        TypeError: dtypes are mixed or not floating point.
+        TypeError: dtypes are mixed (outside autocast) or not floating point.
         NotImplementedError: the backend asked for cannot run.
 
     Source: UCTransNet (AAAI 2022), equations 1 to 3.

@@ -59,15 +59,16 @@ class Reconstruct(nn.Module):
         norm = self.norm
         if not (norm.training and norm.track_running_stats) or self.patch_size == 1:
             return norm(tokens)
-        if tokens.shape[0] * tokens.shape[2] * tokens.shape[3] == 1:
-            # A single value has no unbiased variance to correct, so this one case is normalised at full size.
+        count = tokens.shape[0] * tokens.shape[2] * tokens.shape[3]
+        if count <= 1 or norm.momentum is None:
+            # No unbiased variance that could be corrected, or a cumulative average: normalise at full size.
             upsampled = norm(F.interpolate(tokens, scale_factor=self.patch_size, mode="nearest"))
-            return upsampled[:, :, :1, :1]
+            return upsampled[:, :, :: self.patch_size, :: self.patch_size]
         # Autograd holds on to the buffer that batch norm updates, so batch norm is given a copy of it. It writes
         # (1 - m) old + m v n/(n-1) there; upsampled maps would give n'/(n'-1) in place of n/(n-1).
         updated = norm.running_var.clone()
         normalised = functional_call(norm, {"running_var": updated}, (tokens,))
-        count = tokens.shape[0] * tokens.shape[2] * tokens.shape[3] * _processes(norm)
+        count = count * _processes(norm)
         upsampled_count = count * self.patch_size**2
         correction = (count - 1) / count * upsampled_count / (upsampled_count - 1)
         norm.running_var.mul_((1 - norm.momentum) * (1 - correction)).add_(updated, alpha=correction)
@@ -75,7 +76,7 @@ class Reconstruct(nn.Module):
 
 
 def _processes(norm: nn.Module) -> int:
-    """Processes whose tokens share the statistics of ``norm``."""
+    """Processes whose tokens share the statistics of ``norm``; they are taken to hold equal batches."""
     if isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(norm.process_group)
     return 1

@@ -47,9 +47,12 @@ class SegmentationModel(nn.Module):
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             arguments = {key: _plain(value) for key, value in bound.arguments.items() if key != "self"}
-            original(self, *args, **kwargs)
+            for key, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(key)
+            original(self, **arguments)
             self.config = arguments
-            self.metadata = {}
+            self.metadata = getattr(self, "metadata", {})
 
         __init__.__signature__ = signature
         __init__.__doc__ = original.__doc__
@@ -116,7 +119,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelFileError(f"{folder} holds no {CONFIG_FILE}: give a folder that save_pretrained wrote") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelFileError(f"{path} is not JSON ({error}): save the model again or restore the file") from None
-    if not isinstance(config, dict) or "name" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
         raise ModelFileError(f"{path} names no model: it needs the key 'name' that save_pretrained writes")
     return config
 
@@ -167,7 +170,12 @@ def check_image(image: Tensor, in_channels: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """``value`` as JSON holds it: sequences as new lists, numpy's numbers as Python's."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 def _write_atomically(path: Path, contents: bytes) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from .base import CONFIG_FILE, ModelFileError, SegmentationModel, load_state, read_config
 from .checkpoint import read_checkpoint
 from .registry import model_class
-from .upstream import is_upstream, load_upstream
+from .upstream import from_published, is_upstream
 
 CHECKPOINT_FORMAT = "uctrans-checkpoint"
 BEST_FOLDER = "best"
@@ -50,16 +50,19 @@ def _load_file(path: Path) -> SegmentationModel:
     if isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT:
         return _from_checkpoint(checkpoint, path)
     if is_upstream(checkpoint):
-        return load_upstream(checkpoint)
+        return from_published(checkpoint, path)
     raise ModelFileError(f"{path} is neither a checkpoint of a training run nor a published UCTransNet checkpoint")
 
 
 def _from_checkpoint(checkpoint: dict[str, Any], path: Path) -> SegmentationModel:
-    saved = checkpoint["model"]
     try:
+        saved = checkpoint["model"]
+        state, metadata = checkpoint.get("ema") or saved["state"], dict(saved["metadata"])
         model = model_class(saved["name"])(**saved["config"])
+    except KeyError as error:
+        raise ModelFileError(f"{path} lacks the entry {error}: it is no whole checkpoint of a training run") from None
     except (TypeError, ValueError) as error:
         raise ModelFileError(f"{path}: {error}") from None
-    load_state(model, checkpoint.get("ema") or saved["state"], path)
-    model.metadata = dict(saved["metadata"])
+    load_state(model, state, path)
+    model.metadata = metadata
     return model

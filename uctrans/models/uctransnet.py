@@ -67,16 +67,22 @@ class UCTransNet(SegmentationModel):
     ):
         super().__init__()
         check_backend(backend)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         _check_patches(patch_sizes)
+        _check_counts(
+            in_channels=in_channels, classes=classes, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio
+        )
+        _check_probabilities(
+            embedding_dropout=embedding_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout
+        )
         self.in_channels, self.classes = in_channels, classes
+        self.patch_size = patch_sizes[0]
         self.size_multiple = math.lcm(patch_sizes[0], 2 ** len(patch_sizes))
         channels = scale_widths(base_channels, len(patch_sizes))
         self.encoder = Encoder(in_channels, channels)
         self.transformer = ChannelTransformer(
             channels,
             patch_sizes,
-            grid=(self._padded(height) // patch_sizes[0], self._padded(width) // patch_sizes[0]),
+            grid=self.token_grid(image_size),
             num_layers=num_layers,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
@@ -121,10 +127,10 @@ class UCTransNet(SegmentationModel):
                 raise ModelFileError(f"{source} is a {unet.name!r}; start from the checkpoint of a 'unet'")
         own, given = self.state_dict(), unet.state_dict()
         unfit = [key for key, value in given.items() if key not in own or own[key].shape != value.shape]
-        if unfit:
+        if unfit or len(unet.decoder) != len(self.decoder):
             raise ModelFileError(
-                f"the U-Net ({unet.config}) does not fit this UCTransNet ({self.config}), first at {unfit[0]}: both "
-                f"need the same in_channels, classes and base_channels, four scales, and a U-Net with all skips"
+                f"the U-Net ({unet.config}) does not fit this UCTransNet ({self.config}), both need "
+                f"the same in_channels, classes and base_channels, four scales, and a U-Net with all skips"
             )
         self.load_state_dict(given, strict=False)
         return list(given)
@@ -135,10 +141,17 @@ class UCTransNet(SegmentationModel):
             decoded = self.decoder[scale](features[scale], tokens[scale], decoded)
         return self.head(decoded)[..., : image.shape[-2], : image.shape[-1]]
 
-    def _padded(self, size: int) -> int:
-        if size < 1:
-            raise ValueError(f"image_size must be positive; got {size}")
-        return size + -size % self.size_multiple
+    def token_grid(self, image_size: int | Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of tokens of an image: a side, or (height, width), in pixels.
+
+        Raises:
+            ValueError: it is no size.
+        """
+        sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"image_size must be a positive side, or height and width; got {image_size}")
+        rows, columns = ((side + -side % self.size_multiple) // self.patch_size for side in sides)
+        return rows, columns
 
 
 def _check_patches(patch_sizes: Sequence[int]) -> None:
@@ -148,3 +161,15 @@ def _check_patches(patch_sizes: Sequence[int]) -> None:
         raise ValueError(
             f"patch_sizes must halve from scale to scale, so that all come to one token grid; got {list(patch_sizes)}"
         )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1; got {count}")
+
+
+def _check_probabilities(**probabilities: float) -> None:
+    for name, probability in probabilities.items():
+        if not 0.0 <= probability < 1.0:
+            raise ValueError(f"{name} must be in [0, 1); got {probability}")

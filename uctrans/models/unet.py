@@ -45,6 +45,8 @@ class UNet(SegmentationModel):
         skips: Sequence[int] = (1, 2, 3, 4),
     ):
         super().__init__()
+        if in_channels < 1 or classes < 1:
+            raise ValueError(f"in_channels and classes must be at least 1; got {in_channels} and {classes}")
         if not set(skips) <= set(range(1, NUM_SCALES + 1)) or len(set(skips)) != len(list(skips)):
             raise ValueError(f"skips must be different numbers of 1 to {NUM_SCALES}; got {list(skips)}")
         self.in_channels, self.classes = in_channels, classes

@@ -5,6 +5,7 @@ Each of our entries corresponds to one or several published ones: stacked along 
 taken as they are.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .base import ModelFileError, load_state
 from .checkpoint import read_checkpoint
@@ -46,31 +48,34 @@ def load_upstream(
             read images as ``bgr``: the first convolution is then mirrored, and the model takes RGB.
 
     Returns:
-        The model in evaluation mode. Its logits are the published network's output before the sigmoid.
+        The model in evaluation mode, in the dtype of the checkpoint. Its logits are the published network's output
+        before the sigmoid.
 
     Raises:
         ModelFileError: the file is missing, corrupt, or no UCTransNet checkpoint.
         ValueError: ``channel_order`` is neither ``rgb`` nor ``bgr``.
     """
-    if channel_order not in CHANNEL_ORDERS:
-        raise ValueError(f"channel_order must be one of {', '.join(CHANNEL_ORDERS)}; got {channel_order!r}")
-    source = checkpoint if isinstance(checkpoint, str | Path) else "the given state dict"
+    _check_channel_order(channel_order)
+    if isinstance(checkpoint, str | Path):
+        model = from_published(read_checkpoint(checkpoint), checkpoint, channel_order)
+    else:
+        model = from_published(checkpoint, "the given state dict", channel_order)
+    return model if image_size is None else resize_positions(model, image_size)
+
+
+def from_published(checkpoint: object, source: object, channel_order: str = "rgb") -> UCTransNet:
+    """:func:`load_upstream` of contents that are loaded already; ``source`` is what errors call them."""
     state = _state_of(checkpoint, source)
-    model = UCTransNet(**_infer_config(state, source))
-    if channel_order == "bgr":
-        state[FIRST_CONVOLUTION] = _reverse_channels(state[FIRST_CONVOLUTION])
-    converted = {}
-    for entry in _entries(model):
-        missing = [name for name in entry.published if name not in state]
-        if missing:
-            raise ModelFileError(f"{source} lacks {missing[0]}: it is no whole UCTransNet checkpoint")
-        converted[entry.name] = entry.join([state.pop(name) for name in entry.published])
-    if state:
-        raise ModelFileError(f"{source} holds {len(state)} entries that UCTransNet has not, first {next(iter(state))}")
-    _unflatten_positions(converted, model)
+    try:
+        model = UCTransNet(**_infer_config(state, source)).to(state[FIRST_CONVOLUTION].dtype)
+        if channel_order == "bgr":
+            state[FIRST_CONVOLUTION] = _reverse_channels(state[FIRST_CONVOLUTION])
+        converted = _converted(state, model, source)
+    except ModelFileError:
+        raise
+    except (IndexError, RuntimeError, ValueError) as error:  # shapes that contradict each other
+        raise ModelFileError(f"{source} is damaged or no UCTransNet checkpoint ({error}): download it again") from None
     load_state(model, converted, source)
-    if image_size is not None:
-        model = resize_positions(model, image_size)
     return model.eval()
 
 
@@ -88,8 +93,7 @@ def to_upstream(model: UCTransNet, *, channel_order: str = "rgb") -> dict[str, T
 
     ``channel_order="bgr"`` mirrors the first convolution, so that the published code can feed it BGR images.
     """
-    if channel_order not in CHANNEL_ORDERS:
-        raise ValueError(f"channel_order must be one of {', '.join(CHANNEL_ORDERS)}; got {channel_order!r}")
+    _check_channel_order(channel_order)
     state = model.state_dict()
     published = {}
     for entry in _entries(model):
@@ -105,17 +109,15 @@ def to_upstream(model: UCTransNet, *, channel_order: str = "rgb") -> dict[str, T
 
 def resize_positions(model: UCTransNet, image_size: int | tuple[int, int]) -> UCTransNet:
     """A copy of ``model`` for another image size: position embeddings interpolated (bicubic), all else the same."""
-    config = model.config | {"image_size": image_size if isinstance(image_size, int) else list(image_size)}
-    resized = UCTransNet(**config)
-    state = model.state_dict()
-    for name, target in resized.state_dict().items():
-        if name.endswith(".position") and target.shape != state[name].shape:
-            state[name] = torch.nn.functional.interpolate(
-                state[name], size=target.shape[-2:], mode="bicubic", align_corners=False
-            )
-    resized.load_state_dict(state)
-    resized.metadata = dict(model.metadata)
-    return resized.train(model.training)
+    resized = copy.deepcopy(model)
+    resized.config["image_size"] = image_size if isinstance(image_size, int) else list(image_size)
+    grid = resized.token_grid(image_size)
+    with torch.no_grad():
+        for embedding in resized.transformer.embeddings:
+            if embedding.position.shape[-2:] != grid:
+                position = F.interpolate(embedding.position, size=grid, mode="bicubic", align_corners=False)
+                embedding.position = nn.Parameter(position, requires_grad=embedding.position.requires_grad)
+    return resized
 
 
 def _entries(model: UCTransNet) -> Iterator[_Entry]:
@@ -189,20 +191,36 @@ def _only(pieces: list[Tensor]) -> Tensor:
     return pieces[0]
 
 
-def _unflatten_positions(converted: dict[str, Tensor], model: UCTransNet) -> None:
-    for name, target in model.state_dict().items():
-        if name.endswith(".position"):
-            converted[name] = converted[name].transpose(1, 2).unflatten(2, tuple(target.shape[-2:])).contiguous()
+def _converted(state: dict[str, Tensor], model: UCTransNet, source: object) -> dict[str, Tensor]:
+    """The published entries under our names, all of them used."""
+    left, converted = dict(state), {}
+    for entry in _entries(model):
+        missing = [name for name in entry.published if name not in left]
+        if missing:
+            raise ModelFileError(f"{source} lacks {missing[0]}: it is no whole UCTransNet checkpoint")
+        value = entry.join([left.pop(name) for name in entry.published])
+        if entry.name.endswith(".position"):
+            grid = model.token_grid(model.config["image_size"])
+            value = value.transpose(1, 2).unflatten(2, grid).contiguous()
+        converted[entry.name] = value
+    if left:
+        raise ModelFileError(f"{source} holds {len(left)} entries that UCTransNet has not, first {next(iter(left))}")
+    return converted
 
 
-def _state_of(checkpoint: str | Path | dict, source: object) -> dict[str, Tensor]:
-    if isinstance(checkpoint, str | Path):
-        checkpoint = read_checkpoint(checkpoint)
+def _state_of(checkpoint: object, source: object) -> dict[str, Tensor]:
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint.items()
+    ):
         raise ModelFileError(f"{source} holds no state dict: give the authors' .pth.tar file or its 'state_dict'")
     return {name.removeprefix("module."): value for name, value in checkpoint.items()}
+
+
+def _check_channel_order(channel_order: str) -> None:
+    if channel_order not in CHANNEL_ORDERS:
+        raise ValueError(f"channel_order must be one of {', '.join(CHANNEL_ORDERS)}; got {channel_order!r}")
 
 
 def _infer_config(state: dict[str, Tensor], source: object) -> dict[str, object]:
