@@ -3,16 +3,21 @@
 import re
 import runpy
 import shlex
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from uctrans import UCTransNet, cli, to_upstream
+from uctrans.data import find_development_samples, load_folds
+from uctrans.data.writing import write_png
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = ("--epochs", "1", "--base-channels", "2", "--image-size", "32", "--threads", "1", "--no-progress")
 
 
 def blocks(language):
@@ -31,7 +36,9 @@ def folder(tmp_path, monkeypatch):
     torch.save({"state_dict": weights}, "best_model-UCTransNet.pth.tar")
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/config.yaml").write_text(yaml.safe_dump({"data": "data", "output": "runs/first", "epochs": 7}))
-    return tmp_path
+    previous = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, previous)  # the command line takes it over
 
 
 def test_the_readme_has_what_these_tests_look_for():
@@ -63,6 +70,48 @@ def test_commands_parse(command, folder):
     name, settings = cli.parse(words)
     assert words[: len(name.split())] == name.split()
     assert settings is not None
+
+
+def run_command(command):
+    words = shlex.split(command)[1:]
+    quiet = {"train": TINY, "evaluate": ("--no-progress",)}.get(words[0], ())
+    assert cli.main([*words, *quiet]) == 0, command
+
+
+def put_image(path, seed):
+    write_png(path, np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def test_the_monuseg_recipe_runs(folder):
+    vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in ((5, 5), (30, 5), (30, 30), (5, 30)))
+    annotation = f"<Annotations><Region><Vertices>{vertices}</Vertices></Region></Annotations>"
+    Path("monuseg/annotations").mkdir(parents=True)
+    for number in range(5):
+        put_image(Path(f"monuseg/images/{number}.png"), number)
+        Path(f"monuseg/annotations/{number}.xml").write_text(annotation)
+    (recipe,) = (block for block in blocks("sh") if "prepare monuseg" in block)
+    for command in recipe.splitlines():
+        run_command(command)
+    assert sorted(path.name for path in Path("monuseg").iterdir()) == [
+        "annotations",
+        "annotations.json",
+        "images",
+        "instances",
+        "masks",
+    ]
+    assert Path("scores/monuseg/metrics.csv").is_file()
+
+
+def test_the_folds_of_monuseg_fit_the_authors_split(folder):
+    fold = load_folds("monuseg")[0]
+    for split, names in {**fold, "test": ["held_out"]}.items():
+        for seed, name in enumerate(names):
+            put_image(Path(f"data/{split}/images/{name}.png"), seed)
+            write_png(Path(f"data/{split}/masks/{name}.png"), np.eye(40, 48, dtype=np.uint8) * np.uint8(255))
+    assert len(find_development_samples("data")) == 30
+    (command,) = (line for line in commands() if "--folds" in line)
+    run_command(command)
+    assert Path("runs/fold0/best").is_dir()
 
 
 def test_a_flag_wins_over_the_config_file(folder):

@@ -61,9 +61,9 @@ COMMANDS = {
         ),
         paths={
             "annotations": ("input", "folder of XML annotations, or one of them"),
-            "output": ("output", "folder for masks/ and instances/"),
+            "output": ("output", "folder for masks/ and instances/; the parent of the images makes a dataset"),
         },
-        examples=("uctrans prepare monuseg -i annotations --images images -o monuseg",),
+        examples=("uctrans prepare monuseg -i monuseg/annotations --images monuseg/images -o monuseg",),
     ),
     "train": Command(
         summary="train a model on a folder of images and masks",
