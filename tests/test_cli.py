@@ -78,7 +78,7 @@ def test_help_explains_every_setting(name, capsys):
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_examples_parse(name):
     for example in cli.COMMANDS[name].examples:
-        if "--config" not in example:
+        if "--config" not in example and "--resume" not in example:
             assert cli.parse(example.split()[1:])[0] == name
 
 
@@ -112,6 +112,30 @@ def test_a_runs_config_repeats_it(trained, tmp_path):
     written = yaml.safe_load((trained / "config.yaml").read_text())
     settings = cli.parse(["train", "--config", str(trained / "config.yaml")])[1]
     assert settings.to_dict() == written
+
+
+def test_resume_goes_on_with_the_settings_of_the_run(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(["train", "-i", str(data), "-o", str(run), "--epochs", "1", "--patience", "7", *TINY]) == 0
+    before = yaml.safe_load((run / "config.yaml").read_text())
+    settings = cli.parse(["train", f"--output={run}", "--resume"])[1]
+    assert settings.to_dict() == {**before, "resume": True}
+    assert cli.main(["train", "--resume", "-o", str(run), "--epochs", "2"]) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text()) == {**before, "epochs": 2}
+    assert "seed: 0 -> 3" in error_of(capsys, "train", "-o", run, "--resume", "--seed", "3")
+
+    words = ["train", "--config", str(run / "config.yaml"), "-o", str(tmp_path / "second"), "--epochs", "1"]
+    assert cli.main(words) == 0
+
+
+def test_only_resume_takes_settings_from_the_output_folder(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("data: there\nepochs: 5\n")
+    (tmp_path / "other.yaml").write_text("data: here\n")
+    resume = ["train", "-o", str(tmp_path), "--resume"]
+    assert cli.parse(resume)[1].epochs == 5
+    assert cli.parse([*resume, "--config", str(tmp_path / "other.yaml")])[1].epochs == 2000
+    assert "data" in error_of(capsys, *resume, "false")
+    assert "data" in error_of(capsys, "train", "-o", tmp_path / "nothing", "--resume")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import zip_longest
+from pathlib import Path
 from types import FrameType
 from typing import Any, get_type_hints
 
@@ -82,6 +83,7 @@ COMMANDS = {
             "uctrans train -i data -o runs/first",
             "uctrans train -i data -o runs/unet --model unet --epochs 100",
             "uctrans train --config runs/first/config.yaml -o runs/second --seed 1",
+            "uctrans train -o runs/first --resume",
         ),
     ),
     "evaluate": Command(
@@ -236,8 +238,23 @@ def _spelled_out(words: Sequence[str], settings: type) -> list[str]:
     return spelled
 
 
+def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
+    """``--config`` with the config.yaml of the run that ``train`` is to resume, unless ``words`` name a file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-o", "--output")
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--resume")
+    given, _ = parser.parse_known_args(words)
+    if given.config is not None or given.output is None or str(given.resume).lower() != "true":
+        return []
+    file = Path(given.output) / "config.yaml"
+    return [f"--config={file}"] if file.exists() else []
+
+
 def parse(words: Sequence[str]) -> tuple[str, Any]:
     """The command that the words after ``uctrans`` name, and its settings.
+
+    ``train --resume`` starts from the settings of the run in the output folder; flags win over them.
 
     Raises:
         CommandLineError: an unknown command or flag, or a value of the wrong type.
@@ -248,7 +265,10 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
     parser = build_parser(name)
     settings = _settings_class(COMMANDS[name])
     try:
-        namespace = parser.parse_args(_spelled_out(rest, settings))
+        spelled = _spelled_out(rest, settings)
+        if name == "train":
+            spelled = _config_of_resumed_run(spelled) + spelled
+        namespace = parser.parse_args(spelled)
     except argparse.ArgumentError as error:
         raise CommandLineError(f"{error} (uctrans {name} --help lists the settings)") from error
     return name, settings(**{key: value for key, value in vars(namespace).items() if key != "config"})

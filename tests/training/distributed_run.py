@@ -1,8 +1,8 @@
 """Train under torchrun; a program that test_distributed.py starts.
 
 Usage: distributed_run.py CONFIG.yaml FOLDER [STEPS]. Each process leaves its weights as FOLDER/RANK.pt. After STEPS
-steps the first process sends SIGTERM to torchrun. The model "plain" has no batch norm and is trained without augmentation, so
-that two processes see what one with twice the batch sees.
+steps the first process sends SIGTERM to torchrun. The model "plain" has no batch norm and is trained without
+augmentation, so that two processes see what one with twice the batch sees.
 """
 
 import os

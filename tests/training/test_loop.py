@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -156,6 +157,16 @@ def test_loss_that_is_not_finite_names_the_images_of_its_batch(make_config, monk
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"]["state"].values())
 
 
+@pytest.mark.parametrize("batch_size", [8, 4])
+def test_resuming_with_a_lower_learning_rate_mends_a_run_that_was_not_finite(make_config, batch_size):
+    settings = {"batch_size": batch_size, "optimizer": "adamw", "epochs": 2}
+    with pytest.raises(TrainingError, match=r"not finite.*resume with a lower learning_rate or with amp no.*last\.pt"):
+        train(make_config(learning_rate=1e38, weight_decay=10.0, **settings))
+    result = train(make_config(learning_rate=0.01, weight_decay=10.0, amp="bf16", resume=True, **settings))
+    assert (result.stopped_by, result.epochs) == ("epochs", 2)
+    assert read_metrics(result.run_folder / "metrics.csv")[0]["learning_rate"] == pytest.approx(0.01)
+
+
 def test_weights_spoilt_by_the_last_step_are_not_saved(make_config, monkeypatch):
     step = TrainStep.__call__
 
@@ -189,6 +200,17 @@ def test_output_that_holds_a_run_is_refused(make_config):
     with pytest.raises(ConfigError, match=r"output: .*run holds a run already \(last\.pt.*resume.*another folder"):
         train(make_config())
     assert (Path(make_config().output) / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", ["best", "config.yaml"])
+def test_output_with_what_is_left_of_a_run_is_refused(make_config, kept):
+    folder = train(make_config(epochs=1)).run_folder
+    for name in {"last.pt", "best.pt", "metrics.csv", "best", "config.yaml"} - {kept}:
+        shutil.rmtree(folder / name) if name == "best" else (folder / name).unlink()
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=rf"output: .*run holds a run already \({kept}\); name another folder"):
+        train(make_config())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
 
 def test_output_that_is_a_file_is_refused(make_config, tmp_path):

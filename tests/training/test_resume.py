@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import uctrans
-from uctrans.training import CheckpointError, ConfigError, load_checkpoint, loop, train
+from uctrans.training import CheckpointError, ConfigError, TrainConfig, load_checkpoint, loop, train
 from uctrans.training.distributed import Processes
 from uctrans.training.logs import read_metrics
 from uctrans.training.run import Run
@@ -65,6 +66,26 @@ def test_run_in_two_parts_is_the_run_in_one(make_config, tmp_path, assert_same, 
     parts = make_config(epochs=4, resume=True, **changes)
     assert train(parts).epochs == 4
     assert_same(end_of(straight), end_of(parts))
+
+
+def test_best_of_a_short_run_counts_no_more_where_the_run_goes_on(make_config, monkeypatch):
+    scores = [0.9, 0.8, 0.3, 0.4, 0.35]
+    monkeypatch.setattr(loop, "validate_epoch", lambda run: (0.5, scores[run.epoch - 1]))
+    assert train(make_config(epochs=2, first_best_epoch=4)).best_epoch == 2
+    assert train(make_config(epochs=2, first_best_epoch=4, resume=True)).best_epoch == 2
+    result = train(make_config(epochs=5, first_best_epoch=4, resume=True))
+    assert (result.best_epoch, result.best_score) == (4, 0.4)
+    assert uctrans.load_model(result.run_folder).metadata["best_epoch"] == 4
+
+
+def test_config_of_a_resumed_run_repeats_the_run(make_config, tmp_path, assert_same):
+    train(make_config(epochs=1))
+    first = train(make_config(epochs=2, resume=True))
+    repeated = TrainConfig.load_yaml(first.run_folder / "config.yaml")
+    assert not repeated.resume
+    train(dataclasses.replace(repeated, output=str(tmp_path / "second")))
+    ends = [load_checkpoint(tmp_path / name / "last.pt")["model"]["state"] for name in ("run", "second")]
+    assert_same(*ends)
 
 
 def test_patience_goes_on_counting(make_config, monkeypatch):

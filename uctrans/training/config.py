@@ -14,7 +14,19 @@ from uctrans.training.errors import ConfigError
 from uctrans.training.extras import import_extra
 
 # A resumed run may change these; any other change would make it another run.
-CHANGEABLE_ON_RESUME = ("output", "resume", "epochs", "patience", "device", "threads", "progress", "save_every")
+CHANGEABLE_ON_RESUME = (
+    "output",
+    "resume",
+    "epochs",
+    "patience",
+    "device",
+    "threads",
+    "progress",
+    "save_every",
+    "learning_rate",
+    "min_learning_rate",
+    "amp",
+)
 
 _CHOICES = {
     "optimizer": ("adam", "adamw"),
@@ -84,7 +96,9 @@ class TrainConfig:
         deterministic: Use deterministic kernels only, for repeatable bits on a GPU too (slower).
         sync_batch_norm: Batch statistics over all processes (CUDA only).
         progress: Show a progress bar and a line an epoch; log.txt is written in any case.
-        resume: Continue the run in the output folder.
+        resume: Continue the run in the output folder. The command line takes the other settings from its config.yaml;
+            in Python give them all (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
+            device, threads, progress, save_every, learning_rate, min_learning_rate and amp may differ from the run's.
 
     Raises:
         ConfigError: a value has the wrong type or range; the message names the field and the remedy.

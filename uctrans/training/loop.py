@@ -24,7 +24,7 @@ from uctrans.training.run import Run
 from uctrans.training.signals import StopRequest
 from uctrans.training.step import validate
 
-RUN_FILES = ("last.pt", "best.pt", "metrics.csv")
+RUN_FILES = ("last.pt", "best.pt", "best", "metrics.csv", "config.yaml")
 NAMES_SHOWN = 16
 
 
@@ -71,6 +71,8 @@ def train(config: TrainConfig) -> RunResult:
         with _open_log(run) as log, StopRequest() as stop:
             if not config.resume:
                 save(run)
+            if group.is_main:
+                dataclasses.replace(config, resume=False).save_yaml(Path(config.output) / "config.yaml")
             stopped_by = train_epochs(run, log, stop)
             log.line(_farewell(run, stopped_by))
         group.barrier()  # nobody leaves before the files are complete
@@ -142,7 +144,7 @@ def validate_epoch(run: Run) -> tuple[float, float]:
             names = run.val_data.names[rank :: run.group.count][step * size : (step + 1) * size]
             raise TrainingError(
                 f"epoch {run.epoch}: the validation loss is not finite for {_listed(names)}; look at these images, or "
-                f"continue with amp no or a lower learning rate. {_kept(run)}"
+                f"resume with a lower learning_rate or with amp no. {_kept(run)}"
             )
     return totals.read(run.group)
 
@@ -154,7 +156,7 @@ def check_training_was_finite(run: Run) -> None:
             names = [run.train_data.names[position] for position in run.batch(step, rank).tolist()]
             raise TrainingError(
                 f"epoch {run.epoch + 1}, step {step + 1}: the loss is not finite for the batch of {_listed(names)}; "
-                f"look at these images and masks, or lower learning_rate, or use amp no. {_kept(run)}"
+                f"look at these images and masks, or resume with a lower learning_rate or with amp no. {_kept(run)}"
             )
 
 
@@ -163,8 +165,8 @@ def check_weights_are_finite(run: Run) -> None:
     floating = [tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack([tensor.isfinite().all() for tensor in floating]).all():
         raise TrainingError(
-            f"epoch {run.epoch + 1}: the last step made weights that are not finite; lower learning_rate or use "
-            f"amp no. {_kept(run)}"
+            f"epoch {run.epoch + 1}: the last step made weights that are not finite; resume with a lower "
+            f"learning_rate or with amp no. {_kept(run)}"
         )
 
 
@@ -195,10 +197,8 @@ def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     folder = Path(config.output)
     if not config.resume:
         if found := [name for name in RUN_FILES if (folder / name).exists()]:
-            raise ConfigError(
-                f"output: {folder} holds a run already ({', '.join(found)}); "
-                "continue it with resume, or name another folder"
-            )
+            remedy = "continue it with resume, or " if "last.pt" in found else ""
+            raise ConfigError(f"output: {folder} holds a run already ({', '.join(found)}); {remedy}name another folder")
         return None
     path = folder / "last.pt"
     if not path.exists():
@@ -221,7 +221,6 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output: {folder} cannot be made a folder ({error}); name another one") from error
-    config.save_yaml(folder / "config.yaml")
     log = RunLog(config, run.epoch, run.steps_done, run.steps_per_epoch)
     size = sum(parameter.numel() for parameter in run.model.parameters())
     log.line(

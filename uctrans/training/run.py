@@ -92,6 +92,11 @@ class Run:
         return whole + (rest >= self.group.count)
 
     @property
+    def first_best_epoch(self) -> int:
+        """The first epoch whose weights may become the best."""
+        return min(self.config.first_best_epoch, self.config.epochs)
+
+    @property
     def is_out_of_patience(self) -> bool:
         """Whether the best epoch lies more than ``patience`` epochs back."""
         return self.best_epoch > 0 and self.epoch - self.best_epoch > self.config.patience
@@ -122,8 +127,7 @@ class Run:
 
     def take_score(self, dice: float) -> bool:
         """Note the validation Dice of the epoch just completed; tell whether its weights are now the best."""
-        may_be_best = self.epoch >= min(self.config.first_best_epoch, self.config.epochs)
-        is_best = may_be_best and (self.best_epoch == 0 or dice > self.best_dice)
+        is_best = self.epoch >= self.first_best_epoch and (self.best_epoch == 0 or dice > self.best_dice)
         if is_best:
             self.best_epoch, self.best_dice = self.epoch, dice
         return is_best
@@ -190,7 +194,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         fit_to_device(self.optimizer, self.group.device)
         self.epoch = state["epoch"]
-        self.best_epoch, self.best_dice = state["best"]["epoch"], state["best"]["dice"]
+        if state["best"]["epoch"] >= self.first_best_epoch:  # otherwise the last epoch of a run that now goes on
+            self.best_epoch, self.best_dice = state["best"]["epoch"], state["best"]["dice"]
         self._load_generator_states(state["generators"][self.group.rank], sampler["generator"])
         self.steps_done = sampler["step"]
         if sampler["order"] is not None:
