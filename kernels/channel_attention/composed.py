@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..precision import statistics_dtype
+
 # Random bits of dropout: a 64-bit draw is read as four 16-bit lanes.
 LANES = 4
 LANE_LEVELS = 2**16
@@ -120,9 +122,9 @@ def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Te
     tensor. It is centred before it is squared: squares of uncentred scores would cancel where their offset is large.
     """
     width = scores.shape[-1]
-    row_means = scores.mean(dim=-1, dtype=_statistics_dtype(scores))  # [B, sum C]
+    row_means = scores.mean(dim=-1, dtype=statistics_dtype(scores))  # [B, sum C]
     centred = scores - _segment_means(row_means, segments).to(scores.dtype).unsqueeze(-1)
-    row_norms = torch.linalg.vector_norm(centred, dim=-1, dtype=_statistics_dtype(scores))
+    row_norms = torch.linalg.vector_norm(centred, dim=-1, dtype=statistics_dtype(scores))
     variance = _segment_means(row_norms.square() / width, segments)
     return (centred * (variance + eps).rsqrt().to(scores.dtype).unsqueeze(-1)).softmax(dim=-1)
 
@@ -130,10 +132,6 @@ def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Te
 def _segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:
     """Every row's value replaced by the mean over its segment: (B, sum C) -> (B, sum C)."""
     return torch.cat([block.mean(dim=1, keepdim=True).expand_as(block) for block in rows.split(segments, dim=1)], dim=1)
-
-
-def _statistics_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 def _drop(attention: Tensor, dropout_p: float) -> tuple[Tensor, float]:

@@ -9,6 +9,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..precision import statistics_dtype
+
 
 def skip_gate(
     encoder_feature: Tensor,
@@ -20,20 +22,24 @@ def skip_gate(
     bias_decoder: Tensor,
 ) -> Tensor:
     """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) -> (B, C + D, H, W)."""
-    pooled_skip = encoder_feature.mean(dim=(2, 3))
+    pooled_skip = _pool(encoder_feature)
     skip = encoder_feature
     if tokens is not None:
-        pooled_skip = pooled_skip + tokens.mean(dim=(2, 3))
+        pooled_skip = pooled_skip + _pool(tokens)
         skip = _add_upsampled(encoder_feature, tokens)
     gate = torch.sigmoid(
         0.5
         * (
-            F.linear(pooled_skip, weight_skip, bias_skip)
-            + F.linear(decoder_feature.mean(dim=(2, 3)), weight_decoder, bias_decoder)
+            F.linear(pooled_skip.to(encoder_feature.dtype), weight_skip, bias_skip)
+            + F.linear(_pool(decoder_feature).to(decoder_feature.dtype), weight_decoder, bias_decoder)
         )
     )
     gated = (skip * gate[:, :, None, None]).relu_()
     return torch.cat([gated, _upsample(decoder_feature, encoder_feature.shape[-2:])], dim=1)
+
+
+def _pool(feature: Tensor) -> Tensor:
+    return feature.mean(dim=(2, 3), dtype=statistics_dtype(feature))
 
 
 def _add_upsampled(feature: Tensor, tokens: Tensor) -> Tensor:

@@ -45,16 +45,18 @@ SHAPES = {
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
-    inputs = gate_inputs(**shape, dtype=dtype)
-    inputs[0] = inputs[0].contiguous(memory_format=memory_format)
-    exact = [tensor.double() for tensor in inputs]
-    weight = torch.randn(reference.skip_gate(*exact).shape, generator=torch.Generator().manual_seed(7))
-    weight = weight.to(dtype).double()
-    assert_within_budget(
-        outputs_and_gradients(composed.skip_gate, inputs, weight),
-        outputs_and_gradients(reference.skip_gate, inputs, weight),
-        outputs_and_gradients(reference.skip_gate, exact, weight),
-    )
+    """Over several draws together: the gradients by the gate are few numbers, and a single draw is luck."""
+    results = {"composed": [], "reference": [], "oracle": []}
+    for seed in range(6):
+        inputs = gate_inputs(**shape, dtype=dtype, seed=seed)
+        inputs[0] = inputs[0].contiguous(memory_format=memory_format)
+        exact = [tensor.double() for tensor in inputs]
+        weight = torch.randn(reference.skip_gate(*exact).shape, generator=torch.Generator().manual_seed(seed))
+        weight = weight.to(dtype).double()
+        results["composed"].append(outputs_and_gradients(composed.skip_gate, inputs, weight))
+        results["reference"].append(outputs_and_gradients(reference.skip_gate, inputs, weight))
+        results["oracle"].append(outputs_and_gradients(reference.skip_gate, exact, weight))
+    assert_within_budget(*([torch.stack(draws) for draws in zip(*runs, strict=True)] for runs in results.values()))
 
 
 @settings(max_examples=25, deadline=None)

@@ -75,6 +75,33 @@ class TestReconstruct:
         tokens = torch.randn(batch, 6, *grid, dtype=torch.float64)
         torch.testing.assert_close(F.interpolate(composed(tokens), scale_factor=4.0), published(tokens))
 
+    def test_empty_batch(self):
+        for module in self.pair():
+            assert module(torch.rand(0, 6, 2, 3)).shape[0] == 0
+
+    def test_cumulative_statistics(self):
+        composed, published = (module.double() for module in self.pair())
+        composed.norm.momentum = published.norm.momentum = None
+        for _ in range(3):
+            tokens = torch.randn(2, 6, 2, 3, dtype=torch.float64)
+            torch.testing.assert_close(F.interpolate(composed(tokens), scale_factor=4.0), published(tokens))
+        torch.testing.assert_close(composed.norm.running_var, published.norm.running_var)
+
+    def test_statistics_over_two_processes(self, monkeypatch):
+        """Synchronised batch norm counts the tokens of all processes; here each process holds the same ones."""
+
+        class OfTwoProcesses(nn.BatchNorm2d):
+            def forward(self, tokens):
+                return super().forward(torch.cat([tokens, tokens]))[: len(tokens)]
+
+        monkeypatch.setattr("uctrans.layers.tokens._processes", lambda norm: 2)
+        composed, published = (module.double() for module in self.pair())
+        for module in (composed, published):
+            module.norm = OfTwoProcesses(6).double()
+        tokens = torch.randn(1, 6, 1, 2, dtype=torch.float64)
+        torch.testing.assert_close(F.interpolate(composed(tokens), scale_factor=4.0), published(tokens))
+        torch.testing.assert_close(composed.norm.running_var, published.norm.running_var, rtol=1e-12, atol=0)
+
     def test_uncorrected_variance_would_show(self):
         """The test above can fail: plain batch norm over few tokens leaves another running variance."""
         composed, published = self.pair()
@@ -136,8 +163,13 @@ class TestChannelTransformer:
         module = set_backend(transformer().eval(), backend)
         for embedding in module.embeddings:
             nn.init.normal_(embedding.position)
-        outputs = module(features(grid=(4, 5)))
-        assert [output.shape[-2:] for output in outputs] == [(32, 40), (16, 20), (8, 10)]
+        inputs = features(grid=(4, 5))
+        outputs = module(inputs)
+        for embedding in module.embeddings:
+            position = F.interpolate(embedding.position, size=(4, 5), mode="bicubic", align_corners=False)
+            embedding.position = nn.Parameter(position)
+        for output, expected in zip(outputs, module(inputs), strict=True):
+            torch.testing.assert_close(output, expected)
 
     def test_maps_are_distributions_over_all_channels(self):
         module = transformer().eval()
@@ -148,14 +180,22 @@ class TestChannelTransformer:
             for scale in layer_maps:
                 torch.testing.assert_close(scale.sum(dim=-1), torch.ones(scale.shape[:2]))
 
+    @pytest.mark.parametrize("where", ["embedding_dropout", "attention_dropout", "mlp_dropout"])
     @pytest.mark.parametrize("backend", ["reference", "composed"])
-    def test_dropout_acts_in_training_only(self, backend):
-        module = set_backend(transformer(embedding_dropout=0.3, attention_dropout=0.3, mlp_dropout=0.3), backend)
+    def test_each_dropout_acts_in_training_only(self, backend, where):
+        module = set_backend(transformer(**{where: 0.3}), backend)
         inputs = features()
         module.eval()
         assert torch.equal(module(inputs)[0], module(inputs)[0])
         module.train()
         assert not torch.equal(module(inputs)[0], module(inputs)[0])
+
+    @pytest.mark.parametrize("backend", ["reference", "composed"])
+    def test_dropout_of_the_maps(self, backend):
+        module = set_backend(transformer(attention_dropout=0.3), backend)
+        for layer in module.layers:
+            layer.attention.output_dropout.p = 0.0
+        assert not torch.equal(module(features())[0], module(features())[0])
 
     def test_bfloat16_autocast(self):
         module, inputs = transformer().eval(), features()
@@ -165,7 +205,7 @@ class TestChannelTransformer:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 outputs = module(inputs)
             for output, expected in zip(outputs, exact, strict=True):
-                assert (output - expected).abs().max() < 0.1
+                assert (output - expected).abs().max() < 0.03
 
     def test_bad_input(self):
         module = transformer()

@@ -218,8 +218,13 @@ class TestUCTransNet:
             ({"patch_sizes": ()}, "one positive size a scale"),
             ({"base_channels": 0}, "base_channels must be one width, or 4, at least 1 each"),
             ({"base_channels": (4, 8)}, "base_channels must be one width, or 4"),
-            ({"image_size": 0}, "image_size must be positive"),
+            ({"image_size": 0}, "image_size must be a positive side"),
+            ({"image_size": (32,)}, "image_size must be a positive side, or height and width"),
             ({"backend": "fast"}, "unknown backend 'fast'"),
+            ({"num_layers": -1}, "num_layers must be at least 1"),
+            ({"num_heads": 0}, "num_heads must be at least 1"),
+            ({"classes": 0}, "classes must be at least 1"),
+            ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\)"),
         ],
         ids=str,
     )
@@ -239,6 +244,29 @@ class TestUCTransNet:
 
         unet.save_pretrained(tmp_path)
         assert build("uctransnet").load_unet(tmp_path) == taken
+
+    def test_refuses_to_start_with_another_number_of_scales(self):
+        model = build("uctransnet", patch_sizes=(32, 16, 8, 4, 2), base_channels=(4, 8, 16, 32, 32))
+        with pytest.raises(uctrans.ModelFileError, match="four scales"):
+            model.load_unet(build("unet"))
+
+    def test_defaults_are_the_published_ones(self):
+        with torch.device("meta"):
+            config = uctrans.UCTransNet().config
+        assert config == {
+            "in_channels": 3,
+            "classes": 1,
+            "image_size": 224,
+            "base_channels": 64,
+            "num_layers": 4,
+            "num_heads": 4,
+            "patch_sizes": [16, 8, 4, 2],
+            "mlp_ratio": 4,
+            "embedding_dropout": 0.1,
+            "attention_dropout": 0.1,
+            "mlp_dropout": 0.0,
+            "backend": "auto",
+        }
 
     @pytest.mark.parametrize("options", [{"base_channels": 8}, {"classes": 2}, {"skips": (1, 2)}], ids=str)
     def test_refuses_to_start_from_an_unfit_unet(self, options):
@@ -266,14 +294,31 @@ class TestUNet:
         """Without skips the decoder sees the deepest feature alone."""
         model = build("unet", skips=()).eval()
         image = torch.rand(1, 3, 32, 32)
-        deepest = model.encoder(image)[1]
+        expected, deepest = model(image), model.encoder(image)[1]
         model.encoder.forward = lambda _: ([None] * 4, deepest)
-        assert model(torch.rand(1, 3, 32, 32)).equal(model(image))
+        assert model(torch.rand(1, 3, 32, 32)).equal(expected)
 
     @pytest.mark.parametrize("skips", [(0,), (5,), (1, 1)], ids=str)
     def test_refuses_unknown_skips(self, skips):
         with pytest.raises(ValueError, match="skips must be different numbers of 1 to 4"):
             build("unet", skips=skips)
+
+
+class TestConfig:
+    def test_holds_plain_copies(self):
+        skips = [1, 2]
+        model = build("unet", skips=skips, base_channels=np.int64(4))
+        skips.append(3)
+        assert model.config == {"in_channels": 3, "classes": 1, "base_channels": 4, "skips": [1, 2]}
+        assert build("unet", skips=range(1, 3)).config["skips"] == [1, 2]
+        assert json.loads(json.dumps(model.config)) == model.config
+
+    def test_of_a_subclass_that_passes_options_on(self):
+        class Narrow(uctrans.UNet):
+            def __init__(self, **options):
+                super().__init__(base_channels=2, **options)
+
+        assert Narrow(classes=2).config == {"classes": 2}
 
 
 class TestRegistry:
@@ -301,6 +346,11 @@ class TestModelFiles:
         with pytest.raises(uctrans.ModelFileError, match="missing does not exist: give a run folder"):
             uctrans.load_model(tmp_path / "missing")
         with pytest.raises(uctrans.ModelFileError, match=r"holds no config\.json"):
+            uctrans.load_model(tmp_path)
+
+    def test_run_without_best_weights(self, tmp_path):
+        (tmp_path / "last.pt").touch()
+        with pytest.raises(uctrans.ModelFileError, match=r"without best weights yet: use .*last\.pt"):
             uctrans.load_model(tmp_path)
 
     def test_config_that_is_no_json(self, tmp_path):
@@ -349,6 +399,12 @@ class TestModelFiles:
             uctrans.load_model(path)
         path.write_bytes(b"not a checkpoint at all")
         with pytest.raises(uctrans.ModelFileError, match=r"model\.pt"):
+            uctrans.load_model(path)
+        path.write_text("epoch,dice\n1,0.5\n")
+        with pytest.raises(uctrans.ModelFileError, match="truncated or no checkpoint"):
+            uctrans.load_model(path)
+        torch.save({"format": "uctrans-checkpoint", "model": {"name": "unet"}}, path)
+        with pytest.raises(uctrans.ModelFileError, match="lacks the entry 'state'"):
             uctrans.load_model(path)
         torch.save(nn.Linear(2, 2), path)
         with pytest.raises(uctrans.ModelFileError, match="never executed here"):
@@ -409,6 +465,44 @@ class TestUpstream:
         assert resized.transformer.embeddings[0].position.shape[-2:] == (rows // 16, columns // 16)
         image = torch.rand(1, 3, rows, columns)
         torch.testing.assert_close(resized(image), model(image))  # interpolated once, or at every call
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    def test_dtype_is_kept(self, dtype):
+        published = uctrans.to_upstream(self.model().to(dtype))
+        back = uctrans.to_upstream(uctrans.load_upstream(published))
+        assert all(torch.equal(back[key], value) for key, value in published.items())
+
+    def test_resizing_keeps_all_but_the_positions(self):
+        model = uctrans.set_backend(self.model().double(), "reference")
+        model.metadata = {"notes": ["first"]}
+        resized = uctrans.resize_positions(model, 64)
+        resized.metadata["notes"].append("second")
+        assert model.metadata == {"notes": ["first"]}
+        assert resized.decoder[0].gate.backend == "reference"
+        assert resized.config == model.config | {"image_size": 64}
+        state = resized.state_dict()
+        kept = {key: value for key, value in model.state_dict().items() if not key.endswith(".position")}
+        assert all(torch.equal(state[key], value) for key, value in kept.items())
+        position = model.transformer.embeddings[1].position
+        expected = nn.functional.interpolate(position, size=(4, 4), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(resized.transformer.embeddings[1].position, expected)
+
+    @pytest.mark.parametrize(
+        ("name", "damaged"),
+        [
+            ("inc.conv.weight", torch.zeros(4)),
+            ("mtc.encoder.layer.0.channel_attn.key.1.weight", torch.zeros(3, 3)),
+            ("mtc.embeddings_2.position_embeddings", torch.zeros(1, 9, 8)),
+            ("mtc.embeddings_2.patch_embeddings.weight", torch.zeros(8, 8, 4, 4)),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_contradicting_shapes_name_the_file(self, tmp_path, name, damaged):
+        path = tmp_path / "damaged.pth.tar"
+        torch.save({"state_dict": uctrans.to_upstream(self.model()) | {name: damaged}}, path)
+        for load in (uctrans.load_model, uctrans.load_upstream):
+            with pytest.raises(uctrans.ModelFileError, match=r"damaged\.pth\.tar"):
+                load(path)
 
     def test_incomplete_and_foreign_checkpoints(self):
         published = uctrans.to_upstream(self.model())

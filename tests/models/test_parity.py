@@ -107,19 +107,25 @@ def test_training_output_gradients_and_running_statistics(stored, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adam_losses(stored, backend):
-    """Five Adam steps, against the stored losses and against the same steps in float64.
+    """Five Adam steps against the stored losses, on two threads as they were computed.
 
     Adam divides by the root of squared gradients, and many gradients here are below its eps: rounding noise steers
-    those weights. The stored float32 losses of the fourth and fifth step are themselves 5e-4 from what float64 gives,
-    so exact agreement beyond the third step is a matter of bits, not of correctness. There the error budget decides:
-    at most twice as far from float64 as the published float32 run is.
+    those weights, and the stored float32 losses of the last two steps are themselves 5e-4 from what float64 gives. All
+    five agree to 1e-4 where the processor rounds as the stored run's did. On another one the first three still do, and
+    the error budget decides on the others: at most twice as far from float64 as the published float32 run is.
     """
     published = stored["adam_losses"].numpy()
-    losses = adam_losses(without_dropout(published_model(stored, backend)), stored)
-    exact = adam_losses(without_dropout(published_model(stored, backend, torch.float64)), stored)
-    assert np.abs(losses - published)[:3].max() < 1e-4
-    assert np.abs(losses - exact).max() < 2 * np.abs(published - exact).max()
-    assert losses[-1] < losses[0] - 0.08
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        losses = adam_losses(without_dropout(published_model(stored, backend)), stored)
+    finally:
+        torch.set_num_threads(threads)
+    difference = np.abs(losses - published)
+    assert difference[:3].max() < 1e-4
+    if difference.max() >= 1e-4:
+        exact = adam_losses(without_dropout(published_model(stored, backend, torch.float64)), stored)
+        assert np.abs(losses - exact).max() < 2 * np.abs(published - exact).max()
 
 
 def test_backends_take_the_same_adam_steps_in_float64(stored):

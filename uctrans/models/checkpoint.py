@@ -24,12 +24,12 @@ def read_checkpoint(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist: check the path") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+    except pickle.UnpicklingError:
+        # The unpickler's own advice, to load without weights_only, would execute what the file holds.
         raise ModelFileError(
-            f"{path} is no checkpoint, or holds more than tensors and plain values, which is never executed here "
-            f"({reason}): save its state dict alone with torch.save, or download it again"
+            f"{path} is no checkpoint, or holds more than tensors and plain values, which is never executed here: "
+            f"save its state dict alone with torch.save, or download it again"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # reading arbitrary bytes as a checkpoint fails in any way the bytes lead to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFileError(f"{path} is truncated or no checkpoint ({reason}): copy or download it again") from None

@@ -10,6 +10,7 @@ from .upstream import from_published, is_upstream
 
 CHECKPOINT_FORMAT = "uctrans-checkpoint"
 BEST_FOLDER = "best"
+LAST_CHECKPOINT = "last.pt"
 
 
 def load_model(path: str | Path, device: str = "cpu") -> SegmentationModel:
@@ -34,6 +35,10 @@ def load_model(path: str | Path, device: str = "cpu") -> SegmentationModel:
 def _load_folder(folder: Path) -> SegmentationModel:
     if not (folder / CONFIG_FILE).exists() and (folder / BEST_FOLDER).is_dir():
         folder = folder / BEST_FOLDER
+    elif not (folder / CONFIG_FILE).exists() and (folder / LAST_CHECKPOINT).exists():
+        raise ModelFileError(
+            f"{folder} is a run without best weights yet: use {folder / LAST_CHECKPOINT}, or continue the run"
+        )
     return model_class_of(folder).from_pretrained(folder)
 
 
