@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,36 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
         write_atomically(path, write)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_stopped_by_the_keyboard_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_new_names_are_put_on_the_disk_after_the_content(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(("folder" if is_folder else "content", sorted(path.name for path in tmp_path.iterdir())))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_atomically(tmp_path / "a", lambda file: file.write(b"new"))
+    assert synced == [("content", [".a.tmp"]), ("folder", ["a"])]
+    copy_checkpoint(tmp_path / "a", tmp_path / "b")
+    assert synced[2:] == [("folder", ["a", "b"])]
 
 
 def test_folder_without_permission_is_named(tmp_path):

@@ -63,7 +63,7 @@ def test_model_options_may_be_json():
         ("patience", 0),
         ("first_best_epoch", 0),
         ("val_every", 0),
-        ("save_every", 0),
+        ("save_minutes", -1.0),
         ("optimizer", "sgd"),
         ("amp", "fp16"),
         ("channel_order", "gbr"),

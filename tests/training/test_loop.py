@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,12 +122,19 @@ def test_validation_every_other_epoch(make_config):
     assert [row["val_dice"] is not None for row in rows] == [False, True, False, True, True]
 
 
-def test_checkpoints_every_few_epochs_at_best_and_at_the_end(make_config, scripted_scores, monkeypatch):
-    scripted_scores([0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2])
-    saved = []
+@pytest.mark.parametrize(("save_minutes", "epochs"), [(0, [3, 4, 5, 6]), (2, [4, 6]), (3, [5]), (9, [])])
+def test_checkpoints_every_few_minutes_at_best_and_at_the_end(make_config, monkeypatch, save_minutes, epochs):
+    scores, saved, clock = [0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], [], SimpleNamespace(now=0.0)
+
+    def validate_for_a_minute(run):
+        clock.now += 60
+        return 0.5, scores[run.epoch - 1]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(loop, "validate_epoch", validate_for_a_minute)
     monkeypatch.setattr(loop, "save", lambda run, is_best=False: saved.append((run.epoch, is_best)))
-    train(make_config(epochs=7, save_every=3))
-    assert saved == [(0, False), (1, True), (2, True), (3, False), (6, False), (7, False)]
+    train(make_config(epochs=7, save_minutes=save_minutes))
+    assert saved == [(0, False), (1, True), (2, True), *((epoch, False) for epoch in epochs), (7, False)]
 
 
 def spoil(monkeypatch, name, at_call):
@@ -147,7 +155,7 @@ def spoil(monkeypatch, name, at_call):
 
 def test_loss_that_is_not_finite_names_the_images_of_its_batch(make_config, monkeypatch):
     calls = spoil(monkeypatch, "head", at_call=4)
-    config = make_config(epochs=5)
+    config = make_config(epochs=5, save_minutes=0)
     with pytest.raises(TrainingError, match="epoch 2, step 2: the loss is not finite for the batch of ") as error:
         train(config)
     assert ", ".join(calls[3]) in str(error.value)
@@ -311,14 +319,14 @@ def test_signal_saves_in_the_middle_of_an_epoch_and_resume_ends_with_the_same_bi
 
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    stopped = make_config(epochs=4, batch_size=2, image_size=32, ema_decay=0.9, save_every=2)
+    stopped = make_config(epochs=4, batch_size=2, image_size=32, ema_decay=0.9, save_minutes=9)
     result = train(stopped)
     assert (result.stopped_by, result.epochs) == (name, 1)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     last_line = (result.run_folder / "log.txt").read_text().splitlines()[-1]
     assert f"stopped by {name} after epoch 1 and 2 steps, saved in {result.run_folder / 'last.pt'}" in last_line
     assert load_checkpoint(result.run_folder / "last.pt")["sampler"]["step"] == 2
-    result = train(make_config(epochs=4, batch_size=2, image_size=32, ema_decay=0.9, save_every=2, resume=True))
+    result = train(make_config(epochs=4, batch_size=2, image_size=32, ema_decay=0.9, save_minutes=9, resume=True))
     assert (result.stopped_by, result.epochs) == ("epochs", 4)
     ends = [load_checkpoint(Path(config.output) / "last.pt") for config in (straight, stopped)]
     for end in ends:
@@ -328,6 +336,15 @@ def test_signal_saves_in_the_middle_of_an_epoch_and_resume_ends_with_the_same_bi
     for row in rows[0] + rows[1]:
         del row["seconds"], row["images_per_second"]
     assert rows[0] == rows[1]
+
+
+def test_images_per_second_counts_what_was_trained_on_since_the_epoch_was_resumed(make_config, monkeypatch):
+    run, rows = Run(make_config(batch_size=2), CPU), []
+    run.begin_epoch()
+    run.step(run.batch(0))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 20.0))
+    loop.complete_epoch(run, SimpleNamespace(epoch=rows.append), started=10.0, images_before=run.images_before(1))
+    assert (rows[0]["seconds"], rows[0]["images_per_second"]) == (10, 0.5)
 
 
 def test_second_signal_acts_at_once():

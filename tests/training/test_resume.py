@@ -38,7 +38,8 @@ def end_of(config):
 
 @pytest.mark.slow
 def test_run_killed_at_any_moment_ends_with_the_same_bits(make_config, tmp_path, assert_same):
-    configs = [make_config(output=str(tmp_path / name), epochs=12, **WITH_DROPOUT) for name in ("straight", "killed")]
+    settings = {"epochs": 12, "save_minutes": 0, **WITH_DROPOUT}
+    configs = [make_config(output=str(tmp_path / name), **settings) for name in ("straight", "killed")]
     files = [tmp_path / "straight.yaml", tmp_path / "killed.yaml"]
     for config, file in zip(configs, files, strict=True):
         config.save_yaml(file)

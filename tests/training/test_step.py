@@ -219,3 +219,4 @@ def test_processes_share_an_epoch_evenly(make_config):
     assert [[len(batch) for batch in share] for share in shares] == [[2, 1], [2, 1]]
     seen = [position for share in shares for batch in share for position in batch]
     assert len(set(seen)) == 6
+    assert [run.images_before(step) for step in range(run.steps_per_epoch + 1)] == [0, 4, 6]

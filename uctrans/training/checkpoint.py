@@ -43,9 +43,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # RuntimeError is how torch.save reports a failed write
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(_write_failure(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -60,9 +62,12 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
         temporary.replace(target)
+        _sync_folder(target.parent)
     except OSError:
         with source.open("rb") as content:
             write_atomically(target, lambda file: shutil.copyfileobj(content, file))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -112,6 +117,16 @@ def load_weights(model: torch.nn.Module, saved: dict[str, Any], path: str | Path
             f"{path}: holds another {model.name} ({'; '.join(different)}); use the options of the file"
         )
     load_state(model, saved["state"], path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can: a file renamed before outlives a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ CHANGEABLE_ON_RESUME = (
     "device",
     "threads",
     "progress",
-    "save_every",
+    "save_minutes",
     "learning_rate",
     "min_learning_rate",
     "amp",
@@ -42,7 +42,7 @@ _AT_LEAST = {
     "patience": 1,
     "first_best_epoch": 1,
     "val_every": 1,
-    "save_every": 1,
+    "save_minutes": 0,
     "threads": 1,
     "fold": 0,
     "seed": 0,
@@ -75,7 +75,8 @@ class TrainConfig:
         folds: Cross-validation folds: a shipped name or a JSON file; none trains on the train split.
         fold: Which of the folds, counted from 0.
         epochs: Most epochs to train.
-        batch_size: Images a step in each process; the last, smaller batch of an epoch is kept.
+        batch_size: Images a step in each process. The last, smaller batch of an epoch is kept; several processes share
+            it evenly and leave out the images that remain, others in each epoch and fewer than there are processes.
         optimizer: adam or adamw.
         learning_rate: Learning rate at the start of each cosine period.
         min_learning_rate: Learning rate that each cosine period falls towards.
@@ -86,7 +87,8 @@ class TrainConfig:
         patience: Epochs without a better validation Dice after which training stops.
         first_best_epoch: First epoch whose weights may become the best (the last epoch where a run is shorter).
         val_every: Epochs from one validation to the next.
-        save_every: Epochs from one checkpoint to the next; best epochs and stops by a signal are saved in any case.
+        save_minutes: Least minutes from one checkpoint to the next, 0 saves every epoch; the best epochs, the last one,
+            and a run that a signal stops are saved in any case.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
         ema_decay: Decay of the exponential moving average of the weights, which is then what is validated; 0 is off.
         seed: Seed of initial weights, order of images, augmentation and dropout.
@@ -98,7 +100,7 @@ class TrainConfig:
         progress: Show a progress bar and a line an epoch; log.txt is written in any case.
         resume: Continue the run in the output folder. The command line takes the other settings from its config.yaml;
             in Python give them all (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
-            device, threads, progress, save_every, learning_rate, min_learning_rate and amp may differ from the run's.
+            device, threads, progress, save_minutes, learning_rate, min_learning_rate and amp may differ from the run's.
 
     Raises:
         ConfigError: a value has the wrong type or range; the message names the field and the remedy.
@@ -131,7 +133,7 @@ class TrainConfig:
     patience: int = 50
     first_best_epoch: int = 6
     val_every: int = 1
-    save_every: int = 1
+    save_minutes: float = 2.0
     amp: str = "no"
     ema_decay: float = 0.0
     seed: int = 0

@@ -1,9 +1,9 @@
 """The training loop.
 
 A run lives in a folder: config.yaml, last.pt, best.pt, best/ (the best weights, for use), metrics.csv, progress.png,
-tensorboard/ and log.txt. last.pt is written before the first step, after every ``save_every`` epochs, and when a signal
-stops the run, then in the middle of an epoch: after the step that was running, the same in all processes. A run
-continued from it ends with the very bits of an undisturbed one.
+tensorboard/ and log.txt. last.pt is written before the first step, with a best epoch and the last one, after the epoch
+in which ``save_minutes`` ran out, and when a signal stops the run, then in the middle of an epoch: after the step that
+was running, the same in all processes. A run continued from it ends with the very bits of an undisturbed one.
 """
 
 import dataclasses
@@ -81,16 +81,19 @@ def train(config: TrainConfig) -> RunResult:
 
 def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> str:
     """Train until the run is over; return why."""
+    saved = time.perf_counter()
     while run.epoch < run.config.epochs and not run.is_out_of_patience:
-        started = time.perf_counter()
+        started, images_before = time.perf_counter(), run.images_before(run.steps_done)
         is_complete = train_epoch(run, log, stop)
         check_training_was_finite(run)
         check_weights_are_finite(run)
-        is_best = is_complete and complete_epoch(run, log, started)
+        is_best = is_complete and complete_epoch(run, log, started, images_before)
         signal_name = next(filter(None, run.group.gather(stop.name)), None)
         is_over = run.epoch == run.config.epochs or run.is_out_of_patience
-        if is_best or is_over or signal_name or run.epoch % run.config.save_every == 0:
+        is_due = run.group.any(time.perf_counter() - saved >= 60 * run.config.save_minutes)
+        if is_best or is_over or signal_name or is_due:
             save(run, is_best=is_best)
+            saved = time.perf_counter()
         if signal_name and not is_over:
             return signal_name
     return "early stopping" if run.is_out_of_patience else "epochs"
@@ -108,8 +111,11 @@ def train_epoch(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> bool:
     return True
 
 
-def complete_epoch(run: Run, log: RunLog | SilentLog, started: float) -> bool:
-    """Read the sums of the epoch, validate, log; tell whether this is the best epoch so far."""
+def complete_epoch(run: Run, log: RunLog | SilentLog, started: float, images_before: int) -> bool:
+    """Read the sums of the epoch, validate, log; tell whether this is the best epoch so far.
+
+    ``started`` is when this process began or resumed the epoch, after the ``images_before`` first images of it.
+    """
     train_loss, train_dice = run.totals.read(run.group)
     run.end_epoch()
     is_validated = run.epoch % run.config.val_every == 0 or run.epoch == run.config.epochs
@@ -127,7 +133,7 @@ def complete_epoch(run: Run, log: RunLog | SilentLog, started: float) -> bool:
             "best_epoch": run.best_epoch or None,
             "best_dice": run.best_dice if run.best_epoch else None,
             "seconds": seconds,
-            "images_per_second": len(run.train_data) / seconds,
+            "images_per_second": (run.images_before(run.steps_per_epoch) - images_before) / seconds,
         }
     )
     return is_best

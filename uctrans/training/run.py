@@ -91,6 +91,11 @@ class Run:
         whole, rest = divmod(len(self.train_data), self.config.batch_size * self.group.count)
         return whole + (rest >= self.group.count)
 
+    def images_before(self, step: int) -> int:
+        """Return how many images all processes together train on in the first steps of an epoch."""
+        size, count = self.config.batch_size * self.group.count, self.group.count
+        return min(step * size, len(self.train_data) // count * count)
+
     @property
     def first_best_epoch(self) -> int:
         """The first epoch whose weights may become the best."""
