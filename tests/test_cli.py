@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and how it ends."""
 
+import errno
 import os
 import re
 import signal
@@ -281,3 +282,46 @@ def test_the_demo_touches_no_other_folder(tmp_path):
     assert kept.read_text() == "mine"
     with pytest.raises(DemoError, match="is a file"):
         run_demo(DemoConfig(output=str(kept), epochs=1))
+
+
+@pytest.mark.parametrize("palette", ["#000000,#ff0000", '["#000000", "#ff0000"]', "#000000, #ff0000"])
+def test_palette_of_colours_with_hashes(palette, tmp_path):
+    words = ["train", "-i", "data", "-o", "run", "--classes", "2"]
+    expected = ("#000000", "#ff0000")
+    assert cli.parse([*words, "--palette", palette, "--class-names", "glass,cells"])[1].palette == expected
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: data\noutput: run\nclass_names: null\npalette: {palette!r}\n")
+    settings = cli.parse(["train", "--config", str(config)])[1]
+    assert (settings.palette, settings.class_names) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["trian", "-i", "data"], "choose one of train"),
+        (["train", "-i", "data", "-o", "run", "--epohcs", "3"], "did you mean --epochs?"),
+        (["train", "-i", "data", "-o", "run", "--base-chanels=3"], "did you mean --base_channels?"),
+    ],
+)
+def test_near_names_of_commands_and_flags(words, hint, capsys):
+    assert cli.main(words) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_full_disk_gets_a_remedy(monkeypatch, capsys):
+    def full(settings):
+        raise OSError(errno.ENOSPC, "No space left on device", "scores/metrics.csv")
+
+    monkeypatch.setattr("uctrans.inference.evaluate", full)
+    assert cli.main(["evaluate", "-i", "data", "-o", "scores", "--model", "run"]) == 2
+    message = capsys.readouterr().err
+    assert "scores/metrics.csv" in message
+    assert "free space or choose another output folder" in message
+
+
+def test_report_of_a_run_without_best_weights():
+    from uctrans.training import RunResult
+
+    text = cli.COMMANDS["train"].report(RunResult(Path("runs/a"), 0, float("nan"), 2, "SIGINT"))
+    assert text.startswith("No best weights yet after 2 epochs (stopped by: SIGINT)")
+    assert "uctrans train -o runs/a --resume" in text

@@ -9,6 +9,8 @@ traceback); 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 import argparse
+import difflib
+import errno
 import importlib
 import os
 import signal
@@ -42,6 +44,16 @@ def _report_files(files: Sequence[Any]) -> str:
     return f"Wrote {len(files)} files into {files[0].parent}" if files else "Nothing to write."
 
 
+def _report_run(run: Any) -> str:
+    best = (
+        f"Best validation Dice {run.best_score:.4f} in epoch {run.best_epoch} of {run.epochs}"
+        if run.best_epoch
+        else f"No best weights yet after {run.epochs} epochs"
+    )
+    resume = f" Continue with: uctrans train -o {run.run_folder} --resume" if run.stopped_by.startswith("SIG") else ""
+    return f"{best} (stopped by: {run.stopped_by}). Everything is in {run.run_folder}.{resume}"
+
+
 COMMANDS = {
     "demo": Command(
         summary="train, evaluate and predict on a small embedded dataset, in minutes on a CPU",
@@ -71,10 +83,7 @@ COMMANDS = {
         module="uctrans.training",
         settings="TrainConfig",
         function="train",
-        report=lambda run: (
-            f"Best validation Dice {run.best_score:.4f} in epoch {run.best_epoch} of {run.epochs} "
-            f"(stopped by: {run.stopped_by}). Everything is in {run.run_folder}"
-        ),
+        report=_report_run,
         paths={
             "data": ("input", "dataset: {train,val,test}/{images,masks}, or images and masks side by side"),
             "output": ("output", "run folder: checkpoints, curves, the resolved config"),
@@ -133,6 +142,12 @@ COMMANDS = {
     ),
 }
 
+# Fields that are written as a,b,c. Read as YAML, which jsonargparse does otherwise, a # would begin a comment.
+LISTED = {
+    "palette": "colours of the classes in colour-coded masks, background first: '#000000,#ff0000'",
+    "class_names": "names of the classes, kept with the weights: background,nucleus",
+}
+
 
 class CommandLineError(ValueError):
     """The command line, or a config file it names, cannot be used."""
@@ -181,7 +196,9 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
         count = len(name.split())
         if " ".join(words[:count]) == name:
             return name, list(words[count:])
-    choices = [name for name in COMMANDS if name.split()[0] == words[0]] or list(COMMANDS)
+    first_words = {name.split()[0]: name for name in COMMANDS}
+    near = [first_words[word] for word in difflib.get_close_matches(words[0], first_words)]
+    choices = [name for name in COMMANDS if name.split()[0] == words[0]] or near or list(COMMANDS)
     raise CommandLineError(f"no such command: {' '.join(words[:2])}; choose one of {', '.join(choices)}")
 
 
@@ -217,8 +234,25 @@ def build_parser(name: str) -> Any:
         # The first spelling is the name in a config file.
         spellings = dict.fromkeys((f"--{field}", f"-{flag[0]}", f"--{flag}"))
         parser.add_argument(*spellings, type=types[field], metavar="PATH", help=explanation, **default)
-    parser.add_class_arguments(settings, skip=set(command.paths))
+    listed = {field: explanation for field, explanation in LISTED.items() if field in types}
+    for field, explanation in listed.items():
+        parser.add_argument(f"--{field}", type=_CommaList(), default=defaults[field], help=explanation)
+    parser.add_class_arguments(settings, skip={*command.paths, *listed})
     return parser
+
+
+class _CommaList:
+    """Type of a flag: a list as one writes it in a shell, or as a config file holds it."""
+
+    def __call__(self, value: Any) -> tuple[Any, ...] | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            value = [part.strip(" '\"") for part in value.strip("[]").split(",")]
+        return tuple(value)
+
+    def __repr__(self) -> str:
+        return "a,b,c"
 
 
 def _spelled_out(words: Sequence[str], settings: type) -> list[str]:
@@ -270,8 +304,29 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
             spelled = _config_of_resumed_run(spelled) + spelled
         namespace = parser.parse_args(spelled)
     except argparse.ArgumentError as error:
-        raise CommandLineError(f"{error} (uctrans {name} --help lists the settings)") from error
+        hint = _near_flags(rest, parser) or f"uctrans {name} --help lists the settings"
+        raise CommandLineError(f"{error} ({hint})") from error
     return name, settings(**{key: value for key, value in vars(namespace).items() if key != "config"})
+
+
+def _near_flags(words: Sequence[str], parser: Any) -> str:
+    """ "did you mean" for the flags among ``words`` that the parser does not know, or nothing."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    flags = [word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in words if word[:2] == "--"]
+    near = [match for flag in flags if flag not in known for match in difflib.get_close_matches(flag, known, n=1)]
+    return f"did you mean {' and '.join(near)}?" if near else ""
+
+
+def _explained(error: Exception) -> str:
+    """The message of an error in one line, with a remedy where the operating system gives none."""
+    remedy = {
+        errno.ENOSPC: ": the disk is full; free space or choose another output folder",
+        errno.EDQUOT: ": the quota is used up; free space or choose another output folder",
+        errno.EROFS: ": choose an output folder that can be written",
+        errno.EACCES: ": choose a folder you may read and write",
+    }
+    suffix = remedy.get(error.errno, "") if isinstance(error, OSError) else ""
+    return " ".join(str(error).split()) + suffix
 
 
 def _run(words: Sequence[str]) -> int:
@@ -326,5 +381,5 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE) or not _is_for_user(error):
             raise
-        print(f"uctrans: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"uctrans: error: {_explained(error)}", file=sys.stderr)
         return USER_ERROR
