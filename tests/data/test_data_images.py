@@ -11,6 +11,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 from uctrans.data import (
     DataError,
@@ -168,12 +169,150 @@ def test_several_pages_or_frames(tmp_path):
             read_image(tmp_path / name)
 
 
-def test_cmyk_jpeg(tmp_path):
-    from PIL import Image
+def test_photograph_with_a_preview_behind_it(tmp_path):
+    pixels = np.full((16, 24, 3), (200, 100, 50), dtype=np.uint8)
+    preview = Image.fromarray(pixels[::2, ::2])
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - pixels).max() <= 8
 
-    Image.fromarray(random_pixels(8, 8, 3)).convert("CMYK").save(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="CMYK"):
-        read_image(tmp_path / "a.jpg")
+
+def test_stacks_that_look_like_channels(tmp_path):
+    stack = random_pixels(50, 40, 4)
+    tifffile.imwrite(tmp_path / "narrow.tif", stack, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "three.tif", stack[:3], photometric="minisblack")
+    tifffile.imwrite(tmp_path / "imagej.tif", stack, imagej=True, metadata={"axes": "ZYX"})
+    for name, pages in (("narrow.tif", 50), ("three.tif", 3), ("imagej.tif", 50)):
+        with pytest.raises(DataError, match=rf"{name} holds several pages or frames \({pages}\): save one image"):
+            read_image(tmp_path / name)
+
+
+def test_reduced_copies_are_no_further_pages(tmp_path):
+    pixels = random_pixels(32, 32, 3)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(pixels, photometric="rgb")
+        file.write(pixels[::2, ::2], photometric="rgb", subfiletype=1)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), pixels)
+
+
+def test_tiff_with_channels_in_separate_planes(tmp_path):
+    pixels = random_pixels(7, 9, 3)
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(pixels, -1, 0), photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), pixels)
+
+
+def test_tiff_of_five_channels(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", random_pixels(7, 9, 5), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(DataError, match=r"a\.tif has 5 channels.*save it as one gray or RGB image"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(("name", "space"), [("a.jpg", "CMYK"), ("a.tif", "CMYK"), ("a.tif", "LAB")])
+def test_colours_that_are_not_rgb(tmp_path, name, space):
+    Image.fromarray(random_pixels(8, 8, 3)).convert(space).save(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{re.escape(name)} holds \w+ colours: convert it to RGB"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits"])
+def test_compressed_tiff(tmp_path, compression):
+    forms = {"rgb": random_pixels(20, 30, 3), "gray": random_pixels(20, 30), "bilevel": random_pixels(20, 30) > 99}
+    forms["deep"] = random_pixels(20, 30, dtype=np.uint16)
+    for name, pixels in forms.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.tif", compression=compression)
+        Image.fromarray(pixels).save(tmp_path / f"{name}_plain.tif")
+        np.testing.assert_array_equal(read_image(tmp_path / f"{name}.tif"), read_image(tmp_path / f"{name}_plain.tif"))
+
+
+def test_jpeg_in_tiff(tmp_path):
+    pixels = np.full((16, 24, 3), (200, 100, 50), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif", compression="jpeg")
+    assert np.abs(read_image(tmp_path / "a.tif").astype(int) - pixels).max() <= 8
+
+
+def test_what_only_imagecodecs_decodes_is_refused_rather_than_cut(tmp_path, monkeypatch):
+    def refuse(page):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    tifffile.imwrite(tmp_path / "a.tif", random_pixels(7, 9, 3, dtype=np.uint16), photometric="rgb")
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", refuse)
+    with pytest.raises(
+        DataError, match=r"a\.tif holds 16-bit colours compressed by \w+: install the package imagecodecs"
+    ):
+        read_image(tmp_path / "a.tif")
+
+
+def test_damaged_compressed_tiff_names_both_remedies(tmp_path):
+    Image.fromarray(random_pixels(40, 40, 3)).save(tmp_path / "a.tif", compression="jpeg")
+    content = (tmp_path / "a.tif").read_bytes()
+    start = content.index(b"\xff\xd8")
+    (tmp_path / "a.tif").write_bytes(content[:start] + bytes(40) + content[start + 40 :])
+    with pytest.raises(DataError, match=r"a\.tif.* cannot be read, it may be damaged"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("size", [b"\xff\xff\xff\x7f", b"\0\0\0\0"])
+def test_tiff_of_an_impossible_size(tmp_path, size):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((7, 9), dtype=np.uint8))
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        tag = file.pages[0].tags["ImageWidth"]
+    content[tag.offset + 2 : tag.offset + 4] = struct.pack("<H", 4)  # a 32-bit value
+    content[tag.offset + 8 : tag.offset + 12] = size
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.tif cannot be read"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_tiff_that_stores_white_as_zero(tmp_path, dtype):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8), dtype=dtype), photometric="miniswhite")
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"a\.tif stores white as 0 .*save it as PNG, or as TIFF with .*MINISBLACK"):
+            read(tmp_path / "a.tif")
+
+
+def put_indexed(path, indexes, colours, **options):
+    image = Image.fromarray(indexes)
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.png", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"}), ("a.gif", {}), ("a.bmp", {})],
+    ids=["png", "tiff", "lzw tiff", "gif", "bmp"],
+)
+def test_indexed_files_give_colours(tmp_path, name, options):
+    indexes = random_pixels(8, 9) % 3
+    colours = [(255, 255, 255), (255, 0, 0), (0, 0, 9)]
+    path = put_indexed(tmp_path / name, indexes, colours, **options)
+    np.testing.assert_array_equal(read_image(path), np.array(colours)[indexes])
+    np.testing.assert_array_equal(read_mask(path, 3, colours), indexes)
+
+
+def test_indexed_tiff_with_8_bit_colours(tmp_path):
+    indexes = random_pixels(8, 9) % 2
+    colours = np.zeros((3, 256), dtype=np.uint16)
+    colours[:, 1] = 250
+    tifffile.imwrite(tmp_path / "a.tif", indexes, photometric="palette", colormap=colours)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.dstack([indexes * 250] * 3))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_binary_mask_without_background_warns(tmp_path, suffix):
+    indexes = random_pixels(8, 9) % 2
+    path = put_indexed(tmp_path / f"a{suffix}", indexes, [(255, 255, 255), (255, 0, 0)])
+    with pytest.warns(UserWarning, match=rf"two distinct values, both above 0.*a{suffix}.*background as 0") as caught:
+        assert read_mask(path).all()
+    assert len(caught) == 1
+
+
+def test_binary_mask_of_one_value_is_not_doubtful(tmp_path, recwarn):
+    for value in (0, 255):
+        mask = read_mask(put(tmp_path / "a.png", np.full((4, 5), value, dtype=np.uint8)))
+        assert (mask == (value > 0)).all()
+    assert not recwarn.list
 
 
 def test_binary_masks_of_every_form_are_equal(tmp_path, recwarn):
@@ -200,6 +339,15 @@ def test_binary_mask_of_many_values_warns(tmp_path, channels):
     pixels[0, 0], pixels[1, 1] = 3, 255
     with pytest.warns(UserWarning, match=r"more than two distinct values.*a\.png") as caught:
         assert read_mask(put(tmp_path / "a.png", pixels)).sum() == 2
+    assert len(caught) == 1
+
+
+def test_binary_masks_without_background_warn_once_for_a_dataset(tmp_path):
+    for name in ("a", "b", "c"):
+        put(tmp_path / "images" / f"{name}.png", random_pixels(8, 8, 3))
+        put(tmp_path / "masks" / f"{name}.png", random_pixels(8, 8) % 2 + np.uint8(1))
+    with pytest.warns(UserWarning, match="3 binary masks hold two distinct values, both above 0") as caught:
+        load_tensors(find_samples(tmp_path), get_protocol(image_size=8), 1)
     assert len(caught) == 1
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uctrans.data.errors import DataError, shorten
 from uctrans.data.files import Sample
-from uctrans.data.images import decode_mask, read_image, warn_of_more_values
+from uctrans.data.images import decode_mask, read_image, warn_of_doubts
 from uctrans.data.protocols import Protocol
 
 
@@ -65,15 +65,14 @@ def load_tensors(
     images = torch.empty(len(samples), 3, *protocol.image_size, dtype=torch.uint8)
     masks = torch.empty(len(samples), *protocol.image_size, dtype=torch.uint8)
     original_sizes = []
-    with_more_values: list[str | os.PathLike] = []
+    paths_by_doubt: dict[str, list[str | os.PathLike]] = {}
     for index, sample in enumerate(samples):
         image = read_image(sample.image)
-        mask, has_more_values = decode_mask(sample.mask, classes, palette, image.shape[:2])
-        if has_more_values:
-            with_more_values.append(sample.mask)
+        mask, doubt = decode_mask(sample.mask, classes, palette, image.shape[:2])
+        if doubt is not None:
+            paths_by_doubt.setdefault(doubt, []).append(sample.mask)
         images[index] = torch.from_numpy(protocol.resize_image(image)).permute(2, 0, 1)
         masks[index] = torch.from_numpy(protocol.resize_mask(mask, classes))
         original_sizes.append(image.shape[:2])
-    if with_more_values:
-        warn_of_more_values(with_more_values)
+    warn_of_doubts(paths_by_doubt)
     return SegmentationTensors([sample.name for sample in samples], images.to(device), masks.to(device), original_sizes)
