@@ -15,6 +15,7 @@ from uctrans.data import Sample, find_samples, load_tensors, read_image, read_ma
 from uctrans.inference.figures import ComparisonRow, choose_rows, comparison_figure
 from uctrans.inference.files import (
     InferenceError,
+    import_extra,
     output_folder,
     progress_bar,
     refuse_existing,
@@ -85,6 +86,7 @@ class EvaluationResult:
         mean: Mean over the images by score, undefined scores left out.
         deviation: Sample standard deviation over the images by score.
         count: Number of images with a defined score, by score.
+        scored_at: The pixels that were counted, in words.
         output: The folder that holds metrics.csv, summary.json and figure.png.
     """
 
@@ -92,6 +94,7 @@ class EvaluationResult:
     mean: dict[str, float]
     deviation: dict[str, float]
     count: dict[str, int]
+    scored_at: str
     output: Path
 
     def table(self) -> str:
@@ -111,7 +114,7 @@ class EvaluationResult:
         per_class = [key.removeprefix("dice_") for key in self.mean if key.startswith("dice_")]
         for name in per_class:
             lines.append(_line(f"mean, {name}", {key: self.mean[f"{key}_{name}"] for key in METRICS}, width))
-        lines.append(f"{len(self.rows)} images")
+        lines.append(f"{len(self.rows)} images, scored at {self.scored_at}")
         undefined = len(self.rows) - self.count["hd95"]
         if undefined:
             lines.append(f"HD95 is undefined for {undefined} of {len(self.rows)} images: truth or prediction is empty")
@@ -203,6 +206,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         raise InferenceError("The network can only see native pixels where scores are native too: set size to native.")
     if not 0 < config.threshold < 1:
         raise InferenceError(f"threshold must lie between 0 and 1, got {config.threshold}.")
+    for package in ("matplotlib", "monai"):  # a missing one is told before the work, not after it
+        import_extra(package, "training")
     folder = output_folder(config.output)
     files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png")}
     if not config.overwrite:
@@ -252,4 +257,10 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             "torch_version": torch.__version__,
         },
     )
-    return EvaluationResult(rows, mean, deviation, count, folder)
+    height, width = predictor.protocol.image_size
+    scored_at = (
+        f"{height} x {width} pixels, as {predictor.protocol.name} resizes them"
+        if config.size == "protocol"
+        else "the size of their masks"
+    )
+    return EvaluationResult(rows, mean, deviation, count, scored_at, folder)
