@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ from skimage.io import imread, imsave
 
 import uctrans
 from uctrans.data import DataError
+from uctrans.models import registry
 from uctrans.training import CheckpointError, ConfigError, TrainingError, load_checkpoint, loop, train
 from uctrans.training.distributed import Processes
 from uctrans.training.logs import read_metrics
@@ -87,6 +89,20 @@ def test_options_train_and_change_the_result(make_config, changes, tmp_path):
     states = [load_checkpoint(tmp_path / name / "last.pt")["model"]["state"] for name in ("run", "other")]
     assert not torch.equal(*(state["head.weight"] for state in states))
     assert math.isfinite(result.best_score)
+
+
+@pytest.mark.slow
+def test_compiled_network_trains_with_a_smaller_last_batch(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    runpy.run_path(str(Path(__file__).with_name("distributed_run.py")))  # registers a network that compiles in seconds
+    torch.compiler.reset()
+    compiled = train(make_config(model="plain", epochs=1, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # batches of 4 and of 3 images
+    torch.compiler.reset()
+    plain = train(make_config(model="plain", epochs=1, output=str(tmp_path / "plain")))
+    states = [load_checkpoint(result.run_folder / "last.pt")["model"]["state"] for result in (compiled, plain)]
+    for name, tensor in states[1].items():
+        torch.testing.assert_close(states[0][name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_same_seed_same_bits_other_seed_others(make_config, tmp_path, assert_same):

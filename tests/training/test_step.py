@@ -182,7 +182,8 @@ def test_fused_adam_is_adam(make_config):
 def test_compile_wraps_what_a_step_calls_and_not_what_is_saved(make_config, monkeypatch):
     compiled = []
 
-    def fake_compile(model):
+    def fake_compile(model, dynamic):
+        assert dynamic is False
         compiled.append(model)
         return lambda images: model(images)
 

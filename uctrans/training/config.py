@@ -94,7 +94,7 @@ class TrainConfig:
         seed: Seed of initial weights, order of images, augmentation and dropout.
         device: auto, cpu, cuda, cuda:1, mps.
         threads: CPU threads of PyTorch; none leaves its default.
-        compile: Compile the network with torch.compile.
+        compile: Compile the network with torch.compile, once for each size of batch (on a CPU, minutes each).
         deterministic: Use deterministic kernels only, for repeatable bits on a GPU too (slower).
         sync_batch_norm: Batch statistics over all processes (CUDA only).
         progress: Show a progress bar and a line an epoch; log.txt is written in any case.

@@ -69,7 +69,8 @@ class Run:
         self._seed_generators(0)
         self.totals = EpochTotals(group.device)
         self.step = TrainStep(
-            forward=torch.compile(forward) if config.compile else forward,
+            # Static shapes: the last, smaller batch of an epoch is compiled apart, once.
+            forward=torch.compile(forward, dynamic=False) if config.compile else forward,
             model=self.model,
             optimizer=self.optimizer,
             average=self.average,
