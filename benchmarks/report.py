@@ -29,7 +29,7 @@ def table(record: dict[str, Any]) -> str:
     for bench in memories:
         notes = bench["extra_info"]
         lines.append(
-            f"| training step | {notes['batch']} x {notes['pixels']}² "
+            f"| training step, {notes['base_channels']} base channels | {notes['batch']} x {notes['pixels']}² "
             f"| {notes['reference_peak_mib']:.0f} | {notes['peak_mib']:.0f} |"
         )
     return "\n".join(lines)

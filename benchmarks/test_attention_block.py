@@ -6,10 +6,13 @@ from .workloads import MODES, assert_same_function, attention_block, attention_t
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("pixels", "batch", "rounds"), [(224, 4, 15), (512, 1, 15), (1024, 1, 9)])
-def test_attention_block(benchmark, race, pixels, batch, rounds, mode):
+@pytest.mark.parametrize(
+    ("pixels", "batch", "rounds", "at_least"), [(224, 4, 15, 1.0), (512, 1, 15, 1.65), (1024, 1, 9, 4.0)]
+)
+def test_attention_block(benchmark, race, pixels, batch, rounds, at_least, mode):
     benchmark.group = f"attention block, {mode}"
     inputs = attention_tokens(pixels, batch)
     composed, reference = on_backends(attention_block(), "composed", "reference")
     assert_same_function([composed, reference], inputs)
-    race(call(composed, inputs, mode), call(reference, inputs, mode), rounds, pixels=pixels, batch=batch, mode=mode)
+    sizes = {"pixels": pixels, "batch": batch, "mode": mode}
+    race(call(composed, inputs, mode), call(reference, inputs, mode), rounds, at_least, **sizes)

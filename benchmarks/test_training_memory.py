@@ -22,7 +22,9 @@ KIB_IN_MIB = 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc, which only Linux has")
-@pytest.mark.parametrize(("base_channels", "pixels", "batch"), [(64, 224, 4), (64, 512, 1)])
+@pytest.mark.parametrize(
+    ("base_channels", "pixels", "batch"), [(16, 224, 4), (64, 224, 4), (64, 512, 1), (64, 1024, 1)]
+)
 def test_training_step_needs_no_more_memory_than_the_reference(benchmark, base_channels, pixels, batch):
     benchmark.group = "peak memory of a training step"
 

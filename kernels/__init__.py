@@ -1,4 +1,8 @@
-"""The operators of UCTransNet, usable alone: ``from uctrans.kernels import channel_attention, skip_gate``."""
+"""The operators of UCTransNet, usable alone: ``from uctrans.kernels import channel_attention, skip_gate``.
+
+``uctrans.kernels.channel_attention`` is the function; the folder of the same name is imported from, as in ``from
+uctrans.kernels.channel_attention import reference``.
+"""
 
 from .backend import BACKENDS, check_backend, resolve_backend
 from .channel_attention import channel_attention, projected_attention_maps, projected_channel_attention

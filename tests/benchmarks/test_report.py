@@ -22,7 +22,13 @@ RECORD = {
         {
             "group": "peak memory of a training step",
             "stats": {"median": 1.0},
-            "extra_info": {"batch": 1, "pixels": 512, "peak_mib": 700.4, "reference_peak_mib": 900.0},
+            "extra_info": {
+                "base_channels": 64,
+                "batch": 1,
+                "pixels": 512,
+                "peak_mib": 700.4,
+                "reference_peak_mib": 900.0,
+            },
         },
     ],
 }
@@ -31,7 +37,7 @@ RECORD = {
 def test_rows_hold_the_measured_numbers():
     lines = table(RECORD).splitlines()
     assert lines[2] == "| network, inference, 16 base channels | 4 x 224² | 100 | 50 | 1.96 | 1.50 to 2.25 |"
-    assert lines[-1] == "| training step | 1 x 512² | 900 | 700 |"
+    assert lines[-1] == "| training step, 64 base channels | 1 x 512² | 900 | 700 |"
 
 
 def test_machine_is_named():
