@@ -111,6 +111,20 @@ def test_sixteen_bit_png_with_colours_or_alpha_is_refused_rather_than_cut(tmp_pa
         read_image(path)
 
 
+@pytest.mark.parametrize("content", [b"P6\n2 1\n65535\n" + bytes(range(12)), b"P3\n2 1\n65535\n1 2 3 4 5 6\n"])
+def test_sixteen_bit_ppm_is_refused_rather_than_cut(tmp_path, content):
+    (tmp_path / "a.ppm").write_bytes(content)
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"a\.ppm is a 16-bit PPM.*save it as 16-bit TIFF"):
+            read(tmp_path / "a.ppm")
+
+
+@pytest.mark.parametrize("content", [b"P6\n2 1\n255\n" + bytes(range(6)), b"P3\n2 1\n255\n0 1 2 3 4 5\n"])
+def test_eight_bit_ppm(tmp_path, content):
+    (tmp_path / "a.ppm").write_bytes(content)
+    assert read_image(tmp_path / "a.ppm").ravel().tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_sixteen_bit_png_of_one_channel_keeps_every_label(tmp_path):
     labels = random_pixels(5, 6, 1, dtype=np.uint16) % 3
     np.testing.assert_array_equal(read_mask(put_deep_png(tmp_path / "a.png", labels), classes=3), labels[..., 0])

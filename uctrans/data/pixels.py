@@ -71,14 +71,23 @@ def _read_with_pillow(path: Path) -> np.ndarray:
             # Cameras put previews behind the photograph, in the JPEG variant MPO.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             mode = image.mode
+            deep_ppm = image.format == "PPM" and mode == "RGB" and _highest_ppm_value(image) > 255
             pixels = np.array(image.convert("RGB") if mode in ("P", "PA") else image)
     except (*READ_ERRORS, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
     if frames > 1:
         raise _several_pages(path, frames)
+    if deep_ppm:
+        raise DataError(f"{path} is a 16-bit PPM, which cannot be read without loss: save it as 16-bit TIFF.")
     if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
         raise DataError(f"{path} holds {mode} colours: convert it to RGB.")
     return pixels
+
+
+def _highest_ppm_value(image: Any) -> int:
+    """The value that a PPM file declares for white; Pillow reads the raw bytes where that is 255."""
+    arguments = image.tile[0].args
+    return 255 if isinstance(arguments, str) else arguments[1]
 
 
 def _read_tiff(path: Path) -> np.ndarray:
