@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from skimage.io import imread
 
+from uctrans.extras import import_extra
 from uctrans.inference.files import (
     InferenceError,
-    import_extra,
     output_folder,
     progress_bar,
     refuse_existing,
     write_json,
     write_png,
-    written_atomically,
 )
+from uctrans.writing import written_atomically
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import uctrans.training.checkpoint
+from uctrans.extras import import_extra
 from uctrans.training import TrainConfig, load_checkpoint, train
-from uctrans.training.extras import import_extra
 
 ATTEMPTS = 5
 LONGEST_LIFE = 1.0  # seconds
@@ -24,7 +24,7 @@ LONGEST_LIFE = 1.0  # seconds
 def main(straight: str, killed: str) -> None:
     torch.set_num_threads(1)
     for module in ("matplotlib.figure", "torch.utils.tensorboard", "tqdm", "skimage.io", "torch._dynamo"):
-        import_extra(module)
+        import_extra(module, "training")
     assert wait(start(TrainConfig.load_yaml(straight))) == 0
     config = TrainConfig.load_yaml(killed)
     kill_at_each_replaced_file(config, range(1, 7))

@@ -1,20 +1,16 @@
 """Write files so that a reader never meets half of one."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from uctrans.writing import written_atomically
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file through a temporary one beside it and a rename; its folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with written_atomically(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 from uctrans.data import Sample, find_samples, load_tensors, read_image, read_mask
+from uctrans.extras import import_extra
 from uctrans.inference.figures import ComparisonRow, choose_rows, comparison_figure
 from uctrans.inference.files import (
     InferenceError,
-    import_extra,
     output_folder,
     progress_bar,
     refuse_existing,
     write_json,
-    written_atomically,
 )
 from uctrans.inference.metrics import METRICS, dice, hd95, iou, mean_and_deviation, mean_over_classes
 from uctrans.inference.overlays import class_colours
 from uctrans.inference.predictor import Predictor, load_predictor, to_labels
+from uctrans.writing import written_atomically
 
 SIZES = ("protocol", "native")
 TABLE_ROWS = 40

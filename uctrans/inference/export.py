@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import uctrans
-from uctrans.inference.files import InferenceError, import_extra, output_folder, refuse_existing, write_json
+from uctrans.extras import import_extra
+from uctrans.inference.files import InferenceError, output_folder, refuse_existing, write_json
 from uctrans.inference.predictor import image_size_of, protocol_of
 from uctrans.layers.tokens import PatchEmbedding
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uctrans.inference.files import import_extra, written_atomically
+from uctrans.extras import import_extra
 from uctrans.inference.overlays import DIFFERENCES, colour_labels, differences
+from uctrans.writing import written_atomically
 
 COLUMNS = ("Image", "Truth", "Prediction", "Differences")
 PANEL_INCHES = 2.1

@@ -1,37 +1,21 @@
-"""Files in and out of the inference commands: atomic writing, JSON without NaN, packages of optional extras."""
+"""Files out of the inference commands: folders, pictures, JSON without NaN, and a progress bar over the work."""
 
-import contextlib
-import importlib
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
+
+from uctrans.extras import import_extra
+from uctrans.writing import written_atomically
 
 Item = TypeVar("Item")
 
 
 class InferenceError(ValueError):
     """A setting or an output that evaluate, predict or export cannot work with; the message names the remedy."""
-
-
-def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module that belongs to an optional extra.
-
-    Raises:
-        ImportError: It is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != package:
-            raise
-        raise ImportError(f'{package} is needed here and is not installed: pip install "uctrans[{extra}]"') from error
 
 
 def progress_bar(items: Iterable[Item], total: int, title: str, shown: bool) -> Iterable[Item]:
@@ -66,18 +50,6 @@ def refuse_existing(paths: list[Path], what: str) -> None:
             f"{len(existing)} of the files of {what} exist already: {named}. "
             "Choose another output folder, or set overwrite to replace them."
         )
-
-
-@contextlib.contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, of its extension, that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:100]}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)  # noqa: PTH105 - the atomic rename
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uctrans.inference.files import import_extra
+from uctrans.extras import import_extra
 
 METRICS = ("dice", "iou", "hd95")
 

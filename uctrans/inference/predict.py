@@ -12,10 +12,10 @@ from uctrans.inference.files import (
     progress_bar,
     refuse_existing,
     write_png,
-    written_atomically,
 )
 from uctrans.inference.overlays import class_colours, overlay
 from uctrans.inference.predictor import Predictor, load_predictor, to_labels
+from uctrans.writing import written_atomically
 
 PROBABILITY_FORMATS = ("none", "png", "npy")
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import uctrans
 from uctrans.data import Protocol, get_protocol
-from uctrans.inference.files import InferenceError, import_extra
+from uctrans.extras import import_extra
+from uctrans.inference.files import InferenceError
 
 DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the weights' metadata name none
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue

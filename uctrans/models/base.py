@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +10,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..writing import written_atomically
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -61,11 +62,12 @@ class SegmentationModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``; each file is replaced as a whole."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        _write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(state))
+        with written_atomically(folder / WEIGHTS_FILE) as temporary:
+            temporary.write_bytes(safetensors.torch.save(state))
         text = json.dumps({"name": self.name, **self.config, "metadata": self.metadata}, indent=2)
-        _write_atomically(folder / CONFIG_FILE, f"{text}\n".encode())
+        with written_atomically(folder / CONFIG_FILE) as temporary:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
         return folder
 
     @classmethod
@@ -176,16 +178,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple | range):
         return [_plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value
-
-
-def _write_atomically(path: Path, contents: bytes) -> None:
-    """Fill a temporary file beside ``path``, then put it in place; ``path`` is never half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(contents)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _hub() -> Any:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from uctrans.extras import import_extra
 from uctrans.training.errors import ConfigError
-from uctrans.training.extras import import_extra
 
 # A resumed run may change these; any other change would make it another run.
 CHANGEABLE_ON_RESUME = (
@@ -198,13 +198,13 @@ class TrainConfig:
         """Write the configuration to a YAML file, atomically."""
         from uctrans.training.checkpoint import write_atomically
 
-        text = import_extra("yaml").safe_dump(self.to_dict(), sort_keys=False)
+        text = import_extra("yaml", "training").safe_dump(self.to_dict(), sort_keys=False)
         write_atomically(Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
     def load_yaml(cls, path: str | Path) -> "TrainConfig":
         """Read a configuration from a YAML file; ConfigError names the file where it is not one."""
-        yaml = import_extra("yaml")
+        yaml = import_extra("yaml", "training")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

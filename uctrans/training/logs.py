@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uctrans.extras import import_extra
 from uctrans.training.checkpoint import write_atomically
 from uctrans.training.config import TrainConfig
 from uctrans.training.errors import TrainingError
-from uctrans.training.extras import import_extra
 
 COLUMNS = (
     "epoch",
@@ -77,13 +77,13 @@ class RunLog:
         self.folder = Path(config.output)
         self.show = config.progress
         self.next_picture = 0.0
-        import_extra("matplotlib")
+        import_extra("matplotlib", "training")
         with writing(self.folder):
             self.rows = _trimmed_rows(self.folder / "metrics.csv", epoch)
-            self.board = import_extra("torch.utils.tensorboard").SummaryWriter(
+            self.board = import_extra("torch.utils.tensorboard", "training").SummaryWriter(
                 str(self.folder / "tensorboard"), purge_step=epoch + 1
             )
-        self.bar = import_extra("tqdm").tqdm(
+        self.bar = import_extra("tqdm", "training").tqdm(
             total=config.epochs * steps_per_epoch,
             initial=epoch * steps_per_epoch + step,
             unit="step",
@@ -147,7 +147,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw loss and Dice of training and validation against the epoch into a PNG file, atomically."""
-    figure_type = import_extra("matplotlib.figure").Figure
+    figure_type = import_extra("matplotlib.figure", "training").Figure
     figure = figure_type(figsize=(10, 4))
     axes = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.13, "top": 0.92})
     for axis, quantity in zip(axes, ("loss", "dice"), strict=True):
