@@ -1,9 +1,16 @@
 """Which implementation of an operator runs: the paper's steps, plain PyTorch at its fastest, or Triton."""
 
 import os
+from importlib.util import find_spec
+
+import torch
 
 BACKENDS = ("auto", "triton", "composed", "reference")
 ENVIRONMENT_VARIABLE = "UCTRANS_BACKEND"
+INTERPRETER_VARIABLE = "TRITON_INTERPRET"
+
+# Ampere: the first generation with asynchronous copies and bfloat16, on which the kernels' pipelines rest.
+OLDEST_CUDA_CAPABILITY = (8, 0)
 
 
 def check_backend(backend: str) -> str:
@@ -13,15 +20,16 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def resolve_backend(backend: str) -> str:
-    """Turn a requested backend into the one that runs.
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Turn a requested backend into the one that runs on ``device``: ``triton``, ``composed`` or ``reference``.
 
-    ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set, else by ``composed``. A
-    backend asked for by name runs or raises; there is no silent fallback.
+    ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set; else by ``triton`` on a GPU
+    that the kernels run on, and by ``composed`` anywhere else. A backend asked for by name runs or raises; there is no
+    silent fallback.
 
     Raises:
         ValueError: the name, or the value of the environment variable, is unknown.
-        NotImplementedError: ``triton`` is asked for.
+        NotImplementedError: ``triton`` is asked for and cannot run on ``device``; the message says why.
     """
     check_backend(backend)
     if backend == "auto":
@@ -31,8 +39,29 @@ def resolve_backend(backend: str) -> str:
                 f"the environment variable {ENVIRONMENT_VARIABLE} is {backend!r}; "
                 f"set it to one of {', '.join(BACKENDS)}"
             )
-    if backend == "triton":
-        raise NotImplementedError(
-            "this release has no Triton operators yet; use backend='composed' (the same results) or 'auto'"
-        )
-    return "composed" if backend == "auto" else backend
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and obstacle_to_triton(device) is None else "composed"
+    if backend == "triton" and (obstacle := obstacle_to_triton(device)) is not None:
+        raise NotImplementedError(f"{obstacle}; use backend='composed' (the same results) or 'auto'")
+    return backend
+
+
+def is_interpreting() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors (``TRITON_INTERPRET=1``, set before the first use)."""
+    return os.environ.get(INTERPRETER_VARIABLE) == "1"
+
+
+@torch.compiler.assume_constant_result
+def obstacle_to_triton(device: torch.device) -> str | None:
+    """Why the Triton operators cannot run on ``device``, or ``None`` where they can."""
+    if find_spec("triton") is None:
+        return "the Triton operators need the package triton (pip install triton), which is not installed"
+    if is_interpreting():
+        return None
+    if device.type != "cuda":
+        return f"the Triton operators run on a CUDA device, or on the CPU with {INTERPRETER_VARIABLE}=1; got {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CUDA_CAPABILITY:
+        capability, oldest = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(device), (8, 0)))
+        name = torch.cuda.get_device_name(device)
+        return f"the Triton operators need CUDA capability {oldest} or newer; {name} has {capability}"
+    return None

@@ -143,10 +143,10 @@ def available_backends(device: torch.device) -> list[str]:
     """The backends that run on ``device``, the baseline first."""
     found = []
     for backend in reversed(BACKENDS):
-        if backend == "auto" or (backend == "triton" and device.type != "cuda"):
+        if backend == "auto":
             continue
         try:
-            resolve_backend(backend)
+            resolve_backend(backend, device)
         except NotImplementedError:
             continue
         found.append(backend)

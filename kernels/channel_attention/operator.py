@@ -55,7 +55,7 @@ def channel_attention(
     _check_segments(segments, query.shape[-1])
     _check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
     _check_dropout(dropout_p)
-    implementation = reference if resolve_backend(backend) == "reference" else composed
+    implementation = reference if resolve_backend(backend, query.device) == "reference" else composed
     return implementation.channel_attention(query, key, value, list(segments), dropout_p, eps)
 
 
@@ -93,7 +93,7 @@ def projected_channel_attention(
     _check_projected(tokens, context, query_weights, key_weight, value_weight)
     _check_dropout(dropout_p)
     operands = (tokens, context, list(query_weights), key_weight, value_weight, dropout_p, eps)
-    if resolve_backend(backend) == "reference":
+    if resolve_backend(backend, tokens.device) == "reference":
         return reference.projected_channel_attention(*operands)
     widths = [weight.shape[-1] for weight in query_weights]
     if correlating_is_cheaper(tokens.shape[1], key_weight.shape[0], widths, context.shape[-1]):
@@ -115,7 +115,7 @@ def projected_attention_maps(
     Dropout is not applied. Arguments and errors are those of :func:`projected_channel_attention`.
     """
     _check_projected(tokens, context, query_weights, key_weight, key_weight)
-    implementation = reference if resolve_backend(backend) == "reference" else composed
+    implementation = reference if resolve_backend(backend, tokens.device) == "reference" else composed
     return implementation.projected_attention_maps(tokens, context, list(query_weights), key_weight, eps)
 
 

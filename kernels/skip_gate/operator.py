@@ -68,7 +68,9 @@ def skip_gate(
     for name, shape in expected_shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} must be {shape}; got {tuple(tensors[name].shape)}")
-    implementation = reference if resolve_backend(backend) == "reference" else composed
+    if backend == "triton":
+        raise NotImplementedError("skip_gate has no Triton operator yet; use backend='composed' or 'auto'")
+    implementation = reference if resolve_backend(backend, encoder_feature.device) == "reference" else composed
     return implementation.skip_gate(
         encoder_feature, tokens, decoder_feature, weight_skip, bias_skip, weight_decoder, bias_decoder
     )

@@ -50,7 +50,7 @@ class Reconstruct(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, C, rows, columns) -> (B, C, rows, columns), times ``patch_size`` on the reference path."""
-        if resolve_backend(self.backend) == "reference":
+        if resolve_backend(self.backend, tokens.device) == "reference":
             upsampled = F.interpolate(tokens.contiguous(), scale_factor=self.patch_size, mode="nearest")
             return F.relu(self.norm(self.conv(upsampled)))
         return F.relu(self._norm_as_if_upsampled(self.conv(tokens)))
