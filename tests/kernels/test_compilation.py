@@ -1,0 +1,76 @@
+"""Kernels compiled for GPUs that are not there: nothing spills, every product is on the matrix units, all launches fit.
+
+Compilation goes on in processes of their own, because the interpreter of the other tests cannot be switched off.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from uctrans.kernels.backend import INTERPRETER_VARIABLE
+from uctrans.kernels.compilation import compiling_for
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+TARGETS = {"sm_80": ("cuda", "80"), "sm_90": ("cuda", "90"), "sm_100": ("cuda", "100"), "gfx942": ("hip", "gfx942")}
+SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+CACHE_VARIABLES = ("TRITON_HOME", "TRITON_CACHE_DIR")  # its entries are named after a hash of all that they rest on
+
+
+def run(*words):
+    """What ``python *words`` prints, read as JSON."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("TRITON_") or name in CACHE_VARIABLES
+    }
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])}
+    result = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def found(architecture):
+    """What the checks know of each kernel of ``kernels_to_catch.py``, by its fault."""
+    return run(str(Path(__file__).with_name("kernels_to_catch.py")), *TARGETS[architecture])
+
+
+def test_faults_are_found(architecture, found):
+    assert {kernel["architecture"] for kernel in found.values()} == {architecture}
+    assert {kernel["shared_limit"] for kernel in found.values()} == {SHARED_LIMITS[architecture]}
+    assert all(kernel["products"] == ["bf16"] for kernel in found.values())
+    assert all(sum(kernel["matrix_instructions"].values()) > 0 for kernel in found.values())
+
+    words = {"greedy": "shared memory", "wide grid": "grid"}
+    if architecture == "sm_90":
+        words |= {"spilling": "spills", "off the matrix units": "no HGMMA"}
+    for fault, kernel in found.items():
+        expected = [words[fault]] if fault in words else []
+        assert len(kernel["problems"]) == len(expected), (fault, kernel["problems"])
+        assert all(word in problem for word, problem in zip(expected, kernel["problems"], strict=True))
+
+
+def test_what_a_kernel_uses_is_read(found):
+    sound, spilling, unaligned = found["sound"], found["spilling"], found["unaligned"]
+    assert sound["constants"] == {"BLOCK_M": "64", "BLOCK_N": "64", "BLOCK_K": "64"}
+    assert (sound["warps"], sound["stages"], sound["grid"]) == (4, 3, [1])
+    assert sound["stack"] == sound["local_accesses"] == 0 and spilling["stack"] > 0
+    assert 0 < sound["registers"] < 128 <= spilling["registers"] <= 512
+    assert sound["shared"] > 0
+    assert (sound["unaligned"], sound["ones"]) == ([], [])
+    assert (unaligned["unaligned"], unaligned["ones"]) == (["left_ptr", "width"], ["stride"])
+
+
+def test_interpreted_kernels_are_refused(monkeypatch):
+    monkeypatch.setenv(INTERPRETER_VARIABLE, "1")
+    with pytest.raises(RuntimeError, match=INTERPRETER_VARIABLE), compiling_for("cuda", 90):
+        pass
