@@ -1,0 +1,125 @@
+"""The operator's forward and backward written out in PyTorch, with a map of one head in memory.
+
+This is what the fused kernels compute, step by step and with the same saved tensors. It runs where they do not: on a
+CPU, and for so many tokens that a map is small beside the products that make it. docs/design.md has the derivation.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dropout import keep_mask, keep_scale, row_keys
+from ..precision import statistics_dtype
+
+
+class Saved(NamedTuple):
+    """What forward leaves for backward, beside its inputs; statistics are float32 (float64 for float64 inputs)."""
+
+    head_outputs: Tensor  # (B, H, N, sum C), inputs' dtype: the outputs before their mean over heads
+    temperatures: Tensor  # (B, H, sum C): what a row of raw scores is multiplied by before its softmax
+    log_sums: Tensor  # (B, H, sum C): log2 of the sum of exponentials of a row
+    key_gram: Tensor  # (B, H, N, N): key products of pairs of tokens, keys centred over the channels
+    key_means: Tensor  # (B, H, N): mean of the keys of a token over the channels
+    row_keys: Tensor  # (2, B, H, sum C) int32, keys of the dropout mask; (0,) without dropout
+
+
+def gram_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 for bfloat16 inputs; float32 for float16, whose range squares would leave; otherwise the inputs' own."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], dropout_p: float, eps: float, seed: Tensor
+) -> tuple[Tensor, Saved]:
+    """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C) and what backward needs."""
+    batch, heads, _, channels = query.shape
+    key_channels = key.shape[-1]
+    keys = row_keys(seed, batch * heads * channels).view(2, batch, heads, channels) if dropout_p > 0 else None
+    head_outputs, temperatures, log_sums = [], [], []
+    for head in range(heads):
+        scores = (query[:, head].transpose(1, 2) @ key[:, head]).to(statistics_dtype(query))  # [B, sum C, S]
+        temperature = _temperatures(scores, segments, eps)
+        logits = scores * temperature.unsqueeze(-1)
+        attention = logits.softmax(dim=-1)
+        if keys is not None:
+            attention = attention * keep_mask(keys[:, :, head], key_channels, dropout_p) * keep_scale(dropout_p)
+        head_outputs.append(value[:, head] @ attention.to(value.dtype).transpose(1, 2))
+        temperatures.append(temperature)
+        log_sums.append(torch.logsumexp(logits, dim=-1) / math.log(2))
+    key_means = key.mean(dim=-1, dtype=statistics_dtype(key))
+    centred = key - key_means.unsqueeze(-1)
+    saved = Saved(
+        torch.stack(head_outputs, dim=1),
+        torch.stack(temperatures, dim=1),
+        torch.stack(log_sums, dim=1),
+        (centred @ centred.transpose(-1, -2)).to(gram_dtype(key.dtype)),
+        key_means,
+        query.new_empty(0, dtype=torch.int32) if keys is None else keys,
+    )
+    return saved.head_outputs.mean(dim=1), saved
+
+
+def backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, segments: Sequence[int], dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of (B, N, sum C) -> gradients of query, key and value.
+
+    Instance norm takes out of the softmax's gradient ``dZ`` its mean, which is zero already, and its part along ``Z``.
+    That part multiplies ``X - mean X``, so its products with key and query are products with their Gram matrices.
+    """
+    heads, key_channels = query.shape[1], key.shape[-1]
+    exact = statistics_dtype(query)
+    head_gradients = []
+    for head in range(heads):
+        head_query, head_key, head_value = query[:, head], key[:, head], value[:, head]
+        temperature = saved.temperatures[:, head].unsqueeze(-1)  # [B, sum C, 1]
+        head_gradient = gradient.transpose(1, 2) / heads  # [B, sum C, N]
+        scores = (head_query.transpose(1, 2) @ head_key).to(exact)
+        softmax = torch.exp2(scores * temperature / math.log(2) - saved.log_sums[:, head].unsqueeze(-1))
+        softmax_gradient = (head_gradient @ head_value).to(exact)
+        attention = softmax
+        if dropout_p > 0:
+            kept = keep_mask(saved.row_keys[:, :, head], key_channels, dropout_p).to(exact) * keep_scale(dropout_p)
+            attention, softmax_gradient = softmax * kept, softmax_gradient * kept
+        delta = (head_gradient.to(exact) * saved.head_outputs[:, head].transpose(1, 2)).sum(dim=-1, keepdim=True)
+        logit_gradient = softmax * (softmax_gradient - delta)  # [B, sum C, S]
+        value_gradient = head_gradient.transpose(1, 2) @ attention.to(value.dtype)
+
+        mixed_keys = logit_gradient.to(key.dtype) @ head_key.transpose(1, 2)  # [B, sum C, N]
+        slopes = (mixed_keys.to(exact) * head_query.transpose(1, 2)).sum(dim=-1, keepdim=True)
+        row_means = head_query.transpose(1, 2).to(exact) @ saved.key_means[:, head].unsqueeze(-1)
+        slope_means, mean_scores = (
+            segment_means(rows.squeeze(-1), segments).unsqueeze(-1) for rows in (slopes, row_means)
+        )
+        weight = temperature.pow(3) * slope_means / key_channels
+        row_offsets = row_means - mean_scores
+
+        gram = saved.key_gram[:, head].to(exact)
+        along_keys = head_query.transpose(1, 2).to(exact) @ gram
+        along_keys = along_keys + key_channels * row_offsets * saved.key_means[:, head].unsqueeze(1)
+        query_gradient = (temperature * mixed_keys - weight * along_keys).transpose(1, 2)
+
+        weighted = head_query.to(exact) * weight.transpose(1, 2)  # [B, N, sum C]
+        centred_key = head_key - saved.key_means[:, head].unsqueeze(-1)
+        along_queries = (weighted @ head_query.to(exact).transpose(1, 2)) @ centred_key + weighted @ row_offsets
+        key_gradient = head_query @ (temperature * logit_gradient).to(query.dtype) - along_queries
+        head_gradients.append((query_gradient, key_gradient, value_gradient))
+    return tuple(
+        torch.stack(by_head, dim=1).to(query.dtype) for by_head in zip(*head_gradients, strict=True)
+    )
+
+
+def segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:
+    """Every row's value replaced by the mean over its segment: (B, sum C) -> (B, sum C)."""
+    return torch.cat([block.mean(dim=1, keepdim=True).expand_as(block) for block in rows.split(segments, dim=1)], dim=1)
+
+
+def _temperatures(scores: Tensor, segments: Sequence[int], eps: float) -> Tensor:
+    """1 / (sqrt(S) sigma) of each row's map: (B, sum C, S) -> (B, sum C)."""
+    key_channels = scores.shape[-1]
+    centred = scores - segment_means(scores.mean(dim=-1), segments).unsqueeze(-1)
+    variance = segment_means(centred.square().mean(dim=-1), segments)
+    return (variance + eps * key_channels).rsqrt()

@@ -1,0 +1,58 @@
+"""The dropout mask of the attention operators: a function of a seed and of an entry's place, whatever computes it.
+
+An entry is dropped when a 32-bit hash of (seed, row, column) falls below ``p * 2^32``. Hashes cost a kernel about nine
+integer instructions an entry and need no neighbour, so that forward and backward, with tiles of any shape, draw the
+same mask. Two keys are hashed from the seed and the row number; they are all that is stored.
+
+The mixing steps are multiply-xorshift rounds. Multipliers and shifts: C. Wellons, "Prospecting for hash functions"
+(2018), the two-round function of lowest bias known there.
+"""
+
+import torch
+from torch import Tensor
+
+WORD = 2**32
+FIRST_MULTIPLIER = 0x21F0AAAD
+SECOND_MULTIPLIER = 0xD35A2D97
+GOLDEN_RATIO = 0x9E3779B9  # 2^32 / golden ratio, odd: consecutive numbers land far from each other
+
+
+def drop_threshold(dropout_p: float) -> int:
+    """The number of 32-bit hashes, out of 2^32, that drop an entry; at least one where ``dropout_p`` is not 0."""
+    return min(max(round(dropout_p * WORD), 1), WORD - 1) if dropout_p > 0 else 0
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What kept entries are multiplied by so that the mean stays."""
+    return WORD / (WORD - drop_threshold(dropout_p))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from torch's generator: (1,) int64 on ``device``, drawn anew by every replay of a CUDA graph."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def row_keys(seed: Tensor, rows: int) -> Tensor:
+    """Two keys a row: (2, rows) int32, for row numbers 0 to ``rows - 1`` and a ``seed`` of one int64."""
+    low, high = seed & (WORD - 1), (seed >> 32) & (WORD - 1)
+    mixed_seed = _mix(low ^ _mix(high))
+    numbers = torch.arange(rows, device=seed.device)
+    first = _mix((_mix(numbers % WORD) + mixed_seed) % WORD)
+    return torch.stack([first, _mix((first + GOLDEN_RATIO) % WORD)]).to(torch.int32)
+
+
+def keep_mask(keys: Tensor, columns: int, dropout_p: float) -> Tensor:
+    """Which entries stay: (2, *rows) int32 -> (*rows, columns) bool."""
+    first, second = (key.long().unsqueeze(-1) & (WORD - 1) for key in keys)
+    place = torch.arange(columns, device=keys.device) * GOLDEN_RATIO
+    word = (place + first) % WORD
+    word = (word ^ (word >> 16)) * FIRST_MULTIPLIER % WORD
+    word = (word ^ (word >> 15) ^ second) * SECOND_MULTIPLIER % WORD
+    return word >= drop_threshold(dropout_p)
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words, held in int64, whose output bits each depend on all input bits."""
+    word = (word ^ (word >> 16)) * FIRST_MULTIPLIER % WORD
+    word = (word ^ (word >> 15)) * SECOND_MULTIPLIER % WORD
+    return word ^ (word >> 15)

@@ -1,0 +1,171 @@
+"""The block-diagonal linear map as an operator: registration, gradients, validation and the public function."""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import is_interpreting, resolve_backend
+from ..checks import check_dtypes_and_devices
+from ..registration import NAMESPACE, cast_under_autocast, define_gradient, define_operator, refuse_double_backward
+from . import composed, reference
+
+
+def packed_linear(
+    tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Map each scale's channels by its own weight: a linear map that is block-diagonal over the packed channels.
+
+    With a head axis every head maps the same tokens. The result is then (B, N, H, sum O), so that
+    ``packed_linear(...).transpose(1, 2)`` is the query of :func:`uctrans.kernels.channel_attention`, without a copy.
+
+    Args:
+        tokens: (B, N, sum I), the scales packed side by side; any strides.
+        weights: one (O, I) a scale as in ``torch.nn.Linear``, or one (H, O, I).
+        biases: one (O,) a scale, or (H, O) with heads; ``None`` for none.
+        backend: ``auto``, ``triton``, ``composed`` or ``reference``. Triton takes float32, float16 and bfloat16, sums in
+            float32 and has no second derivative; ``auto`` leaves float64 to ``composed``.
+
+    Returns:
+        (B, N, sum O) or (B, N, H, sum O) in the inputs' dtype (under autocast: in autocast's).
+
+    Raises:
+        ValueError: shapes, devices or ``backend`` do not fit.
+        TypeError: dtypes are mixed (outside autocast) or not floating point.
+        NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
+
+    Source: the query, output and MLP projections of UCTransNet (AAAI 2022), section CCT, over packed scales.
+    """
+    weights, biases = list(weights), list(biases or ())
+    _check(tokens, weights, biases)
+    chosen = resolve_backend(backend, tokens.device)
+    if chosen == "triton" and tokens.dtype == torch.float64:
+        if backend == "triton":
+            raise NotImplementedError("the Triton operator packed_linear sums in float32; use backend='composed'")
+        chosen = "composed"
+    if chosen == "triton":
+        return torch.ops.uctrans.packed_linear(tokens, weights, biases)
+    return (reference if chosen == "reference" else composed).packed_linear(tokens, weights, biases)
+
+
+def _check(tokens: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
+    if not weights:
+        raise ValueError("weights must hold one weight a scale; got none")
+    if biases and len(biases) != len(weights):
+        raise ValueError(f"biases must be one a scale; got {len(biases)} for {len(weights)} weights")
+    named = {f"weights[{scale}]": weight for scale, weight in enumerate(weights)}
+    named |= {f"biases[{scale}]": bias for scale, bias in enumerate(biases)}
+    check_dtypes_and_devices(tokens=tokens, **named)
+    lead = tuple(weights[0].shape[:-2])
+    for scale, weight in enumerate(weights):
+        if weight.ndim not in (2, 3) or tuple(weight.shape[:-2]) != lead or 0 in weight.shape:
+            raise ValueError(
+                f"weights must all be (O, I), or all (H, O, I) with one H, and not empty; "
+                f"got {', '.join(str(tuple(weight.shape)) for weight in weights)}"
+            )
+        if biases and biases[scale].shape != weight.shape[:-1]:
+            raise ValueError(
+                f"biases[{scale}] must be {tuple(weight.shape[:-1])}, its weight without the last axis; "
+                f"got {tuple(biases[scale].shape)}"
+            )
+    in_width = sum(weight.shape[-1] for weight in weights)
+    if tokens.ndim != 3 or tokens.shape[-1] != in_width:
+        raise ValueError(
+            f"tokens must be (B, N, {in_width}), as the weights' last axes add up; got {tuple(tokens.shape)}"
+        )
+
+
+def _kernels() -> ModuleType:
+    from . import triton  # not at the top: it needs the package triton
+
+    return triton
+
+
+def _on_cpu(name: str) -> Callable[..., Tensor]:
+    def call(*arguments: Any) -> Tensor:
+        return getattr(_kernels() if is_interpreting() else composed, name)(*arguments)
+
+    return call
+
+
+def _on_gpu(name: str) -> Callable[..., Tensor]:
+    def call(*arguments: Any) -> Tensor:
+        return getattr(_kernels(), name)(*arguments)
+
+    return call
+
+
+def _define(operator_name: str, schema: str, function_name: str, fake: Callable[..., Tensor]) -> None:
+    implementations = {"CPU": _on_cpu(function_name), "CUDA": _on_gpu(function_name)}
+    define_operator(operator_name, schema, implementations=implementations, fake=fake)
+
+
+def _fake_output(tokens: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    out_width = sum(weight.shape[-2] for weight in weights)
+    return tokens.new_empty(*tokens.shape[:2], *weights[0].shape[:-2], out_width)
+
+
+def _fake_token_gradient(gradient: Tensor, weights: list[Tensor]) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:2], sum(weight.shape[-1] for weight in weights))
+
+
+def _fake_weight_gradient(
+    gradient: Tensor, tokens: Tensor, in_widths: list[int], out_widths: list[int], has_biases: bool
+) -> Tensor:
+    heads = gradient.shape[2] if gradient.ndim == 4 else 1
+    total = heads * sum(out * width for out, width in zip(out_widths, in_widths, strict=True))
+    return tokens.new_empty(total + (heads * sum(out_widths) if has_biases else 0))
+
+
+_define("packed_linear", "(Tensor tokens, Tensor[] weights, Tensor[] biases) -> Tensor", "packed_linear", _fake_output)
+_define(
+    "packed_linear_token_gradient",
+    "(Tensor gradient, Tensor[] weights) -> Tensor",
+    "token_gradient",
+    _fake_token_gradient,
+)
+_define(
+    "packed_linear_weight_gradient",
+    "(Tensor gradient, Tensor tokens, int[] in_widths, int[] out_widths, bool has_biases) -> Tensor",
+    "weight_gradient",
+    _fake_weight_gradient,
+)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, weights, biases = inputs
+    ctx.save_for_backward(tokens, *weights)
+    ctx.bias_shapes = [bias.shape for bias in biases]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    tokens, *weights = ctx.saved_tensors
+    needs_tokens, needs_weights, needs_biases = ctx.needs_input_grad
+    operators = getattr(torch.ops, NAMESPACE)
+    d_tokens = operators.packed_linear_token_gradient(gradient, weights) if needs_tokens else None
+    shapes = [weight.shape for weight in weights]
+    if not any(needs_weights) and not any(needs_biases):
+        return d_tokens, [None] * len(weights), [None] * len(ctx.bias_shapes)
+    flat = operators.packed_linear_weight_gradient(
+        gradient,
+        tokens,
+        [shape[-1] for shape in shapes],
+        [shape[-2] for shape in shapes],
+        any(needs_biases),
+    )
+    if any(needs_biases):
+        shapes += ctx.bias_shapes
+    pieces = [
+        piece.view(shape)
+        for piece, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)
+    ]
+    d_biases = pieces[len(weights) :] or [None] * len(ctx.bias_shapes)
+    return d_tokens, pieces[: len(weights)], d_biases
+
+
+define_gradient("packed_linear", _save_for_backward, _backward)
+for _gradient_name in ("packed_linear_token_gradient", "packed_linear_weight_gradient"):
+    refuse_double_backward(_gradient_name, "packed_linear")
+cast_under_autocast("packed_linear")

@@ -1,0 +1,438 @@
+"""Triton kernels of the block-diagonal linear map: all scales and heads in one launch, forward and both gradients.
+
+A scale's weight (H, O, I) is read as a matrix of H * O rows, which are the columns of its part of the output. The
+programs of a launch are numbered scale by scale; a scale's programs walk down groups of rows, column by column, so
+that the tokens of a group and the weights come from the L2 cache. Everything is summed in float32, in a fixed order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launching import SMALLEST_TILE, current_architecture, product_precision
+from ..partial_sums import add_parts
+
+
+class Tile(NamedTuple):
+    """Block sizes of one program: its part of the result, a step of the contraction, warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    contraction: int
+    num_warps: int
+    num_stages: int
+
+
+# The first tile that makes enough programs is taken. Larger tiles read less: a program of 128 x 128 loads half the bytes
+# a multiplication of one of 64 x 64. 64 rows are the least that a warp group multiplies at once on Hopper.
+HALF_PRECISION_TILES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 3),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 32, 64, 4, 4),
+)
+# Without tf32 a float32 product is made of scalar multiply-adds on registers; larger tiles than these spill.
+FULL_PRECISION_TILES = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2))
+
+# An H200 has 132 multiprocessors. Two programs for each hide the end of the launch, where some have run out of work.
+ENOUGH_PROGRAMS = 2 * 132
+FEWEST_ROWS_A_SPLIT = 128  # below, writing and adding the partial sums costs more than the products
+GROUP_ROWS = 8
+
+
+@triton.jit
+def _of_scale(values, scale):
+    """The entry of a tuple that belongs to a scale known at run time only."""
+    chosen = values[0]
+    for place in tl.static_range(1, len(values)):
+        chosen = tl.where(scale == place, values[place], chosen)
+    return chosen
+
+
+@triton.jit
+def _before_scale(values, scale):
+    """The sum of a tuple's entries that belong to earlier scales."""
+    total = scale * 0
+    for place in tl.static_range(len(values) - 1):
+        total += tl.where(scale > place, values[place], 0)
+    return total
+
+
+@triton.jit
+def _locate(tile, TILES: tl.constexpr, multiple):
+    """Scale and number within the scale of a tile, where each scale has ``multiple`` times ``TILES`` of them."""
+    scale = tile * 0
+    end = tile * 0
+    for place in tl.static_range(len(TILES) - 1):
+        end += TILES[place] * multiple
+        scale += (tile >= end).to(tl.int32)
+    return scale, tile - _before_scale(TILES, scale) * multiple
+
+
+@triton.jit
+def _locate_block(rows, COLUMN_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Scale, row block and column block of this program."""
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    # Backwards: the last scale, as a rule the widest, has the longest programs, and they start first.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    scale, local = _locate(pid, COLUMN_BLOCKS, row_blocks)
+    group_programs = GROUP * _of_scale(COLUMN_BLOCKS, scale)
+    first_row_block = local // group_programs * GROUP
+    group_rows = tl.minimum(row_blocks - first_row_block, GROUP)
+    in_group = local % group_programs
+    return scale, first_row_block + in_group % group_rows, in_group // group_rows
+
+
+@triton.jit
+def _row_offsets(offs_row, tokens_per_sample, stride_sample, stride_token):
+    sample = offs_row // tokens_per_sample
+    return sample.to(tl.int64) * stride_sample + (offs_row % tokens_per_sample).to(tl.int64) * stride_token
+
+
+@triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
+def _project(
+    tokens_ptr,
+    weights,
+    biases,
+    output_ptr,
+    rows,
+    tokens_per_sample,
+    stride_sample,
+    stride_token,
+    HEADS: tl.constexpr,
+    IN_WIDTHS: tl.constexpr,
+    OUT_WIDTHS: tl.constexpr,
+    PACKED_OUT: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """output[row, head, start + o] = sum over i of tokens[row, start + i] weight[head, o, i] + bias[head, o]."""
+    scale, pid_row, pid_column = _locate_block(rows, COLUMN_BLOCKS, BLOCK_ROWS, GROUP)
+    in_width = _of_scale(IN_WIDTHS, scale)
+    out_width = _of_scale(OUT_WIDTHS, scale)
+    columns = out_width * HEADS
+    offs_row = pid_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_column = pid_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    offs_in = tl.arange(0, BLOCK_IN)
+    # Past the end the last row and column are computed once more, and not stored.
+    clamped_row = tl.minimum(offs_row, rows - 1)
+    clamped_column = tl.minimum(offs_column, columns - 1)
+    row_offsets = _row_offsets(clamped_row, tokens_per_sample, stride_sample, stride_token)
+    tokens_ptrs = tokens_ptr + _before_scale(IN_WIDTHS, scale) + row_offsets[:, None] + offs_in[None, :]
+    weight_ptrs = _of_scale(weights, scale) + clamped_column[None, :] * in_width + offs_in[:, None]
+
+    output = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    for first in range(0, in_width, BLOCK_IN):
+        mask_in = first + offs_in < in_width
+        tokens = tl.load(tokens_ptrs, mask=mask_in[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_IN]
+        weight = tl.load(weight_ptrs, mask=mask_in[:, None], other=0.0)  # [BLOCK_IN, BLOCK_COLUMNS]
+        output = tl.dot(tokens, weight, output, input_precision=PRECISION)
+        tokens_ptrs += BLOCK_IN
+        weight_ptrs += BLOCK_IN
+    if len(biases) > 0:
+        output += tl.load(_of_scale(biases, scale) + clamped_column).to(tl.float32)[None, :]
+
+    head_offsets = offs_column // out_width * PACKED_OUT + offs_column % out_width
+    output_ptrs = output_ptr + _before_scale(OUT_WIDTHS, scale) + head_offsets[None, :]
+    output_ptrs += offs_row.to(tl.int64)[:, None] * (HEADS * PACKED_OUT)
+    mask = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
+    tl.store(output_ptrs, output.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
+def _project_back(
+    gradient_ptr,
+    weights,
+    d_tokens_ptr,
+    rows,
+    tokens_per_sample,
+    stride_sample,
+    stride_token,
+    stride_head,
+    HEADS: tl.constexpr,
+    IN_WIDTHS: tl.constexpr,
+    OUT_WIDTHS: tl.constexpr,
+    PACKED_IN: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """d_tokens[row, start + i] = sum over head and o of gradient[row, head, start + o] weight[head, o, i]."""
+    scale, pid_row, pid_column = _locate_block(rows, COLUMN_BLOCKS, BLOCK_ROWS, GROUP)
+    in_width = _of_scale(IN_WIDTHS, scale)
+    out_width = _of_scale(OUT_WIDTHS, scale)
+    length = out_width * HEADS
+    offs_row = pid_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_column = pid_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    # Past the end the last row and column are computed once more, and not stored.
+    clamped_row = tl.minimum(offs_row, rows - 1)
+    clamped_column = tl.minimum(offs_column, in_width - 1)
+    row_offsets = _row_offsets(clamped_row, tokens_per_sample, stride_sample, stride_token)
+    gradient_ptrs = gradient_ptr + _before_scale(OUT_WIDTHS, scale) + row_offsets[:, None]
+    weight_ptrs = _of_scale(weights, scale) + clamped_column[None, :]
+
+    d_tokens = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    for first in range(0, length, BLOCK_OUT):
+        offs_out = first + tl.arange(0, BLOCK_OUT)
+        mask_out = offs_out < length
+        head_offsets = offs_out // out_width * stride_head + offs_out % out_width
+        gradient = tl.load(gradient_ptrs + head_offsets[None, :], mask=mask_out[None, :], other=0.0)
+        weight = tl.load(weight_ptrs + offs_out[:, None] * in_width, mask=mask_out[:, None], other=0.0)
+        # [BLOCK_ROWS, BLOCK_OUT] @ [BLOCK_OUT, BLOCK_COLUMNS]
+        d_tokens = tl.dot(gradient, weight, d_tokens, input_precision=PRECISION)
+
+    d_tokens_ptrs = d_tokens_ptr + _before_scale(IN_WIDTHS, scale) + offs_column[None, :]
+    d_tokens_ptrs += offs_row.to(tl.int64)[:, None] * PACKED_IN
+    mask = (offs_row < rows)[:, None] & (offs_column < in_width)[None, :]
+    tl.store(d_tokens_ptrs, d_tokens.to(d_tokens_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_a_split", "tokens_per_sample"])
+def _correlate(
+    gradient_ptr,
+    tokens_ptr,
+    sums_ptr,
+    rows,
+    rows_a_split,
+    tokens_per_sample,
+    stride_gradient_sample,
+    stride_gradient_token,
+    stride_gradient_head,
+    stride_tokens_sample,
+    stride_tokens_token,
+    HEADS: tl.constexpr,
+    IN_WIDTHS: tl.constexpr,
+    OUT_WIDTHS: tl.constexpr,
+    WEIGHT_SIZES: tl.constexpr,
+    TILES: tl.constexpr,
+    BIAS_START: tl.constexpr,
+    TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """sums[split]: over the split's rows, gradient[row, head, o] tokens[row, i]; behind it, gradient[row, head, o]."""
+    pid_split = tl.program_id(1)
+    scale, tile = _locate(tl.num_programs(0) - 1 - tl.program_id(0), TILES, 1)
+    in_width = _of_scale(IN_WIDTHS, scale)
+    out_width = _of_scale(OUT_WIDTHS, scale)
+    length = out_width * HEADS
+    in_blocks = tl.cdiv(in_width, BLOCK_IN)
+    pid_out = tile // in_blocks
+    pid_in = tile % in_blocks
+    offs_out = pid_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    offs_in = pid_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    # Past the end the last output and input are computed once more, and not stored.
+    clamped_out = tl.minimum(offs_out, length - 1)
+    clamped_in = tl.minimum(offs_in, in_width - 1)
+    head_offsets = clamped_out // out_width * stride_gradient_head + clamped_out % out_width
+    gradient_ptrs = gradient_ptr + _before_scale(OUT_WIDTHS, scale) + head_offsets[:, None]
+    tokens_ptrs = tokens_ptr + _before_scale(IN_WIDTHS, scale) + clamped_in[None, :]
+
+    end = tl.minimum((pid_split + 1) * rows_a_split, rows)
+    d_weight = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)  # [BLOCK_OUT, BLOCK_IN]
+    d_bias = tl.zeros([BLOCK_OUT], tl.float32)  # [BLOCK_OUT]
+    for first in range(pid_split * rows_a_split, end, BLOCK_ROWS):
+        offs_row = first + tl.arange(0, BLOCK_ROWS)
+        mask_row = offs_row < end
+        gradient_rows = _row_offsets(offs_row, tokens_per_sample, stride_gradient_sample, stride_gradient_token)
+        tokens_rows = _row_offsets(offs_row, tokens_per_sample, stride_tokens_sample, stride_tokens_token)
+        gradient = tl.load(gradient_ptrs + gradient_rows[None, :], mask=mask_row[None, :], other=0.0)
+        tokens = tl.load(tokens_ptrs + tokens_rows[:, None], mask=mask_row[:, None], other=0.0)
+        # [BLOCK_OUT, BLOCK_ROWS] @ [BLOCK_ROWS, BLOCK_IN]
+        d_weight = tl.dot(gradient, tokens, d_weight, input_precision=PRECISION)
+        if BIAS_START < TOTAL and pid_in == 0:
+            d_bias += tl.sum(gradient.to(tl.float32), axis=1)
+
+    sums_ptr += pid_split.to(tl.int64) * TOTAL
+    d_weight_ptrs = sums_ptr + _before_scale(WEIGHT_SIZES, scale) + offs_out[:, None] * in_width + offs_in[None, :]
+    mask = (offs_out < length)[:, None] & (offs_in < in_width)[None, :]
+    tl.store(d_weight_ptrs, d_weight.to(sums_ptr.dtype.element_ty), mask=mask)
+    if BIAS_START < TOTAL:
+        d_bias_ptrs = sums_ptr + BIAS_START + _before_scale(OUT_WIDTHS, scale) * HEADS + offs_out
+        mask_bias = (offs_out < length) & (pid_in == 0)
+        tl.store(d_bias_ptrs, d_bias.to(sums_ptr.dtype.element_ty), mask=mask_bias)
+
+
+def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """(B, N, sum I), [([H,] O, I)], [([H,] O)] or none -> (B, N, [H,] sum O)."""
+    heads, in_widths, out_widths = _sizes(weights)
+    lead = weights[0].shape[:-2]
+    output = tokens.new_empty(*tokens.shape[:2], *lead, sum(out_widths))
+    rows = tokens.shape[0] * tokens.shape[1]
+    if rows == 0:
+        return output
+    tokens = _with_contiguous_channels(tokens)
+    tile = _choose_tile(tokens.dtype, rows, [heads * width for width in out_widths], max(in_widths))
+    column_blocks = tuple(triton.cdiv(heads * width, tile.columns) for width in out_widths)
+    with torch.cuda.device_of(tokens):
+        _project[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
+            tokens,
+            tuple(weight.contiguous() for weight in weights),
+            tuple(bias.contiguous() for bias in biases),
+            output,
+            rows,
+            tokens.shape[1],
+            *tokens.stride()[:2],
+            heads,
+            in_widths,
+            out_widths,
+            sum(out_widths),
+            column_blocks,
+            product_precision(tokens.dtype),
+            tile.rows,
+            tile.columns,
+            tile.contraction,
+            GROUP_ROWS,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return output
+
+
+def token_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """(B, N, [H,] sum O), [([H,] O, I)] -> (B, N, sum I)."""
+    heads, in_widths, out_widths = _sizes(weights)
+    d_tokens = gradient.new_empty(*gradient.shape[:2], sum(in_widths))
+    rows = gradient.shape[0] * gradient.shape[1]
+    if rows == 0:
+        return d_tokens
+    gradient = _with_contiguous_channels(gradient)
+    tile = _choose_tile(gradient.dtype, rows, in_widths, heads * max(out_widths))
+    column_blocks = tuple(triton.cdiv(width, tile.columns) for width in in_widths)
+    with torch.cuda.device_of(gradient):
+        _project_back[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
+            gradient,
+            tuple(weight.contiguous() for weight in weights),
+            d_tokens,
+            rows,
+            gradient.shape[1],
+            *_strides_with_head(gradient),
+            heads,
+            in_widths,
+            out_widths,
+            sum(in_widths),
+            column_blocks,
+            product_precision(gradient.dtype),
+            tile.rows,
+            tile.columns,
+            tile.contraction,
+            GROUP_ROWS,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return d_tokens
+
+
+def weight_gradient(
+    gradient: Tensor, tokens: Tensor, in_widths: Sequence[int], out_widths: Sequence[int], has_biases: bool
+) -> Tensor:
+    """The gradients by all weights and then by all biases, each flattened, one behind the other."""
+    heads = gradient.shape[2] if gradient.ndim == 4 else 1
+    weight_sizes = tuple(heads * out * width for out, width in zip(out_widths, in_widths, strict=True))
+    total = sum(weight_sizes) + (heads * sum(out_widths) if has_biases else 0)
+    rows = tokens.shape[0] * tokens.shape[1]
+    if rows == 0:
+        return tokens.new_zeros(total)
+    gradient, tokens = _with_contiguous_channels(gradient), _with_contiguous_channels(tokens)
+    tile, tiles, splits = _choose_split(tokens.dtype, rows, [heads * width for width in out_widths], in_widths)
+    rows_a_split = triton.cdiv(triton.cdiv(rows, splits), tile.contraction) * tile.contraction
+    splits = triton.cdiv(rows, rows_a_split)
+    # A single split is the result itself; several are rounded once, after they are added.
+    sums = tokens.new_empty(splits, total, dtype=tokens.dtype if splits == 1 else torch.float32)
+    with torch.cuda.device_of(tokens):
+        _correlate[(sum(tiles), splits)](
+            gradient,
+            tokens,
+            sums,
+            rows,
+            rows_a_split,
+            tokens.shape[1],
+            *_strides_with_head(gradient),
+            *tokens.stride()[:2],
+            heads,
+            tuple(in_widths),
+            tuple(out_widths),
+            weight_sizes,
+            tiles,
+            sum(weight_sizes),
+            total,
+            product_precision(tokens.dtype),
+            tile.rows,
+            tile.columns,
+            tile.contraction,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return sums[0] if splits == 1 else add_parts(sums, tokens.dtype)
+
+
+def _sizes(weights: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    heads = weights[0].shape[0] if weights[0].ndim == 3 else 1
+    return heads, tuple(weight.shape[-1] for weight in weights), tuple(weight.shape[-2] for weight in weights)
+
+
+def _with_contiguous_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _strides_with_head(gradient: Tensor) -> tuple[int, int, int]:
+    sample, token = gradient.stride()[:2]
+    return sample, token, gradient.stride(2) if gradient.ndim == 4 else 0
+
+
+def _choose_tile(dtype: torch.dtype, rows: int, columns: Sequence[int], contraction: int) -> Tile:
+    """The largest tile that still makes enough programs; the smallest where none does."""
+    tiles = _tiles(dtype)
+    for tile in tiles:
+        if triton.cdiv(rows, tile.rows) * sum(triton.cdiv(width, tile.columns) for width in columns) >= ENOUGH_PROGRAMS:
+            break
+    return _fitted(tile, rows, max(columns), contraction, dtype)
+
+
+def _choose_split(
+    dtype: torch.dtype, rows: int, row_widths: Sequence[int], column_widths: Sequence[int]
+) -> tuple[Tile, tuple[int, ...], int]:
+    """Tile, tiles of each scale, and splits of the summed rows, as many as it takes for enough programs.
+
+    Splitting costs a pass over the partial sums, so that a smaller tile is preferred as long as it fills a GPU once.
+    """
+    for tile in _tiles(dtype):
+        tiles = tuple(
+            triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns)
+            for height, width in zip(row_widths, column_widths, strict=True)
+        )
+        if sum(tiles) >= ENOUGH_PROGRAMS // 2:
+            splits = 1
+            break
+    else:
+        splits = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, sum(tiles)), rows // FEWEST_ROWS_A_SPLIT))
+    return _fitted(tile, max(row_widths), max(column_widths), rows, dtype), tiles, splits
+
+
+def _tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
+    has_matrix_unit = dtype != torch.float32 or product_precision(dtype) != "ieee"
+    return HALF_PRECISION_TILES if has_matrix_unit else FULL_PRECISION_TILES
+
+
+def _fitted(tile: Tile, rows: int, columns: int, contraction: int, dtype: torch.dtype) -> Tile:
+    """A tile no larger than the problem, with as many stages as fit into shared memory."""
+    sizes = [
+        max(SMALLEST_TILE, min(block, triton.next_power_of_2(size)))
+        for block, size in zip(tile[:3], (rows, columns, contraction), strict=True)
+    ]
+    bytes_a_stage = (sizes[0] + sizes[1]) * sizes[2] * dtype.itemsize
+    stages = min(tile.num_stages, current_architecture().shared_memory // bytes_a_stage)
+    return Tile(*sizes, tile.num_warps, max(1, stages))
