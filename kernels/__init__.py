@@ -6,12 +6,14 @@ uctrans.kernels.channel_attention import reference``.
 
 from .backend import BACKENDS, check_backend, resolve_backend
 from .channel_attention import channel_attention, projected_attention_maps, projected_channel_attention
+from .packed_linear import packed_linear
 from .skip_gate import skip_gate
 
 __all__ = [
     "BACKENDS",
     "channel_attention",
     "check_backend",
+    "packed_linear",
     "projected_attention_maps",
     "projected_channel_attention",
     "resolve_backend",
