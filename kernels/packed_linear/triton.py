@@ -5,6 +5,7 @@ programs of a launch are numbered scale by scale; a scale's programs walk down g
 that the tokens of a group and the weights come from the L2 cache. Everything is summed in float32, in a fixed order.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,8 +39,9 @@ HALF_PRECISION_TILES = (
 # Without tf32 a float32 product is made of scalar multiply-adds on registers; larger tiles than these spill.
 FULL_PRECISION_TILES = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2))
 
-# An H200 has 132 multiprocessors. Two programs for each hide the end of the launch, where some have run out of work.
-ENOUGH_PROGRAMS = 2 * 132
+MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that results do not depend on the GPU's size
+ENOUGH_PROGRAMS = 2 * MULTIPROCESSORS  # hides the end of a launch, where some have run out of work
+BYTES_A_LAUNCH = 8 << 20  # what memory moves in the two microseconds that one more launch takes
 FEWEST_ROWS_A_SPLIT = 128  # below, writing and adding the partial sums costs more than the products
 GROUP_ROWS = 8
 
@@ -175,12 +177,13 @@ def _project_back(
     length = out_width * HEADS
     offs_row = pid_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_column = pid_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    # Past the end the last row and column are computed once more, and not stored.
+    # Past the end the last row is computed once more, and not stored. (Columns are masked: clamped ones would no longer
+    # be known to lie side by side in memory, and be loaded one by one.)
     clamped_row = tl.minimum(offs_row, rows - 1)
-    clamped_column = tl.minimum(offs_column, in_width - 1)
+    mask_column = offs_column < in_width
     row_offsets = _row_offsets(clamped_row, tokens_per_sample, stride_sample, stride_token)
     gradient_ptrs = gradient_ptr + _before_scale(OUT_WIDTHS, scale) + row_offsets[:, None]
-    weight_ptrs = _of_scale(weights, scale) + clamped_column[None, :]
+    weight_ptrs = _of_scale(weights, scale) + offs_column[None, :]
 
     d_tokens = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     for first in range(0, length, BLOCK_OUT):
@@ -188,13 +191,14 @@ def _project_back(
         mask_out = offs_out < length
         head_offsets = offs_out // out_width * stride_head + offs_out % out_width
         gradient = tl.load(gradient_ptrs + head_offsets[None, :], mask=mask_out[None, :], other=0.0)
-        weight = tl.load(weight_ptrs + offs_out[:, None] * in_width, mask=mask_out[:, None], other=0.0)
+        mask_weight = mask_out[:, None] & mask_column[None, :]
+        weight = tl.load(weight_ptrs + offs_out[:, None] * in_width, mask=mask_weight, other=0.0)
         # [BLOCK_ROWS, BLOCK_OUT] @ [BLOCK_OUT, BLOCK_COLUMNS]
         d_tokens = tl.dot(gradient, weight, d_tokens, input_precision=PRECISION)
 
     d_tokens_ptrs = d_tokens_ptr + _before_scale(IN_WIDTHS, scale) + offs_column[None, :]
     d_tokens_ptrs += offs_row.to(tl.int64)[:, None] * PACKED_IN
-    mask = (offs_row < rows)[:, None] & (offs_column < in_width)[None, :]
+    mask = (offs_row < rows)[:, None] & mask_column[None, :]
     tl.store(d_tokens_ptrs, d_tokens.to(d_tokens_ptr.dtype.element_ty), mask=mask)
 
 
@@ -234,12 +238,11 @@ def _correlate(
     pid_in = tile % in_blocks
     offs_out = pid_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     offs_in = pid_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    # Past the end the last output and input are computed once more, and not stored.
-    clamped_out = tl.minimum(offs_out, length - 1)
-    clamped_in = tl.minimum(offs_in, in_width - 1)
-    head_offsets = clamped_out // out_width * stride_gradient_head + clamped_out % out_width
+    mask_out = offs_out < length
+    mask_in = offs_in < in_width
+    head_offsets = offs_out // out_width * stride_gradient_head + offs_out % out_width
     gradient_ptrs = gradient_ptr + _before_scale(OUT_WIDTHS, scale) + head_offsets[:, None]
-    tokens_ptrs = tokens_ptr + _before_scale(IN_WIDTHS, scale) + clamped_in[None, :]
+    tokens_ptrs = tokens_ptr + _before_scale(IN_WIDTHS, scale) + offs_in[None, :]
 
     end = tl.minimum((pid_split + 1) * rows_a_split, rows)
     d_weight = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)  # [BLOCK_OUT, BLOCK_IN]
@@ -249,8 +252,10 @@ def _correlate(
         mask_row = offs_row < end
         gradient_rows = _row_offsets(offs_row, tokens_per_sample, stride_gradient_sample, stride_gradient_token)
         tokens_rows = _row_offsets(offs_row, tokens_per_sample, stride_tokens_sample, stride_tokens_token)
-        gradient = tl.load(gradient_ptrs + gradient_rows[None, :], mask=mask_row[None, :], other=0.0)
-        tokens = tl.load(tokens_ptrs + tokens_rows[:, None], mask=mask_row[:, None], other=0.0)
+        mask_gradient = mask_out[:, None] & mask_row[None, :]
+        gradient = tl.load(gradient_ptrs + gradient_rows[None, :], mask=mask_gradient, other=0.0)
+        mask_tokens = mask_row[:, None] & mask_in[None, :]
+        tokens = tl.load(tokens_ptrs + tokens_rows[:, None], mask=mask_tokens, other=0.0)
         # [BLOCK_OUT, BLOCK_ROWS] @ [BLOCK_ROWS, BLOCK_IN]
         d_weight = tl.dot(gradient, tokens, d_weight, input_precision=PRECISION)
         if BIAS_START < TOTAL and pid_in == 0:
@@ -258,11 +263,11 @@ def _correlate(
 
     sums_ptr += pid_split.to(tl.int64) * TOTAL
     d_weight_ptrs = sums_ptr + _before_scale(WEIGHT_SIZES, scale) + offs_out[:, None] * in_width + offs_in[None, :]
-    mask = (offs_out < length)[:, None] & (offs_in < in_width)[None, :]
+    mask = mask_out[:, None] & mask_in[None, :]
     tl.store(d_weight_ptrs, d_weight.to(sums_ptr.dtype.element_ty), mask=mask)
     if BIAS_START < TOTAL:
         d_bias_ptrs = sums_ptr + BIAS_START + _before_scale(OUT_WIDTHS, scale) * HEADS + offs_out
-        mask_bias = (offs_out < length) & (pid_in == 0)
+        mask_bias = mask_out & (pid_in == 0)
         tl.store(d_bias_ptrs, d_bias.to(sums_ptr.dtype.element_ty), mask=mask_bias)
 
 
@@ -405,20 +410,27 @@ def _choose_tile(dtype: torch.dtype, rows: int, columns: Sequence[int], contract
 def _choose_split(
     dtype: torch.dtype, rows: int, row_widths: Sequence[int], column_widths: Sequence[int]
 ) -> tuple[Tile, tuple[int, ...], int]:
-    """Tile, tiles of each scale, and splits of the summed rows, as many as it takes for enough programs.
+    """Tile, tiles of each scale, and splits of the summed rows that move the fewest bytes and leave no GPU half idle.
 
-    Splitting costs a pass over the partial sums, so that a smaller tile is preferred as long as it fills a GPU once.
+    Large tiles read less, but there are few of them: to occupy a GPU they need splits, whose partial sums are written
+    and read once more.
     """
+    best_cost = math.inf
     for tile in _tiles(dtype):
         tiles = tuple(
             triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns)
             for height, width in zip(row_widths, column_widths, strict=True)
         )
-        if sum(tiles) >= ENOUGH_PROGRAMS // 2:
-            splits = 1
-            break
-    else:
-        splits = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, sum(tiles)), rows // FEWEST_ROWS_A_SPLIT))
+        programs, splits = sum(tiles), 1
+        moved = programs * rows * (tile.rows + tile.columns) * dtype.itemsize
+        if programs < MULTIPROCESSORS and rows >= 2 * FEWEST_ROWS_A_SPLIT:
+            splits = min(triton.cdiv(ENOUGH_PROGRAMS, programs), rows // FEWEST_ROWS_A_SPLIT)
+            partial_sums = sum(height * width for height, width in zip(row_widths, column_widths, strict=True))
+            moved += 2 * splits * partial_sums * torch.float32.itemsize + BYTES_A_LAUNCH
+        cost = moved * max(1.0, MULTIPROCESSORS / (programs * splits))
+        if cost < best_cost:
+            best_cost, best = cost, (tile, tiles, splits)
+    tile, tiles, splits = best
     return _fitted(tile, max(row_widths), max(column_widths), rows, dtype), tiles, splits
 
 
