@@ -1,14 +1,97 @@
-"""The race: two implementations timed in turns."""
+"""Command-line options, the order of tests, the record, and the race on a CPU: two implementations timed in turns."""
 
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from .records import Budget, Record
+
 WARMUP_ROUNDS = 1
 NOISE = 0.03  # what a median of a few pairs moves by between runs on a machine at rest
+DEFAULT_RECORD = ".benchmarks/record.jsonl"
+LAST = 1_000_000
+
+_budget = pytest.StashKey[Budget]()
+_record = pytest.StashKey[Record]()
+
+
+def pytest_addoption(parser):
+    """``--minutes``, ``--record`` and ``--missing``."""
+    group = parser.getgroup("uctrans benchmarks")
+    group.addoption("--minutes", type=float, help="skip GPU tests that no longer fit into so many minutes")
+    group.addoption("--record", default=DEFAULT_RECORD, help=f"JSON lines to append to (default: {DEFAULT_RECORD})")
+    group.addoption("--missing", action="store_true", help="skip tests that --record holds already, failed ones too")
+
+
+def pytest_configure(config):
+    """Start the clock, and make the marker of the order known."""
+    config.addinivalue_line("markers", "priority(place): where a GPU test stands in the order, the smallest first")
+    config.stash[_budget] = Budget(config.getoption("--minutes"))
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests in the order of their importance, so that a short session measures what matters most."""
+    here = Path(__file__).parent
+    own = [item for item in items if here in item.path.parents]
+    if not torch.cuda.is_available():
+        for item in own:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if len(own) == len(items):
+        items.sort(key=lambda item: marker.args[0] if (marker := item.get_closest_marker("priority")) else LAST)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Put tests that failed or were skipped into the record; stop after an error that leaves the GPU unusable."""
+    report = (yield).get_result()
+    record = item.config.stash.get(_record, None)
+    if record is None or report.outcome == "passed":
+        return
+    already_there = report.skipped and "already in the record" in str(report.longrepr)
+    if not already_there:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext[-2000:]
+        record.unmeasured_test(item.name, report.outcome, reason)
+    if report.failed and not _gpu_answers():
+        item.session.shouldstop = f"the GPU is unusable after {item.name}"
+
+
+def _gpu_answers() -> bool:
+    """Whether the GPU still works: after an illegal access nothing does in this process."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        return torch.ones(2, device="cuda").sum().item() == 2
+    except RuntimeError:
+        return False
+
+
+@pytest.fixture
+def record(request):
+    """The record of this run, opened by the first test that writes to it."""
+    config = request.config
+    if _record not in config.stash:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config.stash[_record] = Record(Path(config.getoption("--record")), device)
+    return config.stash[_record]
+
+
+@pytest.fixture
+def in_budget(request, record):
+    """Skip a test that is in the record already, or that the time left is too short for; then time it."""
+    if request.config.getoption("--missing") and request.node.name in record.finished:
+        pytest.skip("already in the record")
+    budget = request.config.stash[_budget]
+    kind = f"{request.node.originalname} {request.node.callspec.params.get('candidate', '')}"
+    if (obstacle := budget.obstacle(kind)) is not None:
+        pytest.skip(obstacle)
+    start = time.monotonic()
+    yield
+    budget.spent(kind, time.monotonic() - start)
 
 
 @pytest.fixture

@@ -1,0 +1,64 @@
+"""What is timed must compute channel attention: results against the paper's steps in float64, before any clock runs."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from uctrans.kernels.channel_attention import reference
+
+from .candidates import EPS, Problem
+from .timing import Call, run_pass
+
+# ‖result - exact‖ / ‖exact‖. The paper's own steps reach 4e-7, 1e-3 and 9e-3 at 224 pixels.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+# With dropout, the mean of so many draws: its distance from the exact result is known within so much.
+DRAWS = 16
+NOISE_TOLERANCE = 0.2
+
+
+def assert_exact(problem: Problem, passes: str, call: Call, results: Sequence[Tensor]) -> float:
+    """Fail unless ``results`` of ``call`` without dropout are within tolerance; return the largest relative error.
+
+    ``results`` are the output, the gradients, or both, as ``passes`` says (``forward``, ``backward``, ``both``). The
+    first and the last image are compared: samples do not depend on each other.
+    """
+    images = sorted({0, problem.batch - 1})
+    exact = _exact(problem, call, images, with_gradients=passes != "forward")
+    expected = {"forward": exact[:1], "backward": exact[1:], "both": exact}[passes]
+    errors = [relative_error(result[images], wanted) for result, wanted in zip(results, expected, strict=True)]
+    tolerance = TOLERANCES[problem.dtype]
+    # Written so that a NaN fails.
+    assert all(error <= tolerance for error in errors), f"relative errors {errors} of {passes}, allowed {tolerance}"
+    return max(errors)
+
+
+def assert_drops(problem: Problem, function: Callable[..., Tensor], passes: str, call: Call) -> None:
+    """Fail unless ``function``, run as ``passes`` asks, drops entries at the problem's rate and keeps their expectation.
+
+    Value channels are independent standard normals, so an output with dropout is off by sqrt(p / (1 - p)) of its norm,
+    and the mean of n outputs by a factor sqrt(n) less; without dropout, or with one mask for all draws, it is not.
+    """
+    images = sorted({0, problem.batch - 1})
+    exact = _exact(problem, call, images, with_gradients=False)[0]
+    with torch.set_grad_enabled(passes != "forward"):
+        total = sum(function(*call.arguments).detach()[images].double() for _ in range(DRAWS))
+    error = relative_error(total / DRAWS, exact)
+    expected = math.sqrt(problem.dropout_p / (1 - problem.dropout_p) / DRAWS)
+    assert abs(error / expected - 1) <= NOISE_TOLERANCE, f"mean of {DRAWS} draws is off by {error}, not {expected}"
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of the difference over that of ``exact``."""
+    return (torch.linalg.vector_norm(result.double() - exact) / torch.linalg.vector_norm(exact)).item()
+
+
+def _exact(problem: Problem, call: Call, images: list[int], with_gradients: bool) -> tuple[Tensor, ...]:
+    arguments = tuple(tensor.detach()[images].double().requires_grad_() for tensor in call.arguments)
+    oracle = Call(arguments, arguments, call.output_gradient[images].double())
+    return run_pass(
+        lambda q, k, v: reference.channel_attention(q, k, v, list(problem.segments), 0.0, EPS),
+        "both" if with_gradients else "forward",
+        oracle,
+    )

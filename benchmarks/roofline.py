@@ -1,0 +1,145 @@
+"""The least time that an operation can take on a GPU: its operations over the peak rate, its bytes over the bandwidth.
+
+Work is ideal work, the same for every candidate: products that the mathematics asks for, each input read once and each
+output written once. What a candidate does beyond it (a map stored and read again, Gram matrices, padding) shows as a
+smaller fraction of the roofline, never as more work done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Of a head, products of C x S x N multiply-adds. Forward: scores, output. Backward, with no stored map: the scores
+# again, the map's gradient, and the gradients of query, key and value.
+FORWARD_PRODUCTS = 2
+BACKWARD_PRODUCTS = 5
+FLOP_OF_A_MULTIPLY_ADD = 2
+
+COPY_BYTES = 4 << 30
+PRODUCT_SIDE = 8192
+TIMED_RUNS = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and bytes moved to and from device memory."""
+
+    flop: float
+    bytes: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flop + other.flop, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a GPU reaches: operations a second by dtype, bytes a second (read and written), and where that is from."""
+
+    flop_rates: dict[torch.dtype, float]
+    bandwidth: float
+    source: str
+
+    def seconds(self, work: Work, dtype: torch.dtype) -> float:
+        """The roofline: the longer of computing and moving."""
+        return max(work.flop / self.flop_rates[dtype], work.bytes / self.bandwidth)
+
+    def bound(self, work: Work, dtype: torch.dtype) -> str:
+        """``compute`` or ``memory``, whichever takes longer."""
+        return "compute" if work.flop / self.flop_rates[dtype] >= work.bytes / self.bandwidth else "memory"
+
+    def as_json(self) -> dict[str, object]:
+        """The ceilings under plain names."""
+        rates = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.flop_rates.items()}
+        return {"flop_rates": rates, "bandwidth": self.bandwidth, "source": self.source}
+
+
+KNOWN_CEILINGS = {
+    "NVIDIA H200": Ceilings(
+        {torch.bfloat16: 790e12, torch.float16: 790e12, torch.float32: 67e12},
+        bandwidth=4.3e12,
+        source="8192^3 bfloat16 product of random numbers and a device-to-device copy, measured on an H200; "
+        "float32: data sheet, IEEE products on the CUDA cores",
+    )
+}
+
+
+def attention_work(
+    passes: str, batch: int, heads: int, tokens: int, segments: Sequence[int], key_channels: int, dtype: torch.dtype
+) -> Work:
+    """Work of channel attention between its projections, all scales and heads: ``forward``, ``backward`` or ``both``.
+
+    Forward reads query, key and value and writes the mean over heads; backward reads these three and the gradient of
+    the mean, and writes three gradients. Statistics of the rows are left out: a thousandth of the bytes.
+    """
+    if passes == "both":
+        sizes = (batch, heads, tokens, segments, key_channels, dtype)
+        return attention_work("forward", *sizes) + attention_work("backward", *sizes)
+    channels = sum(segments)
+    product = FLOP_OF_A_MULTIPLY_ADD * batch * heads * channels * key_channels * tokens
+    inputs = batch * heads * tokens * (channels + 2 * key_channels)
+    output = batch * tokens * channels
+    if passes == "forward":
+        return Work(FORWARD_PRODUCTS * product, (inputs + output) * dtype.itemsize)
+    if passes == "backward":
+        return Work(BACKWARD_PRODUCTS * product, (2 * inputs + output) * dtype.itemsize)
+    raise ValueError(f"passes must be forward, backward or both; got {passes!r}")
+
+
+def block_work(
+    mode: str, batch: int, heads: int, tokens: int, segments: Sequence[int], key_channels: int, dtype: torch.dtype
+) -> Work:
+    """Work of the attention block with its projections, in the cheaper of its two orders of multiplication.
+
+    ``inference`` is one forward pass; ``training`` adds two products for each product, one a factor, and reads the
+    inputs and weights again to write their gradients.
+    """
+    channels = sum(segments)
+    squares = sum(width * width for width in segments)
+    projections = tokens * heads * (squares + 2 * key_channels**2)
+    projected_first = projections + FORWARD_PRODUCTS * tokens * heads * channels * key_channels
+    correlated_first = (
+        FORWARD_PRODUCTS * tokens * channels * key_channels  # the correlation, the last product with the tokens
+        + heads * squares * key_channels  # query weights
+        + 2 * heads * channels * key_channels**2  # key and value weights
+    )
+    flop = FLOP_OF_A_MULTIPLY_ADD * batch * (min(projected_first, correlated_first) + tokens * squares)
+    inputs = batch * tokens * (channels + key_channels) + (heads + 1) * squares + 2 * heads * key_channels**2
+    output = batch * tokens * channels
+    if mode == "inference":
+        return Work(flop, (inputs + output) * dtype.itemsize)
+    if mode == "training":
+        return Work(3 * flop, (3 * inputs + 2 * output) * dtype.itemsize)
+    raise ValueError(f"mode must be inference or training; got {mode!r}")
+
+
+def known_ceilings(name: str) -> Ceilings | None:
+    """The recorded ceilings of the GPU that calls itself ``name``."""
+    return KNOWN_CEILINGS.get(name)
+
+
+def measured_ceilings() -> Ceilings:
+    """Ceilings of the current GPU, measured now: a large copy, and 8192^3 products of random numbers."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    bandwidth = 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source))
+    del source, target
+    flop_rates = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        left, right = (torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device="cuda").to(dtype) for _ in range(2))
+        seconds = _median_seconds(lambda left=left, right=right: left @ right)
+        flop_rates[dtype] = FLOP_OF_A_MULTIPLY_ADD * PRODUCT_SIDE**3 / seconds
+    return Ceilings(flop_rates, bandwidth, "measured in this run")
+
+
+def _median_seconds(call) -> float:
+    times = []
+    for run in range(TIMED_RUNS + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if run >= 3:
+            times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,158 @@
+"""Seconds a call of a forward pass, a backward pass, or both: CUDA graphs on a GPU, plain calls on a CPU.
+
+On a GPU one sample is one replay of a graph that holds several calls, each on inputs of its own, between two events and
+with one synchronisation. Together the inputs of a cold sample are several times the second-level cache, so that no call
+finds its inputs there; in a warm sample all calls share one set. Launch overhead is no part of it, for any candidate.
+
+A backward pass is captured by itself, over the saved tensors of a forward graph that is replayed right before it,
+outside the timed region.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PASSES = ("forward", "backward", "both")
+CACHE_MULTIPLE = 3  # bytes that the calls of a cold sample touch, in sizes of the second-level cache
+FEWEST_CALLS = 2
+MOST_CALLS = 64
+WARMUP_CALLS = 3
+# Keeps the GPU busy while the replay is submitted, about a millisecond: the first event then waits for no launch.
+COVER_CYCLES = 2_000_000
+
+
+class Sample:
+    """Runs the calls once and returns the seconds that one of them took; ``results`` are those of the first call."""
+
+    def __init__(self, run: Callable[[], float], results: Sequence[tuple[Tensor, ...]]):
+        self._run = run
+        self._results = results  # a graph writes to them: they live as long as it does
+
+    def __call__(self) -> float:
+        return self._run()
+
+    @property
+    def results(self) -> tuple[Tensor, ...]:
+        """The output, the gradients, or both, of the first call, as of the latest sample."""
+        return self._results[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to be timed: what is passed, what gradients are taken by, and the gradient of the output."""
+
+    arguments: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
+    output_gradient: Tensor
+
+
+def calls_a_sample(bytes_a_call: float, device: str) -> int:
+    """How many calls a sample needs for its inputs to be cold; 1 on a CPU, where a sample is a single call."""
+    if torch.device(device).type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(FEWEST_CALLS, math.ceil(CACHE_MULTIPLE * cache / bytes_a_call)), MOST_CALLS)
+
+
+def sampler(function: Callable[..., Tensor], passes: str, calls: Sequence[Call]) -> Sample:
+    """What runs and times ``passes`` (one of :data:`PASSES`) of ``function`` on each of ``calls``."""
+    if passes not in PASSES:
+        raise ValueError(f"passes must be one of {', '.join(PASSES)}; got {passes!r}")
+    on_gpu = calls[0].output_gradient.is_cuda
+    return (_graphed_sampler if on_gpu else _eager_sampler)(function, passes, calls)
+
+
+def run_pass(function: Callable[..., Tensor], passes: str, call: Call) -> tuple[Tensor, ...]:
+    """The output, and unless ``passes`` is forward, the gradient by every leaf."""
+    if passes == "forward":
+        with torch.no_grad():
+            return (function(*call.arguments),)
+    output = function(*call.arguments)
+    return (output.detach(), *torch.autograd.grad(output, call.leaves, call.output_gradient))
+
+
+def peak_bytes(function: Callable[..., Tensor], call: Call) -> int:
+    """Peak of device memory in one forward and backward pass, above what was there before; no graph is involved."""
+    run_pass(function, "both", call)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = run_pass(function, "both", call)
+    torch.cuda.synchronize()
+    del results
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _eager_sampler(function: Callable[..., Tensor], passes: str, calls: Sequence[Call]) -> Sample:
+    run_pass(function, passes, calls[0])
+    results: list[tuple[Tensor, ...]] = []
+
+    def run() -> float:
+        results.clear()
+        seconds = 0.0
+        for call in calls:
+            output = function(*call.arguments) if passes == "backward" else None
+            start = time.perf_counter()
+            if output is None:
+                results.append(run_pass(function, passes, call))
+            else:
+                results.append(torch.autograd.grad(output, call.leaves, call.output_gradient))
+            seconds += time.perf_counter() - start
+        return seconds / len(calls)
+
+    return Sample(run, results)
+
+
+def _graphed_sampler(function: Callable[..., Tensor], passes: str, calls: Sequence[Call]) -> Sample:
+    _warm_up(function, passes, calls[0])
+    if passes != "backward":
+        graph, results = _captured(lambda: [run_pass(function, passes, call) for call in calls])
+        return _replayed(None, graph, results)
+    forward, outputs = _captured(lambda: [function(*call.arguments) for call in calls])
+
+    def backward() -> list[tuple[Tensor, ...]]:
+        # One output after the other leaves the list: the memory it saved is free for the backward passes that follow.
+        return [torch.autograd.grad(outputs.pop(0), call.leaves, call.output_gradient) for call in calls]
+
+    graph, gradients = _captured(backward, pool=forward.pool())
+    return _replayed(forward, graph, gradients)
+
+
+def _warm_up(function: Callable[..., Tensor], passes: str, call: Call) -> None:
+    """Compile, tune and create handles on a stream beside the default one, as capture allows none of it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_CALLS):
+            run_pass(function, passes, call)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+
+def _captured(run: Callable[[], list], pool: object = None) -> tuple[torch.cuda.CUDAGraph, list]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = run()
+    return graph, results
+
+
+def _replayed(
+    before: torch.cuda.CUDAGraph | None, timed: torch.cuda.CUDAGraph, results: list[tuple[Tensor, ...]]
+) -> Sample:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run() -> float:
+        if before is not None:
+            before.replay()
+        torch.cuda._sleep(COVER_CYCLES)
+        start.record()
+        timed.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(results)
+
+    return Sample(run, results)
