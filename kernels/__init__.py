@@ -6,6 +6,7 @@ uctrans.kernels.channel_attention import reference``.
 
 from .backend import BACKENDS, check_backend, resolve_backend
 from .channel_attention import channel_attention, projected_attention_maps, projected_channel_attention
+from .packed_layer_norm import cross_layer_norm, packed_layer_norm
 from .packed_linear import packed_linear
 from .skip_gate import skip_gate
 
@@ -13,6 +14,8 @@ __all__ = [
     "BACKENDS",
     "channel_attention",
     "check_backend",
+    "cross_layer_norm",
+    "packed_layer_norm",
     "packed_linear",
     "projected_attention_maps",
     "projected_channel_attention",

@@ -25,8 +25,8 @@ def packed_linear(
         tokens: (B, N, sum I), the scales packed side by side; any strides.
         weights: one (O, I) a scale as in ``torch.nn.Linear``, or one (H, O, I).
         biases: one (O,) a scale, or (H, O) with heads; ``None`` for none.
-        backend: ``auto``, ``triton``, ``composed`` or ``reference``. Triton takes float32, float16 and bfloat16, sums in
-            float32 and has no second derivative; ``auto`` leaves float64 to ``composed``.
+        backend: ``auto``, ``triton``, ``composed`` or ``reference``. Triton takes float32, float16 and bfloat16, sums
+            in float32 and has no second derivative; ``auto`` leaves float64 to ``composed``.
 
     Returns:
         (B, N, sum O) or (B, N, H, sum O) in the inputs' dtype (under autocast: in autocast's).
@@ -158,8 +158,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[Tensor | 
     if any(needs_biases):
         shapes += ctx.bias_shapes
     pieces = [
-        piece.view(shape)
-        for piece, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)
+        piece.view(shape) for piece, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)
     ]
     d_biases = pieces[len(weights) :] or [None] * len(ctx.bias_shapes)
     return d_tokens, pieces[: len(weights)], d_biases

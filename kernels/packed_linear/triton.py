@@ -28,8 +28,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# The first tile that makes enough programs is taken. Larger tiles read less: a program of 128 x 128 loads half the bytes
-# a multiplication of one of 64 x 64. 64 rows are the least that a warp group multiplies at once on Hopper.
+# The first tile that makes enough programs is taken. Larger tiles read less: one of 128 x 128 loads half the bytes a
+# multiplication of one of 64 x 64. 64 rows are the least that a warp group multiplies at once on Hopper.
 HALF_PRECISION_TILES = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 3),
