@@ -26,11 +26,6 @@ class Saved(NamedTuple):
     row_keys: Tensor  # (2, B, H, sum C) int32, keys of the dropout mask; (0,) without dropout
 
 
-def gram_dtype(dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 for bfloat16 inputs; float32 for float16, whose range squares would leave; otherwise the inputs' own."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def forward(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], dropout_p: float, eps: float, seed: Tensor
 ) -> tuple[Tensor, Saved]:
@@ -55,7 +50,7 @@ def forward(
         torch.stack(head_outputs, dim=1),
         torch.stack(temperatures, dim=1),
         torch.stack(log_sums, dim=1),
-        (centred @ centred.transpose(-1, -2)).to(gram_dtype(key.dtype)),
+        centred @ centred.transpose(-1, -2),
         key_means,
         query.new_empty(0, dtype=torch.int32) if keys is None else keys,
     )
@@ -107,9 +102,7 @@ def backward(
         along_queries = (weighted @ head_query.to(exact).transpose(1, 2)) @ centred_key + weighted @ row_offsets
         key_gradient = head_query @ (temperature * logit_gradient).to(query.dtype) - along_queries
         head_gradients.append((query_gradient, key_gradient, value_gradient))
-    return tuple(
-        torch.stack(by_head, dim=1).to(query.dtype) for by_head in zip(*head_gradients, strict=True)
-    )
+    return tuple(torch.stack(by_head, dim=1).to(query.dtype) for by_head in zip(*head_gradients, strict=True))
 
 
 def segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:

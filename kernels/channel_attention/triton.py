@@ -21,14 +21,22 @@ from torch import Tensor
 
 from ..dropout import WORD, drop_threshold, keep_scale
 from ..launching import product_precision
-from .explicit import Saved, gram_dtype
-from .triton_blocks import attention_blocks, gradient_blocks, gram_block, token_tiles
+from .explicit import Saved
+from .triton_blocks import (
+    forward_blocks,
+    gram_blocks,
+    key_value_gradient_blocks,
+    query_gradient_blocks,
+    token_tiles,
+)
 from .triton_statistics import (
     coefficient_kernel,
+    key_correction_kernel,
+    key_gram_kernel,
     query_correction_kernel,
     query_gram_kernel,
+    score_variance_kernel,
     temperature_kernel,
-    temperature_partials_kernel,
 )
 
 
@@ -75,7 +83,7 @@ def attention_forward_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     row = pid_bh * CHANNELS + offs_c
     # Exponentials are powers of two, so the temperature takes the factor log2(e).
-    scale = tl.load(temperature_ptr + row, mask=offs_c < CHANNELS, other=0.0) * 1.4426950408889634
+    scale = tl.load(temperature_ptr + row, mask=offs_c < CHANNELS, other=1.0) * 1.4426950408889634
     query = _load_rows(
         query_ptr, stride_query_c, stride_query_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
     )  # tiles [BLOCK_C, tokens]
@@ -124,7 +132,9 @@ def head_mean_kernel(head_output_ptr, output_ptr, heads, elements, BLOCK: tl.con
     batch = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for head in range(heads):
-        total += tl.load(head_output_ptr + (batch * heads + head) * elements + offs, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(head_output_ptr + (batch * heads + head) * elements + offs, mask=mask, other=0.0).to(
+            tl.float32
+        )
     tl.store(output_ptr + batch * elements + offs, (total / heads).to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -241,9 +251,6 @@ def key_value_gradient_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    key_mean_ptr,
-    query_gram_ptr,
-    query_sum_ptr,
     temperature_ptr,
     log_sum_ptr,
     delta_ptr,
@@ -281,7 +288,7 @@ def key_value_gradient_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of key and value for a tile of key channels, instance norm's correction included.
+    """For a tile of key channels: gradient of value, and queries mixed by the gradient of the scaled logits.
 
     Scores are computed transposed, ``K^T Q``: transposing a product just made has been miscompiled on Hopper.
     """
@@ -324,17 +331,6 @@ def key_value_gradient_kernel(
         grad_value = _accumulate_transposed(grad_value, attention.to(gradient[0].dtype), gradient, PRECISION)
         score_gradient = softmax * (softmax_gradient - delta[None, :]) * temperature[None, :]
         grad_key = _accumulate_transposed(grad_key, score_gradient.to(query[0].dtype), query, PRECISION)
-    grad_key = _subtract_along_queries(
-        grad_key,
-        key,
-        key_mean_ptr + pid_bh * tokens,
-        query_gram_ptr + pid_bh * tokens * tokens,
-        query_sum_ptr + pid_bh * tokens,
-        tokens,
-        TOKEN_TILES,
-        TOKEN_STARTS,
-        PRECISION,
-    )
     place = batch * stride_grad_b + head * stride_grad_h
     ones = tl.full([BLOCK_S], 1.0, tl.float32)
     _store_rows(
@@ -463,35 +459,6 @@ def _weighted_sums(rows, weight_ptr, tokens, TILES: tl.constexpr, STARTS: tl.con
 
 
 @triton.jit
-def _subtract_along_queries(
-    tiles,
-    key,
-    key_mean_ptr,
-    query_gram_ptr,
-    query_sum_ptr,
-    tokens,
-    TILES: tl.constexpr,
-    STARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``tiles - (key - key mean) query Gram - query sums``: tiles [BLOCK_S, tokens]."""
-    corrected = ()
-    for t in tl.static_range(len(TILES)):
-        offs_n = STARTS[t] + tl.arange(0, TILES[t])
-        query_sums = tl.load(query_sum_ptr + offs_n, mask=offs_n < tokens, other=0.0)
-        along_queries = _zeros(tiles[t].shape[0], TILES[t]) + query_sums[None, :]
-        for u in tl.static_range(len(TILES)):
-            offs_m = STARTS[u] + tl.arange(0, TILES[u])
-            key_means = tl.load(key_mean_ptr + offs_m, mask=offs_m < tokens, other=0.0)
-            mask = (offs_m < tokens)[:, None] & (offs_n < tokens)[None, :]
-            gram = tl.load(query_gram_ptr + offs_m[:, None] * tokens + offs_n[None, :], mask=mask, other=0.0)
-            centred = (key[u].to(tl.float32) - key_means[None, :]).to(gram.dtype)
-            along_queries = tl.dot(centred, gram, along_queries, input_precision=PRECISION)
-        corrected = corrected + (tiles[t] - along_queries,)
-    return corrected
-
-
-@triton.jit
 def _keep_rows(row_key_ptr, row, mask, offs_column, rows, threshold):
     """Dropout mask [rows, columns]."""
     first, second = _load_row_keys(row_key_ptr, row, mask, rows)
@@ -534,36 +501,48 @@ def forward(
         head_outputs=query.new_empty(batch, heads, tokens, channels),
         temperatures=torch.empty(batch, heads, channels, **statistic),
         log_sums=torch.empty(batch, heads, channels, **statistic),
-        key_gram=query.new_empty(batch, heads, tokens, tokens, dtype=gram_dtype(query.dtype)),
+        key_gram=torch.empty(batch, heads, tokens, tokens, **statistic),
         key_means=torch.empty(batch, heads, tokens, **statistic),
-        row_keys=torch.empty((2, batch, heads, channels) if dropout_p > 0 else 0, dtype=torch.int32, device=query.device),
+        row_keys=torch.empty(
+            (2, batch, heads, channels) if dropout_p > 0 else 0, dtype=torch.int32, device=query.device
+        ),
     )
     if rows == 0:
         return output, saved
     shape = _segment_arguments(segments, channels, key_channels)
     precision = product_precision(query.dtype)
 
-    gram = gram_block(batch * heads, query.dtype)
-    blocks = triton.cdiv(tokens, gram.tokens)
-    partials = torch.empty(batch * heads, blocks * blocks, len(segments), **statistic)
-    temperature_partials_kernel[(blocks * blocks, batch * heads)](
-        query,
+    gram = gram_blocks(batch * heads, query.dtype)
+    token_blocks = triton.cdiv(tokens, gram.tokens)
+    pairs = token_blocks * token_blocks
+    partials = torch.empty(batch * heads, pairs, len(segments), **statistic)
+    gram_grid = (pairs, batch * heads)
+    gram_tiles = {"BLOCK_N": gram.tokens, "BLOCK_K": gram.channels, "PRECISION": precision}
+    gram_launch = {"num_warps": gram.num_warps, "num_stages": gram.num_stages}
+    key_gram_kernel[gram_grid](
         key,
-        partials,
         saved.key_gram,
         saved.key_means,
-        *query.stride(),
         *key.stride(),
+        heads,
+        tokens,
+        KEY_CHANNELS=key_channels,
+        **gram_tiles,
+        **gram_launch,
+    )
+    score_variance_kernel[gram_grid](
+        query,
+        saved.key_gram,
+        saved.key_means,
+        partials,
+        *query.stride(),
         heads,
         tokens,
         KEY_CHANNELS=key_channels,
         SEGMENTS=shape["SEGMENTS"],
         SEGMENT_STARTS=shape["SEGMENT_STARTS"],
-        BLOCK_N=gram.tokens,
-        BLOCK_K=gram.channels,
-        PRECISION=precision,
-        num_warps=gram.num_warps,
-        num_stages=gram.num_stages,
+        **gram_tiles,
+        **gram_launch,
     )
     block_rows = min(256, triton.next_power_of_2(channels))
     temperature_kernel[(triton.cdiv(channels, block_rows), batch * heads)](
@@ -571,18 +550,18 @@ def forward(
         seed if dropout_p > 0 else None,
         saved.temperatures,
         saved.row_keys,
-        blocks * blocks,
+        pairs,
         rows,
         eps,
         **shape,
-        BLOCKS=blocks,
-        BLOCK_PAIRS=triton.next_power_of_2(blocks * blocks),
+        BLOCKS=token_blocks,
+        BLOCK_PAIRS=triton.next_power_of_2(pairs),
         BLOCK_C=block_rows,
         num_warps=4,
     )
 
-    attention = attention_blocks(batch * heads, tokens, channels, query.dtype)
-    attention_forward_kernel[(triton.cdiv(channels, attention.query_channels), batch * heads)](
+    blocks = forward_blocks(batch * heads, tokens, channels, query.dtype)
+    attention_forward_kernel[(triton.cdiv(channels, blocks.own), batch * heads)](
         query,
         key,
         value,
@@ -600,11 +579,11 @@ def forward(
         CHANNELS=channels,
         KEY_CHANNELS=key_channels,
         **_token_arguments(tokens),
-        BLOCK_C=attention.query_channels,
-        BLOCK_S=attention.key_channels,
+        BLOCK_C=blocks.own,
+        BLOCK_S=blocks.step,
         PRECISION=precision,
-        num_warps=attention.num_warps,
-        num_stages=attention.num_stages,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )
     elements = tokens * channels
     head_mean_kernel[(triton.cdiv(elements, 1024), batch)](
@@ -632,8 +611,8 @@ def backward(
     row_keys = saved.row_keys if dropout_p > 0 else None
     delta, slopes, row_means, weights, offsets = (torch.empty_like(saved.log_sums) for _ in range(5))
 
-    blocks = gradient_blocks(batch * heads, tokens, query.dtype)
-    query_gradient_kernel[(triton.cdiv(channels, blocks.query_channels), batch * heads)](
+    blocks = query_gradient_blocks(tokens, query.dtype)
+    query_gradient_kernel[(triton.cdiv(channels, blocks.own), batch * heads)](
         gradient,
         query,
         key,
@@ -659,8 +638,38 @@ def backward(
         CHANNELS=channels,
         KEY_CHANNELS=key_channels,
         **_token_arguments(tokens),
-        BLOCK_C=blocks.query_channels,
-        BLOCK_S=blocks.key_channels,
+        BLOCK_C=blocks.own,
+        BLOCK_S=blocks.step,
+        PRECISION=precision,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    blocks = key_value_gradient_blocks(tokens, query.dtype)
+    key_value_gradient_kernel[(triton.cdiv(key_channels, blocks.own), batch * heads)](
+        gradient,
+        query,
+        key,
+        value,
+        saved.temperatures,
+        saved.log_sums,
+        delta,
+        row_keys,
+        grad_key,
+        grad_value,
+        *gradient.stride(),
+        *query.stride(),
+        *key.stride(),
+        *value.stride(),
+        *grad_key.stride()[:3],
+        heads,
+        tokens,
+        rows,
+        *_dropout_arguments(dropout_p),
+        CHANNELS=channels,
+        KEY_CHANNELS=key_channels,
+        **_token_arguments(tokens),
+        BLOCK_C=blocks.step,
+        BLOCK_S=blocks.own,
         PRECISION=precision,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
@@ -675,11 +684,9 @@ def backward(
         BLOCK_C=triton.next_power_of_2(channels),
         num_warps=4,
     )
-    gram = gram_block(batch * heads, query.dtype)
-    gram_precision = product_precision(query.dtype) if query.dtype == torch.float32 else "tf32"
-    query_correction_kernel[
-        (triton.cdiv(channels, gram.channels), triton.cdiv(tokens, gram.tokens), batch * heads)
-    ](
+    gram = gram_blocks(batch * heads, query.dtype)
+    correction = _correction_arguments(query.dtype)
+    query_correction_kernel[(triton.cdiv(channels, gram.channels), triton.cdiv(tokens, gram.tokens), batch * heads)](
         query,
         saved.key_gram,
         saved.key_means,
@@ -695,7 +702,7 @@ def backward(
         CHANNELS=channels,
         BLOCK_C=gram.channels,
         BLOCK_N=gram.tokens,
-        PRECISION=gram_precision,
+        **correction,
         num_warps=gram.num_warps,
         num_stages=gram.num_stages,
     )
@@ -718,37 +725,22 @@ def backward(
         num_warps=gram.num_warps,
         num_stages=gram.num_stages,
     )
-    key_value_gradient_kernel[(triton.cdiv(key_channels, blocks.query_channels), batch * heads)](
-        gradient,
-        query,
+    key_correction_kernel[(triton.cdiv(key_channels, gram.channels), triton.cdiv(tokens, gram.tokens), batch * heads)](
         key,
-        value,
-        saved.key_means,
         query_gram,
         query_sums,
-        saved.temperatures,
-        saved.log_sums,
-        delta,
-        row_keys,
+        saved.key_means,
         grad_key,
-        grad_value,
-        *gradient.stride(),
-        *query.stride(),
         *key.stride(),
-        *value.stride(),
-        *grad_key.stride()[:3],
+        *grad_key.stride(),
         heads,
         tokens,
-        rows,
-        *_dropout_arguments(dropout_p),
-        CHANNELS=channels,
         KEY_CHANNELS=key_channels,
-        **_token_arguments(tokens),
-        BLOCK_C=blocks.key_channels,
-        BLOCK_S=blocks.query_channels,
-        PRECISION=precision,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        BLOCK_S=gram.channels,
+        BLOCK_N=gram.tokens,
+        **correction,
+        num_warps=gram.num_warps,
+        num_stages=gram.num_stages,
     )
     return grad_query, grad_key, grad_value
 
@@ -766,6 +758,13 @@ def _segment_arguments(segments: Sequence[int], channels: int, key_channels: int
 def _token_arguments(tokens: int) -> dict[str, tuple[int, ...]]:
     tiles = token_tiles(tokens)
     return {"TOKEN_TILES": tiles, "TOKEN_STARTS": tuple(sum(tiles[:place]) for place in range(len(tiles)))}
+
+
+def _correction_arguments(dtype: torch.dtype) -> dict[str, Any]:
+    """What corrections are multiplied in: a Gram matrix may leave the range of float16, and tf32 has its digits."""
+    if dtype == torch.float16:
+        return {"OPERAND": tl.float32, "PRECISION": "tf32"}
+    return {"OPERAND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": product_precision(dtype)}
 
 
 def _dropout_arguments(dropout_p: float) -> tuple[int, float]:

@@ -1,5 +1,15 @@
-"""How channel attention is cut into tiles, by shape, dtype and architecture. Nothing is tuned at run time."""
+"""How channel attention is cut into tiles, by shape, dtype and architecture. Nothing is tuned at run time.
 
+What decides, in this order:
+
+- Shared memory. A program holds tiles of one side over all tokens, and two of the other side for each stage.
+- Registers. Accumulators take ``channels x tokens`` float32, spread over 32 threads a warp with at most 255 registers
+  each; the compiled kernels are checked for spills (docs/kernel-resources.md).
+- The L2 cache. A program of 64 rows reads 64 FLOP a byte from it, one of 128 rows twice as many, so the taller tile is
+  taken as soon as there are enough programs to fill the GPU without it.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,19 +18,25 @@ import triton
 from ..launching import SMALLEST_TILE, current_architecture
 
 MOST_TOKEN_TILES = 3
-FULL_TILE = 0.94
+FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own
+
+LONGEST_FORWARD = 640  # tokens whose outputs fit the registers of one program, 64 channels of them
+LONGEST_BACKWARD = 256  # backward holds two such accumulators
+
+# Programs of 128 rows that fill an H100 or H200 (132 multiprocessors) twice.
+ENOUGH_PROGRAMS = 264
 
 
 class AttentionBlocks(NamedTuple):
-    """A program's tile of channels, and the tile of the other side's channels that it steps by."""
+    """A program's own channels, and the channels of the other side that it steps by."""
 
-    query_channels: int
-    key_channels: int
+    own: int
+    step: int
     num_warps: int
     num_stages: int
 
 
-class GramBlock(NamedTuple):
+class GramBlocks(NamedTuple):
     """A program's tile of a Gram matrix (``tokens`` squared), and the channels that it steps by."""
 
     tokens: int
@@ -29,14 +45,59 @@ class GramBlock(NamedTuple):
     num_stages: int
 
 
-def token_tiles(tokens: int) -> tuple[int, ...]:
-    return (triton.next_power_of_2(max(tokens, 16)),)
+def token_tiles(tokens: int, most: int = MOST_TOKEN_TILES) -> tuple[int, ...]:
+    """At most ``most`` powers of two, falling, that cover ``tokens``: 196 -> (128, 64, 16), 250 -> (256,)."""
+    single = max(triton.next_power_of_2(tokens), SMALLEST_TILE)
+    if most == 1 or single == SMALLEST_TILE:
+        return (single,)
+    split = (single // 2, *token_tiles(tokens - single // 2, most - 1))
+    return split if sum(split) < FULL_ENOUGH * single else (single,)
 
-def attention_blocks(heads, tokens, channels, dtype):
-    return AttentionBlocks(16, 16, 4, 2)
 
-def gradient_blocks(heads, tokens, dtype):
-    return AttentionBlocks(16, 16, 4, 2)
+def forward_blocks(heads: int, tokens: int, channels: int, dtype: torch.dtype) -> AttentionBlocks:
+    """Tiles of the forward kernel; ``heads`` counts those of all images."""
+    if dtype == torch.float32:
+        choices = [AttentionBlocks(32, 32, 4, 2), AttentionBlocks(32, 32, 4, 1), AttentionBlocks(32, 16, 8, 1)]
+    elif tokens > 256:
+        choices = [AttentionBlocks(64, 32, 8, 2), AttentionBlocks(64, 16, 8, 2), AttentionBlocks(64, 16, 8, 1)]
+    else:
+        choices = [AttentionBlocks(64, 32, 4, 2), AttentionBlocks(64, 32, 4, 1), AttentionBlocks(32, 16, 4, 1)]
+        if heads * triton.cdiv(channels, 128) >= ENOUGH_PROGRAMS:
+            choices.insert(0, AttentionBlocks(128, 64, 8, 2))
+    return _first_that_fits(choices, tokens, dtype, held=1)
 
-def gram_block(heads, dtype):
-    return GramBlock(16, 16, 4, 2)
+
+def query_gradient_blocks(tokens: int, dtype: torch.dtype) -> AttentionBlocks:
+    """Tiles of the kernel of the query's gradient: query and upstream gradient are held, key and value stream."""
+    if dtype == torch.float32:
+        choices = [AttentionBlocks(32, 32, 8, 1), AttentionBlocks(32, 16, 8, 1), AttentionBlocks(16, 16, 4, 1)]
+    else:
+        choices = [AttentionBlocks(64, 64, 8, 2), AttentionBlocks(64, 32, 8, 2), AttentionBlocks(64, 32, 8, 1)]
+        choices.append(AttentionBlocks(32, 16, 8, 1))
+    return _first_that_fits(choices, tokens, dtype, held=2)
+
+
+def key_value_gradient_blocks(tokens: int, dtype: torch.dtype) -> AttentionBlocks:
+    """Tiles of the kernel of the gradients of key and value, which are held; query and upstream gradient stream."""
+    if dtype == torch.float32:
+        choices = [AttentionBlocks(32, 16, 8, 1), AttentionBlocks(16, 16, 8, 1)]
+    else:
+        choices = [AttentionBlocks(64, 16, 8, 2), AttentionBlocks(64, 16, 8, 1), AttentionBlocks(32, 16, 8, 1)]
+    return _first_that_fits(choices, tokens, dtype, held=2)
+
+
+def gram_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
+    """Tiles of the Gram matrices and of the products with them; ``heads`` counts those of all images."""
+    if dtype == torch.float32:
+        return GramBlocks(64, 32, 4, 2)
+    # Tiles of 128 tokens read half as much from the L2 cache, and there are four times fewer of them.
+    return GramBlocks(128, 64, 8, 2) if heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
+
+
+def _first_that_fits(choices: Sequence[AttentionBlocks], tokens: int, dtype: torch.dtype, held: int) -> AttentionBlocks:
+    limit = current_architecture().shared_memory
+    token_bytes = sum(token_tiles(tokens)) * dtype.itemsize
+    for blocks in choices:
+        if token_bytes * (held * blocks.own + 2 * blocks.num_stages * blocks.step) <= limit:
+            return blocks
+    return choices[-1]

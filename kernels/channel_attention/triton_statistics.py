@@ -1,4 +1,4 @@
-"""Triton kernels of what instance norm adds to attention: temperatures before it, corrections of its gradients after it.
+"""Triton kernels of what instance norm adds to attention: temperatures before it, corrections of gradients after it.
 
 The map of scores is never formed for them. All of it follows from Gram matrices, products of pairs of tokens summed
 over channels: ``sum of squares of Q^T K`` is the inner product of ``Q Q^T`` and ``K K^T``.
@@ -12,20 +12,48 @@ import triton.language as tl
 
 
 @triton.jit
-def temperature_partials_kernel(
-    query_ptr,
+def key_gram_kernel(
     key_ptr,
-    partial_ptr,
     key_gram_ptr,
     key_mean_ptr,
-    stride_query_b,
-    stride_query_h,
-    stride_query_n,
-    stride_query_c,
     stride_key_b,
     stride_key_h,
     stride_key_n,
     stride_key_s,
+    heads,
+    tokens,
+    KEY_CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One pair of token blocks: its tile of the Gram matrix of centred keys; on the diagonal also the keys' means."""
+    pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
+    if pid_i > pid_j:
+        return
+    key_ptr += (pid_bh // heads) * stride_key_b + (pid_bh % heads) * stride_key_h
+    offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    gram, sums_i, sums_j, shift_i, _shift_j = _shifted_gram(
+        key_ptr, stride_key_n, stride_key_s, offs_i, offs_j, tokens, KEY_CHANNELS, BLOCK_K, PRECISION
+    )
+    centred = gram - sums_i[:, None] * (sums_j / KEY_CHANNELS)[None, :]  # [BLOCK_N, BLOCK_N]
+    _store_symmetric(key_gram_ptr + pid_bh * tokens * tokens, centred, offs_i, offs_j, tokens, pid_i != pid_j)
+    if pid_i == pid_j:
+        tl.store(key_mean_ptr + pid_bh * tokens + offs_i, shift_i + sums_i / KEY_CHANNELS, mask=offs_i < tokens)
+
+
+@triton.jit
+def score_variance_kernel(
+    query_ptr,
+    key_gram_ptr,
+    key_mean_ptr,
+    partial_ptr,
+    stride_query_b,
+    stride_query_h,
+    stride_query_n,
+    stride_query_c,
     heads,
     tokens,
     KEY_CHANNELS: tl.constexpr,
@@ -35,26 +63,14 @@ def temperature_partials_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: its share of each segment's variance, and its tile of the centred key Gram matrix."""
+    """One pair of token blocks: its share of the variance of each segment's map of raw scores ``Q^T K``."""
     pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(tokens, BLOCK_N)
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
     if pid_i > pid_j:
         return
-    batch, head = pid_bh // heads, pid_bh % heads
-    query_ptr += batch * stride_query_b + head * stride_query_h
-    key_ptr += batch * stride_key_b + head * stride_key_h
+    query_ptr += (pid_bh // heads) * stride_query_b + (pid_bh % heads) * stride_query_h
     offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    gram, sums_i, sums_j, shift_i, shift_j = _shifted_gram(
-        key_ptr, stride_key_n, stride_key_s, offs_i, offs_j, tokens, KEY_CHANNELS, BLOCK_K, PRECISION
-    )
-    key_gram = gram - sums_i[:, None] * (sums_j / KEY_CHANNELS)[None, :]  # [BLOCK_N, BLOCK_N]
-    means_i, means_j = shift_i + sums_i / KEY_CHANNELS, shift_j + sums_j / KEY_CHANNELS
-    _store_symmetric(key_gram_ptr + pid_bh * tokens * tokens, key_gram, offs_i, offs_j, tokens, pid_i != pid_j)
-    if pid_i == pid_j:
-        tl.store(key_mean_ptr + pid_bh * tokens + offs_i, means_i, mask=offs_i < tokens)
-
     weight = tl.where(pid_i == pid_j, 1.0, 2.0)  # the pair (j, i) has the same share
     partial_ptr += (pid_bh * blocks * blocks + pid_pair) * len(SEGMENTS)
     for segment in tl.static_range(len(SEGMENTS)):
@@ -69,14 +85,19 @@ def temperature_partials_kernel(
             BLOCK_K,
             PRECISION,
         )
-        # Products of unshifted queries, and products of queries centred over the segment's channels.
+        # Variance between the means of the map's rows, from products of queries centred over the segment's channels.
+        mean_i = tl.load(key_mean_ptr + pid_bh * tokens + offs_i, mask=offs_i < tokens, other=0.0)
+        mean_j = tl.load(key_mean_ptr + pid_bh * tokens + offs_j, mask=offs_j < tokens, other=0.0)
+        centred = gram - sums_i[:, None] * (sums_j / SEGMENTS[segment])[None, :]
+        share = tl.sum(tl.sum(centred * mean_j[None, :], axis=1) * mean_i, axis=0)
+        # Variance within the rows, from products of the queries as they are.
         plain = gram + sums_i[:, None] * shift_j[None, :] + shift_i[:, None] * sums_j[None, :]
         plain += SEGMENTS[segment] * (shift_i[:, None] * shift_j[None, :])
-        centred = gram - sums_i[:, None] * (sums_j / SEGMENTS[segment])[None, :]
-        # Variance within the rows of the map, and variance between their means.
-        within = tl.sum(tl.sum(plain * (key_gram / KEY_CHANNELS), axis=1), axis=0)
-        between = tl.sum(tl.sum(centred * means_i[:, None] * means_j[None, :], axis=1), axis=0)
-        tl.store(partial_ptr + segment, (within + between) * (weight / SEGMENTS[segment]))
+        mask = (offs_i < tokens)[:, None] & (offs_j < tokens)[None, :]
+        tile = key_gram_ptr + pid_bh * tokens * tokens + offs_i[:, None] * tokens + offs_j[None, :]
+        key_gram = tl.load(tile, mask=mask, other=0.0) / KEY_CHANNELS  # [BLOCK_N, BLOCK_N]
+        share += tl.sum(tl.sum(plain * key_gram, axis=1), axis=0)
+        tl.store(partial_ptr + segment, share * (weight / SEGMENTS[segment]))
 
 
 @triton.jit
@@ -224,6 +245,7 @@ def query_correction_kernel(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """In place, mixed keys become ``dQ = temperature * mixed keys - weight * (key Gram Q + S offset key means)``."""
@@ -242,7 +264,7 @@ def query_correction_kernel(
         gram = tl.load(gram_tile, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_N]
         query_tile = query_ptr + offs_m[:, None] * stride_query_n + offs_c[None, :] * stride_query_c
         query = tl.load(query_tile, mask=mask_m[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_N, BLOCK_C]
-        along_keys = tl.dot(gram, query.to(gram.dtype), along_keys, input_precision=PRECISION)
+        along_keys = tl.dot(gram.to(OPERAND), query.to(OPERAND), along_keys, input_precision=PRECISION)
     row = pid_bh * CHANNELS + offs_c
     temperature = tl.load(temperature_ptr + row, mask=mask_c, other=0.0)
     weight = tl.load(weight_ptr + row, mask=mask_c, other=0.0)
@@ -255,6 +277,57 @@ def query_correction_kernel(
     mixed_keys = tl.load(grad_query_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     gradient = temperature[None, :] * mixed_keys - weight[None, :] * along_keys
     tl.store(grad_query_ptr + tile, gradient.to(grad_query_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_correction_kernel(
+    key_ptr,
+    query_gram_ptr,
+    query_sum_ptr,
+    key_mean_ptr,
+    grad_key_ptr,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
+    stride_key_s,
+    stride_grad_b,
+    stride_grad_h,
+    stride_grad_n,
+    stride_grad_s,
+    heads,
+    tokens,
+    KEY_CHANNELS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """In place, mixed queries become ``dK = mixed queries - (query Gram (K - key means) + query sums)``."""
+    pid_s, pid_n, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    batch, head = pid_bh // heads, pid_bh % heads
+    key_ptr += batch * stride_key_b + head * stride_key_h
+    query_gram_ptr += pid_bh * tokens * tokens
+    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_s, mask_n = offs_s < KEY_CHANNELS, offs_n < tokens
+    along_queries = tl.zeros([BLOCK_N, BLOCK_S], tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        offs_m = start + tl.arange(0, BLOCK_N)
+        mask_m = offs_m < tokens
+        gram_tile = query_gram_ptr + offs_n[:, None] * tokens + offs_m[None, :]
+        gram = tl.load(gram_tile, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_N]
+        key_tile = key_ptr + offs_m[:, None] * stride_key_n + offs_s[None, :] * stride_key_s
+        key = tl.load(key_tile, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [BLOCK_N, BLOCK_S]
+        key_mean = tl.load(key_mean_ptr + pid_bh * tokens + offs_m, mask=mask_m, other=0.0)
+        centred = (key.to(tl.float32) - key_mean[:, None]).to(OPERAND)
+        along_queries = tl.dot(gram.to(OPERAND), centred, along_queries, input_precision=PRECISION)
+    query_sum = tl.load(query_sum_ptr + pid_bh * tokens + offs_n, mask=mask_n, other=0.0)
+    tile = batch * stride_grad_b + head * stride_grad_h
+    tile += offs_n[:, None] * stride_grad_n + offs_s[None, :] * stride_grad_s
+    mask = mask_n[:, None] & mask_s[None, :]
+    mixed_queries = tl.load(grad_key_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    gradient = mixed_queries - (along_queries + query_sum[:, None])
+    tl.store(grad_key_ptr + tile, gradient.to(grad_key_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -294,9 +367,7 @@ def _shifted_gram(
 
 
 @triton.jit
-def _first_block_mean(
-    base_ptr, stride_n, stride_k, offs_n, tokens, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _first_block_mean(base_ptr, stride_n, stride_k, offs_n, tokens, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr):
     offs_k = tl.arange(0, BLOCK_K)
     mask = (offs_n < tokens)[:, None] & (offs_k < CHANNELS)[None, :]
     tile = tl.load(base_ptr + offs_n[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask, other=0.0)
