@@ -18,14 +18,21 @@ DRAWS = 16
 NOISE_TOLERANCE = 0.2
 
 
-def assert_exact(problem: Problem, passes: str, call: Call, results: Sequence[Tensor]) -> float:
+def assert_exact(
+    problem: Problem,
+    passes: str,
+    call: Call,
+    results: Sequence[Tensor],
+    published: Callable[..., Tensor] | None = None,
+) -> float:
     """Fail unless ``results`` of ``call`` without dropout are within tolerance; return the largest relative error.
 
-    ``results`` are the output, the gradients, or both, as ``passes`` says (``forward``, ``backward``, ``both``). The
-    first and the last image are compared: samples do not depend on each other.
+    ``results`` are the output, the gradients by the arguments, or both, as ``passes`` says (``forward``, ``backward``,
+    ``both``). The first and the last image are compared: samples do not depend on each other. ``published`` is what
+    runs in float64; by default, the paper's steps of channel attention.
     """
     images = sorted({0, problem.batch - 1})
-    exact = _exact(problem, call, images, with_gradients=passes != "forward")
+    exact = _exact(published or _paper(problem), call, images, with_gradients=passes != "forward")
     expected = {"forward": exact[:1], "backward": exact[1:], "both": exact}[passes]
     errors = [relative_error(result[images], wanted) for result, wanted in zip(results, expected, strict=True)]
     tolerance = TOLERANCES[problem.dtype]
@@ -35,13 +42,14 @@ def assert_exact(problem: Problem, passes: str, call: Call, results: Sequence[Te
 
 
 def assert_drops(problem: Problem, function: Callable[..., Tensor], passes: str, call: Call) -> None:
-    """Fail unless ``function``, run as ``passes`` asks, drops entries at the problem's rate and keeps their expectation.
+    """Fail unless ``function`` drops entries at the problem's rate and keeps their expectation.
 
     Value channels are independent standard normals, so an output with dropout is off by sqrt(p / (1 - p)) of its norm,
     and the mean of n outputs by a factor sqrt(n) less; without dropout, or with one mask for all draws, it is not.
+    Gradients are recorded while it runs, or not, as ``passes`` asks.
     """
     images = sorted({0, problem.batch - 1})
-    exact = _exact(problem, call, images, with_gradients=False)[0]
+    exact = _exact(_paper(problem), call, images, with_gradients=False)[0]
     with torch.set_grad_enabled(passes != "forward"):
         total = sum(function(*call.arguments).detach()[images].double() for _ in range(DRAWS))
     error = relative_error(total / DRAWS, exact)
@@ -54,11 +62,11 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     return (torch.linalg.vector_norm(result.double() - exact) / torch.linalg.vector_norm(exact)).item()
 
 
-def _exact(problem: Problem, call: Call, images: list[int], with_gradients: bool) -> tuple[Tensor, ...]:
+def _paper(problem: Problem) -> Callable[..., Tensor]:
+    return lambda q, k, v: reference.channel_attention(q, k, v, list(problem.segments), 0.0, EPS)
+
+
+def _exact(published: Callable[..., Tensor], call: Call, images: list[int], with_gradients: bool) -> tuple[Tensor, ...]:
     arguments = tuple(tensor.detach()[images].double().requires_grad_() for tensor in call.arguments)
     oracle = Call(arguments, arguments, call.output_gradient[images].double())
-    return run_pass(
-        lambda q, k, v: reference.channel_attention(q, k, v, list(problem.segments), 0.0, EPS),
-        "both" if with_gradients else "forward",
-        oracle,
-    )
+    return run_pass(published, "both" if with_gradients else "forward", oracle)

@@ -5,10 +5,12 @@ output written once. What a candidate does beyond it (a map stored and read agai
 smaller fraction of the roofline, never as more work done.
 """
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 # Of a head, products of C x S x N multiply-adds. Forward: scores, output. Backward, with no stored map: the scores
 # again, the map's gradient, and the gradients of query, key and value.
@@ -18,6 +20,7 @@ FLOP_OF_A_MULTIPLY_ADD = 2
 
 COPY_BYTES = 4 << 30
 PRODUCT_SIDE = 8192
+WARMUP_RUNS = 3
 TIMED_RUNS = 10
 
 
@@ -120,10 +123,7 @@ def known_ceilings(name: str) -> Ceilings | None:
 
 def measured_ceilings() -> Ceilings:
     """Ceilings of the current GPU, measured now: a large copy, and 8192^3 products of random numbers."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    bandwidth = 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source))
-    del source, target
+    bandwidth = 2 * COPY_BYTES / _median_seconds(_copy())
     flop_rates = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         left, right = (torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device="cuda").to(dtype) for _ in range(2))
@@ -132,14 +132,19 @@ def measured_ceilings() -> Ceilings:
     return Ceilings(flop_rates, bandwidth, "measured in this run")
 
 
-def _median_seconds(call) -> float:
-    times = []
-    for run in range(TIMED_RUNS + 3):
+def _copy() -> Callable[[], Tensor]:
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _median_seconds(run: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(WARMUP_RUNS + TIMED_RUNS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        run()
         end.record()
         end.synchronize()
-        if run >= 3:
-            times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds[WARMUP_RUNS:])

@@ -2,11 +2,12 @@
 
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import gate, timing
 from .candidates import OPERATOR, Attend, Problem, sdpa_choice, sdpa_on, variants
@@ -18,10 +19,11 @@ COMPILED = ", compiled"
 
 @dataclass(frozen=True)
 class Entrant:
-    """What races: a function, its sampler, and notes for the record. Both are absent where the operator cannot run."""
+    """What races: a function, its calls, what times them cold, and notes for the record."""
 
-    function: Attend | None
-    sample: Sample | None
+    function: Callable[..., Tensor]
+    calls: Sequence[Call]
+    sample: Sample
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,16 +71,15 @@ def fastest(candidate: str, problem: Problem, passes: str, calls: Sequence[Call]
     }
     if candidate == "sdpa":
         notes["torch_chooses"] = sdpa_choice(problem)
-    return Entrant(best.function, best.sample, best.notes | notes)
+    return Entrant(best.function, best.calls, best.sample, best.notes | notes)
 
 
-def operator_or_reason(problem: Problem, passes: str, calls: Sequence[Call]) -> Entrant:
-    """The operator as an opponent; where it cannot run, the notes say why and the others are timed alone."""
+def operator_or_reason(problem: Problem, passes: str, calls: Sequence[Call]) -> Entrant | str:
+    """The operator as an opponent, or why it cannot run: the others are then timed alone."""
     try:
-        opponent = fastest(OPERATOR, problem, passes, calls)
+        return fastest(OPERATOR, problem, passes, calls)
     except RuntimeError as error:
-        return Entrant(None, None, {"operator_cannot_run": str(error)})
-    return Entrant(opponent.function, opponent.sample)
+        return str(error)
 
 
 def any_right(candidate: str, problem: Problem, call: Call) -> tuple[Attend, str]:
@@ -114,10 +115,10 @@ def _variants(candidate: str, problem: Problem) -> dict[str, Attend]:
 def _entrant(function: Attend, problem: Problem, passes: str, calls: Sequence[Call]) -> Entrant:
     sample = timing.sampler(function, passes, calls)
     sample()
-    return Entrant(function, sample, _check(function, problem, passes, calls[0], sample.results))
+    return Entrant(function, calls, sample, _check(function, problem, passes, calls[0], sample.results))
 
 
-def _check(function: Attend, problem: Problem, passes: str, call: Call, results: Sequence[torch.Tensor]) -> dict:
+def _check(function: Attend, problem: Problem, passes: str, call: Call, results: Sequence[Tensor]) -> dict:
     if not all(bool(result.isfinite().all()) for result in results):
         raise AssertionError(f"{passes} has results that are not finite")
     if problem.dropout_p == 0:

@@ -14,7 +14,7 @@ import torch
 
 from . import selection, timing
 from .candidates import CANDIDATES, OPERATOR, Problem, calls
-from .race import CLOCK, ROUNDS, WARM_ROUNDS, paired, quartiles, target_notes, work_notes
+from .race import CLOCK, measure, target_notes
 from .roofline import attention_work
 
 CPU_PROBLEMS = [
@@ -79,19 +79,8 @@ def test_channel_attention(request, benchmark, record, problem, passes, candidat
     entrant = selection.fastest(candidate, problem, passes, cold)
     # The operator races against itself too: the spread of those pairs is the noise of all others.
     operator = selection.operator_or_reason(problem, passes, cold)
-    outcome = paired(benchmark, entrant.sample, operator.sample, ROUNDS[torch.device(problem.device).type])
-    notes = problem.as_json() | entrant.notes | operator.notes
-    notes |= {"passes": passes, "candidate": candidate, "calls_a_sample": len(cold), "cache": "cold"}
-    notes |= work_notes(work, record.ceilings, record.measured, problem.dtype, outcome["median_seconds"])
-    value = notes.get("roofline_fraction") if candidate == OPERATOR else outcome.get("ratio")
-    notes |= target_notes(target(passes, problem, candidate), value)
-    if problem.device == "cuda":
-        warm = timing.sampler(entrant.function, passes, [cold[0]] * len(cold))
-        warm_seconds = sorted(warm() for _ in range(WARM_ROUNDS))
-        notes |= {"warm_seconds": warm_seconds[WARM_ROUNDS // 2], "warm_quartiles": quartiles(warm_seconds)}
-    seconds = outcome.pop("seconds")
-    benchmark.extra_info |= notes | outcome
-    record.measured_test(request.node.name, passes, notes | outcome, seconds)
+    aim = target(passes, problem, candidate)
+    measure(benchmark, record, request.node.name, problem, passes, candidate, entrant, operator, work, aim)
 
 
 @pytest.mark.gpu

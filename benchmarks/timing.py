@@ -20,6 +20,8 @@ PASSES = ("forward", "backward", "both")
 CACHE_MULTIPLE = 3  # bytes that the calls of a cold sample touch, in sizes of the second-level cache
 FEWEST_CALLS = 2
 MOST_CALLS = 64
+MOST_KERNELS = 16
+KERNEL_NAME_LENGTH = 120
 WARMUP_CALLS = 3
 # Keeps the GPU busy while the replay is submitted, about a millisecond: the first event then waits for no launch.
 COVER_CYCLES = 2_000_000
@@ -33,6 +35,7 @@ class Sample:
         self._results = results  # a graph writes to them: they live as long as it does
 
     def __call__(self) -> float:
+        """Run the calls."""
         return self._run()
 
     @property
@@ -85,6 +88,23 @@ def peak_bytes(function: Callable[..., Tensor], call: Call) -> int:
     torch.cuda.synchronize()
     del results
     return torch.cuda.max_memory_allocated() - before
+
+
+def kernels(function: Callable[..., Tensor], passes: str, call: Call) -> dict[str, float]:
+    """Microseconds of GPU time by kernel name, the longest first, in one plain call: what really ran, and where.
+
+    Of a backward pass the forward pass before it is included.
+    """
+    run_pass(function, passes, call)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run_pass(function, passes, call)
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in profile.key_averages():
+        times[event.key[:KERNEL_NAME_LENGTH]] = times.get(event.key[:KERNEL_NAME_LENGTH], 0.0) + event.device_time_total
+    longest = sorted((name for name in times if times[name] > 0), key=times.get, reverse=True)
+    return {name: times[name] for name in longest[:MOST_KERNELS]}
 
 
 def _eager_sampler(function: Callable[..., Tensor], passes: str, calls: Sequence[Call]) -> Sample:

@@ -1,4 +1,4 @@
-"""What is timed: one pair of identical modules on two backends, and a call in inference or training."""
+"""What is timed of modules: identical ones on two backends, and a call in inference or training, or for a sampler."""
 
 import copy
 from collections.abc import Callable
@@ -6,7 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from uctrans.kernels import resolve_backend
 from uctrans.layers import ChannelAttention, set_backend
+
+from . import gate, timing
+from .candidates import Problem, compiled
+from .selection import Entrant
+from .timing import Call
 
 CHANNELS = (64, 128, 256, 512)
 NUM_HEADS = 4
@@ -25,6 +31,42 @@ def attention_tokens(pixels: int, batch: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (batch, (pixels // PATCH) ** 2, sum(CHANNELS))
     return [torch.randn(shape, generator=generator) for _ in range(2)]
+
+
+def block_entrant(problem: Problem, backend: str, passes: str, count: int, compile_it: bool = False) -> Entrant:
+    """The attention block of ``problem`` on ``backend``, ready to be timed: its results have been checked.
+
+    Weights and inputs are the same for all backends. Without dropout, the output and the gradients of the first and the
+    last image are compared with the published sequence in float64; with it, only that they are finite.
+    """
+    torch.manual_seed(0)
+    published = ChannelAttention(problem.segments, problem.heads, dropout=problem.dropout_p, backend="reference")
+    published.to(problem.device, problem.dtype).train()
+    (module,) = on_backends(published, backend)
+    function = compiled(module) if compile_it else module
+    prepared = block_calls(problem, count, tuple(module.parameters()))
+    sample = timing.sampler(function, passes, prepared)
+    sample()
+    results = sample.results[: {"forward": 1, "backward": 2, "both": 3}[passes]]  # not the gradients of weights
+    for result in results:
+        assert result.isfinite().all(), f"{passes} has results that are not finite"
+    notes = {"variant": resolve_backend(backend, torch.device(problem.device)) + (" compiled" if compile_it else "")}
+    if problem.dropout_p == 0:
+        exact = copy.deepcopy(published).double()
+        notes["relative_error"] = gate.assert_exact(problem, passes, prepared[0], results, exact)
+    return Entrant(function, prepared, sample, notes)
+
+
+def block_calls(problem: Problem, count: int, weights: tuple[Tensor, ...]) -> list[Call]:
+    """So many calls of the attention block, each with tokens, context and output gradient of its own."""
+    generator = torch.Generator(problem.device).manual_seed(1)
+    shape = (problem.batch, problem.tokens, sum(problem.segments))
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, device=problem.device, dtype=problem.dtype)
+
+    arguments = [tuple(normal().requires_grad_() for _ in range(2)) for _ in range(count)]
+    return [Call(pair, (*pair, *weights), normal()) for pair in arguments]
 
 
 def on_backends(module: nn.Module, *backends: str) -> list[nn.Module]:
