@@ -2,7 +2,7 @@
 # make test   create the environment, run the tests
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format benchmark clean
+.PHONY: demo test lint format benchmark resources clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python test` chooses another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
@@ -30,7 +30,18 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only
+
+# On a machine with a CUDA GPU, with the Python that has torch for it; again with MISSING=--missing for what is left.
+MINUTES ?= 8
+RECORD ?= .benchmarks/gpu.jsonl
+benchmark-gpu:
+	$(PYTHON) -m pytest benchmarks -m gpu --benchmark-only --minutes $(MINUTES) --record $(RECORD) $(MISSING)
+	$(PYTHON) -m benchmarks.report $(RECORD)
+
+# What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.
+resources: $(VENV)/.dev
+	$(BIN)/python -m uctrans.kernels.resources --output docs/kernel-resources.md
 
 clean:
 	rm -rf build dist demo runs .pytest_cache .ruff_cache .benchmarks .hypothesis *.egg-info

@@ -34,8 +34,8 @@ class CompiledKernel:
     kernel: str
     architecture: str  # "sm_90", "gfx942"
     constants: dict[str, str]  # compile-time arguments: tile sizes, precision
-    unaligned: tuple[str, ...]  # pointers and integers that are not multiples of 16 and for which that was compiled
-    ones: tuple[str, ...]  # arguments that are 1 and were compiled in
+    folded: dict[str, str]  # other arguments that were compiled in: those that are 1, None or empty
+    unaligned: tuple[str, ...]  # pointers and integers that were not compiled as multiples of 16
     warps: int
     stages: int
     grid: tuple[int, ...]
@@ -112,20 +112,23 @@ def _describe(binary: Any, grid: tuple[int, ...]) -> CompiledKernel:
     metadata = binary.metadata
     is_cuda = metadata.target.backend == "cuda"
     registers, stack, code = _disassemble(binary.asm["cubin"]) if is_cuda else _read_assembly(binary.asm["amdgcn"])
-    source = binary.src
-    parameters = source.fn.params
-    constants = {parameters[path[0]].name: (parameters[path[0]], value) for path, value in source.constants.items()}
-    aligned = {path[0] for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
+    source, parameters = binary.src, binary.src.fn.params
+    aligned = {path for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
+    constants, folded, unaligned = {}, {}, []
+    for path, name, type_name in _leaves(source.signature):
+        parameter = parameters[path[0]]
+        if parameter.is_constexpr:
+            constants[name] = str(source.constants[path])
+        elif type_name in ("constexpr", ()):
+            folded[name] = str(source.constants.get(path, type_name))
+        elif path not in aligned and _may_be_aligned(parameter, type_name):
+            unaligned.append(name)
     return CompiledKernel(
         kernel=source.fn.fn.__name__,
         architecture=f"sm_{metadata.target.arch}" if is_cuda else metadata.target.arch,
-        constants={name: str(value) for name, (parameter, value) in constants.items() if parameter.is_constexpr},
-        unaligned=tuple(
-            parameter.name
-            for place, parameter in enumerate(parameters)
-            if place not in aligned and _is_specialised_by_alignment(parameter, source.signature[parameter.name])
-        ),
-        ones=tuple(name for name, (parameter, value) in constants.items() if not parameter.is_constexpr and value == 1),
+        constants=constants,
+        folded=folded,
+        unaligned=tuple(unaligned),
         warps=metadata.num_warps,
         stages=metadata.num_stages,
         grid=grid,
@@ -140,7 +143,21 @@ def _describe(binary: Any, grid: tuple[int, ...]) -> CompiledKernel:
     )
 
 
-def _is_specialised_by_alignment(parameter: Any, type_name: str) -> bool:
+def _leaves(signature: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], str, Any]]:
+    """Path, name and type of every argument, those within tuples one by one; an empty tuple counts as an argument."""
+
+    def walk(path: tuple[int, ...], name: str, type_name: Any) -> Iterator[tuple[tuple[int, ...], str, Any]]:
+        if type_name and isinstance(type_name, tuple):
+            for place, inner in enumerate(type_name):
+                yield from walk((*path, place), f"{name}[{place}]", inner)
+        else:
+            yield path, name, type_name
+
+    for place, (name, type_name) in enumerate(signature.items()):
+        yield from walk((place,), name, type_name)
+
+
+def _may_be_aligned(parameter: Any, type_name: str) -> bool:
     if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
         return False
     return type_name.startswith("*") or type_name in ("i32", "i64", "u64")

@@ -5,12 +5,15 @@ change of registers, spills, shared memory or matrix instructions. No GPU is nee
 """
 
 import argparse
-import dataclasses
+import functools
 import importlib
+import itertools
 import json
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,8 +25,9 @@ from torch import Tensor
 from .compilation import CompiledKernel, compiling_for
 
 PUBLISHED_WIDTHS = (64, 128, 256, 512)
+ODD_WIDTHS = (17, 33, 65)
 HEADS = 4
-SEED = 1
+EPS = 1e-5
 
 
 class Section(NamedTuple):
@@ -36,6 +40,11 @@ class Section(NamedTuple):
     is_odd: bool = False  # widths, strides and offsets that are no multiples of 16
 
     @property
+    def is_thorough(self) -> bool:
+        """Whether to compile for every shape; elsewhere a few stand for all, to take half a minute and not several."""
+        return self == THOROUGH_SECTION
+
+    @property
     def name(self) -> str:
         """Such as ``sm_90-float32-tf32``."""
         words = [f"sm_{self.architecture}" if self.family == "cuda" else str(self.architecture)]
@@ -43,9 +52,10 @@ class Section(NamedTuple):
         return "-".join(filter(None, words))
 
 
+THOROUGH_SECTION = Section("cuda", 90, torch.bfloat16)
 SECTIONS = (
+    THOROUGH_SECTION,
     Section("cuda", 80, torch.bfloat16),
-    Section("cuda", 90, torch.bfloat16),
     Section("cuda", 90, torch.bfloat16, is_odd=True),
     Section("cuda", 90, torch.float16),
     Section("cuda", 90, torch.float32),
@@ -65,46 +75,128 @@ def launches_of(section: Section) -> Launches:
         yield from operator(section)
 
 
-OPERATORS = ()
+def _channel_attention(section: Section) -> Launches:
+    from .channel_attention.triton import backward, forward
+
+    def launch(batch: int, tokens: int, dropout_p: float, widths: tuple[int, ...]) -> None:
+        # As the projections write them: heads within tokens.
+        def heads_of(channels: int) -> Tensor:
+            return _empty(section, batch, tokens, HEADS, channels).transpose(1, 2)
+
+        query, key, value = (heads_of(sum(widths)) for _ in range(3))
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        output, saved = forward(query, key, value, widths, dropout_p, EPS, seed)
+        backward(_empty(section, *output.shape), query, key, value, saved, widths, dropout_p)
+
+    widths = _widths(section)
+    # Each shape of tokens with and without dropout, in a batch that fills a GPU and in one that does not.
+    cases = [(32, 196, 0.1), (1, 225, 0.0), (32, 576, 0.1)]
+    if section.is_thorough:
+        cases = list(itertools.product((1, 32), (49, 196, 225, 576), (0.0, 0.1)))
+    for batch, tokens, dropout_p in cases:
+        words = f"channel attention of {batch} x {tokens} tokens, {widths}, dropout {dropout_p}"
+        yield words, functools.partial(launch, batch, tokens, dropout_p, widths)
+
+
+def _packed_linear(section: Section) -> Launches:
+    from .packed_linear.triton import packed_linear, token_gradient, weight_gradient
+
+    def launch(batch: int, in_widths: Sequence[int], out_widths: Sequence[int], heads: int, has_biases: bool) -> None:
+        lead = (heads,) if heads else ()
+        tokens = _empty(section, batch, 196, sum(in_widths))
+        pairs = list(zip(in_widths, out_widths, strict=True))
+        weights = [_empty(section, *lead, out_width, in_width) for in_width, out_width in pairs]
+        biases = [_empty(section, *lead, out_width) for out_width in out_widths] if has_biases else []
+        output = packed_linear(tokens, weights, biases)
+        gradient = _empty(section, *output.shape)
+        token_gradient(gradient, weights)
+        weight_gradient(gradient, tokens, in_widths, out_widths, has_biases)
+
+    widths = _widths(section)
+    wide = [4 * width for width in widths]
+    maps = {
+        "queries": (widths, widths, HEADS, False),
+        "output": (widths, widths, 0, False),
+        "first layer of the MLP": (widths, wide, 0, True),
+        "second layer of the MLP": (wide, widths, 0, True),
+    }
+    cases = [(4, "queries"), (1, "first layer of the MLP"), (32, "first layer of the MLP")]
+    for batch, name in itertools.product((1, 4, 32), maps) if section.is_thorough else cases:
+        yield f"packed linear, {name}, batch {batch}", functools.partial(launch, batch, *maps[name])
+
+
+def _packed_layer_norm(section: Section) -> Launches:
+    from .packed_layer_norm import triton
+
+    def launch(widths: Sequence[int]) -> None:
+        tokens = _empty(section, 4, 196, sum(widths))
+        weight, bias = (torch.empty(sum(widths), device="meta") for _ in range(2))
+        arguments = (tokens, widths, weight)
+        output = triton.packed_layer_norm(*arguments, bias, EPS, section.dtype)
+        triton.packed_layer_norm_backward(output, *arguments, EPS)
+        output, context = triton.cross_layer_norm(*arguments, bias, weight, bias, EPS, section.dtype)
+        triton.cross_layer_norm_backward(output, context, *arguments, weight, EPS)
+
+    for widths in [_widths(section)] + [[8 * width for width in PUBLISHED_WIDTHS]] * section.is_thorough:
+        yield f"packed layer norm of {widths}", functools.partial(launch, widths)
+
+
+def _widths(section: Section) -> tuple[int, ...]:
+    return ODD_WIDTHS if section.is_odd else PUBLISHED_WIDTHS
+
+
+def _empty(section: Section, *shape: int) -> Tensor:
+    """A tensor without data; in an odd section it starts one element into its memory."""
+    size = math.prod(shape) + section.is_odd
+    return torch.empty(size, dtype=section.dtype, device="meta")[int(section.is_odd) :].view(shape)
+
+
+OPERATORS = (_channel_attention, _packed_linear, _packed_layer_norm)
 
 
 def compile_section(section: Section) -> dict[str, Any]:
-    """Compile every launch of ``section``: its table, what is wrong with it, and which kernels were launched."""
+    """Compile every launch of ``section``: its table, what is wrong with it, and which kernels it never launched."""
     torch.backends.cuda.matmul.allow_tf32 = section.is_tf32
-    problems: list[str] = []
-    kernels: dict[str, CompiledKernel] = {}
+    problems: dict[str, str] = {}
+    names, rows = set(), set()
     for words, launch in launches_of(section):
         with compiling_for(section.family, section.architecture) as compiled:
             try:
                 launch()
             except Exception as error:  # what fails to compile is one more problem, not the end of the report
-                problems.append(f"{words}: {type(error).__name__}: {error}")
+                problems.setdefault(f"{type(error).__name__}: {error}", words)
         for kernel in compiled:
-            problems += [f"{words}: {kernel.kernel} {_constants(kernel)} {problem}" for problem in kernel.problems()]
-            kernels[_row(kernel)] = kernel
+            names.add(kernel.kernel)
+            rows.add(_row(kernel))
+            for problem in kernel.problems():
+                problems.setdefault(f"{kernel.kernel} {problem} ({_constants(kernel)})", words)
     return {
         "name": section.name,
-        "table": "\n".join([_line(COLUMNS), _line(["---"] * len(COLUMNS)), *sorted(kernels)]),
-        "problems": list(dict.fromkeys(problems)),
-        "kernels": [dataclasses.asdict(kernel) for kernel in kernels.values()],
-        "never_launched": sorted(_written_kernels() - {kernel.kernel for kernel in kernels.values()}),
+        "table": "\n".join([_line(COLUMNS), _line(["---"] * len(COLUMNS)), *sorted(rows)]),
+        "problems": [f"{problem}, first met in {words}" for problem, words in problems.items()],
+        "never_launched": sorted(_written_kernels() - names),
     }
 
 
 def _written_kernels() -> set[str]:
-    """Names of the kernels in the ``triton*.py`` files of this package; functions that only kernels call do not count."""
+    """Names of all functions of this package that Triton compiles, less those that another of them calls."""
     from triton.runtime.jit import JITFunction
 
-    names = set()
-    for path in Path(__file__).parent.rglob("triton*.py"):
-        module = importlib.import_module(f".{path.parent.name}.{path.stem}", __package__)
-        functions = [value for value in vars(module).values() if isinstance(value, JITFunction)]
-        names |= {function.fn.__name__ for function in functions if function.fn.__name__.endswith("_kernel")}
-    return names
+    package = Path(__file__).parent
+    functions, called = set(), set()
+    for path in package.rglob("*.py"):
+        if re.search(r"^@triton\.jit", path.read_text(), re.MULTILINE):
+            name = ".".join([__package__, *path.relative_to(package).with_suffix("").parts])
+            for value in vars(importlib.import_module(name)).values():
+                if isinstance(value, JITFunction):
+                    functions.add(value.fn.__name__)
+                    called.update(value.fn.__code__.co_names)
+    return functions - called
 
 
 def _row(kernel: CompiledKernel) -> str:
-    specialised = [f"{name}=1" for name in kernel.ones] + [f"{name} unaligned" for name in kernel.unaligned]
+    specialised = [f"{name}={value}" for name, value in kernel.folded.items()]
+    specialised += [f"{name} odd" for name in kernel.unaligned]
     products = {operand: kernel.products.count(operand) for operand in kernel.products}
     return _line(
         [
