@@ -1,11 +1,20 @@
-"""A record of ``make benchmark`` as Markdown: ``python -m benchmarks.report benchmarks/results/NAME.json``."""
+"""Records as Markdown: ``python -m benchmarks.report benchmarks/results/NAME.json`` (or ``NAME.jsonl``).
+
+A ``.json`` is that of ``make benchmark``, a ``.jsonl`` that of ``make benchmark-gpu`` (:mod:`benchmarks.records`).
+"""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from .records import read_lines
+
 MILLISECONDS = 1e3
+MICROSECONDS = 1e6
+MEBIBYTE = 2**20
+OPERATOR = "operator"
+BASELINES = ("reference compiled", "sdpa", "reference", "composed")
 
 
 def table(record: dict[str, Any]) -> str:
@@ -48,11 +57,130 @@ def _workload(bench: dict[str, Any]) -> str:
     return bench["group"] if width is None else f"{bench['group']}, {width} base channels"
 
 
+def device_report(lines: list[dict[str, Any]]) -> str:
+    """Tables of a record of JSON lines: the machine, one table a group, memory, targets, and what was not measured.
+
+    Of a test that was measured more than once, the latest counts.
+    """
+    environments = [line["environment"] for line in lines if "environment" in line]
+    tests = {line["test"]: line for line in lines if line.get("outcome") == "measured"}
+    unmeasured = {line["test"]: line for line in lines if line.get("outcome") in ("failed", "skipped")}
+    parts = [_device(environment) for environment in environments[-1:]]
+    for group in dict.fromkeys(line["group"] for line in tests.values()):
+        infos = [line["info"] for line in tests.values() if line["group"] == group]
+        parts.append(f"### {group}\n\n" + (_memory_table(infos) if "peak_bytes" in infos[0] else _race_table(infos)))
+    parts.append("### Targets\n\n" + _target_table(tests.values()))
+    missing = [line for name, line in unmeasured.items() if name not in tests]
+    if missing:
+        parts.append("### Not measured\n\n" + _missing_table(missing))
+    return "\n\n".join(parts)
+
+
+def _race_table(infos: list[dict[str, Any]]) -> str:
+    """One row a workload: the operator's time, work and roofline, then every other candidate's time and ratio."""
+    by_workload: dict[str, dict[str, dict[str, Any]]] = {}
+    for info in infos:
+        by_workload.setdefault(_device_workload(info), {})[info["candidate"]] = info
+    present = [name for name in BASELINES if any(name in candidates for candidates in by_workload.values())]
+    head = ["workload", "operator, µs (cold / warm)", "GFLOP", "GB", "% of roofline", "noise of pairs", *present]
+    rows = [head, ["---"] * len(head)]
+    for workload, candidates in by_workload.items():
+        own = candidates.get(OPERATOR)
+        work = own or next(iter(candidates.values()))
+        row = [workload, _times(own), f"{work['gflop']:.1f}", f"{work['gigabytes']:.3f}", _fraction(own), _spread(own)]
+        rows.append(row + [_against(candidates.get(name)) for name in present])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _memory_table(infos: list[dict[str, Any]]) -> str:
+    """One row a workload: peak of a forward and a backward pass, for each candidate."""
+    candidates = list(dict.fromkeys(info["candidate"] for info in infos))
+    rows = [["workload", *(f"{name}, MiB" for name in candidates)], ["---"] * (len(candidates) + 1)]
+    for workload in dict.fromkeys(_device_workload(info) for info in infos):
+        peaks = {info["candidate"]: info["peak_bytes"] for info in infos if _device_workload(info) == workload}
+        rows.append([workload, *(f"{peaks[name] / MEBIBYTE:.0f}" if name in peaks else "-" for name in candidates)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _target_table(tests: Any) -> str:
+    rows = ["| group | workload | of | target | value | met |", "| --- | --- | --- | --- | --- | --- |"]
+    for line in tests:
+        info = line["info"]
+        if "target" in info:
+            of = {"peak memory": "share of the reference"}.get(line["group"], "share of the roofline")
+            of = of if info["candidate"] == OPERATOR else f"times as fast as {info['candidate']}"
+            verdict = "yes" if info["met"] else f"**no**, {info['target_value'] / info['target'] - 1:+.0%}"
+            numbers = f"{info['target']:.2f} | {info['target_value']:.2f}"
+            rows.append(f"| {line['group']} | {_device_workload(info)} | {of} | {numbers} | {verdict} |")
+    return "\n".join(rows)
+
+
+def _missing_table(lines: list[dict[str, Any]]) -> str:
+    counted: dict[tuple[str, str], int] = {}
+    for line in lines:
+        # The last line of a traceback names the error.
+        reason = line["reason"].strip().splitlines()[-1] if line["reason"].strip() else ""
+        place = line["test"] if line["outcome"] == "failed" else line["test"].partition("[")[0]
+        key = (f"{place}: {line['outcome']}", reason if line["outcome"] == "failed" else "out of time or not there")
+        counted[key] = counted.get(key, 0) + 1
+    rows = ["| tests | number | reason |", "| --- | --- | --- |"]
+    return "\n".join([*rows, *(f"| {what} | {number} | {why} |" for (what, why), number in counted.items())])
+
+
+def _device(environment: dict[str, Any]) -> str:
+    ceilings = [
+        f"{name.replace('_', ' ')}: {ceiling['bandwidth'] / 1e12:.2f} TB/s, "
+        + ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in ceiling["flop_rates"].items())
+        + f" ({ceiling['source']})"
+        for name, ceiling in environment.items()
+        if name.endswith("_ceilings")
+    ]
+    versions = f"torch {environment['torch']}, triton {environment['triton']}, CUDA {environment['cuda']}"
+    return "\n\n".join([f"{environment['device']}, {versions}, {environment['time']}", *ceilings])
+
+
+def _device_workload(info: dict[str, Any]) -> str:
+    dropout = f", dropout {info['dropout_p']:g}" if info["dropout_p"] else ""
+    return f"{info['batch']} x {info['pixels']}², {info['dtype']}{dropout}"
+
+
+def _times(info: dict[str, Any] | None) -> str:
+    if info is None:
+        return "-"
+    warm = info.get("warm_median_seconds")
+    cold = f"{info['median_seconds'] * MICROSECONDS:.1f}"
+    return cold if warm is None else f"{cold} / {warm * MICROSECONDS:.1f}"
+
+
+def _fraction(info: dict[str, Any] | None) -> str:
+    if info is None or "roofline_fraction" not in info:
+        return "-"
+    return f"{info['roofline_fraction']:.0%} ({info['bound']})"
+
+
+def _spread(info: dict[str, Any] | None) -> str:
+    return "-" if info is None or "ratio" not in info else "{:.3f} to {:.3f}".format(*info["ratio_quartiles"])
+
+
+def _against(info: dict[str, Any] | None) -> str:
+    if info is None:
+        return "-"
+    time = f"{info['median_seconds'] * MICROSECONDS:.1f} µs"
+    if "ratio" not in info:
+        return time
+    low, high = info["ratio_quartiles"]
+    variant = f" [{info['variant']}]" if info["candidate"] == "sdpa" else ""
+    return f"{time}, {info['ratio']:.2f}x ({low:.2f} to {high:.2f}){variant}"
+
+
 def main() -> None:
-    """Print the table of each record named on the command line."""
-    for path in sys.argv[1:]:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        print(machine(record), table(record), sep="\n\n", end="\n\n")
+    """Print the tables of each record named on the command line."""
+    for path in map(Path, sys.argv[1:]):
+        if path.suffix == ".jsonl":
+            print(device_report(read_lines(path)), end="\n\n")
+        else:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            print(machine(record), table(record), sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":
