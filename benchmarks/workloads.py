@@ -43,7 +43,7 @@ def block_entrant(problem: Problem, backend: str, passes: str, count: int, compi
     published = ChannelAttention(problem.segments, problem.heads, dropout=problem.dropout_p, backend="reference")
     published.to(problem.device, problem.dtype).train()
     (module,) = on_backends(published, backend)
-    function = compiled(module) if compile_it else module
+    function = compiled(module, problem.device) if compile_it else module
     prepared = block_calls(problem, count, tuple(module.parameters()))
     sample = timing.sampler(function, passes, prepared)
     sample()
