@@ -186,3 +186,23 @@ def test_targets_are_noted_as_met_or_missed():
     assert not target_notes(2.5, 2.4)["met"]
     assert target_notes(0.25, 0.2, at_most=True)["met"]
     assert target_notes(None, 2.0) == target_notes(2.0, None) == {}
+
+
+def test_profile_keeps_the_longest_kernels_and_not_their_launches():
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(key="launch", device_type=cpu, self_device_time_total=90.0),
+        SimpleNamespace(key="short", device_type=cuda, self_device_time_total=1.0),
+        SimpleNamespace(key="x" * 500 + "a", device_type=cuda, self_device_time_total=2.0),
+        SimpleNamespace(key="x" * 500 + "b", device_type=cuda, self_device_time_total=3.0),
+    ]
+    assert list(timing.longest_kernels(events).items()) == [("x" * timing.KERNEL_NAME_LENGTH, 5.0), ("short", 1.0)]
+
+
+def test_the_profiler_describes_events_as_expected():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(2).sum()
+    (event, *_) = profile.key_averages()
+    assert event.device_type == torch.autograd.DeviceType.CPU
+    assert event.self_device_time_total == 0
+    assert timing.longest_kernels(profile.key_averages()) == {}
