@@ -1,13 +1,13 @@
 """Triton kernels of the packed layer norms: a row of tokens is read once, for all its scales and for their whole.
 
-A program holds rows whole, one tile a scale, so that means and variances are taken of registers. Statistics are
+A program holds a row whole, one tile a scale, so that means and variances are taken of registers. Statistics are
 float32, and backward takes them again instead of reading them. Gradients by weights and biases are summed over the
 rows of a program, then over programs in a fixed order.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,45 +16,39 @@ from torch import Tensor
 
 from ..partial_sums import add_parts
 
-# Elements a program holds of one tensor: 32 a thread. Backward holds up to seven such tensors, which is what fits into
-# the registers of a thread. Four warps and a row of up to 1024 channels make about one warp a row.
-ELEMENTS_A_PROGRAM = 4096
-NUM_WARPS = 4
-MOST_WARPS = 32
 
-# Backward's programs loop over rows, as each writes a partial sum as long as a row: two for each of 132
-# multiprocessors. A constant, so that results do not depend on the GPU's size.
-BACKWARD_PROGRAMS = 2 * 132
+class Warps(NamedTuple):
+    """How many warps hold a row."""
+
+    channels_a_warp: int
+    most: int
 
 
-@triton.jit
-def _zeros(ROWS: tl.constexpr, TILE: tl.constexpr):
-    return tl.zeros([ROWS, TILE], tl.float32)
+# Forward, a thread holds 32 channels. Backward it holds 8, beside as many of both gradients, of four sums over rows and
+# of two weights: 16 spill, except in 8 warps, which may have more registers a thread than 16 warps.
+FORWARD_WARPS = Warps(1024, 32)
+BACKWARD_WARPS = Warps(256, 8)
 
-
-@triton.jit
-def _load(ptr, packed_offsets, offs_channel, mask_row, WIDTH: tl.constexpr):
-    """Rows of one scale in float32, zero outside of them."""
-    mask = mask_row[:, None] & (offs_channel < WIDTH)[None, :]
-    offsets = packed_offsets[:, None] + offs_channel[None, :]
-    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [ROWS, TILE]
+# Backward's programs loop over rows, as each writes partial sums as long as a row: four for each of 132
+# multiprocessors (a constant, so that results do not depend on the GPU), of at least four rows each.
+BACKWARD_PROGRAMS = 4 * 132
+FEWEST_ROWS = 4
 
 
 @triton.jit
-def _load_channels(ptr, offs_channel, WIDTH: tl.constexpr):
-    return tl.load(ptr + offs_channel, mask=offs_channel < WIDTH, other=0.0).to(tl.float32)[None, :]  # [1, TILE]
+def _zeros(TILE: tl.constexpr):
+    return tl.zeros([TILE], tl.float32)
 
 
 @triton.jit
-def _store(ptr, packed_offsets, offs_channel, mask_row, values, WIDTH: tl.constexpr):
-    mask = mask_row[:, None] & (offs_channel < WIDTH)[None, :]
-    offsets = packed_offsets[:, None] + offs_channel[None, :]
-    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=mask)
+def _load(ptr, offs_channel, WIDTH: tl.constexpr):
+    """Channels of one scale in float32, zero behind them."""
+    return tl.load(ptr + offs_channel, mask=offs_channel < WIDTH, other=0.0).to(tl.float32)  # [TILE]
 
 
 @triton.jit
-def _centre(tokens, mean, offs_channel, WIDTH: tl.constexpr):
-    return tl.where((offs_channel < WIDTH)[None, :], tokens - mean[:, None], 0.0)  # [ROWS, TILE]
+def _store(ptr, offs_channel, values, WIDTH: tl.constexpr):
+    tl.store(ptr + offs_channel, values.to(ptr.dtype.element_ty), mask=offs_channel < WIDTH)
 
 
 @triton.jit
@@ -65,90 +59,99 @@ def _inverse_deviation(sum_of_squares, remainder, width, eps):
 
 @triton.jit
 def _standardise(tokens, offs_channel, eps, WIDTH: tl.constexpr):
-    """Rows of one scale with mean 0 and variance 1, and the factor that made the variance so.
+    """The channels of one scale with mean 0 and variance 1, and the factor that made the variance so.
 
     The mean of a row far from zero is rounded, so the mean of the centred row is subtracted once more.
     """
-    centred = _centre(tokens, tl.sum(tokens, axis=1) / WIDTH, offs_channel, WIDTH)
-    remainder = tl.sum(centred, axis=1) / WIDTH
-    factor = _inverse_deviation(tl.sum(centred * centred, axis=1), remainder, WIDTH, eps)  # [ROWS]
-    return (centred - remainder[:, None]) * factor[:, None], factor
+    centred = tl.where(offs_channel < WIDTH, tokens - tl.sum(tokens) / WIDTH, 0.0)  # [TILE]
+    remainder = tl.sum(centred) / WIDTH
+    factor = _inverse_deviation(tl.sum(centred * centred), remainder, WIDTH, eps)
+    return (centred - remainder) * factor, factor
 
 
 @triton.jit
-def _standardise_whole(tokens, eps, WIDTHS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """:func:`_standardise` of rows that lie in several tiles."""
-    mean = tl.sum(tokens[0], axis=1)
-    for scale in tl.static_range(1, len(WIDTHS)):
-        mean += tl.sum(tokens[scale], axis=1)
-    mean = mean / WIDTH
-    remainder = tl.zeros_like(mean)
-    sum_of_squares = tl.zeros_like(mean)
+def _standardise_whole(tokens, eps, WIDTHS: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr):
+    """:func:`_standardise` of all scales together."""
+    mean = 0.0
+    for scale in tl.static_range(len(WIDTHS)):
+        mean += tl.sum(tokens[scale])
+    mean = mean / PACKED
+    remainder = 0.0
+    sum_of_squares = 0.0
     centred = ()
     for scale in tl.static_range(len(WIDTHS)):
-        tile = _centre(tokens[scale], mean, tl.arange(0, TILES[scale]), WIDTHS[scale])
-        remainder += tl.sum(tile, axis=1)
-        sum_of_squares += tl.sum(tile * tile, axis=1)
+        tile = tl.where(tl.arange(0, TILES[scale]) < WIDTHS[scale], tokens[scale] - mean, 0.0)  # [TILE]
+        remainder += tl.sum(tile)
+        sum_of_squares += tl.sum(tile * tile)
         centred = centred + (tile,)
-    remainder = remainder / WIDTH
-    factor = _inverse_deviation(sum_of_squares, remainder, WIDTH, eps)  # [ROWS]
+    remainder = remainder / PACKED
+    factor = _inverse_deviation(sum_of_squares, remainder, PACKED, eps)
     standardised = ()
     for scale in tl.static_range(len(WIDTHS)):
-        standardised = standardised + ((centred[scale] - remainder[:, None]) * factor[:, None],)
+        standardised = standardised + ((centred[scale] - remainder) * factor,)
     return standardised, factor
 
 
 @triton.jit
-def _scale_and_shift(standardised, weight_ptr, bias_ptr, offs_channel, WIDTH: tl.constexpr):
-    return standardised * _load_channels(weight_ptr, offs_channel, WIDTH) + _load_channels(
-        bias_ptr, offs_channel, WIDTH
-    )
-
-
-@triton.jit
-def _gradient_through(d_standardised, standardised, mean, slope, factor):
-    """The gradient by rows, given that by standardised rows and its means, plain and against the standardised rows."""
-    return (d_standardised - mean[:, None] - standardised * slope[:, None]) * factor[:, None]
+def _affine(standardised, weight_ptr, bias_ptr, offs_channel, WIDTH: tl.constexpr):
+    return standardised * _load(weight_ptr, offs_channel, WIDTH) + _load(bias_ptr, offs_channel, WIDTH)
 
 
 @triton.jit
 def _scale_gradient(tokens, gradient, weight_ptr, offs_channel, eps, WIDTH: tl.constexpr):
-    """The gradient by the rows of one scale, and each row's part of the gradient by the weight."""
+    """The gradient by the channels of one scale, and this row's part of the gradient by the weight."""
     standardised, factor = _standardise(tokens, offs_channel, eps, WIDTH)
-    d_standardised = gradient * _load_channels(weight_ptr, offs_channel, WIDTH)
-    mean = tl.sum(d_standardised, axis=1) / WIDTH
-    slope = tl.sum(d_standardised * standardised, axis=1) / WIDTH
-    return _gradient_through(d_standardised, standardised, mean, slope, factor), gradient * standardised
+    d_standardised = gradient * _load(weight_ptr, offs_channel, WIDTH)
+    mean = tl.sum(d_standardised) / WIDTH
+    slope = tl.sum(d_standardised * standardised) / WIDTH
+    return (d_standardised - mean - standardised * slope) * factor, gradient * standardised
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _load_row(ptr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, TILES: tl.constexpr):
+    tiles = ()
+    for scale in tl.static_range(len(WIDTHS)):
+        tiles = tiles + (_load(ptr + STARTS[scale], tl.arange(0, TILES[scale]), WIDTHS[scale]),)
+    return tiles
+
+
+@triton.jit
+def _zero_row(TILES: tl.constexpr):
+    tiles = ()
+    for scale in tl.static_range(len(TILES)):
+        tiles = tiles + (_zeros(TILES[scale]),)
+    return tiles
+
+
+@triton.jit
+def _store_row(ptr, tiles, WIDTHS: tl.constexpr, STARTS: tl.constexpr, TILES: tl.constexpr):
+    for scale in tl.static_range(len(WIDTHS)):
+        _store(ptr + STARTS[scale], tl.arange(0, TILES[scale]), tiles[scale], WIDTHS[scale])
+
+
+@triton.jit
 def _normalise(
     tokens_ptr,
     weight_ptr,
     bias_ptr,
     output_ptr,
-    rows,
     eps,
     WIDTHS: tl.constexpr,
     STARTS: tl.constexpr,
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    offs_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask_row = offs_row < rows
+    row_offset = tl.program_id(0).to(tl.int64) * PACKED
     for scale in tl.static_range(len(WIDTHS)):
+        start = STARTS[scale]
         offs_channel = tl.arange(0, TILES[scale])
-        offsets = offs_row.to(tl.int64) * PACKED + STARTS[scale]
-        tokens = _load(tokens_ptr, offsets, offs_channel, mask_row, WIDTHS[scale])  # [ROWS, TILE]
+        tokens = _load(tokens_ptr + row_offset + start, offs_channel, WIDTHS[scale])  # [TILE]
         standardised, _ = _standardise(tokens, offs_channel, eps, WIDTHS[scale])
-        output = _scale_and_shift(
-            standardised, weight_ptr + STARTS[scale], bias_ptr + STARTS[scale], offs_channel, WIDTHS[scale]
-        )
-        _store(output_ptr, offsets, offs_channel, mask_row, output, WIDTHS[scale])
+        output = _affine(standardised, weight_ptr + start, bias_ptr + start, offs_channel, WIDTHS[scale])
+        _store(output_ptr + row_offset + start, offs_channel, output, WIDTHS[scale])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _normalise_twice(
     tokens_ptr,
     weight_ptr,
@@ -157,35 +160,25 @@ def _normalise_twice(
     context_bias_ptr,
     output_ptr,
     context_ptr,
-    rows,
     eps,
     WIDTHS: tl.constexpr,
     STARTS: tl.constexpr,
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    offs_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask_row = offs_row < rows
-    row_offsets = offs_row.to(tl.int64) * PACKED
-    tokens = _load_row(tokens_ptr, row_offsets, mask_row, WIDTHS, STARTS, TILES)
+    row_offset = tl.program_id(0).to(tl.int64) * PACKED
+    tokens = _load_row(tokens_ptr + row_offset, WIDTHS, STARTS, TILES)
     whole, _ = _standardise_whole(tokens, eps, WIDTHS, TILES, PACKED)
     for scale in tl.static_range(len(WIDTHS)):
+        start = STARTS[scale]
         offs_channel = tl.arange(0, TILES[scale])
-        offsets = row_offsets + STARTS[scale]
         standardised, _ = _standardise(tokens[scale], offs_channel, eps, WIDTHS[scale])
-        output = _scale_and_shift(
-            standardised, weight_ptr + STARTS[scale], bias_ptr + STARTS[scale], offs_channel, WIDTHS[scale]
+        output = _affine(standardised, weight_ptr + start, bias_ptr + start, offs_channel, WIDTHS[scale])
+        _store(output_ptr + row_offset + start, offs_channel, output, WIDTHS[scale])
+        context = _affine(
+            whole[scale], context_weight_ptr + start, context_bias_ptr + start, offs_channel, WIDTHS[scale]
         )
-        _store(output_ptr, offsets, offs_channel, mask_row, output, WIDTHS[scale])
-        context = _scale_and_shift(
-            whole[scale],
-            context_weight_ptr + STARTS[scale],
-            context_bias_ptr + STARTS[scale],
-            offs_channel,
-            WIDTHS[scale],
-        )
-        _store(context_ptr, offsets, offs_channel, mask_row, context, WIDTHS[scale])
+        _store(context_ptr + row_offset + start, offs_channel, context, WIDTHS[scale])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -201,32 +194,29 @@ def _backward(
     STARTS: tl.constexpr,
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """The gradient by the tokens, and this program's part of [d_weight, d_bias]."""
-    d_weight = _zero_row(ROWS, TILES)
-    d_bias = _zero_row(ROWS, TILES)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        offs_row = block * ROWS + tl.arange(0, ROWS)
-        mask_row = offs_row < rows
+    d_weight = _zero_row(TILES)
+    d_bias = _zero_row(TILES)
+    row_offset = tl.program_id(0).to(tl.int64) * PACKED
+    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
         row_d_weight = ()
         row_d_bias = ()
         for scale in tl.static_range(len(WIDTHS)):
+            start = STARTS[scale]
             offs_channel = tl.arange(0, TILES[scale])
-            offsets = offs_row.to(tl.int64) * PACKED + STARTS[scale]
-            tokens = _load(tokens_ptr, offsets, offs_channel, mask_row, WIDTHS[scale])  # [ROWS, TILE]
-            gradient = _load(gradient_ptr, offsets, offs_channel, mask_row, WIDTHS[scale])  # [ROWS, TILE]
-            d_tokens, against_standardised = _scale_gradient(
-                tokens, gradient, weight_ptr + STARTS[scale], offs_channel, eps, WIDTHS[scale]
-            )
-            _store(d_tokens_ptr, offsets, offs_channel, mask_row, d_tokens, WIDTHS[scale])
-            row_d_weight = row_d_weight + (d_weight[scale] + against_standardised,)
+            tokens = _load(tokens_ptr + row_offset + start, offs_channel, WIDTHS[scale])  # [TILE]
+            gradient = _load(gradient_ptr + row_offset + start, offs_channel, WIDTHS[scale])  # [TILE]
+            d_tokens, weighted = _scale_gradient(tokens, gradient, weight_ptr + start, offs_channel, eps, WIDTHS[scale])
+            _store(d_tokens_ptr + row_offset + start, offs_channel, d_tokens, WIDTHS[scale])
+            row_d_weight = row_d_weight + (d_weight[scale] + weighted,)
             row_d_bias = row_d_bias + (d_bias[scale] + gradient,)
         d_weight = row_d_weight
         d_bias = row_d_bias
+        row_offset += tl.num_programs(0).to(tl.int64) * PACKED
     parts_ptr += tl.program_id(0).to(tl.int64) * (2 * PACKED)
-    _store_part(parts_ptr, d_weight, WIDTHS, STARTS, TILES)
-    _store_part(parts_ptr + PACKED, d_bias, WIDTHS, STARTS, TILES)
+    _store_row(parts_ptr, d_weight, WIDTHS, STARTS, TILES)
+    _store_row(parts_ptr + PACKED, d_bias, WIDTHS, STARTS, TILES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -244,84 +234,57 @@ def _backward_twice(
     STARTS: tl.constexpr,
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """The gradient by the tokens, and this program's part of [d_weight, d_bias, d_context_weight, d_context_bias]."""
-    d_weight = _zero_row(ROWS, TILES)
-    d_bias = _zero_row(ROWS, TILES)
-    d_context_weight = _zero_row(ROWS, TILES)
-    d_context_bias = _zero_row(ROWS, TILES)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        offs_row = block * ROWS + tl.arange(0, ROWS)
-        mask_row = offs_row < rows
-        row_offsets = offs_row.to(tl.int64) * PACKED
-        tokens = _load_row(tokens_ptr, row_offsets, mask_row, WIDTHS, STARTS, TILES)
+    d_weight = _zero_row(TILES)
+    d_bias = _zero_row(TILES)
+    d_context_weight = _zero_row(TILES)
+    d_context_bias = _zero_row(TILES)
+    row_offset = tl.program_id(0).to(tl.int64) * PACKED
+    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
+        tokens = _load_row(tokens_ptr + row_offset, WIDTHS, STARTS, TILES)
         whole, factor = _standardise_whole(tokens, eps, WIDTHS, TILES, PACKED)
-
-        mean = tl.zeros_like(factor)
-        slope = tl.zeros_like(factor)
+        mean = 0.0
+        slope = 0.0
         d_whole = ()
         row_d_weight = ()
         row_d_bias = ()
         for scale in tl.static_range(len(WIDTHS)):
+            start = STARTS[scale]
             offs_channel = tl.arange(0, TILES[scale])
-            gradient = _load(
-                context_gradient_ptr, row_offsets + STARTS[scale], offs_channel, mask_row, WIDTHS[scale]
-            )  # [ROWS, TILE]
-            d_scale = gradient * _load_channels(context_weight_ptr + STARTS[scale], offs_channel, WIDTHS[scale])
-            mean += tl.sum(d_scale, axis=1) / PACKED
-            slope += tl.sum(d_scale * whole[scale], axis=1) / PACKED
+            gradient = _load(context_gradient_ptr + row_offset + start, offs_channel, WIDTHS[scale])  # [TILE]
+            d_scale = gradient * _load(context_weight_ptr + start, offs_channel, WIDTHS[scale])
+            mean += tl.sum(d_scale)
+            slope += tl.sum(d_scale * whole[scale])
             d_whole = d_whole + (d_scale,)
             row_d_weight = row_d_weight + (d_context_weight[scale] + gradient * whole[scale],)
             row_d_bias = row_d_bias + (d_context_bias[scale] + gradient,)
+        mean = mean / PACKED
+        slope = slope / PACKED
         d_context_weight = row_d_weight
         d_context_bias = row_d_bias
 
         row_d_weight = ()
         row_d_bias = ()
         for scale in tl.static_range(len(WIDTHS)):
+            start = STARTS[scale]
             offs_channel = tl.arange(0, TILES[scale])
-            offsets = row_offsets + STARTS[scale]
-            gradient = _load(gradient_ptr, offsets, offs_channel, mask_row, WIDTHS[scale])  # [ROWS, TILE]
-            d_tokens, against_standardised = _scale_gradient(
-                tokens[scale], gradient, weight_ptr + STARTS[scale], offs_channel, eps, WIDTHS[scale]
+            gradient = _load(gradient_ptr + row_offset + start, offs_channel, WIDTHS[scale])  # [TILE]
+            d_tokens, weighted = _scale_gradient(
+                tokens[scale], gradient, weight_ptr + start, offs_channel, eps, WIDTHS[scale]
             )
-            d_tokens += _gradient_through(d_whole[scale], whole[scale], mean, slope, factor)
-            _store(d_tokens_ptr, offsets, offs_channel, mask_row, d_tokens, WIDTHS[scale])
-            row_d_weight = row_d_weight + (d_weight[scale] + against_standardised,)
+            d_tokens += (d_whole[scale] - mean - whole[scale] * slope) * factor
+            _store(d_tokens_ptr + row_offset + start, offs_channel, d_tokens, WIDTHS[scale])
+            row_d_weight = row_d_weight + (d_weight[scale] + weighted,)
             row_d_bias = row_d_bias + (d_bias[scale] + gradient,)
         d_weight = row_d_weight
         d_bias = row_d_bias
+        row_offset += tl.num_programs(0).to(tl.int64) * PACKED
     parts_ptr += tl.program_id(0).to(tl.int64) * (4 * PACKED)
-    _store_part(parts_ptr, d_weight, WIDTHS, STARTS, TILES)
-    _store_part(parts_ptr + PACKED, d_bias, WIDTHS, STARTS, TILES)
-    _store_part(parts_ptr + 2 * PACKED, d_context_weight, WIDTHS, STARTS, TILES)
-    _store_part(parts_ptr + 3 * PACKED, d_context_bias, WIDTHS, STARTS, TILES)
-
-
-@triton.jit
-def _load_row(ptr, row_offsets, mask_row, WIDTHS: tl.constexpr, STARTS: tl.constexpr, TILES: tl.constexpr):
-    tiles = ()
-    for scale in tl.static_range(len(WIDTHS)):
-        tile = _load(ptr, row_offsets + STARTS[scale], tl.arange(0, TILES[scale]), mask_row, WIDTHS[scale])
-        tiles = tiles + (tile,)
-    return tiles
-
-
-@triton.jit
-def _zero_row(ROWS: tl.constexpr, TILES: tl.constexpr):
-    tiles = ()
-    for scale in tl.static_range(len(TILES)):
-        tiles = tiles + (_zeros(ROWS, TILES[scale]),)
-    return tiles
-
-
-@triton.jit
-def _store_part(part_ptr, sums, WIDTHS: tl.constexpr, STARTS: tl.constexpr, TILES: tl.constexpr):
-    for scale in tl.static_range(len(WIDTHS)):
-        offs_channel = tl.arange(0, TILES[scale])
-        part = tl.sum(sums[scale], axis=0)  # [TILE]
-        tl.store(part_ptr + STARTS[scale] + offs_channel, part, mask=offs_channel < WIDTHS[scale])
+    _store_row(parts_ptr, d_weight, WIDTHS, STARTS, TILES)
+    _store_row(parts_ptr + PACKED, d_bias, WIDTHS, STARTS, TILES)
+    _store_row(parts_ptr + 2 * PACKED, d_context_weight, WIDTHS, STARTS, TILES)
+    _store_row(parts_ptr + 3 * PACKED, d_context_bias, WIDTHS, STARTS, TILES)
 
 
 def packed_layer_norm(
@@ -332,10 +295,9 @@ def packed_layer_norm(
     if output.numel() == 0:
         return output
     tokens = tokens.contiguous()
-    rows, layout, num_warps = _layout(tokens, segments)
     with torch.cuda.device_of(tokens):
-        _normalise[(triton.cdiv(rows, layout["ROWS"]),)](
-            tokens, weight.contiguous(), bias.contiguous(), output, rows, eps, **layout, num_warps=num_warps
+        _normalise[(tokens.shape[0] * tokens.shape[1],)](
+            tokens, weight.contiguous(), bias.contiguous(), output, eps, **_layout(segments, FORWARD_WARPS)
         )
     return output
 
@@ -356,11 +318,10 @@ def cross_layer_norm(
     if output.numel() == 0:
         return output, context
     tokens = tokens.contiguous()
-    rows, layout, num_warps = _layout(tokens, segments)
     channels = [vector.contiguous() for vector in (weight, bias, context_weight, context_bias)]
     with torch.cuda.device_of(tokens):
-        _normalise_twice[(triton.cdiv(rows, layout["ROWS"]),)](
-            tokens, *channels, output, context, rows, eps, **layout, num_warps=num_warps
+        _normalise_twice[(tokens.shape[0] * tokens.shape[1],)](
+            tokens, *channels, output, context, eps, **_layout(segments, FORWARD_WARPS)
         )
     return output, context
 
@@ -373,8 +334,8 @@ def packed_layer_norm_backward(
     if tokens.numel() == 0:
         return d_tokens, weight.new_zeros(2, tokens.shape[-1])
     tokens = tokens.contiguous()
-    rows, layout, num_warps = _layout(tokens, segments)
-    programs = min(triton.cdiv(rows, layout["ROWS"]), BACKWARD_PROGRAMS)
+    rows = tokens.shape[0] * tokens.shape[1]
+    programs = min(triton.cdiv(rows, FEWEST_ROWS), BACKWARD_PROGRAMS)
     parts = torch.empty(programs, 2 * tokens.shape[-1], dtype=torch.float32, device=tokens.device)
     with torch.cuda.device_of(tokens):
         _backward[(programs,)](
@@ -385,8 +346,7 @@ def packed_layer_norm_backward(
             parts,
             rows,
             eps,
-            **layout,
-            num_warps=num_warps,
+            **_layout(segments, BACKWARD_WARPS),
         )
     return d_tokens, add_parts(parts, weight.dtype).view(2, -1)
 
@@ -405,8 +365,8 @@ def cross_layer_norm_backward(
     if tokens.numel() == 0:
         return d_tokens, weight.new_zeros(4, tokens.shape[-1])
     tokens = tokens.contiguous()
-    rows, layout, num_warps = _layout(tokens, segments)
-    programs = min(triton.cdiv(rows, layout["ROWS"]), BACKWARD_PROGRAMS)
+    rows = tokens.shape[0] * tokens.shape[1]
+    programs = min(triton.cdiv(rows, FEWEST_ROWS), BACKWARD_PROGRAMS)
     parts = torch.empty(programs, 4 * tokens.shape[-1], dtype=torch.float32, device=tokens.device)
     with torch.cuda.device_of(tokens):
         _backward_twice[(programs,)](
@@ -419,22 +379,18 @@ def cross_layer_norm_backward(
             parts,
             rows,
             eps,
-            **layout,
-            num_warps=num_warps,
+            **_layout(segments, BACKWARD_WARPS),
         )
     return d_tokens, add_parts(parts, weight.dtype).view(4, -1)
 
 
-def _layout(tokens: Tensor, segments: Sequence[int]) -> tuple[int, dict[str, Any], int]:
-    """Rows, how kernels lay them out, and warps."""
+def _layout(segments: Sequence[int], warps: Warps) -> dict[str, Any]:
+    """The constants of a kernel and its warps; a tile is the least power of two that holds its scale."""
     tiles = tuple(triton.next_power_of_2(width) for width in segments)
-    size = triton.next_power_of_2(sum(tiles))
-    layout = {
+    return {
         "WIDTHS": tuple(segments),
         "STARTS": tuple(accumulate(segments, initial=0))[:-1],
         "TILES": tiles,
         "PACKED": sum(segments),
-        "ROWS": max(1, ELEMENTS_A_PROGRAM // size),
+        "num_warps": min(triton.next_power_of_2(triton.cdiv(sum(tiles), warps.channels_a_warp)), warps.most),
     }
-    num_warps = min(NUM_WARPS * max(1, size // ELEMENTS_A_PROGRAM), MOST_WARPS)
-    return tokens.shape[0] * tokens.shape[1], layout, num_warps
