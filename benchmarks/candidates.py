@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uctrans.kernels import channel_attention
-from uctrans.kernels.channel_attention import composed, reference
 
 from .timing import Call
 
@@ -85,7 +84,10 @@ class Problem:
 
 
 def calls(problem: Problem, count: int) -> list[Call]:
-    """So many calls, each with a query, key, value and output gradient of its own, all standard normal numbers."""
+    """So many calls, each with a query, key, value and output gradient of its own, all standard normal numbers.
+
+    All are contiguous, which the matrix products of the paper's steps like best; the operator takes any strides.
+    """
     generator = torch.Generator(problem.device).manual_seed(0)
     channels, key_channels = sum(problem.segments), problem.key_channels
     lead = (problem.batch, problem.heads, problem.tokens)
@@ -102,17 +104,13 @@ def calls(problem: Problem, count: int) -> list[Call]:
 
 def variants(candidate: str, problem: Problem) -> dict[str, Attend]:
     """The forms that ``candidate`` is offered in, by name; those of SDPA are compiled by :func:`compiled_sdpa`."""
-    arguments = (list(problem.segments), problem.dropout_p, EPS)
     if candidate == OPERATOR:
         backend = operator_backend(problem.device)
-        return {backend: lambda q, k, v: _operator(q, k, v, problem, backend)}
-    if candidate == "reference":
-        return {"eager": lambda q, k, v: reference.channel_attention(q, k, v, *arguments)}
-    if candidate == "composed":
-        return {"eager": lambda q, k, v: composed.channel_attention(q, k, v, *arguments)}
+        return {backend: on_backend(backend, problem)}
+    if candidate in ("reference", "composed"):
+        return {"eager": on_backend(candidate, problem)}
     if candidate == "reference compiled":
-        steps = compiled(lambda q, k, v: reference.channel_attention(q, k, v, *arguments), problem.device)
-        return {COMPILE_MODES[problem.device]: steps}
+        return {COMPILE_MODES[problem.device]: compiled(on_backend("reference", problem), problem.device)}
     if candidate == "sdpa":
         return {name: sdpa_on(name, problem) for name in SDPA_BACKENDS}
     raise ValueError(f"unknown candidate {candidate!r}; choose one of {', '.join(CANDIDATES)}")
@@ -123,8 +121,14 @@ def operator_backend(device: str) -> str:
     return "triton" if torch.device(device).type == "cuda" else "auto"
 
 
-def _operator(query: Tensor, key: Tensor, value: Tensor, problem: Problem, backend: str) -> Tensor:
-    return channel_attention(query, key, value, problem.segments, dropout_p=problem.dropout_p, eps=EPS, backend=backend)
+def on_backend(backend: str, problem: Problem) -> Attend:
+    """``channel_attention`` of ``problem`` on one of its backends."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        settings = {"dropout_p": problem.dropout_p, "eps": EPS, "backend": backend}
+        return channel_attention(query, key, value, problem.segments, **settings)
+
+    return attend
 
 
 def compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:

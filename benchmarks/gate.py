@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from uctrans.kernels.channel_attention import reference
-
-from .candidates import EPS, Problem
+from .candidates import Problem, on_backend
 from .timing import Call, run_pass
 
 # ‖result - exact‖ / ‖exact‖. The paper's own steps reach 4e-7, 1e-3 and 9e-3 at 224 pixels.
@@ -32,7 +31,7 @@ def assert_exact(
     runs in float64; by default, the paper's steps of channel attention.
     """
     images = sorted({0, problem.batch - 1})
-    exact = _exact(published or _paper(problem), call, images, with_gradients=passes != "forward")
+    exact = _exact(published or on_backend("reference", problem), call, images, with_gradients=passes != "forward")
     expected = {"forward": exact[:1], "backward": exact[1:], "both": exact}[passes]
     errors = [relative_error(result[images], wanted) for result, wanted in zip(results, expected, strict=True)]
     tolerance = TOLERANCES[problem.dtype]
@@ -49,7 +48,7 @@ def assert_drops(problem: Problem, function: Callable[..., Tensor], passes: str,
     Gradients are recorded while it runs, or not, as ``passes`` asks.
     """
     images = sorted({0, problem.batch - 1})
-    exact = _exact(_paper(problem), call, images, with_gradients=False)[0]
+    exact = _exact(on_backend("reference", replace(problem, dropout_p=0.0)), call, images, with_gradients=False)[0]
     with torch.set_grad_enabled(passes != "forward"):
         total = sum(function(*call.arguments).detach()[images].double() for _ in range(DRAWS))
     error = relative_error(total / DRAWS, exact)
@@ -60,10 +59,6 @@ def assert_drops(problem: Problem, function: Callable[..., Tensor], passes: str,
 def relative_error(result: Tensor, exact: Tensor) -> float:
     """Frobenius norm of the difference over that of ``exact``."""
     return (torch.linalg.vector_norm(result.double() - exact) / torch.linalg.vector_norm(exact)).item()
-
-
-def _paper(problem: Problem) -> Callable[..., Tensor]:
-    return lambda q, k, v: reference.channel_attention(q, k, v, list(problem.segments), 0.0, EPS)
 
 
 def _exact(published: Callable[..., Tensor], call: Call, images: list[int], with_gradients: bool) -> tuple[Tensor, ...]:

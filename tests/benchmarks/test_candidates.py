@@ -6,7 +6,7 @@ import torch
 from benchmarks import gate, selection
 from benchmarks.candidates import CANDIDATES, Problem, calls, score_variances, sdpa, sdpa_on, variants
 from benchmarks.timing import run_pass
-from uctrans.kernels.channel_attention import reference
+from uctrans.kernels import channel_attention
 
 SMALL = Problem(32, 2, torch.float32, segments=(4, 12), heads=2, patch=8, device="cpu")
 DROPPING = Problem(32, 2, torch.float32, 0.25, segments=(24, 40), heads=2, patch=8, device="cpu")
@@ -55,7 +55,7 @@ def test_sdpa_matches_the_paper_with_padding_and_either_form_of_the_variance(tok
     generator = torch.Generator().manual_seed(tokens)
     query, key, value = (torch.randn(2, 2, tokens, 16, generator=generator, dtype=torch.float64) for _ in range(3))
     ours = sdpa(query, key, value, segments, 0.0, 1e-5)
-    torch.testing.assert_close(ours, reference.channel_attention(query, key, value, segments, 0.0, 1e-5))
+    torch.testing.assert_close(ours, channel_attention(query, key, value, segments, backend="reference"))
     scores = query.transpose(-1, -2) @ key / 4
     direct = [block.var((-1, -2), correction=0) for block in scores.split(segments, dim=2)]
     for variance, wanted in zip(score_variances(query, key, segments), direct, strict=True):
@@ -94,7 +94,7 @@ def test_another_rate_of_dropout_does_not_race(rate):
     (call,) = calls(DROPPING, 1)
 
     def function(query, key, value):
-        return reference.channel_attention(query, key, value, list(DROPPING.segments), rate, 1e-5)
+        return channel_attention(query, key, value, DROPPING.segments, dropout_p=rate, backend="reference")
 
     with pytest.raises(AssertionError, match="is off by"):
         gate.assert_drops(DROPPING, function, "forward", call)
