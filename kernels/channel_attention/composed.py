@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dropout import keep_mask, keep_scale, row_keys
 from ..precision import statistics_dtype
 
 # Random bits of dropout: a 64-bit draw is read as four 16-bit lanes.
@@ -23,36 +24,45 @@ LANE_LEVELS = 2**16
 
 
 def channel_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], dropout_p: float, eps: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[int],
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C)."""
     heads = query.shape[1]
+    drop = Dropout(dropout_p, seed, heads)
     scale = 1 / math.sqrt(key.shape[-1])
     mixed: Tensor | None = None
     # unbind, not an index: its backward writes each head's gradient once, an index pads it with zeros for all heads.
-    for head_query, head_key, head_value in zip(query.unbind(1), key.unbind(1), value.unbind(1), strict=True):
+    for head, (head_query, head_key, head_value) in enumerate(
+        zip(query.unbind(1), key.unbind(1), value.unbind(1), strict=True)
+    ):
         scores = (head_query * scale).transpose(1, 2) @ head_key  # [B, sum C, S]
-        attention, rescale = _drop(_tempered_softmax(scores, segments, eps), dropout_p)
+        attention = drop(_tempered_softmax(scores, segments, eps), head)
         # One head after another lands in the same sum: the products of single heads are never held side by side.
         contribution = head_value @ attention.transpose(1, 2)  # [B, N, sum C]
         mixed = contribution if mixed is None else mixed + contribution
-    return mixed * (rescale / heads)
+    return mixed * (drop.rescale / heads)
 
 
 def project_then_attend(
     tokens: Tensor,
     context: Tensor,
     query_weights: Sequence[Tensor],
-    key_weight: Tensor,
-    value_weight: Tensor,
+    key_value_weight: Tensor,
     dropout_p: float,
     eps: float,
+    seed: Tensor | None,
 ) -> Tensor:
-    """Projections first: one product for keys, one for values, one a scale for the queries of all heads."""
-    heads = key_weight.shape[0]
+    """Projections first: one product for the keys and values, one a scale for the queries, each for all heads."""
+    heads = key_value_weight.shape[1]
     segments = _segments(query_weights)
-    key = F.linear(context, key_weight.flatten(0, 1)).unflatten(-1, (heads, -1)).transpose(1, 2)
-    value = F.linear(context, value_weight.flatten(0, 1)).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, (2, heads, -1))
+    key, value = key_value.transpose(1, 3).unbind(2)
     query = torch.cat(
         [
             F.linear(scale_tokens, weights.flatten(0, 1)).unflatten(-1, (heads, -1))
@@ -60,30 +70,32 @@ def project_then_attend(
         ],
         dim=-1,
     ).transpose(1, 2)
-    return channel_attention(query, key, value, segments, dropout_p, eps)
+    return channel_attention(query, key, value, segments, dropout_p, eps, seed)
 
 
 def correlate_then_attend(
     tokens: Tensor,
     context: Tensor,
     query_weights: Sequence[Tensor],
-    key_weight: Tensor,
-    value_weight: Tensor,
+    key_value_weight: Tensor,
     dropout_p: float,
     eps: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """Token correlation first: ``T^T T`` is shared by all heads, and only it and the last product see the tokens."""
-    heads = key_weight.shape[0]
+    heads = key_value_weight.shape[1]
     segments = _segments(query_weights)
+    drop = Dropout(dropout_p, seed, heads)
     correlation = _correlation(tokens, context)
     mixing: Tensor | None = None
+    key_weight, value_weight = key_value_weight.unbind(0)
     head_weights = zip(_by_head(query_weights), key_weight.unbind(0), value_weight.unbind(0), strict=True)
-    for head_query_weights, head_key_weight, head_value_weight in head_weights:
+    for head, (head_query_weights, head_key_weight, head_value_weight) in enumerate(head_weights):
         scores = _scores_from_correlation(correlation, head_query_weights, head_key_weight)
-        attention, rescale = _drop(_tempered_softmax(scores, segments, eps), dropout_p)
+        attention = drop(_tempered_softmax(scores, segments, eps), head)
         contribution = attention @ head_value_weight  # [B, sum C, S]
         mixing = contribution if mixing is None else mixing + contribution
-    return context @ (mixing * (rescale / heads)).transpose(1, 2)
+    return context @ (mixing * (drop.rescale / heads)).transpose(1, 2)
 
 
 def projected_attention_maps(
@@ -134,19 +146,32 @@ def _segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:
     return torch.cat([block.mean(dim=1, keepdim=True).expand_as(block) for block in rows.split(segments, dim=1)], dim=1)
 
 
-def _drop(attention: Tensor, dropout_p: float) -> tuple[Tensor, float]:
-    """Zero entries with probability ``dropout_p``; also returns the factor, still to be applied, that keeps the mean.
+class Dropout:
+    """Zeroes entries of maps (B, sum C, S) with probability ``dropout_p``; ``rescale``, not applied, keeps the mean.
 
-    Four 16-bit lanes come out of one 64-bit draw, a third of the time of ``torch.nn.functional.dropout`` on a CPU. A
-    probability above 0 is rounded to one of 1/65536 to 65535/65536, and the factor is that of the rounded one.
+    With a seed the mask is that of every other backend. Without one, four 16-bit lanes come out of one 64-bit draw, a
+    third of the time of ``torch.nn.functional.dropout`` on a CPU; a probability above 0 is then rounded to one of
+    1/65536 to 65535/65536, and the factor is that of the rounded one.
     """
-    if dropout_p == 0.0:
-        return attention, 1.0
-    dropped_levels = min(max(round(dropout_p * LANE_LEVELS), 1), LANE_LEVELS - 1)
-    draws = torch.randint(-(2**63), 2**63 - 1, (-(-attention.numel() // LANES),), device=attention.device)
-    lanes = draws.view(torch.int16)[: attention.numel()].view(attention.shape)
-    keep = lanes >= dropped_levels - LANE_LEVELS // 2
-    return attention * keep, LANE_LEVELS / (LANE_LEVELS - dropped_levels)
+
+    def __init__(self, dropout_p: float, seed: Tensor | None, heads: int):
+        self.dropout_p = dropout_p
+        self.seed = seed
+        self.heads = heads
+        self.dropped_levels = min(max(round(dropout_p * LANE_LEVELS), 1), LANE_LEVELS - 1) if dropout_p > 0 else 0
+        self.rescale = keep_scale(dropout_p) if seed is not None else LANE_LEVELS / (LANE_LEVELS - self.dropped_levels)
+
+    def __call__(self, attention: Tensor, head: int) -> Tensor:
+        """Apply the mask of a head."""
+        if self.dropout_p == 0.0:
+            return attention
+        if self.seed is not None:
+            batch, channels, key_channels = attention.shape
+            keys = row_keys(self.seed, batch * self.heads * channels).view(2, batch, self.heads, channels)
+            return attention * keep_mask(keys[:, :, head], key_channels, self.dropout_p)
+        draws = torch.randint(-(2**63), 2**63 - 1, (-(-attention.numel() // LANES),), device=attention.device)
+        lanes = draws.view(torch.int16)[: attention.numel()].view(attention.shape)
+        return attention * (lanes >= self.dropped_levels - LANE_LEVELS // 2)
 
 
 def _by_head(query_weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:

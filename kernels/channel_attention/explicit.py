@@ -21,9 +21,14 @@ class Saved(NamedTuple):
     head_outputs: Tensor  # (B, H, N, sum C), inputs' dtype: the outputs before their mean over heads
     temperatures: Tensor  # (B, H, sum C): what a row of raw scores is multiplied by before its softmax
     log_sums: Tensor  # (B, H, sum C): log2 of the sum of exponentials of a row
-    key_gram: Tensor  # (B, H, N, N): key products of pairs of tokens, keys centred over the channels
+    key_gram: Tensor  # (B, H, N, N), gram_dtype: key products of pairs of tokens, keys centred over the channels
     key_means: Tensor  # (B, H, N): mean of the keys of a token over the channels
     row_keys: Tensor  # (2, B, H, sum C) int32, keys of the dropout mask; (0,) without dropout
+
+
+def gram_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What Gram matrices are kept in: float32 for float16, whose range their entries may leave, else ``dtype``."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def forward(
@@ -50,7 +55,7 @@ def forward(
         torch.stack(head_outputs, dim=1),
         torch.stack(temperatures, dim=1),
         torch.stack(log_sums, dim=1),
-        centred @ centred.transpose(-1, -2),
+        (centred @ centred.transpose(-1, -2)).to(gram_dtype(key.dtype)),
         key_means,
         query.new_empty(0, dtype=torch.int32) if keys is None else keys,
     )

@@ -2,11 +2,19 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..backend import resolve_backend
 from ..checks import check_dtypes_and_devices
-from . import composed, reference
+from ..dropout import draw_seed
+from ..packed_linear import packed_linear
+from . import (
+    composed,
+    dispatch,  # noqa: F401 - registers the operators
+    reference,
+)
 
 
 def channel_attention(
@@ -16,6 +24,7 @@ def channel_attention(
     segments: Sequence[int],
     *,
     dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
@@ -29,17 +38,22 @@ def channel_attention(
         key: (B, H, N, S).
         value: (B, H, N, S).
         segments: width of each scale along the packed axis; they add up to ``query.shape[-1]``.
-        dropout_p: probability of dropping an entry of ``P``, drawn from torch's generator; 0 switches dropout off.
+        dropout_p: probability of dropping an entry of ``P``; 0 switches dropout off.
+        seed: what the dropout mask follows from, the same mask on every backend: an int, or one int64 on the inputs'
+            device. ``None`` draws from torch's generator. A CUDA graph replays an int as it was captured; ``None`` and
+            a tensor that is written between replays give new masks.
         eps: added to the variance of the map.
-        backend: ``auto``, ``composed`` or ``reference`` (``triton`` is not there yet).
+        backend: ``auto``, ``triton``, ``composed`` or ``reference``. ``auto`` takes ``triton`` on a GPU it runs on.
+            Triton has no second derivative. Its maps are never in memory up to 640 tokens (256 in backward); beyond,
+            and in float64, it forms the map of one head at a time.
 
     Returns:
-        (B, N, sum C) in the inputs' dtype, any strides.
+        (B, N, sum C) in the inputs' dtype, or autocast's.
 
     Raises:
         ValueError: shapes, devices, segments, ``dropout_p`` or ``backend`` do not fit.
-        TypeError: dtypes are mixed (outside autocast) or not floating point.
-        NotImplementedError: the backend asked for cannot run.
+        TypeError: dtypes are mixed (outside autocast) or not floating point; ``seed`` is not an integer.
+        NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
 
     Source: UCTransNet (AAAI 2022), equations 1 to 3.
     """
@@ -55,18 +69,23 @@ def channel_attention(
     _check_segments(segments, query.shape[-1])
     _check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
     _check_dropout(dropout_p)
-    implementation = reference if resolve_backend(backend, query.device) == "reference" else composed
-    return implementation.channel_attention(query, key, value, list(segments), dropout_p, eps)
+    chosen = resolve_backend(backend, query.device)
+    seed = _seed_tensor(seed, query.device)
+    if chosen == "triton":
+        seed = draw_seed(query.device) if seed is None else seed
+        return torch.ops.uctrans.channel_attention(query, key, value, list(segments), dropout_p, eps, seed)[0]
+    implementation = reference if chosen == "reference" else composed
+    return implementation.channel_attention(query, key, value, list(segments), dropout_p, eps, seed)
 
 
 def projected_channel_attention(
     tokens: Tensor,
     context: Tensor,
     query_weights: Sequence[Tensor],
-    key_weight: Tensor,
-    value_weight: Tensor,
+    key_value_weight: Tensor,
     *,
     dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
@@ -76,36 +95,45 @@ def projected_channel_attention(
         tokens: (B, N, sum C), normalised tokens of all scales, packed; the queries come from them.
         context: (B, N, S), the normalised concatenation; keys and values come from it.
         query_weights: one (H, C, C) a scale; ``query = tokens @ weight^T`` as in ``torch.nn.Linear``, without bias.
-        key_weight: (H, S, S).
-        value_weight: (H, S, S).
+        key_value_weight: (2, H, S, S), the weights of the keys, then those of the values.
         dropout_p: see :func:`channel_attention`.
+        seed: see :func:`channel_attention`.
         eps: see :func:`channel_attention`.
-        backend: see :func:`channel_attention`.
+        backend: see :func:`channel_attention`. ``triton`` has no kernel for the order of long sequences, whose products
+            are those of matrices: there it is torch's, as in ``composed``.
 
     Returns:
         (B, N, sum C).
 
     Raises:
         ValueError: shapes, devices, ``dropout_p`` or ``backend`` do not fit.
-        TypeError: dtypes are mixed (outside autocast) or not floating point.
-        NotImplementedError: the backend asked for cannot run.
+        TypeError: dtypes are mixed (outside autocast) or not floating point; ``seed`` is not an integer.
+        NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
     """
-    _check_projected(tokens, context, query_weights, key_weight, value_weight)
+    _check_projected(tokens, context, query_weights, key_value_weight)
     _check_dropout(dropout_p)
-    operands = (tokens, context, list(query_weights), key_weight, value_weight, dropout_p, eps)
-    if resolve_backend(backend, tokens.device) == "reference":
+    chosen = resolve_backend(backend, tokens.device)
+    seed = _seed_tensor(seed, tokens.device)
+    operands = (tokens, context, list(query_weights), key_value_weight, dropout_p, eps, seed)
+    if chosen == "reference":
         return reference.projected_channel_attention(*operands)
-    widths = [weight.shape[-1] for weight in query_weights]
-    if correlating_is_cheaper(tokens.shape[1], key_weight.shape[0], widths, context.shape[-1]):
+    segments = [weight.shape[-1] for weight in query_weights]
+    if correlating_is_cheaper(tokens.shape[1], key_value_weight.shape[1], segments, context.shape[-1]):
         return composed.correlate_then_attend(*operands)
-    return composed.project_then_attend(*operands)
+    if chosen == "composed":
+        return composed.project_then_attend(*operands)
+    # The three projections write what the operator reads, and it writes the gradients that they read: no copies.
+    query = packed_linear(tokens, query_weights, backend="triton").transpose(1, 2)  # [B, H, N, sum C]
+    key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, key_value_weight.shape[:3])
+    seed = draw_seed(tokens.device) if seed is None else seed
+    return torch.ops.uctrans.channel_attention_packed(query, key_value, segments, dropout_p, eps, seed)[0]
 
 
 def projected_attention_maps(
     tokens: Tensor,
     context: Tensor,
     query_weights: Sequence[Tensor],
-    key_weight: Tensor,
+    key_value_weight: Tensor,
     *,
     eps: float = 1e-5,
     backend: str = "auto",
@@ -114,9 +142,9 @@ def projected_attention_maps(
 
     Dropout is not applied. Arguments and errors are those of :func:`projected_channel_attention`.
     """
-    _check_projected(tokens, context, query_weights, key_weight, key_weight)
+    _check_projected(tokens, context, query_weights, key_value_weight)
     implementation = reference if resolve_backend(backend, tokens.device) == "reference" else composed
-    return implementation.projected_attention_maps(tokens, context, list(query_weights), key_weight, eps)
+    return implementation.projected_attention_maps(tokens, context, list(query_weights), key_value_weight[0], eps)
 
 
 def correlating_is_cheaper(tokens: int, heads: int, segments: Sequence[int], key_channels: int) -> bool:
@@ -138,21 +166,33 @@ def correlating_is_cheaper(tokens: int, heads: int, segments: Sequence[int], key
     return correlate_first < project_first
 
 
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    if seed is None:
+        return None
+    if isinstance(seed, int):
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        given = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"seed must be an int, a tensor of one int64, or None; got {given}")
+    if seed.numel() != 1 or seed.device != device:
+        raise ValueError(f"seed must be one int64 on {device}; got {tuple(seed.shape)} on {seed.device}")
+    return seed.reshape(1)
+
+
 def _check_projected(
-    tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_weight: Tensor, value_weight: Tensor
+    tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_value_weight: Tensor
 ) -> None:
     named_weights = {f"query_weights[{scale}]": weight for scale, weight in enumerate(query_weights)}
-    named_weights |= {"key_weight": key_weight, "value_weight": value_weight}
-    check_dtypes_and_devices(tokens=tokens, context=context, **named_weights)
+    check_dtypes_and_devices(tokens=tokens, context=context, key_value_weight=key_value_weight, **named_weights)
     if tokens.ndim != 3 or context.ndim != 3 or tokens.shape[:2] != context.shape[:2]:
         raise ValueError(
             f"tokens and context must be (B, N, channels) over the same B and N; "
             f"got {tuple(tokens.shape)} and {tuple(context.shape)}"
         )
-    heads, key_channels = key_weight.shape[0], context.shape[-1]
-    for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
-        if tuple(weight.shape) != (heads, key_channels, key_channels):
-            raise ValueError(f"{name} must be (H, S, S) with S = {key_channels}; got {tuple(weight.shape)}")
+    shape, key_channels = tuple(key_value_weight.shape), context.shape[-1]
+    if len(shape) != 4 or shape[0] != 2 or shape[2:] != (key_channels, key_channels):
+        raise ValueError(f"key_value_weight must be (2, H, S, S) with S = {key_channels}; got {shape}")
+    heads = shape[1]
     for scale, weight in enumerate(query_weights):
         if weight.ndim != 3 or weight.shape[0] != heads or weight.shape[1] != weight.shape[2]:
             raise ValueError(f"query_weights[{scale}] must be (H, C, C) with H = {heads}; got {tuple(weight.shape)}")

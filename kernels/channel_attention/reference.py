@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dropout import keep_mask, keep_scale, row_keys
+
 
 def channel_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], dropout_p: float, eps: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[int],
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C)."""
-    mixed = [_attend_one_scale(queries, key, value, dropout_p, eps) for queries in query.split(list(segments), dim=-1)]
+    masks = _dropout_masks(query.shape[0], query.shape[1], segments, key.shape[-1], dropout_p, seed)
+    mixed = [
+        _attend_one_scale(queries, key, value, dropout_p, eps, mask)
+        for queries, mask in zip(query.split(list(segments), dim=-1), masks, strict=True)
+    ]
     return torch.cat(mixed, dim=-1)
 
 
@@ -24,18 +36,21 @@ def projected_channel_attention(
     tokens: Tensor,
     context: Tensor,
     query_weights: Sequence[Tensor],
-    key_weight: Tensor,
-    value_weight: Tensor,
+    key_value_weight: Tensor,
     dropout_p: float,
     eps: float,
+    seed: Tensor | None,
 ) -> Tensor:
-    """(B, N, sum C), (B, N, S), [(H, C, C)], (H, S, S), (H, S, S) -> (B, N, sum C); one projection a head and scale."""
-    keys = torch.stack([F.linear(context, weight) for weight in key_weight], dim=1)
-    values = torch.stack([F.linear(context, weight) for weight in value_weight], dim=1)
+    """(B, N, sum C), (B, N, S), [(H, C, C)], (2, H, S, S) -> (B, N, sum C); one projection a head and scale."""
+    key_weights, value_weights = key_value_weight
+    keys = torch.stack([F.linear(context, weight) for weight in key_weights], dim=1)
+    values = torch.stack([F.linear(context, weight) for weight in value_weights], dim=1)
+    segments = [weight.shape[-1] for weight in query_weights]
+    masks = _dropout_masks(tokens.shape[0], len(key_weights), segments, context.shape[-1], dropout_p, seed)
     mixed = []
-    for scale_tokens, weights in zip(_split(tokens, query_weights), query_weights, strict=True):
+    for scale_tokens, weights, mask in zip(_split(tokens, query_weights), query_weights, masks, strict=True):
         queries = torch.stack([F.linear(scale_tokens, weight) for weight in weights], dim=1)
-        mixed.append(_attend_one_scale(queries, keys, values, dropout_p, eps))
+        mixed.append(_attend_one_scale(queries, keys, values, dropout_p, eps, mask))
     return torch.cat(mixed, dim=-1)
 
 
@@ -51,11 +66,24 @@ def projected_attention_maps(
     return maps
 
 
-def _attend_one_scale(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, eps: float) -> Tensor:
-    attention = F.dropout(_attention_map(query, key, eps), dropout_p)  # [B, H, C, S]
+def _attend_one_scale(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, eps: float, mask: Tensor | None
+) -> Tensor:
+    attention = _attention_map(query, key, eps)  # [B, H, C, S]
+    attention = F.dropout(attention, dropout_p) if mask is None else attention * mask * keep_scale(dropout_p)
     mixed = attention @ value.transpose(-1, -2)  # [B, H, C, N]
     # The published sequence moves the heads last in memory before it averages them.
     return mixed.permute(0, 3, 2, 1).contiguous().mean(dim=-1)
+
+
+def _dropout_masks(
+    batch: int, heads: int, segments: Sequence[int], key_channels: int, dropout_p: float, seed: Tensor | None
+) -> Sequence[Tensor | None]:
+    """With a seed, the mask that every backend draws: one (B, H, C, S) a scale. Without, ``None`` for each."""
+    if seed is None or dropout_p == 0:
+        return [None] * len(segments)
+    keys = row_keys(seed, batch * heads * sum(segments)).view(2, batch, heads, sum(segments))
+    return keep_mask(keys, key_channels, dropout_p).split(list(segments), dim=2)
 
 
 def _attention_map(query: Tensor, key: Tensor, eps: float) -> Tensor:

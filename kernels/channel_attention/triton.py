@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..dropout import WORD, drop_threshold, keep_scale
 from ..launching import product_precision
-from .explicit import Saved
+from .explicit import Saved, gram_dtype
 from .triton_blocks import (
+    correction_blocks,
     forward_blocks,
     gram_blocks,
     key_value_gradient_blocks,
@@ -501,7 +502,7 @@ def forward(
         head_outputs=query.new_empty(batch, heads, tokens, channels),
         temperatures=torch.empty(batch, heads, channels, **statistic),
         log_sums=torch.empty(batch, heads, channels, **statistic),
-        key_gram=torch.empty(batch, heads, tokens, tokens, **statistic),
+        key_gram=query.new_empty(batch, heads, tokens, tokens, dtype=gram_dtype(query.dtype)),
         key_means=torch.empty(batch, heads, tokens, **statistic),
         row_keys=torch.empty(
             (2, batch, heads, channels) if dropout_p > 0 else 0, dtype=torch.int32, device=query.device
@@ -516,10 +517,9 @@ def forward(
     token_blocks = triton.cdiv(tokens, gram.tokens)
     pairs = token_blocks * token_blocks
     partials = torch.empty(batch * heads, pairs, len(segments), **statistic)
-    gram_grid = (pairs, batch * heads)
     gram_tiles = {"BLOCK_N": gram.tokens, "BLOCK_K": gram.channels, "PRECISION": precision}
     gram_launch = {"num_warps": gram.num_warps, "num_stages": gram.num_stages}
-    key_gram_kernel[gram_grid](
+    key_gram_kernel[(pairs, batch * heads)](
         key,
         saved.key_gram,
         saved.key_means,
@@ -530,7 +530,7 @@ def forward(
         **gram_tiles,
         **gram_launch,
     )
-    score_variance_kernel[gram_grid](
+    score_variance_kernel[(pairs, len(segments), batch * heads)](
         query,
         saved.key_gram,
         saved.key_means,
@@ -593,19 +593,26 @@ def forward(
 
 
 def backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, segments: Sequence[int], dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of (B, N, sum C) -> gradients of query, key and value, laid out with the heads inside the tokens.
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saved: Saved,
+    segments: Sequence[int],
+    dropout_p: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Gradient of (B, N, sum C) -> gradients of query, key and value, written into tensors whose channels are adjacent.
 
-    That is the layout in which the projections write queries, keys and values, and read their gradients.
+    ``grad_key`` and ``grad_value`` have the same strides.
     """
     batch, heads, tokens, channels = query.shape
     key_channels = key.shape[-1]
     rows = batch * heads * channels
-    grad_query = query.new_empty(batch, tokens, heads, channels).transpose(1, 2)
-    grad_key, grad_value = (key.new_empty(batch, tokens, heads, key_channels).transpose(1, 2) for _ in range(2))
     if rows == 0:
-        return grad_query, grad_key, grad_value
+        return
     shape = _segment_arguments(segments, channels, key_channels)
     precision = product_precision(query.dtype)
     row_keys = saved.row_keys if dropout_p > 0 else None
@@ -685,27 +692,7 @@ def backward(
         num_warps=4,
     )
     gram = gram_blocks(batch * heads, query.dtype)
-    correction = _correction_arguments(query.dtype)
-    query_correction_kernel[(triton.cdiv(channels, gram.channels), triton.cdiv(tokens, gram.tokens), batch * heads)](
-        query,
-        saved.key_gram,
-        saved.key_means,
-        saved.temperatures,
-        weights,
-        offsets,
-        grad_query,
-        *query.stride(),
-        *grad_query.stride(),
-        heads,
-        tokens,
-        KEY_CHANNELS=key_channels,
-        CHANNELS=channels,
-        BLOCK_C=gram.channels,
-        BLOCK_N=gram.tokens,
-        **correction,
-        num_warps=gram.num_warps,
-        num_stages=gram.num_stages,
-    )
+    gram_precision = _gram_precision(query.dtype)
     query_gram = torch.empty_like(saved.key_gram)
     query_sums = torch.empty_like(saved.key_means)
     token_blocks = triton.cdiv(tokens, gram.tokens)
@@ -725,7 +712,28 @@ def backward(
         num_warps=gram.num_warps,
         num_stages=gram.num_stages,
     )
-    key_correction_kernel[(triton.cdiv(key_channels, gram.channels), triton.cdiv(tokens, gram.tokens), batch * heads)](
+    tile = correction_blocks(batch * heads, query.dtype)
+    query_correction_kernel[(triton.cdiv(channels, tile.channels), triton.cdiv(tokens, tile.tokens), batch * heads)](
+        query,
+        saved.key_gram,
+        saved.key_means,
+        saved.temperatures,
+        weights,
+        offsets,
+        grad_query,
+        *query.stride(),
+        *grad_query.stride(),
+        heads,
+        tokens,
+        KEY_CHANNELS=key_channels,
+        CHANNELS=channels,
+        BLOCK_C=tile.channels,
+        BLOCK_N=tile.tokens,
+        PRECISION=gram_precision,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    key_correction_kernel[(triton.cdiv(key_channels, tile.channels), triton.cdiv(tokens, tile.tokens), batch * heads)](
         key,
         query_gram,
         query_sums,
@@ -736,13 +744,12 @@ def backward(
         heads,
         tokens,
         KEY_CHANNELS=key_channels,
-        BLOCK_S=gram.channels,
-        BLOCK_N=gram.tokens,
-        **correction,
-        num_warps=gram.num_warps,
-        num_stages=gram.num_stages,
+        BLOCK_S=tile.channels,
+        BLOCK_N=tile.tokens,
+        PRECISION=gram_precision,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
-    return grad_query, grad_key, grad_value
 
 
 def _segment_arguments(segments: Sequence[int], channels: int, key_channels: int) -> dict[str, Any]:
@@ -760,11 +767,9 @@ def _token_arguments(tokens: int) -> dict[str, tuple[int, ...]]:
     return {"TOKEN_TILES": tiles, "TOKEN_STARTS": tuple(sum(tiles[:place]) for place in range(len(tiles)))}
 
 
-def _correction_arguments(dtype: torch.dtype) -> dict[str, Any]:
-    """What corrections are multiplied in: a Gram matrix may leave the range of float16, and tf32 has its digits."""
-    if dtype == torch.float16:
-        return {"OPERAND": tl.float32, "PRECISION": "tf32"}
-    return {"OPERAND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": product_precision(dtype)}
+def _gram_precision(dtype: torch.dtype) -> str:
+    """Gram matrices of float16 tensors are float32, and are multiplied as tf32, which has as many digits as float16."""
+    return "tf32" if dtype == torch.float16 else product_precision(dtype)
 
 
 def _dropout_arguments(dropout_p: float) -> tuple[int, float]:

@@ -20,9 +20,6 @@ from ..launching import SMALLEST_TILE, current_architecture
 MOST_TOKEN_TILES = 3
 FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own
 
-LONGEST_FORWARD = 640  # tokens whose outputs fit the registers of one program, 64 channels of them
-LONGEST_BACKWARD = 256  # backward holds two such accumulators
-
 # Programs of 128 rows that fill an H100 or H200 (132 multiprocessors) twice.
 ENOUGH_PROGRAMS = 264
 
@@ -87,11 +84,18 @@ def key_value_gradient_blocks(tokens: int, dtype: torch.dtype) -> AttentionBlock
 
 
 def gram_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
-    """Tiles of the Gram matrices and of the products with them; ``heads`` counts those of all images."""
+    """Tiles of the kernels that make Gram matrices; ``heads`` counts those of all images."""
     if dtype == torch.float32:
         return GramBlocks(64, 32, 4, 2)
     # Tiles of 128 tokens read half as much from the L2 cache, and there are four times fewer of them.
-    return GramBlocks(128, 64, 8, 2) if heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
+    return GramBlocks(128, 64, 8, 3) if heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
+
+
+def correction_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
+    """Tiles of the products with Gram matrices; ``heads`` counts those of all images."""
+    if dtype != torch.bfloat16:
+        return GramBlocks(64, 32, 4, 2)
+    return GramBlocks(128, 128, 8, 2) if heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
 
 
 def _first_that_fits(choices: Sequence[AttentionBlocks], tokens: int, dtype: torch.dtype, held: int) -> AttentionBlocks:

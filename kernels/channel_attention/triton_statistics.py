@@ -63,41 +63,35 @@ def score_variance_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: its share of the variance of each segment's map of raw scores ``Q^T K``."""
-    pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One pair of token blocks: its share of the variance of one segment's map of raw scores ``Q^T K``."""
+    pid_pair, pid_segment, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks = tl.cdiv(tokens, BLOCK_N)
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
     if pid_i > pid_j:
         return
-    query_ptr += (pid_bh // heads) * stride_query_b + (pid_bh % heads) * stride_query_h
-    offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight = tl.where(pid_i == pid_j, 1.0, 2.0)  # the pair (j, i) has the same share
-    partial_ptr += (pid_bh * blocks * blocks + pid_pair) * len(SEGMENTS)
+    start, width = 0, 0
     for segment in tl.static_range(len(SEGMENTS)):
-        gram, sums_i, sums_j, shift_i, shift_j = _shifted_gram(
-            query_ptr + SEGMENT_STARTS[segment] * stride_query_c,
-            stride_query_n,
-            stride_query_c,
-            offs_i,
-            offs_j,
-            tokens,
-            SEGMENTS[segment],
-            BLOCK_K,
-            PRECISION,
-        )
-        # Variance between the means of the map's rows, from products of queries centred over the segment's channels.
-        mean_i = tl.load(key_mean_ptr + pid_bh * tokens + offs_i, mask=offs_i < tokens, other=0.0)
-        mean_j = tl.load(key_mean_ptr + pid_bh * tokens + offs_j, mask=offs_j < tokens, other=0.0)
-        centred = gram - sums_i[:, None] * (sums_j / SEGMENTS[segment])[None, :]
-        share = tl.sum(tl.sum(centred * mean_j[None, :], axis=1) * mean_i, axis=0)
-        # Variance within the rows, from products of the queries as they are.
-        plain = gram + sums_i[:, None] * shift_j[None, :] + shift_i[:, None] * sums_j[None, :]
-        plain += SEGMENTS[segment] * (shift_i[:, None] * shift_j[None, :])
-        mask = (offs_i < tokens)[:, None] & (offs_j < tokens)[None, :]
-        tile = key_gram_ptr + pid_bh * tokens * tokens + offs_i[:, None] * tokens + offs_j[None, :]
-        key_gram = tl.load(tile, mask=mask, other=0.0) / KEY_CHANNELS  # [BLOCK_N, BLOCK_N]
-        share += tl.sum(tl.sum(plain * key_gram, axis=1), axis=0)
-        tl.store(partial_ptr + segment, share * (weight / SEGMENTS[segment]))
+        if segment == pid_segment:
+            start, width = SEGMENT_STARTS[segment], SEGMENTS[segment]
+    query_ptr += (pid_bh // heads) * stride_query_b + (pid_bh % heads) * stride_query_h + start * stride_query_c
+    offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    gram, sums_i, sums_j, shift_i, shift_j = _shifted_gram(
+        query_ptr, stride_query_n, stride_query_c, offs_i, offs_j, tokens, width, BLOCK_K, PRECISION
+    )
+    # Variance between the means of the map's rows, from products of queries centred over the segment's channels.
+    mean_i = tl.load(key_mean_ptr + pid_bh * tokens + offs_i, mask=offs_i < tokens, other=0.0)
+    mean_j = tl.load(key_mean_ptr + pid_bh * tokens + offs_j, mask=offs_j < tokens, other=0.0)
+    centred = gram - sums_i[:, None] * (sums_j / width)[None, :]
+    share = tl.sum(tl.sum(centred * mean_j[None, :], axis=1) * mean_i, axis=0)
+    # Variance within the rows, from products of the queries as they are.
+    plain = gram + sums_i[:, None] * shift_j[None, :] + shift_i[:, None] * (sums_j + width * shift_j)[None, :]
+    mask = (offs_i < tokens)[:, None] & (offs_j < tokens)[None, :]
+    tile = key_gram_ptr + pid_bh * tokens * tokens + offs_i[:, None] * tokens + offs_j[None, :]
+    key_gram = tl.load(tile, mask=mask, other=0.0).to(tl.float32) / KEY_CHANNELS  # [BLOCK_N, BLOCK_N]
+    share += tl.sum(tl.sum(plain * key_gram, axis=1), axis=0)
+    pairs_per_share = tl.where(pid_i == pid_j, 1.0, 2.0)  # the pair (j, i) has the same share
+    place = (pid_bh * blocks * blocks + pid_pair) * len(SEGMENTS) + pid_segment
+    tl.store(partial_ptr + place, share * (pairs_per_share / width))
 
 
 @triton.jit
@@ -245,7 +239,6 @@ def query_correction_kernel(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """In place, mixed keys become ``dQ = temperature * mixed keys - weight * (key Gram Q + S offset key means)``."""
@@ -264,7 +257,7 @@ def query_correction_kernel(
         gram = tl.load(gram_tile, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_N]
         query_tile = query_ptr + offs_m[:, None] * stride_query_n + offs_c[None, :] * stride_query_c
         query = tl.load(query_tile, mask=mask_m[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_N, BLOCK_C]
-        along_keys = tl.dot(gram.to(OPERAND), query.to(OPERAND), along_keys, input_precision=PRECISION)
+        along_keys = tl.dot(gram, query.to(gram.dtype), along_keys, input_precision=PRECISION)
     row = pid_bh * CHANNELS + offs_c
     temperature = tl.load(temperature_ptr + row, mask=mask_c, other=0.0)
     weight = tl.load(weight_ptr + row, mask=mask_c, other=0.0)
@@ -299,7 +292,6 @@ def key_correction_kernel(
     KEY_CHANNELS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """In place, mixed queries become ``dK = mixed queries - (query Gram (K - key means) + query sums)``."""
@@ -319,8 +311,8 @@ def key_correction_kernel(
         key_tile = key_ptr + offs_m[:, None] * stride_key_n + offs_s[None, :] * stride_key_s
         key = tl.load(key_tile, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [BLOCK_N, BLOCK_S]
         key_mean = tl.load(key_mean_ptr + pid_bh * tokens + offs_m, mask=mask_m, other=0.0)
-        centred = (key.to(tl.float32) - key_mean[:, None]).to(OPERAND)
-        along_queries = tl.dot(gram.to(OPERAND), centred, along_queries, input_precision=PRECISION)
+        centred = (key.to(tl.float32) - key_mean[:, None]).to(gram.dtype)
+        along_queries = tl.dot(gram, centred, along_queries, input_precision=PRECISION)
     query_sum = tl.load(query_sum_ptr + pid_bh * tokens + offs_n, mask=mask_n, other=0.0)
     tile = batch * stride_grad_b + head * stride_grad_h
     tile += offs_n[:, None] * stride_grad_n + offs_s[None, :] * stride_grad_s
@@ -338,7 +330,7 @@ def _shifted_gram(
     offs_i,
     offs_j,
     tokens,
-    CHANNELS: tl.constexpr,
+    channels,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -347,14 +339,14 @@ def _shifted_gram(
     The shift is the token's mean over the first block of channels. Sums that are centred later then cancel by no more
     than the ratio of all channels to those of a block, however far from zero the values are.
     """
-    shift_i = _first_block_mean(base_ptr, stride_n, stride_k, offs_i, tokens, CHANNELS, BLOCK_K)
-    shift_j = _first_block_mean(base_ptr, stride_n, stride_k, offs_j, tokens, CHANNELS, BLOCK_K)
+    shift_i = _first_block_mean(base_ptr, stride_n, stride_k, offs_i, tokens, channels, BLOCK_K)
+    shift_j = _first_block_mean(base_ptr, stride_n, stride_k, offs_j, tokens, channels, BLOCK_K)
     gram = tl.zeros([offs_i.shape[0], offs_j.shape[0]], tl.float32)
     sums_i, sums_j = tl.zeros_like(shift_i), tl.zeros_like(shift_j)
-    for start in range(0, CHANNELS, BLOCK_K):
+    for start in range(0, channels, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        mask_i = (offs_i < tokens)[:, None] & (offs_k < CHANNELS)[None, :]
-        mask_j = (offs_j < tokens)[None, :] & (offs_k < CHANNELS)[:, None]
+        mask_i = (offs_i < tokens)[:, None] & (offs_k < channels)[None, :]
+        mask_j = (offs_j < tokens)[None, :] & (offs_k < channels)[:, None]
         tile_i = tl.load(base_ptr + offs_i[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask_i, other=0.0)
         tile_j = tl.load(base_ptr + offs_j[None, :] * stride_n + offs_k[:, None] * stride_k, mask=mask_j, other=0.0)
         dtype = tile_i.dtype
@@ -367,11 +359,11 @@ def _shifted_gram(
 
 
 @triton.jit
-def _first_block_mean(base_ptr, stride_n, stride_k, offs_n, tokens, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr):
+def _first_block_mean(base_ptr, stride_n, stride_k, offs_n, tokens, channels, BLOCK_K: tl.constexpr):
     offs_k = tl.arange(0, BLOCK_K)
-    mask = (offs_n < tokens)[:, None] & (offs_k < CHANNELS)[None, :]
+    mask = (offs_n < tokens)[:, None] & (offs_k < channels)[None, :]
     tile = tl.load(base_ptr + offs_n[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask, other=0.0)
-    return tl.sum(tile.to(tl.float32), axis=1) / min(CHANNELS, BLOCK_K)  # [BLOCK_N]
+    return tl.sum(tile.to(tl.float32), axis=1) / min(channels, BLOCK_K)  # [BLOCK_N]
 
 
 @triton.jit

@@ -34,9 +34,8 @@ def projected_inputs(shape, dtype=torch.float64, seed=0):
     tokens = normal(shape.batch, shape.tokens, sum(shape.segments))
     context = normal(shape.batch, shape.tokens, shape.key_channels)
     query_weights = [normal(shape.heads, width, width) / math.sqrt(width) for width in shape.segments]
-    square = (shape.heads, shape.key_channels, shape.key_channels)
-    root = math.sqrt(shape.key_channels)
-    return tokens, context, query_weights, normal(*square) / root, normal(*square) / root
+    square = (2, shape.heads, shape.key_channels, shape.key_channels)
+    return tokens, context, query_weights, normal(*square) / math.sqrt(shape.key_channels)
 
 
 def compare(function, oracle, inputs, dtype):
@@ -55,7 +54,7 @@ def compare(function, oracle, inputs, dtype):
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_composed_stays_within_the_error_budget(shape, dtype):
     def run(implementation):
-        return lambda *inputs: implementation.channel_attention(*inputs, shape.segments, 0.0, EPS)
+        return lambda *inputs: implementation.channel_attention(*inputs, shape.segments, 0.0, EPS, None)
 
     compare(run(composed), run(reference), attention_inputs(shape, dtype), dtype)
 
@@ -67,21 +66,21 @@ def test_both_orders_stay_within_the_error_budget(shape, order, dtype):
     # The gradient by the query weight of a one-channel scale vanishes (instance norm takes its size out again), so its
     # rounding noise says nothing by itself: the query weights of all scales are one tensor here.
     def run(function):
-        def packed(tokens, context, key_weight, value_weight, flat_query_weights):
+        def packed(tokens, context, key_value_weight, flat_query_weights):
             sizes = [shape.heads * width * width for width in shape.segments]
             query_weights = [
                 piece.view(shape.heads, width, width)
                 for piece, width in zip(flat_query_weights.split(sizes), shape.segments, strict=True)
             ]
-            return function(tokens, context, query_weights, key_weight, value_weight, 0.0, EPS)
+            return function(tokens, context, query_weights, key_value_weight, 0.0, EPS, None)
 
         return packed
 
     is_chosen = correlating_is_cheaper(shape.tokens, shape.heads, shape.segments, shape.key_channels)
     if dtype != torch.float32 and order is composed.correlate_then_attend and not is_chosen:
         pytest.skip("with few tokens their rounded correlation loses bits, and there the other order is chosen")
-    tokens, context, query_weights, key_weight, value_weight = projected_inputs(shape, dtype)
-    inputs = [tokens, context, key_weight, value_weight, torch.cat([weight.flatten() for weight in query_weights])]
+    tokens, context, query_weights, key_value_weight = projected_inputs(shape, dtype)
+    inputs = [tokens, context, key_value_weight, torch.cat([weight.flatten() for weight in query_weights])]
     compare(run(order), run(reference.projected_channel_attention), inputs, dtype)
 
 
@@ -102,7 +101,7 @@ def test_any_shape_agrees_with_the_reference(batch, heads, tokens, segments, key
     projected = projected_inputs(shape, seed=seed)
     expected = projected_channel_attention(*projected, backend="reference")
     for order in ORDERS:
-        torch.testing.assert_close(order(*projected, 0.0, EPS), expected)
+        torch.testing.assert_close(order(*projected, 0.0, EPS, None), expected)
 
 
 def test_both_sides_of_the_cost_boundary_agree():
@@ -127,7 +126,7 @@ def test_cost_model_agrees_with_a_count_of_operations(tokens):
     counts = []
     for order in ORDERS:
         with FlopCounterMode(display=False) as counter:
-            order(*inputs, 0.0, EPS)
+            order(*inputs, 0.0, EPS, None)
         counts.append(counter.get_total_flops())
     project_first, correlate_first = counts
     cheaper = correlating_is_cheaper(shape.tokens, shape.heads, shape.segments, shape.key_channels)
@@ -141,19 +140,19 @@ def test_cost_boundary_of_the_published_sizes():
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
 def test_gradcheck(order):
-    tokens, context, query_weights, key_weight, value_weight = projected_inputs(AttentionShape(2, 2, 5, (2, 3), 4))
-    inputs = [tensor.requires_grad_() for tensor in (tokens, context, key_weight, value_weight, *query_weights)]
+    tokens, context, query_weights, key_value_weight = projected_inputs(AttentionShape(2, 2, 5, (2, 3), 4))
+    inputs = [tensor.requires_grad_() for tensor in (tokens, context, key_value_weight, *query_weights)]
 
-    def function(tokens, context, key_weight, value_weight, *query_weights):
-        return order(tokens, context, query_weights, key_weight, value_weight, 0.0, EPS)
+    def function(tokens, context, key_value_weight, *query_weights):
+        return order(tokens, context, query_weights, key_value_weight, 0.0, EPS, None)
 
     assert torch.autograd.gradcheck(function, inputs)
 
 
 def test_attention_maps_are_those_that_mix():
-    tokens, context, query_weights, key_weight, _ = projected_inputs(AttentionShape(2, 3, 11, (4, 8), 12))
+    tokens, context, query_weights, key_value_weight = projected_inputs(AttentionShape(2, 3, 11, (4, 8), 12))
     maps = {
-        backend: projected_attention_maps(tokens, context, query_weights, key_weight, backend=backend)
+        backend: projected_attention_maps(tokens, context, query_weights, key_value_weight, backend=backend)
         for backend in ("reference", "composed")
     }
     for ours, published in zip(maps["composed"], maps["reference"], strict=True):
@@ -190,7 +189,7 @@ def test_large_common_offset():
     assert (scores.mean().abs() / (scores - scores.mean(dim=(-1, -2), keepdim=True)).std()) > 20
 
     def run(implementation):
-        return lambda *tensors: implementation.channel_attention(*tensors, SMALL.segments, 0.0, EPS)
+        return lambda *tensors: implementation.channel_attention(*tensors, SMALL.segments, 0.0, EPS, None)
 
     compare(run(composed), run(reference), inputs, torch.float32)
 
@@ -315,16 +314,16 @@ class TestBadInput:
             channel_attention(*self.inputs(), SMALL.segments, dropout_p=dropout_p)
 
     def test_projections_of_another_shape(self):
-        tokens, context, query_weights, key_weight, value_weight = projected_inputs(SMALL)
-        with pytest.raises(ValueError, match=r"key_weight must be \(H, S, S\)"):
-            projected_channel_attention(tokens, context, query_weights, key_weight[:, 1:], value_weight)
+        tokens, context, query_weights, key_value_weight = projected_inputs(SMALL)
+        with pytest.raises(ValueError, match=r"key_value_weight must be \(2, H, S, S\)"):
+            projected_channel_attention(tokens, context, query_weights, key_value_weight[:, :, 1:])
         with pytest.raises(ValueError, match=r"query_weights\[1\] must be \(H, C, C\)"):
             wrong = [query_weights[0], query_weights[1][:1]]
-            projected_channel_attention(tokens, context, wrong, key_weight, value_weight)
+            projected_channel_attention(tokens, context, wrong, key_value_weight)
         with pytest.raises(ValueError, match="over the same B and N"):
-            projected_channel_attention(tokens[:, 1:], context, query_weights, key_weight, value_weight)
+            projected_channel_attention(tokens[:, 1:], context, query_weights, key_value_weight)
         with pytest.raises(TypeError, match="share one dtype"):
-            projected_channel_attention(tokens, context, query_weights, key_weight.float(), value_weight)
+            projected_channel_attention(tokens, context, query_weights, key_value_weight.float())
 
 
 class TestBackends:
@@ -333,9 +332,10 @@ class TestBackends:
         with pytest.raises(ValueError, match="unknown backend 'fast'"):
             channel_attention(*inputs, SMALL.segments, backend="fast")
 
-    def test_triton_says_that_it_is_not_there(self):
+    def test_triton_says_what_it_lacks(self, monkeypatch):
         inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
-        with pytest.raises(NotImplementedError, match="no Triton operators yet"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(NotImplementedError, match="run on a CUDA device, or on the CPU with TRITON_INTERPRET=1"):
             channel_attention(*inputs, SMALL.segments, backend="triton")
 
     def test_environment_variable_overrides_auto_only(self, monkeypatch):

@@ -21,8 +21,7 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: Sequence[int], num_heads: int, dropout: float, backend: str):
         super().__init__()
         self.query = nn.ParameterList(linear_weights(num_heads, width) for width in channels)
-        self.key = linear_weights(num_heads, sum(channels))
-        self.value = linear_weights(num_heads, sum(channels))
+        self.key_value = linear_weights(2, num_heads, sum(channels))
         self.output = PackedLinear(channels)
         self.output_dropout = nn.Dropout(dropout)
         self.map_dropout = dropout
@@ -34,8 +33,7 @@ class ChannelAttention(nn.Module):
             tokens,
             context,
             self.query,
-            self.key,
-            self.value,
+            self.key_value,
             dropout_p=self.map_dropout if self.training else 0.0,
             backend=self.backend,
         )
@@ -43,4 +41,4 @@ class ChannelAttention(nn.Module):
 
     def attention_maps(self, tokens: Tensor, context: Tensor) -> list[Tensor]:
         """One (B, C, sum C) a scale: the softmax maps before dropout, mean over heads."""
-        return projected_attention_maps(tokens, context, self.query, self.key, backend=self.backend)
+        return projected_attention_maps(tokens, context, self.query, self.key_value, backend=self.backend)

@@ -72,10 +72,11 @@ class PackedMlp(nn.ModuleList):
         return _map_scales(self, tokens, [mlp.expand.in_features for mlp in self])
 
 
-def linear_weights(heads: int, channels: int) -> nn.Parameter:
-    """(H, C, C), each head drawn like the weight of ``nn.Linear(C, C)``."""
+def linear_weights(*lead_and_channels: int) -> nn.Parameter:
+    """(..., C, C) for ``(..., C)``, each matrix drawn like the weight of ``nn.Linear(C, C)``."""
+    *lead, channels = lead_and_channels
     bound = 1 / math.sqrt(channels)
-    return nn.Parameter(torch.empty(heads, channels, channels).uniform_(-bound, bound))
+    return nn.Parameter(torch.empty(*lead, channels, channels).uniform_(-bound, bound))
 
 
 def _map_scales(modules: Sequence[Callable[[Tensor], Tensor]], tokens: Tensor, channels: list[int]) -> Tensor:

@@ -136,11 +136,18 @@ def _entry(name: str, scales: int, heads: int) -> _Entry:
         if match:
             published = tuple(_fill(template, match).replace("{scale}", str(scale + 1)) for scale in range(scales))
             return _Entry(name, published, torch.cat, lambda value, channels: list(value.split(channels)))
-    for pattern, template in _STACKED:
+    for pattern, templates in _STACKED:
         match = re.fullmatch(pattern, name)
         if match:
-            published = tuple(_fill(template, match).replace("{head}", str(head)) for head in range(heads))
-            return _Entry(name, published, torch.stack, lambda value, _: list(value))
+            filled = [_fill(template, match) for template in templates]
+            published = tuple(one.replace("{head}", str(head)) for one in filled for head in range(heads))
+            lead = (len(templates), heads) if len(templates) > 1 else (heads,)
+            return _Entry(
+                name,
+                published,
+                lambda pieces, lead=lead: torch.stack(pieces).unflatten(0, lead),
+                lambda value, _: list(value.flatten(0, -3)),
+            )
     raise KeyError(f"no published name is known for {name}")
 
 
@@ -169,13 +176,19 @@ _PACKED = [
     (r"transformer\.layers\.(\d+)\.mlp_norm\.(.+)", "mtc.encoder.layer.{1}.ffn_norm{scale}.{2}"),
     (r"transformer\.norm\.(.+)", "mtc.encoder.encoder_norm{scale}.{1}"),
 ]
-# One published entry a head, stacked.
+# One published entry a head, stacked; of keys and values, those of the keys first.
 _STACKED = [
     (
         r"transformer\.layers\.(\d+)\.attention\.query\.(\d+)",
-        "mtc.encoder.layer.{1}.channel_attn.query{2+1}.{head}.weight",
+        ("mtc.encoder.layer.{1}.channel_attn.query{2+1}.{head}.weight",),
     ),
-    (r"transformer\.layers\.(\d+)\.attention\.(key|value)", "mtc.encoder.layer.{1}.channel_attn.{2}.{head}.weight"),
+    (
+        r"transformer\.layers\.(\d+)\.attention\.key_value",
+        (
+            "mtc.encoder.layer.{1}.channel_attn.key.{head}.weight",
+            "mtc.encoder.layer.{1}.channel_attn.value.{head}.weight",
+        ),
+    ),
 ]
 
 
