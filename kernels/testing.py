@@ -3,7 +3,8 @@
 An implementation may be as far from the float64 oracle as twice what the paper's own steps are in the same dtype.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,3 +71,17 @@ def assert_within_budget(actual: Sequence[Tensor], baseline: Sequence[Tensor], o
         assert error <= BUDGET * own_error + free, (
             f"result {place}: error {error:.3g} against {own_error:.3g} of the reference (free: {free:.3g})"
         )
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Inside, fresh memory is NaN (the largest integer): what a kernel reads or leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -1,0 +1,336 @@
+"""The block-diagonal linear map: every form against the reference in float64, and what the public function refuses."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uctrans.kernels import packed_linear
+from uctrans.kernels.packed_linear import composed, reference
+from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients, poisoned_allocations
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Products of bfloat16 are wrong in Triton's interpreter.
+TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Sizes of one problem."""
+
+    batch: int
+    tokens: int
+    heads: int | None
+    in_widths: tuple[int, ...]
+    out_widths: tuple[int, ...]
+    has_biases: bool = False
+
+
+SHAPES = (
+    LinearShape(2, 16, 4, (8, 16, 32, 64), (8, 16, 32, 64)),
+    LinearShape(2, 16, None, (16, 32), (64, 128), has_biases=True),
+    LinearShape(1, 1, None, (3,), (5,), has_biases=True),  # a single token, a single scale
+    LinearShape(2, 49, 2, (5, 7), (9, 16), has_biases=True),  # odd everything, biases of heads
+    LinearShape(1, 225, None, (17, 33), (66, 1)),  # a 240-pixel image, a scale that maps to one channel
+    LinearShape(3, 7, 3, (1, 130), (131, 2)),  # a contraction that runs across heads and past a block
+    LinearShape(1, 300, None, (4, 8), (16, 12), has_biases=True),  # tokens enough to be summed in splits
+    LinearShape(0, 9, 2, (4, 8), (4, 8)),  # an empty batch
+)
+SMALL = LinearShape(2, 9, 2, (4, 8), (3, 5), has_biases=True)
+
+
+def linear_inputs(shape, dtype=torch.float64, seed=0):
+    """Tokens, weights and biases in one list, standard normal; weights keep the size of what they map."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    lead = () if shape.heads is None else (shape.heads,)
+    widths = list(zip(shape.out_widths, shape.in_widths, strict=True))
+    tensors = [normal(shape.batch, shape.tokens, sum(shape.in_widths))]
+    tensors += [normal(*lead, out_width, in_width) / math.sqrt(in_width) for out_width, in_width in widths]
+    if shape.has_biases:
+        tensors += [normal(*lead, out_width) for out_width in shape.out_widths]
+    return [tensor.to(DEVICE, dtype) for tensor in tensors]
+
+
+def flat(function, shape, **options):
+    """``function`` of (tokens, weights, biases) as one of tensors."""
+    count = len(shape.in_widths)
+    return lambda tokens, *others: function(tokens, others[:count], others[count:], **options)
+
+
+def results(function, inputs, seed=7):
+    output = function(*(tensor.detach() for tensor in inputs))
+    weight = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return outputs_and_gradients(function, inputs, weight.to(DEVICE, inputs[0].dtype))
+
+
+def assert_agrees(function, inputs, shape):
+    """Output and every gradient are as near to float64 as the reference in the same dtype."""
+    oracle = flat(reference.packed_linear, shape)
+    exact = [tensor.double() for tensor in inputs]
+    weight = torch.randn(oracle(*exact).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    weight = weight.to(DEVICE, inputs[0].dtype).double()
+    assert_within_budget(
+        outputs_and_gradients(function, inputs, weight),
+        outputs_and_gradients(oracle, inputs, weight),
+        outputs_and_gradients(oracle, exact, weight),
+    )
+
+
+def test_poisoned_allocations_are_nan():
+    with poisoned_allocations():
+        tensor = torch.empty(3, device=DEVICE)
+        for fresh in (tensor, torch.empty_like(tensor), tensor.new_empty(2, dtype=torch.float16)):
+            assert fresh.isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_stays_within_the_error_budget(shape, dtype):
+    with poisoned_allocations():
+        assert_agrees(flat(packed_linear, shape, backend="triton"), linear_inputs(shape, dtype), shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_composed_stays_within_the_error_budget(shape, dtype):
+    assert_agrees(flat(composed.packed_linear, shape), linear_inputs(shape, dtype), shape)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(1, 40),
+    heads=st.sampled_from([None, 1, 2, 3]),
+    widths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
+    has_biases=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_agrees_with_the_reference(batch, tokens, heads, widths, has_biases, seed):
+    shape = LinearShape(batch, tokens, heads, *zip(*widths, strict=True), has_biases)
+    inputs = linear_inputs(shape, torch.float32, seed)
+    expected = results(flat(reference.packed_linear, shape), inputs)
+    for backend in ("composed", "triton"):
+        torch.testing.assert_close(results(flat(packed_linear, shape, backend=backend), inputs), expected)
+
+
+def test_written_out_by_hand():
+    tokens = torch.tensor([[[1.0, 2.0, 3.0]]], device=DEVICE)
+    weights = [torch.tensor([[10.0, 1.0]], device=DEVICE), torch.tensor([[2.0], [4.0]], device=DEVICE)]
+    biases = [torch.tensor([0.5], device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)]
+    for backend in ("reference", "composed", "triton"):
+        output = packed_linear(tokens, weights, biases, backend=backend)
+        assert output.tolist() == [[[12.5, 6.0, 13.0]]]
+        by_head = packed_linear(tokens, [torch.stack([weight, -weight]) for weight in weights], backend=backend)
+        assert by_head.tolist() == [[[[12.0, 6.0, 12.0], [-12.0, -6.0, -12.0]]]]
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_every_tile_of_the_table(dtype, monkeypatch):
+    """Each tile in turn, on a problem larger than any, with rows summed in several splits."""
+    from uctrans.kernels.packed_linear import triton as kernels
+
+    shape = LinearShape(2, 70, 2, (24, 130), (16, 70), has_biases=True)
+    inputs = linear_inputs(shape, dtype)
+    monkeypatch.setattr(kernels, "FEWEST_ROWS_A_SPLIT", 48)
+    for tile in kernels._tiles(dtype):
+        monkeypatch.setattr(kernels, "_tiles", lambda dtype, tile=tile: (tile,))
+        assert_agrees(flat(packed_linear, shape, backend="triton"), inputs, shape)
+
+
+def test_tiles_and_splits_of_the_published_sizes():
+    """Programs enough for a GPU at batch 4, and large tiles at batch 32."""
+    from uctrans.kernels.packed_linear import triton as kernels
+
+    widths = (64, 128, 256, 512)
+    for batch, expected in ((4, (128, 64)), (32, (128, 128))):
+        tile = kernels._choose_tile(torch.bfloat16, batch * 196, [4 * width for width in widths], 512)
+        assert tile[:2] == expected
+    for batch in (4, 32):
+        tile, tiles, splits = kernels._choose_split(torch.bfloat16, batch * 196, widths, widths)
+        assert sum(tiles) * splits >= kernels.MULTIPROCESSORS
+        assert batch * 196 >= splits * kernels.FEWEST_ROWS_A_SPLIT
+    assert tile[:2] == (128, 128)
+
+
+def test_strides_as_they_come():
+    """Tokens and gradients that are views: expanded, sliced, transposed, channels apart."""
+    shape = LinearShape(2, 5, 3, (4, 8), (6, 2))
+    tokens, *weights = linear_inputs(shape, torch.float32)
+    width = sum(shape.in_widths)
+    wide = torch.randn(2, 5, width + 3, device=DEVICE)
+    views = {
+        "expanded": tokens[:1, :1].expand(2, 5, width),
+        "sliced": wide[:, ::2, 1 : width + 1],
+        "transposed": tokens.permute(1, 0, 2),
+        "channels apart": torch.randn(2, width, 5, device=DEVICE).transpose(1, 2),
+    }
+    for name, view in views.items():
+        output = packed_linear(view, weights, backend="triton")
+        assert output.is_contiguous()
+        torch.testing.assert_close(output, reference.packed_linear(view, weights, ()), msg=name)
+
+    leaves = [tokens.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
+    by_head = torch.randn(2, 3, 5, 8, device=DEVICE).transpose(1, 2)  # as channel attention returns it
+    gradients = [torch.ones((), device=DEVICE).expand(2, 5, 3, 8), by_head, wide[:, :, :1, None].expand(2, 5, 3, 8)]
+    for gradient in gradients:
+        expected, actual = (
+            torch.autograd.grad(packed_linear(tokens, weights, backend=backend), leaves, gradient)
+            for backend in ("composed", "triton")
+        )
+        torch.testing.assert_close(actual, expected)
+    # Weights may be views, too.
+    transposed = [weight.detach().transpose(1, 2).contiguous().transpose(1, 2) for weight in weights]
+    torch.testing.assert_close(
+        packed_linear(tokens, transposed, backend="triton"), packed_linear(tokens, weights, backend="triton")
+    )
+
+
+def test_the_query_of_channel_attention_is_a_view():
+    tokens, *weights = linear_inputs(LinearShape(2, 5, 3, (4, 8), (4, 8)), torch.float32)
+    query = packed_linear(tokens, weights, backend="triton").transpose(1, 2)
+    assert query.shape == (2, 3, 5, 12) and query.stride() == (5 * 3 * 12, 12, 3 * 12, 1)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_bitwise_repeatable(dtype, monkeypatch):
+    from uctrans.kernels.packed_linear import triton as kernels
+
+    monkeypatch.setattr(kernels, "FEWEST_ROWS_A_SPLIT", 16)
+    shape = LinearShape(2, 40, None, (5, 20), (9, 16), has_biases=True)
+    inputs = linear_inputs(shape, dtype)
+    function = flat(packed_linear, shape, backend="triton")
+    for first, second in zip(results(function, inputs), results(function, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_only_the_gradients_asked_for():
+    tokens, *weights = linear_inputs(LinearShape(2, 5, None, (4, 8), (4, 8)), torch.float32)
+    frozen = packed_linear(tokens.requires_grad_(), weights, backend="triton")
+    assert torch.autograd.grad(frozen.sum(), tokens)[0].shape == tokens.shape
+    tokens = tokens.detach()
+    (d_weight,) = torch.autograd.grad(
+        packed_linear(tokens, [weights[0].requires_grad_(), weights[1]], backend="triton").sum(), weights[0]
+    )
+    expected = tokens[..., :4].sum((0, 1)).expand(4, 4)
+    torch.testing.assert_close(d_weight, expected)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LinearShape(1, 3, None, (2, 5), (4, 1))], ids=str)
+def test_opcheck(shape):
+    count = len(shape.in_widths)
+    tokens, *others = (tensor.requires_grad_() for tensor in linear_inputs(shape, torch.float32))
+    torch.library.opcheck(torch.ops.uctrans.packed_linear, (tokens, others[:count], others[count:]))
+    gradient = torch.randn_like(packed_linear(tokens, others[:count], others[count:]))
+    weights = [weight.detach() for weight in others[:count]]
+    torch.library.opcheck(torch.ops.uctrans.packed_linear_token_gradient, (gradient, weights))
+    torch.library.opcheck(
+        torch.ops.uctrans.packed_linear_weight_gradient,
+        (gradient, tokens.detach(), list(shape.in_widths), list(shape.out_widths), shape.has_biases),
+    )
+
+
+def test_gradients_written_out_for_the_cpu():
+    """What the operator does on a CPU without the interpreter: the composed form and its written-out gradients."""
+    for shape in SHAPES:
+        count = len(shape.in_widths)
+        inputs = linear_inputs(shape)
+        output = composed.packed_linear(inputs[0], inputs[1 : 1 + count], inputs[1 + count :])
+        gradient = torch.randn_like(output)
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        output = reference.packed_linear(leaves[0], leaves[1 : 1 + count], leaves[1 + count :])
+        d_tokens, *expected = torch.autograd.grad(output, leaves, gradient)
+        tokens, weights = inputs[0].detach(), [weight.detach() for weight in inputs[1 : 1 + count]]
+        torch.testing.assert_close(composed.token_gradient(gradient, weights), d_tokens)
+        flat_gradient = composed.weight_gradient(gradient, tokens, shape.in_widths, shape.out_widths, shape.has_biases)
+        torch.testing.assert_close(flat_gradient, torch.cat([tensor.flatten() for tensor in expected]))
+
+
+@pytest.mark.parametrize("backend", ["composed", "triton"])
+def test_compiles_in_one_graph(backend):
+    inputs = linear_inputs(SMALL, torch.float32)
+    function = flat(packed_linear, SMALL, backend=backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(results(compiled, inputs), results(function, inputs))
+
+
+def test_autocast():
+    dtype = torch.float16
+    tokens, *others = (tensor.requires_grad_() for tensor in linear_inputs(SMALL, torch.float32))
+    with torch.autocast(DEVICE, dtype):
+        outputs = [
+            packed_linear(tokens, others[:2], others[2:], backend=backend)
+            for backend in ("reference", "composed", "triton")
+        ]
+    assert {output.dtype for output in outputs} == {dtype}
+    torch.testing.assert_close(outputs[2], outputs[0], atol=4e-3, rtol=4e-3)
+    gradients = torch.autograd.grad(outputs[2].float().square().sum(), [tokens, *others])
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    expected = torch.autograd.grad(outputs[0].float().square().sum(), [tokens, *others])
+    torch.testing.assert_close(gradients, expected, atol=0.05, rtol=0.02)
+
+
+def test_gradcheck():
+    inputs = [tensor.requires_grad_() for tensor in linear_inputs(SMALL)]
+    assert torch.autograd.gradcheck(flat(packed_linear, SMALL, backend="composed"), inputs)
+    assert torch.autograd.gradgradcheck(flat(packed_linear, SMALL, backend="composed"), inputs)
+
+
+class TestBadInput:
+    def test_shapes(self):
+        tokens, *others = linear_inputs(SMALL)
+        weights, biases = others[:2], others[2:]
+        with pytest.raises(ValueError, match=r"tokens must be \(B, N, 12\).*; got \(2, 9, 11\)"):
+            packed_linear(tokens[..., 1:], weights, biases)
+        with pytest.raises(ValueError, match="tokens must be"):
+            packed_linear(tokens[0], weights, biases)
+        with pytest.raises(ValueError, match=r"all be \(O, I\), or all \(H, O, I\).*got \(2, 3, 4\), \(5, 8\)"):
+            packed_linear(tokens, [weights[0], weights[1][0]])
+        with pytest.raises(ValueError, match="with one H"):
+            packed_linear(tokens, [weights[0], weights[1][:1]])
+        with pytest.raises(ValueError, match="not empty"):
+            packed_linear(tokens, [weights[0], weights[1][:, :0]])
+        with pytest.raises(ValueError, match=r"biases\[1\] must be \(2, 5\), .*; got \(5,\)"):
+            packed_linear(tokens, weights, [biases[0], biases[1][0]])
+        with pytest.raises(ValueError, match="one a scale; got 1 for 2 weights"):
+            packed_linear(tokens, weights, biases[:1])
+        with pytest.raises(ValueError, match="got none"):
+            packed_linear(tokens, [])
+
+    def test_dtypes_and_devices(self):
+        tokens, *others = linear_inputs(SMALL)
+        weights = others[:2]
+        with pytest.raises(TypeError, match=r"share one dtype; got tokens torch\.float64, weights\[0\] torch\.float32"):
+            packed_linear(tokens, [weights[0].float(), weights[1]])
+        with pytest.raises(TypeError, match="tokens must be floating point"):
+            packed_linear(tokens.long(), weights)
+        with pytest.raises(ValueError, match=r"on one device; got .*weights\[1\] meta"):
+            packed_linear(tokens, [weights[0], weights[1].to("meta")])
+        with pytest.raises(ValueError, match="unknown backend"):
+            packed_linear(tokens, weights, backend="fastest")
+
+    def test_float64_is_not_for_triton(self, monkeypatch):
+        tokens, *others = linear_inputs(SMALL)
+        with pytest.raises(NotImplementedError, match="float32; use backend='composed'"):
+            packed_linear(tokens, others[:2], backend="triton")
+        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
+        torch.testing.assert_close(
+            packed_linear(tokens, others[:2]), packed_linear(tokens, others[:2], backend="composed")
+        )
+
+    def test_no_second_derivative(self):
+        tokens, *others = (tensor.requires_grad_() for tensor in linear_inputs(SMALL, torch.float32))
+        output = packed_linear(tokens, others[:2], others[2:], backend="triton")
+        for leaf in (tokens, others[0], others[2]):
+            (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+            with pytest.raises(NotImplementedError, match="packed_linear has no second derivative"):
+                gradient.sum().backward()
