@@ -106,10 +106,10 @@ def test_composed_stays_within_the_error_budget(shape, dtype):
     assert_agrees(flat(composed.packed_linear, shape), linear_inputs(shape, dtype), shape)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    batch=st.integers(0, 3),
-    tokens=st.integers(1, 40),
+    batch=st.integers(0, 2),
+    tokens=st.integers(1, 20),
     heads=st.sampled_from([None, 1, 2, 3]),
     widths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
     has_biases=st.booleans(),
@@ -139,7 +139,7 @@ def test_every_tile_of_the_table(dtype, monkeypatch):
     """Each tile in turn, on a problem larger than any, with rows summed in several splits."""
     from uctrans.kernels.packed_linear import triton as kernels
 
-    shape = LinearShape(2, 70, 2, (24, 130), (16, 70), has_biases=True)
+    shape = LinearShape(2, 65, 2, (130,), (66,), has_biases=True)
     inputs = linear_inputs(shape, dtype)
     monkeypatch.setattr(kernels, "FEWEST_ROWS_A_SPLIT", 48)
     for tile in kernels._tiles(dtype):
@@ -225,18 +225,22 @@ def test_only_the_gradients_asked_for():
     torch.testing.assert_close(d_weight, expected)
 
 
-@pytest.mark.parametrize("shape", [SMALL, LinearShape(1, 3, None, (2, 5), (4, 1))], ids=str)
-def test_opcheck(shape):
-    count = len(shape.in_widths)
-    tokens, *others = (tensor.requires_grad_() for tensor in linear_inputs(shape, torch.float32))
+def test_opcheck():
+    count = len(SMALL.in_widths)
+    tokens, *others = (tensor.requires_grad_() for tensor in linear_inputs(SMALL, torch.float32))
     torch.library.opcheck(torch.ops.uctrans.packed_linear, (tokens, others[:count], others[count:]))
     gradient = torch.randn_like(packed_linear(tokens, others[:count], others[count:]))
     weights = [weight.detach() for weight in others[:count]]
     torch.library.opcheck(torch.ops.uctrans.packed_linear_token_gradient, (gradient, weights))
-    torch.library.opcheck(
-        torch.ops.uctrans.packed_linear_weight_gradient,
-        (gradient, tokens.detach(), list(shape.in_widths), list(shape.out_widths), shape.has_biases),
+    sizes = list(SMALL.in_widths), list(SMALL.out_widths), SMALL.has_biases
+    torch.library.opcheck(torch.ops.uctrans.packed_linear_weight_gradient, (gradient, tokens.detach(), *sizes))
+
+
+def test_opcheck_without_heads_and_biases():
+    tokens, *weights = (
+        tensor.requires_grad_() for tensor in linear_inputs(LinearShape(1, 3, None, (2, 5), (4, 1)), torch.float32)
     )
+    torch.library.opcheck(torch.ops.uctrans.packed_linear, (tokens, weights, []))
 
 
 def test_gradients_written_out_for_the_cpu():
@@ -259,6 +263,7 @@ def test_gradients_written_out_for_the_cpu():
 def test_compiles_in_one_graph(backend):
     inputs = linear_inputs(SMALL, torch.float32)
     function = flat(packed_linear, SMALL, backend=backend)
+    torch.compiler.reset()  # a limit on compilations counts those of other tests
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(compiled, inputs), results(function, inputs))
 
