@@ -1,8 +1,8 @@
 """Channel attention as operators of torch: which code runs on which device, shapes without data, gradients, autocast.
 
 Two operators share everything but how key and value come. ``uctrans::channel_attention`` takes them as two tensors;
-``uctrans::channel_attention_packed`` takes both in one, as one projection writes them, and returns one gradient, so that
-neither is cut apart or put together by a copy.
+``uctrans::channel_attention_packed`` takes both in one, as one projection writes them, and returns one gradient, so
+that no copy cuts them apart or puts them together.
 """
 
 from collections.abc import Sequence

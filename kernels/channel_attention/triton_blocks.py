@@ -85,6 +85,8 @@ def key_value_gradient_blocks(tokens: int, dtype: torch.dtype) -> AttentionBlock
 
 def gram_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
     """Tiles of the kernels that make Gram matrices; ``heads`` counts those of all images."""
+    if current_architecture().family == "interpreter":
+        return GramBlocks(64, 64, 4, 1)
     if dtype == torch.float32:
         return GramBlocks(64, 32, 4, 2)
     # Tiles of 128 tokens read half as much from the L2 cache, and there are four times fewer of them.
@@ -93,15 +95,19 @@ def gram_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
 
 def correction_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
     """Tiles of the products with Gram matrices; ``heads`` counts those of all images."""
+    if current_architecture().family == "interpreter":
+        return GramBlocks(64, 64, 4, 1)
     if dtype != torch.bfloat16:
         return GramBlocks(64, 32, 4, 2)
     return GramBlocks(128, 128, 8, 2) if heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
 
 
 def _first_that_fits(choices: Sequence[AttentionBlocks], tokens: int, dtype: torch.dtype, held: int) -> AttentionBlocks:
-    limit = current_architecture().shared_memory
+    architecture = current_architecture()
+    if architecture.family == "interpreter":
+        return AttentionBlocks(64, 64, 4, 1)  # it has no registers to spill, and takes its time by the program
     token_bytes = sum(token_tiles(tokens)) * dtype.itemsize
     for blocks in choices:
-        if token_bytes * (held * blocks.own + 2 * blocks.num_stages * blocks.step) <= limit:
+        if token_bytes * (held * blocks.own + 2 * blocks.num_stages * blocks.step) <= architecture.shared_memory:
             return blocks
     return choices[-1]

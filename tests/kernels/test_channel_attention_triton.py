@@ -1,0 +1,643 @@
+"""Channel attention as an operator of torch: its Triton kernels and their explicit form.
+
+Without a GPU the kernels run in Triton's interpreter, which multiplies bfloat16 wrongly: those cases need a GPU.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from uctrans.kernels import channel_attention, projected_channel_attention
+from uctrans.kernels.channel_attention import correlating_is_cheaper, dispatch, explicit, reference
+from uctrans.kernels.dropout import draw_seed, keep_mask, keep_scale, row_keys
+from uctrans.kernels.testing import (
+    ATTENTION_SHAPES,
+    AttentionShape,
+    assert_within_budget,
+    attention_inputs,
+    outputs_and_gradients,
+)
+
+pytest.importorskip("triton")
+
+EPS = 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # the interpreter multiplies bfloat16 wrongly
+]
+SMALL = AttentionShape(2, 2, 9, (4, 8), 12)
+SEED = 20
+# Own channels, step, warps, stages: what the table holds, and tiles smaller and larger than the widths of the tests.
+CONFIGURATIONS = [(16, 16, 4, 1), (32, 16, 8, 1), (32, 32, 8, 1), (64, 16, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2)]
+
+
+def on_device(tensors, dtype=None):
+    return [tensor.detach().to(DEVICE, dtype or tensor.dtype) for tensor in tensors]
+
+
+def attend(segments, backend="triton", **settings):
+    return lambda query, key, value: channel_attention(query, key, value, segments, backend=backend, **settings)
+
+
+def assert_as_exact_as_the_reference(function, oracle, inputs, gradient=None):
+    """``function`` and ``oracle`` on ``inputs`` against ``oracle`` in float64: output and every gradient."""
+    exact_inputs = [tensor.double() for tensor in inputs]
+    if gradient is None:
+        generator = torch.Generator().manual_seed(7)
+        gradient = torch.randn(oracle(*exact_inputs).shape, generator=generator, dtype=torch.float64)
+        gradient = gradient.to(DEVICE, inputs[0].dtype).double()
+    assert_within_budget(
+        outputs_and_gradients(function, inputs, gradient),
+        outputs_and_gradients(oracle, inputs, gradient),
+        outputs_and_gradients(oracle, exact_inputs, gradient),
+    )
+
+
+def compare(shape, dtype, **settings):
+    assert_as_exact_as_the_reference(
+        attend(shape.segments, **settings),
+        attend(shape.segments, "reference", **settings),
+        on_device(attention_inputs(shape, dtype)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+class TestErrorBudget:
+    def test_kernels(self, shape, dtype):
+        compare(shape, dtype)
+
+    def test_explicit_form(self, shape, dtype, monkeypatch):
+        monkeypatch.setattr(dispatch, "is_fused", lambda query, longest: False)
+        compare(shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [196, 225, 256, 400, 576, 640, 1024])
+def test_published_widths(tokens, dtype, dropout_p):
+    for batch in (1, 32):  # few programs and many: two rows of the table
+        compare(AttentionShape(batch, 4, tokens, (64, 128, 256, 512), 960), dtype, dropout_p=dropout_p, seed=SEED)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", CONFIGURATIONS, ids=str)
+def test_every_launch_configuration(blocks, dtype, monkeypatch):
+    from uctrans.kernels.channel_attention import triton
+    from uctrans.kernels.channel_attention.triton_blocks import AttentionBlocks, GramBlocks
+
+    own, step, num_warps, num_stages = blocks
+    for table in ("forward_blocks", "query_gradient_blocks", "key_value_gradient_blocks"):
+        monkeypatch.setattr(triton, table, lambda *_: AttentionBlocks(*blocks))
+    for table in ("gram_blocks", "correction_blocks"):
+        monkeypatch.setattr(triton, table, lambda *_: GramBlocks(own, step, num_warps, num_stages))
+    compare(AttentionShape(1, 2, 37, (3, 47), 70), dtype, dropout_p=0.2, seed=SEED)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tiles"),
+    [
+        (1, (16,)),
+        (16, (16,)),
+        (17, (32,)),
+        (49, (64,)),
+        (100, (64, 32, 16)),
+        (196, (128, 64, 16)),
+        (225, (256,)),
+        (256, (256,)),
+        (400, (256, 128, 16)),
+        (576, (512, 64)),
+        (640, (512, 128)),
+    ],
+)
+def test_token_tiles(tokens, tiles):
+    from uctrans.kernels.channel_attention.triton_blocks import token_tiles
+
+    assert token_tiles(tokens) == tiles
+
+
+def test_token_tiles_cover_the_tokens():
+    from uctrans.kernels.channel_attention.triton_blocks import token_tiles
+
+    for tokens in range(1, dispatch.LONGEST_FUSED_FORWARD + 1):
+        tiles = token_tiles(tokens)
+        assert tokens <= sum(tiles) and len(tiles) <= 3
+        assert all(tile >= 16 and tile & (tile - 1) == 0 for tile in tiles)
+        assert sum(tiles) - tokens < max(16, 0.35 * sum(tiles))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    batch=st.integers(0, 2),
+    heads=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    segments=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    key_channels=st.integers(2, 80),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_agrees_with_the_reference(batch, heads, tokens, segments, key_channels, dropout_p, seed):
+    shape = AttentionShape(batch, heads, tokens, tuple(segments), key_channels)
+    inputs = on_device(attention_inputs(shape, torch.float32, seed))
+    results, expected = (
+        outputs_and_gradients(
+            attend(segments, backend, dropout_p=dropout_p, seed=seed),
+            [tensor.to(dtype) for tensor in inputs],
+            torch.ones(batch, tokens, sum(segments), dtype=dtype, device=DEVICE).cumsum(dim=-1) % 3 - 1,
+        )
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    for result, exact in zip(results, expected, strict=True):
+        # Of the largest entry: a map of one or two entries has gradients that vanish but for rounding.
+        bound = 1e-4 * max(1.0, exact.abs().max().item() if exact.numel() else 0.0)
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=bound)
+
+
+class TestNumbersThatAreHardToHold:
+    shape = AttentionShape(2, 2, 20, (16, 40), 56)
+
+    def inputs(self, dtype):
+        return on_device(attention_inputs(self.shape, dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_common_offset(self, dtype):
+        """Every entry of query and key is a thousand (in float16: thirty) deviations from zero."""
+        query, key, value = self.inputs(torch.float64)
+        offset = 1e3 if dtype == torch.float32 else 30.0
+        inputs = [(query + offset).to(dtype), (key + offset).to(dtype), value.to(dtype)]
+        if dtype == torch.float16:
+            inputs = [inputs[0] / 32, *inputs[1:]]  # the reference's scores would leave the range of float16
+        assert_as_exact_as_the_reference(attend(self.shape.segments), attend(self.shape.segments, "reference"), inputs)
+
+    def test_offset_of_the_map(self):
+        """The map's own mean is a thousand of its deviations: sums of squares of scores would cancel to noise."""
+        generator = torch.Generator().manual_seed(3)
+        query, key, value = self.inputs(torch.float64)
+        level = torch.rand(self.shape.tokens, 1, generator=generator, dtype=torch.float64).to(DEVICE) + 1
+        inputs = [(level + 1e-3 * query).float(), (level + 1e-3 * key).float(), value.float()]
+        scores = inputs[0].double().transpose(-1, -2) @ inputs[1].double()
+        assert (scores.mean(dim=(-1, -2)).abs() / scores.std(dim=(-1, -2))).min() > 300
+        assert_as_exact_as_the_reference(attend(self.shape.segments), attend(self.shape.segments, "reference"), inputs)
+
+    def test_constant_map_attends_evenly(self):
+        query, key, value = self.inputs(torch.float32)
+        inputs = [
+            torch.ones_like(query).requires_grad_(),
+            torch.ones_like(key).requires_grad_(),
+            value.requires_grad_(),
+        ]
+        output = attend(self.shape.segments)(*inputs)
+        expected = value.mean(dim=(1, 3), keepdim=True).squeeze(1).expand_as(output)
+        torch.testing.assert_close(output, expected)
+        assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(output.sum(), inputs))
+
+    @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e5, 1e8])
+    def test_size_of_the_scores(self, scale):
+        """From maps that are nothing beside eps to maps whose squares need most of float32's range."""
+        query, key, value = self.inputs(torch.float32)
+        assert_as_exact_as_the_reference(
+            attend(self.shape.segments), attend(self.shape.segments, "reference"), [query * scale, key, value]
+        )
+
+    def test_row_far_below_the_others(self):
+        """The sum of a row's exponentials spans hundreds of powers of two; nothing overflows outside the map."""
+        query, key, value = self.inputs(torch.float32)
+        query[..., 3], key[..., 5] = 40 * query[..., 3], key[..., 5] - 40
+        assert_as_exact_as_the_reference(
+            attend(self.shape.segments), attend(self.shape.segments, "reference"), [query, key, value]
+        )
+
+
+@contextmanager
+def poisoned_allocations():
+    """New memory holds NaN (integers: a large number), so that reading what was not written shows."""
+    originals = {name: getattr(torch, name) for name in ("empty", "empty_like")} | {"new_empty": torch.Tensor.new_empty}
+
+    def poisoned(original):
+        def allocate(*arguments, **keywords):
+            tensor = original(*arguments, **keywords)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x7EEEEEEE)
+
+        return allocate
+
+    torch.empty, torch.empty_like = poisoned(originals["empty"]), poisoned(originals["empty_like"])
+    torch.Tensor.new_empty = poisoned(originals["new_empty"])
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = originals["empty"], originals["empty_like"]
+        torch.Tensor.new_empty = originals["new_empty"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SMALL, AttentionShape(1, 2, 37, (3, 47), 70)], ids=str)
+def test_memory_is_written_before_it_is_read(shape, dtype):
+    with poisoned_allocations():
+        assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+        compare(shape, dtype, dropout_p=0.3, seed=SEED)
+
+
+def test_same_bits_from_run_to_run():
+    shape = AttentionShape(1, 2, 37, (19, 47), 70)
+    inputs = on_device(attention_inputs(shape, torch.float32))
+    gradient = torch.randn(1, 37, 66, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    first, second = (
+        outputs_and_gradients(attend(shape.segments, dropout_p=0.2, seed=SEED), inputs, gradient) for _ in range(2)
+    )
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+
+
+class TestStrides:
+    shape = AttentionShape(2, 3, 20, (16, 24), 40)
+
+    @pytest.mark.parametrize(
+        "rearrange",
+        [
+            lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),  # heads inside the tokens
+            lambda tensor: tensor.transpose(2, 3).contiguous().transpose(2, 3),  # tokens inside the channels
+            lambda tensor: torch.nn.functional.pad(tensor, (3, 2))[..., 3:-2],  # rows that start off any alignment
+            lambda tensor: tensor[:1].expand(2, -1, -1, -1),  # one sample for the whole batch
+        ],
+        ids=["heads inside", "channels apart", "offset rows", "expanded"],
+    )
+    def test_inputs(self, rearrange):
+        inputs = on_device(attention_inputs(self.shape, torch.float32))
+        assert_as_exact_as_the_reference(
+            lambda *tensors: attend(self.shape.segments)(*map(rearrange, tensors)),
+            lambda *tensors: attend(self.shape.segments, "reference")(*map(rearrange, tensors)),
+            inputs,
+        )
+
+    @pytest.mark.parametrize(
+        "gradient",
+        [
+            lambda shape: torch.ones((), dtype=torch.float64).expand(shape),
+            lambda shape: torch.randn(shape[-1], dtype=torch.float64).expand(shape),
+            lambda shape: torch.randn(shape[::-1], dtype=torch.float64).permute(2, 1, 0),
+        ],
+        ids=["stride 0", "stride 0 over tokens", "permuted"],
+    )
+    def test_gradients(self, gradient):
+        torch.manual_seed(0)
+        upstream = gradient((2, 20, 40)).to(DEVICE)
+        inputs = on_device(attention_inputs(self.shape, torch.float32))
+        functions = attend(self.shape.segments), attend(self.shape.segments, "reference")
+        assert_as_exact_as_the_reference(*functions, inputs, gradient=upstream)
+
+
+class TestDropout:
+    # As many tokens as key channels and as query channels: with the identity as value or gradient, maps come out whole.
+    shape = AttentionShape(2, 3, 48, (16, 32), 48)
+
+    def maps(self, dropout_p, seed):
+        """The dropped softmax maps of all heads as the forward pass mixes with them: (B, H, sum C, S)."""
+        query, key, _ = on_device(attention_inputs(self.shape, torch.float32))
+        identity = torch.eye(48, device=DEVICE)
+        maps = []
+        for head in range(3):
+            value = torch.zeros(2, 3, 48, 48, device=DEVICE)
+            value[:, head] = identity * 3
+            mixed = attend(self.shape.segments, dropout_p=dropout_p, seed=seed)(query, key, value)
+            maps.append(mixed.transpose(1, 2))
+        return torch.stack(maps, dim=1)
+
+    def expected_mask(self, dropout_p, seed):
+        keys = row_keys(torch.tensor([seed]), 2 * 3 * 48).view(2, 2, 3, 48)
+        return keep_mask(keys, 48, dropout_p).to(DEVICE)
+
+    @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+    def test_mask_in_forward(self, dropout_p):
+        dropped, plain = self.maps(dropout_p, SEED), self.maps(0.0, None)
+        assert plain.min() > 0
+        assert torch.equal(dropped != 0, self.expected_mask(dropout_p, SEED))
+        torch.testing.assert_close(dropped, plain * (dropped != 0) * keep_scale(dropout_p))
+
+    def test_mask_in_backward(self):
+        """With the identity as upstream gradient, the gradient of value is the dropped map."""
+        inputs = on_device(attention_inputs(self.shape, torch.float32))
+        identity = torch.eye(48, dtype=torch.float64, device=DEVICE).expand(2, 48, 48)
+        function = attend(self.shape.segments, dropout_p=0.5, seed=SEED)
+        *_, value_gradient = outputs_and_gradients(function, inputs, identity)
+        torch.testing.assert_close(value_gradient * 3, self.maps(0.5, SEED))
+
+    @pytest.mark.parametrize("shape", [SMALL, AttentionShape(1, 2, 37, (3, 47), 70)], ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_error_budget(self, shape, dtype):
+        compare(shape, dtype, dropout_p=0.3, seed=SEED)
+
+    @pytest.mark.parametrize("backend", ["triton", "composed"])
+    def test_seed_gives_the_same_mask_on_every_backend(self, backend):
+        inputs = on_device(attention_inputs(SMALL, torch.float32))
+        for seed in (SEED, torch.tensor([SEED], device=DEVICE), torch.tensor(SEED, device=DEVICE)):
+            result = attend(SMALL.segments, backend, dropout_p=0.4, seed=seed)(*inputs)
+            expected = attend(SMALL.segments, "reference", dropout_p=0.4, seed=SEED)(*inputs)
+            torch.testing.assert_close(result, expected)
+
+    def test_without_a_seed_torch_draws(self):
+        inputs = on_device(attention_inputs(SMALL, torch.float32))
+        torch.manual_seed(5)
+        first, second = (attend(SMALL.segments, dropout_p=0.4)(*inputs) for _ in range(2))
+        assert not torch.equal(first, second)
+        torch.manual_seed(5)
+        assert torch.equal(attend(SMALL.segments, dropout_p=0.4)(*inputs), first)
+
+    @pytest.mark.parametrize("dropout_p", [1e-9, 1 - 1e-9])
+    def test_probabilities_at_the_ends_stay_finite(self, dropout_p):
+        inputs = on_device(attention_inputs(SMALL, torch.float32))
+        output = attend(SMALL.segments, dropout_p=dropout_p, seed=SEED)(*inputs)
+        assert torch.isfinite(output).all()
+        assert (output == 0).float().mean().round() == round(dropout_p)
+
+
+class TestOperator:
+    shape = AttentionShape(1, 2, 5, (2, 3), 4)
+
+    def arguments(self, dropout_p, requires_grad=False):
+        inputs = on_device(attention_inputs(self.shape, torch.float32))
+        inputs = [tensor.requires_grad_(requires_grad) for tensor in inputs]
+        return (*inputs, list(self.shape.segments), dropout_p, EPS, torch.tensor([SEED], device=DEVICE))
+
+    def packed(self, arguments):
+        query, key, value, *rest = arguments
+        requires_grad = query.requires_grad
+        key_value = torch.stack([key, value], dim=3).transpose(1, 2).transpose(2, 3).contiguous().detach()
+        return (query, key_value.requires_grad_(requires_grad), *rest)  # (B, N, 2, H, S)
+
+    @pytest.mark.parametrize(("fused", "dropout_p"), [(True, 0.3), (False, 0.3), (False, 0.0)])
+    def test_opcheck(self, fused, dropout_p, monkeypatch):
+        if not fused:
+            monkeypatch.setattr(dispatch, "is_fused", lambda query, longest: False)
+        arguments = self.arguments(dropout_p, requires_grad=True)
+        operators = torch.ops.uctrans
+        torch.library.opcheck(operators.channel_attention, arguments)
+        torch.library.opcheck(operators.channel_attention_packed, self.packed(arguments))
+        plain = self.arguments(dropout_p)
+        for operator, inputs in (
+            (operators.channel_attention, plain),
+            (operators.channel_attention_packed, self.packed(plain)),
+        ):
+            output, *saved = operator(*inputs)
+            backward = getattr(operators, f"{operator._qualified_op_name.split('::')[1]}_backward")
+            *tensors, segments, dropout, _eps, _seed = inputs
+            torch.library.opcheck(backward, (torch.randn_like(output), *tensors, *saved, segments, dropout))
+
+    def test_packed_is_the_same_function(self):
+        arguments = self.arguments(0.3, requires_grad=True)
+        packed = self.packed(arguments)
+        output, *_ = torch.ops.uctrans.channel_attention(*arguments)
+        packed_output, *_ = torch.ops.uctrans.channel_attention_packed(*packed)
+        assert torch.equal(output, packed_output)
+        gradient = torch.randn_like(output)
+        of_query, of_key, of_value = torch.autograd.grad(output, arguments[:3], gradient)
+        of_packed_query, of_key_value = torch.autograd.grad(packed_output, packed[:2], gradient)
+        assert torch.equal(of_query, of_packed_query)
+        assert torch.equal(torch.stack([of_key, of_value]), of_key_value.permute(2, 0, 3, 1, 4))
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+    def test_compiles_without_a_break(self, dropout_p):
+        inputs = on_device(attention_inputs(SMALL, torch.float32))
+        seed = torch.tensor([SEED], device=DEVICE)
+        function = attend(SMALL.segments, dropout_p=dropout_p, seed=seed)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        gradient = torch.ones(2, 9, 12, dtype=torch.float64, device=DEVICE)
+        for result, expected in zip(
+            outputs_and_gradients(compiled, inputs, gradient),
+            outputs_and_gradients(function, inputs, gradient),
+            strict=True,
+        ):
+            torch.testing.assert_close(result, expected)
+
+    def test_autocast(self):
+        inputs = [tensor.requires_grad_() for tensor in on_device(attention_inputs(SMALL, torch.float32))]
+        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+        with torch.autocast(DEVICE, dtype=dtype):
+            output = attend(SMALL.segments)(*inputs)
+        assert output.dtype == dtype
+        gradients = torch.autograd.grad(output.sum(), inputs)
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        torch.testing.assert_close(output.float(), attend(SMALL.segments, "reference")(*inputs), rtol=2e-2, atol=2e-2)
+
+    def test_float64_takes_the_explicit_form(self):
+        inputs = [tensor.requires_grad_() for tensor in on_device(attention_inputs(SMALL, torch.float64))]
+        torch.testing.assert_close(attend(SMALL.segments)(*inputs), attend(SMALL.segments, "reference")(*inputs))
+        tiny = on_device(attention_inputs(AttentionShape(2, 2, 5, (2, 3), 4), torch.float64))
+        assert torch.autograd.gradcheck(
+            attend((2, 3), dropout_p=0.4, seed=SEED), [tensor.requires_grad_() for tensor in tiny]
+        )
+
+    def test_runs_on_a_cpu_without_triton(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        *inputs, segments, dropout_p, eps, seed = [
+            item.cpu() if isinstance(item, torch.Tensor) else item for item in self.arguments(0.3)
+        ]
+        output, *_ = torch.ops.uctrans.channel_attention(*inputs, segments, dropout_p, eps, seed)
+        torch.testing.assert_close(output, attend(segments, "composed", dropout_p=0.3, seed=SEED)(*inputs))
+
+    @pytest.mark.parametrize("tokens", [8, 9])
+    def test_both_sides_of_the_longest_fused_sequence_agree(self, tokens, monkeypatch):
+        monkeypatch.setattr(dispatch, "LONGEST_FUSED_FORWARD", 8)
+        monkeypatch.setattr(dispatch, "LONGEST_FUSED_BACKWARD", 8)
+        compare(AttentionShape(2, 2, tokens, (4, 8), 12), torch.float32, dropout_p=0.2, seed=SEED)
+
+    def test_forward_by_kernels_and_backward_by_torch_fit_each_other(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "LONGEST_FUSED_BACKWARD", 8)
+        compare(SMALL, torch.float32, dropout_p=0.2, seed=SEED)
+
+    def test_saved_tensors_of_both_forms_agree(self):
+        from uctrans.kernels.channel_attention import triton
+
+        inputs = on_device(attention_inputs(AttentionShape(2, 2, 37, (19, 47), 70), torch.float32))
+        seed = torch.tensor([SEED], device=DEVICE)
+        _, kernels = triton.forward(*inputs, (19, 47), 0.3, EPS, seed)
+        _, exact = explicit.forward(*[tensor.double() for tensor in inputs], (19, 47), 0.3, EPS, seed)
+        assert torch.equal(kernels.row_keys, exact.row_keys)
+        for name in explicit.Saved._fields[:-1]:
+            torch.testing.assert_close(
+                getattr(kernels, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-4, msg=name
+            )
+
+
+class Copies(TorchDispatchMode):
+    """Counts what moves data without computing: copies, concatenations, casts."""
+
+    NAMES = ("clone", "copy_", "cat", "stack", "_to_copy", "contiguous", "index", "constant_pad_nd")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and func._opname in self.NAMES:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class TestProjected:
+    shape = AttentionShape(2, 2, 11, (16, 32), 48)
+
+    def inputs(self, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size):
+            tensor = torch.randn(*size, generator=generator, dtype=torch.float64)
+            return tensor.to(DEVICE, dtype).requires_grad_()
+
+        tokens, context = normal(2, 11, 48), normal(2, 11, 48)
+        return [tokens, context, normal(2, 2, 48, 48), *(normal(2, width, width) for width in self.shape.segments)]
+
+    @staticmethod
+    def attend(backend, **settings):
+        def function(tokens, context, key_value_weight, *query_weights):
+            return projected_channel_attention(
+                tokens, context, query_weights, key_value_weight, backend=backend, **settings
+            )
+
+        return function
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+    def test_error_budget(self, dropout_p, dtype):
+        settings = {"dropout_p": dropout_p, "seed": SEED}
+        assert_as_exact_as_the_reference(
+            self.attend("triton", **settings), self.attend("reference", **settings), self.inputs(dtype)
+        )
+
+    def test_nothing_is_copied_between_projections_and_operator(self):
+        inputs = self.inputs()
+        seed = torch.tensor([SEED], device=DEVICE)
+        with Copies() as copies:
+            output = self.attend("triton", dropout_p=0.3, seed=seed)(*inputs)
+            torch.autograd.grad(output, inputs, torch.ones_like(output))
+        assert copies.found == []
+
+    def test_both_sides_of_the_cost_boundary_agree(self):
+        segments, heads = (4, 8), 2
+        boundary = next(tokens for tokens in range(2, 200) if correlating_is_cheaper(tokens, heads, segments, 12))
+        for tokens in (boundary - 1, boundary):
+            generator = torch.Generator().manual_seed(tokens)
+            tensors = [
+                torch.randn(*size, generator=generator).to(DEVICE)
+                for size in ((2, tokens, 12), (2, tokens, 12), (2, heads, 12, 12), (heads, 4, 4), (heads, 8, 8))
+            ]
+            settings = {"dropout_p": 0.2, "seed": SEED}
+            assert_as_exact_as_the_reference(
+                self.attend("triton", **settings), self.attend("reference", **settings), tensors
+            )
+
+
+class TestBadInput:
+    def test_double_backward(self):
+        inputs = [tensor.requires_grad_() for tensor in on_device(attention_inputs(SMALL, torch.float32))]
+        output = attend(SMALL.segments)(*inputs)
+        (gradient,) = torch.autograd.grad(output.square().sum(), inputs[:1], create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative; use backend='composed'"):
+            gradient.sum().backward()
+
+    @pytest.mark.parametrize(
+        ("seed", "error", "words"),
+        [
+            (1.5, TypeError, "got float"),
+            (torch.tensor([1.0]), TypeError, "got torch.float32"),
+            (torch.tensor([1, 2]), ValueError, "one int64"),
+            (torch.tensor([1], device="meta"), ValueError, "on meta"),
+        ],
+    )
+    def test_seed(self, seed, error, words):
+        inputs = on_device(attention_inputs(SMALL, torch.float32))
+        with pytest.raises(error, match=words):
+            attend(SMALL.segments, dropout_p=0.1, seed=seed)(*inputs)
+
+    def test_capability_that_the_kernels_are_not_made_for(self, monkeypatch):
+        from uctrans.kernels.backend import obstacle_to_triton, resolve_backend
+
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        device = torch.device("cuda", 0)
+        assert obstacle_to_triton(device) == "the Triton operators need CUDA capability 8.0 or newer; Tesla T4 has 7.5"
+        with pytest.raises(NotImplementedError, match=r"Tesla T4 has 7\.5; use backend='composed'"):
+            resolve_backend("triton", device)
+        assert resolve_backend("auto", device) == "composed"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert resolve_backend("auto", device) == "triton"
+
+    def test_triton_is_not_installed(self, monkeypatch):
+        from uctrans.kernels import backend
+
+        monkeypatch.setattr(backend, "find_spec", lambda name: None)
+        with pytest.raises(NotImplementedError, match="pip install triton"):
+            backend.resolve_backend("triton", torch.device("cuda"))
+        assert backend.resolve_backend("auto", torch.device("cuda")) == "composed"
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    shape = AttentionShape(4, 4, 196, (64, 128, 256, 512), 960)
+
+    def inputs(self):
+        return [tensor.requires_grad_() for tensor in on_device(attention_inputs(self.shape, torch.bfloat16))]
+
+    def test_peak_memory_holds_no_map(self):
+        """Forward and backward together need less than a quarter of the reference's peak."""
+        peaks = {}
+        for backend in ("triton", "reference"):
+            inputs = self.inputs()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            attend(self.shape.segments, backend, dropout_p=0.1)(*inputs).sum().backward()
+            torch.cuda.synchronize()
+            peaks[backend] = torch.cuda.max_memory_allocated() - before
+        assert peaks["triton"] < peaks["reference"] / 4
+
+    def test_captured_in_a_cuda_graph(self):
+        inputs = self.inputs()
+        function = attend(self.shape.segments, dropout_p=0.1)
+
+        def step():
+            output = function(*inputs)
+            return output, torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output, _ = step()
+        graph.replay()
+        first = output.clone()
+        graph.replay()
+        assert not torch.equal(output, first)  # every replay draws a new mask
+        assert torch.isfinite(output).all()
+
+    def test_reduce_overhead_uses_cuda_graphs(self):
+        inputs = self.inputs()
+        seed = draw_seed(torch.device(DEVICE))
+        function = attend(self.shape.segments, dropout_p=0.1, seed=seed)
+        compiled = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            result = compiled(*inputs).clone()
+        torch.testing.assert_close(result, function(*inputs), rtol=2e-2, atol=2e-2)
+
+
+def test_reference_is_the_oracle_of_the_explicit_form():
+    """In float64, where neither rounds: output and gradients to 1e-12, for every shape."""
+    for shape in ATTENTION_SHAPES:
+        inputs = attention_inputs(shape, torch.float64)
+        output, saved = explicit.forward(*inputs, shape.segments, 0.0, EPS, draw_seed(torch.device("cpu")))
+        expected = reference.channel_attention(*inputs, shape.segments, 0.0, EPS, None)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+        gradient = torch.ones_like(output).cumsum(dim=-1).sin()
+        gradients = explicit.backward(gradient, *inputs, saved, shape.segments, 0.0)
+        for result, exact in zip(gradients, torch.autograd.grad(expected, inputs, gradient), strict=True):
+            torch.testing.assert_close(result, exact, rtol=1e-11, atol=1e-11)
