@@ -24,8 +24,8 @@ MOST_CALLS = 64
 MOST_KERNELS = 16
 KERNEL_NAME_LENGTH = 120
 WARMUP_CALLS = 3
-# Keeps the GPU busy while the replay is submitted, about a millisecond: the first event then waits for no launch.
-COVER_CYCLES = 2_000_000
+# Keeps the GPU busy while the replay is submitted, about two milliseconds: the first event then waits for no launch.
+COVER_CYCLES = 4_000_000
 
 
 class Sample:

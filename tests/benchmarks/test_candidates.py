@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend
 
-from benchmarks import gate, selection
+from benchmarks import candidates, gate, selection
 from benchmarks.candidates import CANDIDATES, Problem, calls, score_variances, sdpa, sdpa_on, variants
 from benchmarks.timing import run_pass
 from uctrans.kernels import channel_attention
@@ -67,6 +70,23 @@ def test_sdpa_variants_differ_in_their_backend():
     assert sdpa_on("flash", SMALL)(*call.arguments).shape == (2, 16, 16)
     with pytest.raises(RuntimeError, match="No viable backend"):
         sdpa_on("cudnn", SMALL)(*call.arguments)
+
+
+def test_compiled_sdpa_keeps_to_its_backend(monkeypatch):
+    kernels = []
+
+    def look(graph, inputs):
+        kernels.append({str(node.target) for node in graph.graph.nodes if "scaled_dot" in str(node.target)})
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look)
+    monkeypatch.setattr(candidates, "compiled", lambda function, _: torch.compile(function, backend=backend))
+    monkeypatch.setitem(candidates.SDPA_BACKENDS, "math", SDPBackend.MATH)
+    (call,) = calls(SMALL, 1)
+    for name in ("flash", "math"):
+        run_pass(sdpa_on(name, SMALL, compile_it=True), "forward", call)
+    fused, plain = kernels
+    assert "flash" in fused.pop() and not plain
 
 
 @pytest.mark.parametrize("passes", ["forward", "both"])
