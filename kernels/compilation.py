@@ -74,7 +74,7 @@ def compiling_for(family: str, architecture: int | str) -> Iterator[list[Compile
         like the GPU's own allocations they count as aligned, and views into them as aligned as their offset is.
 
     Raises:
-        RuntimeError: Triton is interpreting, so there is nothing to compile.
+        RuntimeError: a kernel launched inside does not compile; or Triton is interpreting, and compiles nothing.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -93,7 +93,10 @@ def compiling_for(family: str, architecture: int | str) -> Iterator[list[Compile
     run, active = JITFunction.run, driver._active
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
+        try:
+            binary = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            raise RuntimeError(f"{self.fn.__name__} does not compile for {family} {architecture}: {error}") from error
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         compiled.append(_describe(binary, tuple(grid(arguments)) if callable(grid) else tuple(grid)))
 

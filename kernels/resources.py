@@ -76,6 +76,7 @@ def launches_of(section: Section) -> Launches:
 
 
 def _channel_attention(section: Section) -> Launches:
+    from .channel_attention.dispatch import LONGEST_FUSED_BACKWARD, LONGEST_FUSED_FORWARD
     from .channel_attention.triton import backward, forward
 
     def launch(batch: int, tokens: int, dropout_p: float, widths: tuple[int, ...]) -> None:
@@ -86,13 +87,16 @@ def _channel_attention(section: Section) -> Launches:
         query, key, value = (heads_of(sum(widths)) for _ in range(3))
         seed = torch.empty(1, dtype=torch.int64, device="meta")
         output, saved = forward(query, key, value, widths, dropout_p, EPS, seed)
-        backward(_empty(section, *output.shape), query, key, value, saved, widths, dropout_p)
+        if tokens > LONGEST_FUSED_BACKWARD:
+            return
+        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        backward(_empty(section, *output.shape), query, key, value, saved, widths, dropout_p, *gradients)
 
     widths = _widths(section)
-    # Each shape of tokens with and without dropout, in a batch that fills a GPU and in one that does not.
-    cases = [(32, 196, 0.1), (1, 225, 0.0), (32, 576, 0.1)]
+    cases = [(32, 196, 0.1), (1, 225, 0.0), (32, LONGEST_FUSED_FORWARD, 0.1)]
     if section.is_thorough:
-        cases = list(itertools.product((1, 32), (49, 196, 225, 576), (0.0, 0.1)))
+        lengths = (49, 196, 225, 576, LONGEST_FUSED_FORWARD)
+        cases = [(1, 1, 0.0), *itertools.product((1, 32), lengths, (0.0, 0.1))]
     for batch, tokens, dropout_p in cases:
         words = f"channel attention of {batch} x {tokens} tokens, {widths}, dropout {dropout_p}"
         yield words, functools.partial(launch, batch, tokens, dropout_p, widths)

@@ -60,6 +60,11 @@ def main() -> None:
         launch(fault, **changes)
     launch("wide grid", grid=lambda arguments: (1, 1024 * arguments["BLOCK_M"]))
     launch("unaligned", left=matrix.flatten()[1:], width=500, stride=1)
+    try:
+        launch("no power of two", BLOCK_M=48)
+    except RuntimeError as error:
+        assert str(error).startswith("_product_kernel does not compile")
+    assert "no power of two" not in found
     assert triton.runtime.jit.JITFunction.run is before
     print(json.dumps(found))
 

@@ -3,8 +3,10 @@
 Compilation goes on in processes of their own, because the interpreter of the other tests cannot be switched off.
 """
 
+import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,12 @@ import pytest
 
 from uctrans.kernels.backend import INTERPRETER_VARIABLE
 from uctrans.kernels.compilation import compiling_for
+from uctrans.kernels.resources import SECTIONS, page
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "kernel-resources.md"
 TARGETS = {"sm_80": ("cuda", "80"), "sm_90": ("cuda", "90"), "sm_100": ("cuda", "100"), "gfx942": ("hip", "gfx942")}
 SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 CACHE_VARIABLES = ("TRITON_HOME", "TRITON_CACHE_DIR")  # its entries are named after a hash of all that they rest on
@@ -66,8 +70,29 @@ def test_what_a_kernel_uses_is_read(found):
     assert sound["stack"] == sound["local_accesses"] == 0 and spilling["stack"] > 0
     assert 0 < sound["registers"] < 128 <= spilling["registers"] <= 512
     assert sound["shared"] > 0
-    assert (sound["unaligned"], sound["ones"]) == ([], [])
-    assert (unaligned["unaligned"], unaligned["ones"]) == (["left_ptr", "width"], ["stride"])
+    assert (sound["unaligned"], sound["folded"]) == ([], {})
+    assert (unaligned["unaligned"], unaligned["folded"]) == (["left_ptr", "width"], {"stride": "1"})
+
+
+def is_page_of_this_triton():
+    return PAGE.read_text().startswith(page([]))
+
+
+@pytest.mark.parametrize("section", [section.name for section in SECTIONS])
+def test_every_kernel_is_sound(section):
+    report = run("-m", "uctrans.kernels.resources", "--section", section)
+    assert report["problems"] == []
+    assert report["never_launched"] == []
+    if is_page_of_this_triton():
+        (kept,) = re.findall(rf"^## {section}\n\n(.*?)\n(?=\n## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+        difference = difflib.unified_diff(kept.splitlines(), report["table"].splitlines(), "kept", "compiled", n=0)
+        assert kept == report["table"], "`make resources` rewrites the page:\n" + "\n".join(difference)
+
+
+def test_the_page_names_the_compiler():
+    if not is_page_of_this_triton():
+        pytest.skip(f"{PAGE.name} is of another triton than {triton.__version__}, so its tables were not compared")
+    assert PAGE.read_text().count("\n## ") == len(SECTIONS)
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):
