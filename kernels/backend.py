@@ -51,7 +51,6 @@ def is_interpreting() -> bool:
     return os.environ.get(INTERPRETER_VARIABLE) == "1"
 
 
-@torch.compiler.assume_constant_result
 def obstacle_to_triton(device: torch.device) -> str | None:
     """Why the Triton operators cannot run on ``device``, or ``None`` where they can."""
     if find_spec("triton") is None:
@@ -65,3 +64,7 @@ def obstacle_to_triton(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"the Triton operators need CUDA capability {oldest} or newer; {name} has {capability}"
     return None
+
+
+# What torch.compiler.assume_constant_result sets; that decorator loads the compiler, which takes longer than torch.
+obstacle_to_triton._dynamo_marked_constant = True

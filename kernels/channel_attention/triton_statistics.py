@@ -82,13 +82,13 @@ def score_variance_kernel(
     mean_i = tl.load(key_mean_ptr + pid_bh * tokens + offs_i, mask=offs_i < tokens, other=0.0)
     mean_j = tl.load(key_mean_ptr + pid_bh * tokens + offs_j, mask=offs_j < tokens, other=0.0)
     centred = gram - sums_i[:, None] * (sums_j / width)[None, :]
-    share = tl.sum(tl.sum(centred * mean_j[None, :], axis=1) * mean_i, axis=0)
+    share = tl.sum(centred * mean_i[:, None] * mean_j[None, :])
     # Variance within the rows, from products of the queries as they are.
     plain = gram + sums_i[:, None] * shift_j[None, :] + shift_i[:, None] * (sums_j + width * shift_j)[None, :]
     mask = (offs_i < tokens)[:, None] & (offs_j < tokens)[None, :]
     tile = key_gram_ptr + pid_bh * tokens * tokens + offs_i[:, None] * tokens + offs_j[None, :]
     key_gram = tl.load(tile, mask=mask, other=0.0).to(tl.float32) / KEY_CHANNELS  # [BLOCK_N, BLOCK_N]
-    share += tl.sum(tl.sum(plain * key_gram, axis=1), axis=0)
+    share += tl.sum(plain * key_gram)
     pairs_per_share = tl.where(pid_i == pid_j, 1.0, 2.0)  # the pair (j, i) has the same share
     place = (pid_bh * blocks * blocks + pid_pair) * len(SEGMENTS) + pid_segment
     tl.store(partial_ptr + place, share * (pairs_per_share / width))
