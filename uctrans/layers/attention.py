@@ -22,7 +22,7 @@ class ChannelAttention(nn.Module):
         super().__init__()
         self.query = nn.ParameterList(linear_weights(num_heads, width) for width in channels)
         self.key_value = linear_weights(2, num_heads, sum(channels))
-        self.output = PackedLinear(channels)
+        self.output = PackedLinear(channels, backend)
         self.output_dropout = nn.Dropout(dropout)
         self.map_dropout = dropout
         self.backend = backend

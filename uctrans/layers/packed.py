@@ -1,11 +1,13 @@
 """Layers over packed tokens: the channels of all scales side by side in one (B, N, sum C) tensor."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..kernels import packed_layer_norm, packed_linear, resolve_backend
 
 LAYER_NORM_EPS = 1e-6
 
@@ -13,35 +15,30 @@ LAYER_NORM_EPS = 1e-6
 class PackedLayerNorm(nn.Module):
     """Layer norm of each scale's channels by themselves: (B, N, sum C) -> (B, N, sum C)."""
 
-    def __init__(self, channels: Sequence[int]):
+    def __init__(self, channels: Sequence[int], backend: str = "auto"):
         super().__init__()
         self.channels = list(channels)
         self.weight = nn.Parameter(torch.ones(sum(channels)))
         self.bias = nn.Parameter(torch.zeros(sum(channels)))
+        self.backend = backend
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Normalise every token, scale by scale."""
-        scales = zip(
-            tokens.split(self.channels, dim=-1),
-            self.weight.split(self.channels),
-            self.bias.split(self.channels),
-            strict=True,
-        )
-        return torch.cat(
-            [F.layer_norm(scale, scale.shape[-1:], weight, bias, LAYER_NORM_EPS) for scale, weight, bias in scales],
-            dim=-1,
+        return packed_layer_norm(
+            tokens, self.channels, self.weight, self.bias, eps=LAYER_NORM_EPS, backend=self.backend
         )
 
 
 class PackedLinear(nn.ModuleList):
     """A linear map for each scale, block-diagonal over the packed axis: (B, N, sum C) -> (B, N, sum C)."""
 
-    def __init__(self, channels: Sequence[int]):
+    def __init__(self, channels: Sequence[int], backend: str = "auto"):
         super().__init__(nn.Linear(width, width, bias=False) for width in channels)
+        self.backend = backend
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply each scale's map to its own channels."""
-        return _map_scales(self, tokens, [linear.in_features for linear in self])
+        return packed_linear(tokens, [linear.weight for linear in self], backend=self.backend)
 
 
 class Mlp(nn.Module):
@@ -64,12 +61,26 @@ class Mlp(nn.Module):
 class PackedMlp(nn.ModuleList):
     """An :class:`Mlp` for each scale: (B, N, sum C) -> (B, N, sum C)."""
 
-    def __init__(self, channels: Sequence[int], ratio: int, dropout: float):
+    def __init__(self, channels: Sequence[int], ratio: int, dropout: float, backend: str = "auto"):
         super().__init__(Mlp(width, ratio, dropout) for width in channels)
+        self.backend = backend
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply each scale's MLP to its own channels."""
-        return _map_scales(self, tokens, [mlp.expand.in_features for mlp in self])
+        if resolve_backend(self.backend, tokens.device) == "triton":
+            return self._mix_packed(tokens)
+        # Scale by scale: a packed hidden layer would be a concatenation here, of ``ratio`` times the tokens' size.
+        scales = tokens.split([mlp.expand.in_features for mlp in self], dim=-1)
+        return torch.cat([mlp(scale) for mlp, scale in zip(self, scales, strict=True)], dim=-1)
+
+    def _mix_packed(self, tokens: Tensor) -> Tensor:
+        dropout = self[0].dropout  # all scales drop with one probability
+        hidden = self._map_packed(tokens, [mlp.expand for mlp in self])
+        return dropout(self._map_packed(dropout(F.gelu(hidden)), [mlp.contract for mlp in self]))
+
+    def _map_packed(self, tokens: Tensor, linears: list[nn.Linear]) -> Tensor:
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        return packed_linear(tokens, weights, biases, backend=self.backend)
 
 
 def linear_weights(*lead_and_channels: int) -> nn.Parameter:
@@ -77,8 +88,3 @@ def linear_weights(*lead_and_channels: int) -> nn.Parameter:
     *lead, channels = lead_and_channels
     bound = 1 / math.sqrt(channels)
     return nn.Parameter(torch.empty(*lead, channels, channels).uniform_(-bound, bound))
-
-
-def _map_scales(modules: Sequence[Callable[[Tensor], Tensor]], tokens: Tensor, channels: list[int]) -> Tensor:
-    scales = tokens.split(channels, dim=-1)
-    return torch.cat([module(scale) for module, scale in zip(modules, scales, strict=True)], dim=-1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import cross_layer_norm
 from .attention import ChannelAttention
 from .packed import LAYER_NORM_EPS, PackedLayerNorm, PackedMlp
 from .tokens import PatchEmbedding, Reconstruct
@@ -24,20 +25,34 @@ class TransformerLayer(nn.Module):
         backend: str,
     ):
         super().__init__()
-        self.query_norm = PackedLayerNorm(channels)
+        self.query_norm = PackedLayerNorm(channels, backend)
         self.context_norm = nn.LayerNorm(sum(channels), eps=LAYER_NORM_EPS)
         self.attention = ChannelAttention(channels, num_heads, attention_dropout, backend)
-        self.mlp_norm = PackedLayerNorm(channels)
-        self.mlp = PackedMlp(channels, mlp_ratio, mlp_dropout)
+        self.mlp_norm = PackedLayerNorm(channels, backend)
+        self.mlp = PackedMlp(channels, mlp_ratio, mlp_dropout, backend)
+        self.backend = backend
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Attend, then mix within each scale."""
-        tokens = tokens + self.attention(self.query_norm(tokens), self.context_norm(tokens))
+        tokens = tokens + self.attention(*self._normalise(tokens))
         return tokens + self.mlp(self.mlp_norm(tokens))
 
     def attention_maps(self, tokens: Tensor) -> list[Tensor]:
         """One (B, C, sum C) a scale, for the tokens this layer receives."""
-        return self.attention.attention_maps(self.query_norm(tokens), self.context_norm(tokens))
+        return self.attention.attention_maps(*self._normalise(tokens))
+
+    def _normalise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of each scale by themselves, for the queries, and of all together, for keys and values."""
+        return cross_layer_norm(
+            tokens,
+            self.query_norm.channels,
+            self.query_norm.weight,
+            self.query_norm.bias,
+            self.context_norm.weight,
+            self.context_norm.bias,
+            eps=LAYER_NORM_EPS,
+            backend=self.backend,
+        )
 
 
 class ChannelTransformer(nn.Module):
@@ -89,7 +104,7 @@ class ChannelTransformer(nn.Module):
             TransformerLayer(self.channels, num_heads, mlp_ratio, attention_dropout, mlp_dropout, backend)
             for _ in range(num_layers)
         )
-        self.norm = PackedLayerNorm(self.channels)
+        self.norm = PackedLayerNorm(self.channels, backend)
         self.reconstructions = nn.ModuleList(
             Reconstruct(width, patch, backend) for width, patch in zip(self.channels, active_patches, strict=True)
         )
