@@ -76,7 +76,7 @@ def launches_of(section: Section) -> Launches:
 
 
 def _channel_attention(section: Section) -> Launches:
-    from .channel_attention.dispatch import LONGEST_FUSED_BACKWARD, LONGEST_FUSED_FORWARD
+    from .channel_attention.dispatch import LONGEST_FUSED, LONGEST_FUSED_FORWARD, longest_fused_forward
     from .channel_attention.triton import backward, forward
 
     def launch(batch: int, tokens: int, dropout_p: float, widths: tuple[int, ...]) -> None:
@@ -85,9 +85,11 @@ def _channel_attention(section: Section) -> Launches:
             return _empty(section, batch, tokens, HEADS, channels).transpose(1, 2)
 
         query, key, value = (heads_of(sum(widths)) for _ in range(3))
+        if tokens > longest_fused_forward(query, key):
+            return
         seed = torch.empty(1, dtype=torch.int64, device="meta")
         output, saved = forward(query, key, value, widths, dropout_p, EPS, seed)
-        if tokens > LONGEST_FUSED_BACKWARD:
+        if tokens > LONGEST_FUSED:
             return
         gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
         backward(_empty(section, *output.shape), query, key, value, saved, widths, dropout_p, *gradients)

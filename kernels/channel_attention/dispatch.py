@@ -20,16 +20,33 @@ from .explicit import Saved
 SETTINGS = "SymInt[] segments, float dropout_p, float eps"
 SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
-# Tokens that one program of a kernel can hold. Beyond them a map is small beside the products that make it, and the
-# operator forms it, one head at a time, with the matrix products of torch.
+# Tokens that the registers of one program hold. Beyond them a map is small beside the products that make it, and the
+# operator forms it, one head at a time, with the matrix products of torch. Half precision with aligned rows goes
+# further in forward, where there is one accumulator and not two.
+LONGEST_FUSED = 256
 LONGEST_FUSED_FORWARD = 640
-LONGEST_FUSED_BACKWARD = 256
+ALIGNED_CHANNELS = 8  # of half precision, in 16 bytes
 
 
-def is_fused(query: Tensor, longest: int) -> bool:
-    """Whether Triton computes it: on a GPU or in the interpreter, in the dtypes and lengths that the kernels hold."""
-    can_launch = query.is_cuda or is_interpreting()
-    return can_launch and query.dtype != torch.float64 and query.shape[2] <= longest
+def longest_fused_forward(query: Tensor, key: Tensor) -> int:
+    """The most tokens for which a kernel computes the output."""
+    is_aligned = all(tensor.shape[-1] % ALIGNED_CHANNELS == 0 for tensor in (query, key))
+    return LONGEST_FUSED_FORWARD if is_aligned and query.dtype != torch.float32 else LONGEST_FUSED
+
+
+def is_fused_forward(query: Tensor, key: Tensor) -> bool:
+    """Whether a kernel computes the output."""
+    return can_launch(query) and query.shape[2] <= longest_fused_forward(query, key)
+
+
+def is_fused_backward(query: Tensor) -> bool:
+    """Whether kernels compute the gradients."""
+    return can_launch(query) and query.shape[2] <= LONGEST_FUSED
+
+
+def can_launch(query: Tensor) -> bool:
+    """Whether kernels run here: on a GPU or in the interpreter, in the dtypes that they hold."""
+    return (query.is_cuda or is_interpreting()) and query.dtype != torch.float64
 
 
 def _forward(
@@ -42,7 +59,7 @@ def _forward(
     seed: Tensor,
 ) -> tuple[Tensor, ...]:
     implementation = explicit
-    if is_fused(query, LONGEST_FUSED_FORWARD):
+    if is_fused_forward(query, key):
         from . import triton as implementation  # not at the top: it needs the package triton
     output, saved = implementation.forward(query, key, value, segments, dropout_p, eps, seed)
     return output, *saved
@@ -69,7 +86,7 @@ def _write_gradients(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, rest: Sequence[Any], *results: Tensor
 ) -> None:
     *saved, segments, dropout_p = rest
-    if is_fused(query, LONGEST_FUSED_BACKWARD):
+    if is_fused_backward(query):
         from . import triton
 
         triton.backward(gradient, query, key, value, Saved(*saved), segments, dropout_p, *results)

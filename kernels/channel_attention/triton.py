@@ -23,6 +23,7 @@ from ..dropout import WORD, drop_threshold, keep_scale
 from ..launching import product_precision
 from .explicit import Saved, gram_dtype
 from .triton_blocks import (
+    Problem,
     correction_blocks,
     forward_blocks,
     gram_blocks,
@@ -39,6 +40,8 @@ from .triton_statistics import (
     score_variance_kernel,
     temperature_kernel,
 )
+
+ALIGNMENT = 16  # bytes that one thread reads at once
 
 
 @triton.jit
@@ -510,10 +513,11 @@ def forward(
     )
     if rows == 0:
         return output, saved
+    problem = _problem(query, key, value)
     shape = _segment_arguments(segments, channels, key_channels)
     precision = product_precision(query.dtype)
 
-    gram = gram_blocks(batch * heads, query.dtype)
+    gram = gram_blocks(problem)
     token_blocks = triton.cdiv(tokens, gram.tokens)
     pairs = token_blocks * token_blocks
     partials = torch.empty(batch * heads, pairs, len(segments), **statistic)
@@ -560,7 +564,7 @@ def forward(
         num_warps=4,
     )
 
-    blocks = forward_blocks(batch * heads, tokens, channels, query.dtype)
+    blocks = forward_blocks(problem)
     attention_forward_kernel[(triton.cdiv(channels, blocks.own), batch * heads)](
         query,
         key,
@@ -578,7 +582,7 @@ def forward(
         *_dropout_arguments(dropout_p),
         CHANNELS=channels,
         KEY_CHANNELS=key_channels,
-        **_token_arguments(tokens),
+        **_token_arguments(problem),
         BLOCK_C=blocks.own,
         BLOCK_S=blocks.step,
         PRECISION=precision,
@@ -613,12 +617,13 @@ def backward(
     rows = batch * heads * channels
     if rows == 0:
         return
+    problem = _problem(query, key, value, gradient)
     shape = _segment_arguments(segments, channels, key_channels)
     precision = product_precision(query.dtype)
     row_keys = saved.row_keys if dropout_p > 0 else None
     delta, slopes, row_means, weights, offsets = (torch.empty_like(saved.log_sums) for _ in range(5))
 
-    blocks = query_gradient_blocks(tokens, query.dtype)
+    blocks = query_gradient_blocks(problem)
     query_gradient_kernel[(triton.cdiv(channels, blocks.own), batch * heads)](
         gradient,
         query,
@@ -644,14 +649,14 @@ def backward(
         *_dropout_arguments(dropout_p),
         CHANNELS=channels,
         KEY_CHANNELS=key_channels,
-        **_token_arguments(tokens),
+        **_token_arguments(problem),
         BLOCK_C=blocks.own,
         BLOCK_S=blocks.step,
         PRECISION=precision,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
-    blocks = key_value_gradient_blocks(tokens, query.dtype)
+    blocks = key_value_gradient_blocks(problem)
     key_value_gradient_kernel[(triton.cdiv(key_channels, blocks.own), batch * heads)](
         gradient,
         query,
@@ -674,7 +679,7 @@ def backward(
         *_dropout_arguments(dropout_p),
         CHANNELS=channels,
         KEY_CHANNELS=key_channels,
-        **_token_arguments(tokens),
+        **_token_arguments(problem),
         BLOCK_C=blocks.step,
         BLOCK_S=blocks.own,
         PRECISION=precision,
@@ -691,7 +696,7 @@ def backward(
         BLOCK_C=triton.next_power_of_2(channels),
         num_warps=4,
     )
-    gram = gram_blocks(batch * heads, query.dtype)
+    gram = gram_blocks(problem)
     gram_precision = _gram_precision(query.dtype)
     query_gram = torch.empty_like(saved.key_gram)
     query_sums = torch.empty_like(saved.key_means)
@@ -712,7 +717,7 @@ def backward(
         num_warps=gram.num_warps,
         num_stages=gram.num_stages,
     )
-    tile = correction_blocks(batch * heads, query.dtype)
+    tile = correction_blocks(problem)
     query_correction_kernel[(triton.cdiv(channels, tile.channels), triton.cdiv(tokens, tile.tokens), batch * heads)](
         query,
         saved.key_gram,
@@ -762,8 +767,19 @@ def _segment_arguments(segments: Sequence[int], channels: int, key_channels: int
     }
 
 
-def _token_arguments(tokens: int) -> dict[str, tuple[int, ...]]:
-    tiles = token_tiles(tokens)
+def _problem(query: Tensor, *others: Tensor) -> Problem:
+    batch, heads, tokens, channels = query.shape
+    is_aligned = all(
+        (tensor.storage_offset() * tensor.itemsize) % ALIGNMENT == 0
+        and tensor.stride(-1) == 1
+        and all((stride * tensor.itemsize) % ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+        for tensor in (query, *others)
+    )
+    return Problem(batch * heads, tokens, channels, query.dtype, is_aligned)
+
+
+def _token_arguments(problem: Problem) -> dict[str, tuple[int, ...]]:
+    tiles = token_tiles(problem)
     return {"TOKEN_TILES": tiles, "TOKEN_STARTS": tuple(sum(tiles[:place]) for place in range(len(tiles)))}
 
 

@@ -7,6 +7,10 @@ What decides, in this order:
   each; the compiled kernels are checked for spills (docs/kernel-resources.md).
 - The L2 cache. A program of 64 rows reads 64 FLOP a byte from it, one of 128 rows twice as many, so the taller tile is
   taken as soon as there are enough programs to fill the GPU without it.
+
+Two kinds of inputs take small tiles and no pipeline, for their registers: float32, whose exact products are not made by
+matrix instructions but by multiply-adds on operands that all sit in registers; and tensors whose rows do not start on
+16 bytes, which are read entry by entry, each with an address of its own.
 """
 
 from collections.abc import Sequence
@@ -19,9 +23,21 @@ from ..launching import SMALLEST_TILE, current_architecture
 
 MOST_TOKEN_TILES = 3
 FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own
+TOKEN_TILE_OF_FLOAT32 = 32
+TOKEN_TILE_OF_UNALIGNED = 64
 
 # Programs of 128 rows that fill an H100 or H200 (132 multiprocessors) twice.
 ENOUGH_PROGRAMS = 264
+
+
+class Problem(NamedTuple):
+    """What the tiles depend on."""
+
+    heads: int  # of all images together
+    tokens: int
+    channels: int  # of the queries
+    dtype: torch.dtype
+    is_aligned: bool  # whether every row starts on 16 bytes
 
 
 class AttentionBlocks(NamedTuple):
@@ -42,71 +58,92 @@ class GramBlocks(NamedTuple):
     num_stages: int
 
 
-def token_tiles(tokens: int, most: int = MOST_TOKEN_TILES) -> tuple[int, ...]:
-    """At most ``most`` powers of two, falling, that cover ``tokens``: 196 -> (128, 64, 16), 250 -> (256,)."""
-    single = max(triton.next_power_of_2(tokens), SMALLEST_TILE)
-    if most == 1 or single == SMALLEST_TILE:
-        return (single,)
-    split = (single // 2, *token_tiles(tokens - single // 2, most - 1))
-    return split if sum(split) < FULL_ENOUGH * single else (single,)
+def token_tiles(problem: Problem) -> tuple[int, ...]:
+    """Powers of two, falling, that cover the tokens: 196 -> (128, 64, 16), 250 -> (256,)."""
+    if problem.dtype == torch.float32:
+        return _equal_tiles(problem.tokens, TOKEN_TILE_OF_FLOAT32)
+    if not problem.is_aligned:
+        return _equal_tiles(problem.tokens, TOKEN_TILE_OF_UNALIGNED)
+    return _falling_tiles(problem.tokens, MOST_TOKEN_TILES)
 
 
-def forward_blocks(heads: int, tokens: int, channels: int, dtype: torch.dtype) -> AttentionBlocks:
-    """Tiles of the forward kernel; ``heads`` counts those of all images."""
-    if dtype == torch.float32:
-        choices = [AttentionBlocks(32, 32, 4, 2), AttentionBlocks(32, 32, 4, 1), AttentionBlocks(32, 16, 8, 1)]
-    elif tokens > 256:
+def forward_blocks(problem: Problem) -> AttentionBlocks:
+    """Tiles of the forward kernel: the query is held, key and value stream."""
+    if problem.dtype == torch.float32:
+        choices = [AttentionBlocks(16, 16, 4, 1)]
+    elif not problem.is_aligned:
+        choices = [AttentionBlocks(64, 16, 8, 1)]
+    elif problem.tokens > 256:
         choices = [AttentionBlocks(64, 32, 8, 2), AttentionBlocks(64, 16, 8, 2), AttentionBlocks(64, 16, 8, 1)]
     else:
         choices = [AttentionBlocks(64, 32, 4, 2), AttentionBlocks(64, 32, 4, 1), AttentionBlocks(32, 16, 4, 1)]
-        if heads * triton.cdiv(channels, 128) >= ENOUGH_PROGRAMS:
+        if problem.heads * triton.cdiv(problem.channels, 128) >= ENOUGH_PROGRAMS:
             choices.insert(0, AttentionBlocks(128, 64, 8, 2))
-    return _first_that_fits(choices, tokens, dtype, held=1)
+    return _first_that_fits(choices, problem, held=1)
 
 
-def query_gradient_blocks(tokens: int, dtype: torch.dtype) -> AttentionBlocks:
+def query_gradient_blocks(problem: Problem) -> AttentionBlocks:
     """Tiles of the kernel of the query's gradient: query and upstream gradient are held, key and value stream."""
-    if dtype == torch.float32:
-        choices = [AttentionBlocks(32, 32, 8, 1), AttentionBlocks(32, 16, 8, 1), AttentionBlocks(16, 16, 4, 1)]
+    if problem.dtype == torch.float32 or not problem.is_aligned:
+        choices = [AttentionBlocks(16, 16, 8, 1)]
     else:
         choices = [AttentionBlocks(64, 64, 8, 2), AttentionBlocks(64, 32, 8, 2), AttentionBlocks(64, 32, 8, 1)]
         choices.append(AttentionBlocks(32, 16, 8, 1))
-    return _first_that_fits(choices, tokens, dtype, held=2)
+    return _first_that_fits(choices, problem, held=2)
 
 
-def key_value_gradient_blocks(tokens: int, dtype: torch.dtype) -> AttentionBlocks:
+def key_value_gradient_blocks(problem: Problem) -> AttentionBlocks:
     """Tiles of the kernel of the gradients of key and value, which are held; query and upstream gradient stream."""
-    if dtype == torch.float32:
-        choices = [AttentionBlocks(32, 16, 8, 1), AttentionBlocks(16, 16, 8, 1)]
+    if problem.dtype == torch.float32 or not problem.is_aligned:
+        choices = [AttentionBlocks(16, 16, 8, 1)]
     else:
         choices = [AttentionBlocks(64, 16, 8, 2), AttentionBlocks(64, 16, 8, 1), AttentionBlocks(32, 16, 8, 1)]
-    return _first_that_fits(choices, tokens, dtype, held=2)
+    return _first_that_fits(choices, problem, held=2)
 
 
-def gram_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
-    """Tiles of the kernels that make Gram matrices; ``heads`` counts those of all images."""
+def gram_blocks(problem: Problem) -> GramBlocks:
+    """Tiles of the kernels that make Gram matrices."""
     if current_architecture().family == "interpreter":
         return GramBlocks(64, 64, 4, 1)
-    if dtype == torch.float32:
+    if problem.dtype == torch.float32:
         return GramBlocks(64, 32, 4, 2)
+    if not problem.is_aligned:
+        return GramBlocks(64, 32, 8, 1)
     # Tiles of 128 tokens read half as much from the L2 cache, and there are four times fewer of them.
-    return GramBlocks(128, 64, 8, 3) if heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
+    return GramBlocks(128, 64, 8, 3) if problem.heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
 
 
-def correction_blocks(heads: int, dtype: torch.dtype) -> GramBlocks:
-    """Tiles of the products with Gram matrices; ``heads`` counts those of all images."""
+def correction_blocks(problem: Problem) -> GramBlocks:
+    """Tiles of the products with Gram matrices, which are float32 for float16."""
     if current_architecture().family == "interpreter":
         return GramBlocks(64, 64, 4, 1)
-    if dtype != torch.bfloat16:
-        return GramBlocks(64, 32, 4, 2)
-    return GramBlocks(128, 128, 8, 2) if heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
+    if problem.dtype == torch.float32:
+        return GramBlocks(32, 32, 4, 2)
+    if not problem.is_aligned:
+        return GramBlocks(64, 32, 8, 1)
+    if problem.dtype == torch.float16:
+        return GramBlocks(64, 64, 8, 2)
+    return GramBlocks(128, 128, 8, 2) if problem.heads >= ENOUGH_PROGRAMS // 4 else GramBlocks(64, 64, 4, 3)
 
 
-def _first_that_fits(choices: Sequence[AttentionBlocks], tokens: int, dtype: torch.dtype, held: int) -> AttentionBlocks:
+def _equal_tiles(tokens: int, largest: int) -> tuple[int, ...]:
+    tile = min(max(triton.next_power_of_2(tokens), SMALLEST_TILE), largest)
+    return (tile,) * triton.cdiv(tokens, tile)
+
+
+def _falling_tiles(tokens: int, most: int) -> tuple[int, ...]:
+    single = max(triton.next_power_of_2(tokens), SMALLEST_TILE)
+    if most == 1 or single == SMALLEST_TILE:
+        return (single,)
+    split = (single // 2, *_falling_tiles(tokens - single // 2, most - 1))
+    return split if sum(split) < FULL_ENOUGH * single else (single,)
+
+
+def _first_that_fits(choices: Sequence[AttentionBlocks], problem: Problem, held: int) -> AttentionBlocks:
     architecture = current_architecture()
     if architecture.family == "interpreter":
         return AttentionBlocks(64, 64, 4, 1)  # it has no registers to spill, and takes its time by the program
-    token_bytes = sum(token_tiles(tokens)) * dtype.itemsize
+    token_bytes = sum(token_tiles(problem)) * problem.dtype.itemsize
     for blocks in choices:
         if token_bytes * (held * blocks.own + 2 * blocks.num_stages * blocks.step) <= architecture.shared_memory:
             return blocks

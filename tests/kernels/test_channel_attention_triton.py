@@ -74,7 +74,7 @@ class TestErrorBudget:
         compare(shape, dtype)
 
     def test_explicit_form(self, shape, dtype, monkeypatch):
-        monkeypatch.setattr(dispatch, "is_fused", lambda query, longest: False)
+        monkeypatch.setattr(dispatch, "can_launch", lambda query: False)
         compare(shape, dtype)
 
 
@@ -118,19 +118,22 @@ def test_every_launch_configuration(blocks, dtype, monkeypatch):
     ],
 )
 def test_token_tiles(tokens, tiles):
-    from uctrans.kernels.channel_attention.triton_blocks import token_tiles
+    from uctrans.kernels.channel_attention.triton_blocks import Problem, token_tiles
 
-    assert token_tiles(tokens) == tiles
+    assert token_tiles(Problem(16, tokens, 960, torch.bfloat16, is_aligned=True)) == tiles
 
 
-def test_token_tiles_cover_the_tokens():
-    from uctrans.kernels.channel_attention.triton_blocks import token_tiles
+@pytest.mark.parametrize(
+    ("dtype", "is_aligned"), [(torch.float32, True), (torch.float16, True), (torch.float16, False)], ids=str
+)
+def test_token_tiles_cover_the_tokens(dtype, is_aligned):
+    from uctrans.kernels.channel_attention.triton_blocks import Problem, token_tiles
 
     for tokens in range(1, dispatch.LONGEST_FUSED_FORWARD + 1):
-        tiles = token_tiles(tokens)
-        assert tokens <= sum(tiles) and len(tiles) <= 3
+        tiles = token_tiles(Problem(16, tokens, 960, dtype, is_aligned))
+        assert tokens <= sum(tiles)
         assert all(tile >= 16 and tile & (tile - 1) == 0 for tile in tiles)
-        assert sum(tiles) - tokens < max(16, 0.35 * sum(tiles))
+        assert sum(tiles) - tokens < max(16, 0.35 * sum(tiles), tiles[-1] * (len(tiles) > 1))
 
 
 @settings(max_examples=6, deadline=None)
@@ -373,7 +376,7 @@ class TestOperator:
     @pytest.mark.parametrize(("fused", "dropout_p"), [(True, 0.3), (False, 0.3), (False, 0.0)])
     def test_opcheck(self, fused, dropout_p, monkeypatch):
         if not fused:
-            monkeypatch.setattr(dispatch, "is_fused", lambda query, longest: False)
+            monkeypatch.setattr(dispatch, "can_launch", lambda query: False)
         arguments = self.arguments(dropout_p, requires_grad=True)
         operators = torch.ops.uctrans
         torch.library.opcheck(operators.channel_attention, arguments)
@@ -443,11 +446,11 @@ class TestOperator:
     @pytest.mark.parametrize("tokens", [8, 9])
     def test_both_sides_of_the_longest_fused_sequence_agree(self, tokens, monkeypatch):
         monkeypatch.setattr(dispatch, "LONGEST_FUSED_FORWARD", 8)
-        monkeypatch.setattr(dispatch, "LONGEST_FUSED_BACKWARD", 8)
+        monkeypatch.setattr(dispatch, "LONGEST_FUSED", 8)
         compare(AttentionShape(2, 2, tokens, (4, 8), 12), torch.float32, dropout_p=0.2, seed=SEED)
 
     def test_forward_by_kernels_and_backward_by_torch_fit_each_other(self, monkeypatch):
-        monkeypatch.setattr(dispatch, "LONGEST_FUSED_BACKWARD", 8)
+        monkeypatch.setattr(dispatch, "LONGEST_FUSED", 8)
         compare(SMALL, torch.float32, dropout_p=0.2, seed=SEED)
 
     def test_saved_tensors_of_both_forms_agree(self):
