@@ -1,0 +1,311 @@
+"""Layers on Triton: as exact as the published sequence, nothing copied on the way, compiled and captured as a whole.
+
+Without a GPU the kernels run in Triton's interpreter, which multiplies bfloat16 wrongly: those cases need a GPU.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from uctrans.kernels.testing import assert_within_budget
+from uctrans.layers import ChannelAttention, ChannelTransformer, TransformerLayer, set_backend
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AUTOCAST_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # the interpreter multiplies bfloat16 wrongly
+]
+CHANNELS, PATCHES, GRID = (4, 24), (4, 2), (3, 3)
+PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID = (64, 128, 256, 512), (16, 8, 4, 2), (14, 14)
+
+
+def perturbed(module, dtype=torch.float32):
+    """``module`` with every parameter away from where it starts (positions and biases at 0, norms at 1)."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module.to(DEVICE, dtype)
+
+
+def layer(channels=CHANNELS, dropout=0.0, mlp_dropout=0.0, dtype=torch.float32):
+    torch.manual_seed(0)
+    return perturbed(TransformerLayer(channels, 2, 2, dropout, mlp_dropout, "triton"), dtype)
+
+
+def transformer(num_layers=1, dropout=0.0):
+    torch.manual_seed(0)
+    dropouts = dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), dropout)
+    sizes = {"num_layers": num_layers, "num_heads": 2, "mlp_ratio": 2}
+    return perturbed(ChannelTransformer(CHANNELS, PATCHES, GRID, **sizes, **dropouts, backend="triton"))
+
+
+def published_transformer(dropout=0.0):
+    torch.manual_seed(0)
+    dropouts = {"embedding_dropout": dropout, "attention_dropout": dropout}
+    module = ChannelTransformer(PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID, **dropouts, backend="triton")
+    return perturbed(module)
+
+
+def normal(*size, dtype=torch.float32, seed=1):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def tokens(channels=CHANNELS, dtype=torch.float32):
+    return normal(2, GRID[0] * GRID[1], sum(channels), dtype=dtype)
+
+
+def features(channels=CHANNELS, patches=PATCHES, grid=GRID):
+    return [
+        normal(2, width, grid[0] * patch, grid[1] * patch, seed=width)
+        for width, patch in zip(channels, patches, strict=True)
+    ]
+
+
+def all_results(module, inputs, backend, dtype, transform=lambda module: module):
+    """Outputs, gradients by the inputs and by every parameter, and buffers, computed by ``backend`` in ``dtype``."""
+    module = set_backend(copy.deepcopy(module).to(dtype), backend)
+    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    outputs = transform(module)(*inputs) if len(inputs) == 1 else transform(module)(inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    weights = [normal(*output.shape, seed=place).to(output.dtype) for place, output in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, [*inputs, *module.parameters()], weights)
+    statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    return [tensor.detach() for tensor in (*outputs, *gradients, *statistics)]
+
+
+def assert_as_exact_as_the_reference(module, inputs):
+    dtype = inputs[0].dtype
+    assert_within_budget(
+        all_results(module, inputs, "triton", dtype),
+        all_results(module, inputs, "reference", dtype),
+        all_results(module, inputs, "reference", torch.float64),
+    )
+
+
+class TestErrorBudget:
+    @pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "training"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_layer(self, dtype, is_training):
+        assert_as_exact_as_the_reference(layer(dtype=dtype).train(is_training), [tokens(dtype=dtype)])
+
+    @pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "training"])
+    def test_transformer(self, is_training):
+        assert_as_exact_as_the_reference(transformer(num_layers=2).train(is_training), features())
+
+    def test_layer_under_autocast(self):
+        module, inputs = layer(), [tokens()]
+        exact = all_results(module, inputs, "reference", torch.float64)
+        with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
+            ours, published = (all_results(module, inputs, name, torch.float32) for name in ("triton", "reference"))
+        assert_within_budget(ours, published, exact)
+
+
+def test_attention_maps_are_those_of_the_reference():
+    module = layer().eval()
+    ours = module.attention_maps(tokens())
+    for actual, expected in zip(ours, set_backend(module, "reference").attention_maps(tokens()), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+class TestDropout:
+    WIDTH, RATE = 48, 0.3
+
+    def attention_that_shows_its_map(self):
+        """One scale and head; as the values and the output projection are identities, the output is the map."""
+        module = ChannelAttention([self.WIDTH], num_heads=1, dropout=self.RATE, backend="triton").to(DEVICE)
+        module.key_value.data[1, 0] = torch.eye(self.WIDTH)
+        module.output[0].weight.data = torch.eye(self.WIDTH, device=DEVICE)
+        module.output_dropout.p = 0.0
+        context = torch.eye(self.WIDTH, device=DEVICE).expand(2, -1, -1)
+        return module, (normal(2, self.WIDTH, self.WIDTH), context)
+
+    def test_entries_of_the_map_are_dropped_at_the_rate_and_the_others_rescaled(self):
+        module, inputs = self.attention_that_shows_its_map()
+        whole = module.eval()(*inputs)
+        dropped = module.train()(*inputs)
+        is_kept = dropped != 0
+        torch.testing.assert_close(dropped[is_kept], (whole / (1 - self.RATE))[is_kept])
+        # 4608 entries: five standard deviations of their share are 0.034.
+        assert abs((~is_kept).float().mean().item() - self.RATE) < 0.034
+        assert not torch.equal(is_kept, module(*inputs) != 0)
+
+    def test_the_generator_of_torch_decides_it(self):
+        module = transformer(dropout=0.3).train()
+        outputs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            outputs.append(module(features())[0])
+        assert torch.equal(outputs[0], outputs[1])
+        assert not torch.equal(outputs[0], outputs[2])
+
+    def test_every_parameter_learns(self):
+        module = transformer(dropout=0.3).train()
+        sum(output.square().mean() for output in module(features())).backward()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+
+    def test_of_the_mlps_alone(self):
+        """Both of an MLP's dropouts act, at the rate that all scales share."""
+        module = layer(mlp_dropout=0.3).mlp.train()
+        hidden = []
+        module[0].dropout.register_forward_hook(lambda _, inputs, output: hidden.append(output))
+        output = module(normal(2, 64, sum(CHANNELS)))
+        assert [tuple(tensor.shape) for tensor in hidden] == [(2, 64, 2 * sum(CHANNELS)), (2, 64, sum(CHANNELS))]
+        for tensor in (*hidden, output):  # 3584 entries or more: five standard deviations are at most 0.039
+            assert abs((tensor == 0).float().mean().item() - 0.3) < 0.039
+
+
+class MovedData(TorchDispatchMode):
+    """Records operators that move data without computing, with what they move: copies, concatenations, casts."""
+
+    NAMES = ("clone", "copy_", "cat", "stack", "_to_copy", "contiguous", "index", "constant_pad_nd")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and func._opname in self.NAMES:
+            self.found.append((func._opname, args[0]))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self):
+        return [name for name, _ in self.found]
+
+
+class TestNothingIsCopied:
+    """Norms, projections and attention hand each other what they wrote, in forward and in backward."""
+
+    def forward_and_backward(self, module):
+        inputs = tokens(dtype=module.mlp_norm.weight.dtype).requires_grad_()
+        with MovedData() as forward:
+            output = module(inputs)
+        gradient = torch.ones_like(output)
+        with MovedData() as backward:
+            output.backward(gradient)
+        assert all(parameter.grad is not None for parameter in module.parameters())
+        return forward, backward
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_in_one_dtype(self, dtype, dropout):
+        forward, backward = self.forward_and_backward(layer(dropout=dropout, mlp_dropout=dropout, dtype=dtype))
+        assert forward.names == backward.names == []
+
+    def test_under_autocast_only_weights_and_the_residual_are_cast(self):
+        """The norms write what the projections read. Tokens themselves stay float32 between the two residuals."""
+        module = layer()
+        with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
+            forward, backward = self.forward_and_backward(module)
+        assert {*forward.names, *backward.names} == {"_to_copy"}
+        addresses = {parameter.data_ptr() for parameter in module.parameters()}
+        assert all(tensor.data_ptr() in addresses for _, tensor in forward.found)
+        # The gradient of the residual stream enters each of the two branches in autocast's dtype.
+        assert sum(tensor.shape == tokens().shape for _, tensor in backward.found) == 2
+
+    def test_plain_torch_does_copy(self):
+        forward, backward = self.forward_and_backward(set_backend(layer(), "composed"))
+        assert "cat" in forward.names
+        assert "cat" in backward.names
+
+
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "training"])
+    def test_one_graph_gives_the_same_results(self, is_training):
+        module = transformer().train(is_training)
+        results = [
+            all_results(module, features(), "triton", torch.float32, transform)
+            for transform in (
+                lambda module: module,
+                lambda module: torch.compile(module, fullgraph=True, backend="aot_eager"),
+            )
+        ]
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager)
+
+    def test_dropout_draws_anew_in_every_call(self):
+        module = transformer(dropout=0.3).train()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert not torch.equal(compiled(features())[0], compiled(features())[0])
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    """The published widths at 224 pixels, under bfloat16 autocast as networks are trained."""
+
+    def features(self):
+        return features(PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID)
+
+    @staticmethod
+    def step(module, inputs):
+        """One forward and backward; what a caller of a captured graph reads: outputs and gradients."""
+        # Autocast must not keep casts of weights from one replay to the next.
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            outputs = module(inputs)
+            loss = sum(output.float().square().mean() for output in outputs)
+        return [output.detach() for output in outputs], torch.autograd.grad(loss, list(module.parameters()))
+
+    def captured(self, module, inputs):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step(module, inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self.step(module, inputs)
+        return graph, results
+
+    def test_bfloat16_autocast_within_budget(self):
+        module, inputs = published_transformer().eval(), self.features()
+        exact = all_results(module, inputs, "reference", torch.float64)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            ours, published = (all_results(module, inputs, name, torch.float32) for name in ("triton", "reference"))
+        assert_within_budget(ours, published, exact)
+
+    def test_a_cuda_graph_replays_forward_and_backward(self):
+        """With other features in the same memory, a replay gives what calling the module gives."""
+        module, inputs = published_transformer().eval(), self.features()
+        graph, (outputs, gradients) = self.captured(module, inputs)
+        for place, feature in enumerate(inputs):
+            feature.copy_(normal(*feature.shape, seed=100 + place))
+        graph.replay()
+        expected_outputs, expected_gradients = self.step(module, inputs)
+        for actual, expected in zip((*outputs, *gradients), (*expected_outputs, *expected_gradients), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+    def test_every_replay_draws_new_masks(self):
+        module = published_transformer(dropout=0.1).train()
+        graph, (outputs, gradients) = self.captured(module, self.features())
+        graph.replay()
+        first = outputs[0].clone()
+        graph.replay()
+        assert not torch.equal(outputs[0], first)
+        assert all(tensor.isfinite().all() for tensor in (*outputs, *gradients))
+
+    def test_reduce_overhead(self):
+        module, inputs = published_transformer().eval(), self.features()
+        expected_outputs, expected_gradients = self.step(module, inputs)
+        compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                outputs = compiled(inputs)
+                loss = sum(output.float().square().mean() for output in outputs)
+            gradients = torch.autograd.grad(loss, list(module.parameters()))
+            results = [tensor.detach().clone() for tensor in (*outputs, *gradients)]
+        for actual, expected in zip(results, (*expected_outputs, *expected_gradients), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2 * expected.abs().max().item())
