@@ -7,7 +7,15 @@ import torch
 
 from uctrans.benchmark import BenchmarkConfig, BenchmarkError, available_backends, benchmark
 
+CPU = torch.device("cpu")
 SMALL = {"base_channels": 2, "sizes": (32, 48), "rounds": 3, "threads": 1, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def plain_processor(monkeypatch):
+    """Neither what other tests set for the interpreter of Triton, nor a backend from the environment."""
+    for variable in ("TRITON_INTERPRET", "UCTRANS_BACKEND"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
@@ -15,7 +23,7 @@ SMALL = {"base_channels": 2, "sizes": (32, 48), "rounds": 3, "threads": 1, "devi
 def test_every_backend_is_timed_at_every_size(model, mode):
     result = benchmark(BenchmarkConfig(model=model, mode=mode, **SMALL))
     timed = [(timing.size, timing.backend) for timing in result.timings]
-    assert timed == [(size, backend) for size in (32, 48) for backend in available_backends(torch.device("cpu"))]
+    assert timed == [(size, backend) for size in (32, 48) for backend in available_backends(CPU)]
     for timing in result.timings:
         assert len(timing.milliseconds) == len(timing.ratios) == 3
         assert min(timing.milliseconds) > 0
@@ -31,8 +39,27 @@ def test_ratios_are_taken_against_the_baseline_in_the_same_round():
         assert ratio == pytest.approx(theirs / ours)
 
 
-def test_the_processor_runs_the_paper_and_the_composed_form():
-    assert available_backends(torch.device("cpu")) == ["reference", "composed"]
+class TestAvailableBackends:
+    @pytest.mark.parametrize("model", ["uctransnet", "attention"])
+    def test_the_processor_runs_the_paper_and_the_composed_form(self, model):
+        assert available_backends(CPU, model) == ["reference", "composed"]
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize(("model", "fastest"), [("uctransnet", "auto"), ("attention", "triton")])
+    def test_a_gpu_runs_triton_too(self, model, fastest):
+        pytest.importorskip("triton")
+        assert available_backends(torch.device("cuda"), model) == ["reference", "composed", fastest]
+        timings = benchmark(BenchmarkConfig(**{**SMALL, "model": model, "device": "cuda"})).timings
+        assert {timing.backend for timing in timings} == {"reference", "composed", fastest}
+
+    def test_so_does_the_interpreter(self, monkeypatch):
+        """It stands in for the GPU here: the attention block alone offers triton, a network what ``auto`` comes to."""
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert available_backends(CPU, "attention") == ["reference", "composed", "triton"]
+        assert available_backends(CPU, "uctransnet") == ["reference", "composed"]
+        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
+        assert available_backends(CPU, "uctransnet") == ["reference", "composed", "auto"]
 
 
 def test_chosen_backends_and_output(tmp_path):
@@ -66,7 +93,8 @@ def test_the_number_of_threads_is_given_back():
         ({"threads": 0}, "threads"),
         ({"device": "tpu"}, "tpu"),
         ({"device": "cuda:99"}, "cuda:99"),
-        ({"backends": ("triton",)}, "triton"),
+        ({"backends": ("triton",)}, "triton cannot run on cpu here; choose of reference, composed"),
+        ({"backends": ("triton",), "model": "attention"}, "triton cannot run on cpu here"),
         ({"backends": ("fast",)}, "fast"),
     ],
 )

@@ -198,7 +198,7 @@ def test_prepare_replaces_masks_only_when_asked(tmp_path, monkeypatch, capsys):
         (FileExistsError(17, "File exists", "run"), "File exists"),
         (ImportError('pip install "uctrans[training]"'), 'pip install "uctrans[training]"'),
         (ValueError("two\nlines"), "two lines"),
-        (NotImplementedError("no Triton operators yet"), "no Triton operators yet"),
+        (NotImplementedError("no second derivative"), "no second derivative"),
     ],
 )
 def test_errors_the_user_can_mend(error, shown, monkeypatch, capsys):
