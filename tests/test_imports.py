@@ -5,6 +5,8 @@ import os
 import statistics
 import subprocess
 import sys
+from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ OPTIONAL = (
     *("triton", "monai", "skimage", "matplotlib", "jsonargparse"),
     *("tensorboard", "yaml", "tqdm", "onnx", "onnxruntime", "huggingface_hub"),
 )
+# Kernels and what launches them import triton at the top; nothing imports them before something is launched.
+TRITON_FILES = ("triton*", "launching", "partial_sums")
 MODULES_BEYOND_TORCH = 120  # scikit-image alone would be several hundred
 TIME_BEYOND_TORCH = 1.0  # of the time that importing torch takes; a lax bound on a quantity that noise moves
 
@@ -46,6 +50,11 @@ def module_names():
     return sorted(set(names) - {"uctrans.__main__"})  # which runs the command
 
 
+def is_triton_code(name):
+    package, _, file = name.rpartition(".")
+    return package.startswith("uctrans.kernels") and any(fnmatch(file, pattern) for pattern in TRITON_FILES)
+
+
 def run(source, **environment):
     """Standard output of ``source`` in a fresh interpreter that imports from this checkout."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
@@ -63,12 +72,16 @@ def imports():
 
 def test_every_module_imports(imports):
     assert {"uctrans", "uctrans.kernels", "uctrans.kernels.backend", "uctrans.cli"} <= set(module_names())
-    assert sorted(imports) == module_names()
+    expected = [name for name in module_names() if find_spec("triton") or not is_triton_code(name)]
+    assert sorted(imports) == expected
 
 
 def test_no_module_imports_an_optional_package(imports):
-    brought = {name: {new.partition(".")[0] for new in report["new"]} for name, report in imports.items()}
-    assert {name: packages & set(OPTIONAL) for name, packages in brought.items() if packages & set(OPTIONAL)} == {}
+    brought = {
+        name: {new.partition(".")[0] for new in report["new"]} & set(OPTIONAL) for name, report in imports.items()
+    }
+    expected = {name: {"triton"} if is_triton_code(name) else set() for name in imports}
+    assert brought == expected
 
 
 def test_no_module_touches_a_gpu(imports):
