@@ -143,7 +143,7 @@ def _packed_layer_norm(section: Section) -> Launches:
         output, context = triton.cross_layer_norm(*arguments, bias, weight, bias, EPS, section.dtype)
         triton.cross_layer_norm_backward(output, context, *arguments, weight, EPS)
 
-    for widths in [_widths(section)] + [[8 * width for width in PUBLISHED_WIDTHS]] * section.is_thorough:
+    for widths in [_widths(section)] + [[4 * width for width in PUBLISHED_WIDTHS]] * section.is_thorough:
         yield f"packed layer norm of {widths}", functools.partial(launch, widths)
 
 

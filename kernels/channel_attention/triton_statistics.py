@@ -78,17 +78,17 @@ def score_variance_kernel(
     gram, sums_i, sums_j, shift_i, shift_j = _shifted_gram(
         query_ptr, stride_query_n, stride_query_c, offs_i, offs_j, tokens, width, BLOCK_K, PRECISION
     )
-    # Variance between the means of the map's rows, from products of queries centred over the segment's channels.
-    mean_i = tl.load(key_mean_ptr + pid_bh * tokens + offs_i, mask=offs_i < tokens, other=0.0)
-    mean_j = tl.load(key_mean_ptr + pid_bh * tokens + offs_j, mask=offs_j < tokens, other=0.0)
-    centred = gram - sums_i[:, None] * (sums_j / width)[None, :]
-    share = tl.sum(centred * mean_i[:, None] * mean_j[None, :])
-    # Variance within the rows, from products of the queries as they are.
-    plain = gram + sums_i[:, None] * shift_j[None, :] + shift_i[:, None] * (sums_j + width * shift_j)[None, :]
-    mask = (offs_i < tokens)[:, None] & (offs_j < tokens)[None, :]
+    mask_i, mask_j = offs_i < tokens, offs_j < tokens
     tile = key_gram_ptr + pid_bh * tokens * tokens + offs_i[:, None] * tokens + offs_j[None, :]
-    key_gram = tl.load(tile, mask=mask, other=0.0).to(tl.float32) / KEY_CHANNELS  # [BLOCK_N, BLOCK_N]
-    share += tl.sum(plain * key_gram)
+    key_gram = tl.load(tile, mask=mask_i[:, None] & mask_j[None, :], other=0.0).to(tl.float32) / KEY_CHANNELS
+    mean_i = tl.load(key_mean_ptr + pid_bh * tokens + offs_i, mask=mask_i, other=0.0)
+    mean_j = tl.load(key_mean_ptr + pid_bh * tokens + offs_j, mask=mask_j, other=0.0)
+    mean_products = mean_i[:, None] * mean_j[None, :]
+    # Within the map's rows the variance is that of products of the queries as they are; between the means of the rows,
+    # that of products of queries centred over the segment's channels.
+    shift_products = sums_i[:, None] * shift_j[None, :] + shift_i[:, None] * (sums_j + width * shift_j)[None, :]
+    centring_products = sums_i[:, None] * (sums_j / width)[None, :]
+    share = tl.sum((gram + shift_products) * key_gram + (gram - centring_products) * mean_products)
     pairs_per_share = tl.where(pid_i == pid_j, 1.0, 2.0)  # the pair (j, i) has the same share
     place = (pid_bh * blocks * blocks + pid_pair) * len(SEGMENTS) + pid_segment
     tl.store(partial_ptr + place, share * (pairs_per_share / width))
