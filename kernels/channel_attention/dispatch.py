@@ -26,6 +26,7 @@ SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 LONGEST_FUSED = 256
 LONGEST_FUSED_FORWARD = 640
 ALIGNED_CHANNELS = 8  # of half precision, in 16 bytes
+MOST_HEADS = 65535  # of all images together: the grid's limit
 
 
 def longest_fused_forward(query: Tensor, key: Tensor) -> int:
@@ -45,8 +46,9 @@ def is_fused_backward(query: Tensor) -> bool:
 
 
 def can_launch(query: Tensor) -> bool:
-    """Whether kernels run here: on a GPU or in the interpreter, in the dtypes that they hold."""
-    return (query.is_cuda or is_interpreting()) and query.dtype != torch.float64
+    """Whether kernels run here: on a GPU or in the interpreter, in a dtype and for so many heads as they hold."""
+    has_place = query.is_cuda or is_interpreting()
+    return has_place and query.dtype != torch.float64 and query.shape[0] * query.shape[1] <= MOST_HEADS
 
 
 def _forward(

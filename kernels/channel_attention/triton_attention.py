@@ -300,15 +300,14 @@ def key_value_gradient_kernel(
         offs_c = start + tl.arange(0, BLOCK_C)
         mask_c = offs_c < CHANNELS
         row = pid_bh * CHANNELS + offs_c
-        temperature = tl.load(temperature_ptr + row, mask=mask_c, other=0.0)
-        log_sum = tl.load(log_sum_ptr + row, mask=mask_c, other=0.0)
-        delta = tl.load(delta_ptr + row, mask=mask_c, other=0.0)
         query = load_columns(
             query_ptr, stride_query_c, stride_query_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [tokens, BLOCK_C]
         gradient = load_columns(
             gradient_ptr, stride_gradient_c, stride_gradient_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [tokens, BLOCK_C]
+        log_sum = tl.load(log_sum_ptr + row, mask=mask_c, other=0.0)
+        temperature = tl.load(temperature_ptr + row, mask=mask_c, other=0.0)
         scores = contract(key, query, PRECISION)  # [BLOCK_S, BLOCK_C]
         softmax = tl.exp2(scores * (temperature * 1.4426950408889634)[None, :] - log_sum[None, :])
         softmax_gradient = contract(value, gradient, PRECISION) * (keep_factor / heads)
@@ -318,6 +317,7 @@ def key_value_gradient_kernel(
             attention = tl.where(keep, softmax, 0.0)
             softmax_gradient = tl.where(keep, softmax_gradient, 0.0)
         grad_value = accumulate_transposed(grad_value, attention.to(gradient[0].dtype), gradient, PRECISION)
+        delta = tl.load(delta_ptr + row, mask=mask_c, other=0.0)
         score_gradient = softmax * (softmax_gradient - delta[None, :]) * temperature[None, :]
         grad_key = accumulate_transposed(grad_key, score_gradient.to(query[0].dtype), query, PRECISION)
     place = batch * stride_grad_b + head * stride_grad_h

@@ -26,6 +26,9 @@ FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not wo
 TOKEN_TILE_OF_FLOAT32 = 32
 TOKEN_TILE_OF_UNALIGNED = 64
 
+# Two accumulators over more tokens leave no registers for a step of 32 channels.
+LONGEST_WIDE_STEP = 208
+
 # Programs of 128 rows that fill an H100 or H200 (132 multiprocessors) twice.
 ENOUGH_PROGRAMS = 264
 
@@ -98,6 +101,8 @@ def key_value_gradient_blocks(problem: Problem) -> AttentionBlocks:
         choices = [AttentionBlocks(16, 16, 8, 1)]
     else:
         choices = [AttentionBlocks(64, 16, 8, 2), AttentionBlocks(64, 16, 8, 1), AttentionBlocks(32, 16, 8, 1)]
+        if sum(token_tiles(problem)) <= LONGEST_WIDE_STEP:
+            choices.insert(0, AttentionBlocks(64, 32, 8, 2))
     return _first_that_fits(choices, problem, held=2)
 
 
