@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from uctrans.layers import ChannelGate, ChannelTransformer, Encoder, Reconstruct, set_backend
+from uctrans.layers import (
+    ChannelAttention,
+    ChannelGate,
+    ChannelTransformer,
+    Encoder,
+    Reconstruct,
+    TransformerLayer,
+    set_backend,
+)
 from uctrans.layers.packed import PackedLayerNorm, PackedLinear, PackedMlp
 
 CHANNELS, PATCHES, GRID = (4, 8, 12), (8, 4, 2), (2, 3)
@@ -243,7 +251,10 @@ def test_encoder_shapes():
 
 def test_set_backend_reaches_every_layer_and_refuses_unknown_names(monkeypatch):
     module = set_backend(transformer(), "reference")
-    assert {part.backend for part in module.modules() if hasattr(part, "backend")} == {"reference"}
+    switched = [part for part in module.modules() if hasattr(part, "backend")]
+    assert {part.backend for part in switched} == {"reference"}
+    layers = (TransformerLayer, ChannelAttention, PackedLayerNorm, PackedLinear, PackedMlp, Reconstruct)
+    assert {type(part) for part in switched} == set(layers)
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         set_backend(module, "tritn")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

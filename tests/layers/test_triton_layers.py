@@ -26,10 +26,11 @@ PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID = (64, 128, 256, 512), (16
 
 
 def perturbed(module, dtype=torch.float32):
-    """``module`` with every parameter away from where it starts (positions and biases at 0, norms at 1)."""
+    """``module`` with positions, biases and norms away from where they start, at 0 and 1."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1 or name.endswith("position"):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return module.to(DEVICE, dtype)
 
 
@@ -74,7 +75,13 @@ def all_results(module, inputs, backend, dtype, transform=lambda module: module)
     outputs = transform(module)(*inputs) if len(inputs) == 1 else transform(module)(inputs)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
     weights = [normal(*output.shape, seed=place).to(output.dtype) for place, output in enumerate(outputs)]
-    gradients = torch.autograd.grad(outputs, [*inputs, *module.parameters()], weights)
+    # In training, batch norm takes away what a bias before it adds: its gradient is nothing but rounding.
+    parameters = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if not (module.training and name.endswith("conv.bias"))
+    ]
+    gradients = torch.autograd.grad(outputs, [*inputs, *parameters], weights)
     statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     return [tensor.detach() for tensor in (*outputs, *gradients, *statistics)]
 
