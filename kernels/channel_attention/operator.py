@@ -123,7 +123,8 @@ def projected_channel_attention(
     if chosen == "composed":
         return composed.project_then_attend(*operands)
     # The three projections write what the operator reads, and it writes the gradients that they read: no copies.
-    query = packed_linear(tokens, query_weights, backend="triton").transpose(1, 2)  # [B, H, N, sum C]
+    projection = "composed" if tokens.dtype == torch.float64 else "triton"
+    query = packed_linear(tokens, query_weights, backend=projection).transpose(1, 2)  # [B, H, N, sum C]
     key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, key_value_weight.shape[:3])
     seed = draw_seed(tokens.device) if seed is None else seed
     return torch.ops.uctrans.channel_attention_packed(query, key_value, segments, dropout_p, eps, seed)[0]

@@ -36,7 +36,8 @@ def packed_layer_norm(
             computes in float32 and has no second derivative; ``auto`` leaves float64 to ``composed``.
 
     Returns:
-        (B, N, sum C) in the inputs' dtype (under autocast: in autocast's, computed from the inputs as they are).
+        (B, N, sum C) in the inputs' dtype. Under autocast in autocast's, computed from the inputs as they are;
+        ``reference`` leaves that cast to whoever reads the result, as the published sequence does.
 
     Raises:
         ValueError: shapes, devices, segments, ``eps`` or ``backend`` do not fit.
@@ -49,8 +50,9 @@ def packed_layer_norm(
     chosen, dtype = _resolve(backend, tokens), _output_dtype(tokens)
     if chosen == "triton":
         return torch.ops.uctrans.packed_layer_norm(tokens, segments, weight, bias, eps, dtype)
-    implementation = reference if chosen == "reference" else composed
-    return implementation.packed_layer_norm(tokens, segments, weight, bias, eps).to(dtype)
+    if chosen == "reference":
+        return reference.packed_layer_norm(tokens, segments, weight, bias, eps)
+    return composed.packed_layer_norm(tokens, segments, weight, bias, eps).to(dtype)
 
 
 def cross_layer_norm(
@@ -90,9 +92,10 @@ def cross_layer_norm(
     chosen, dtype = _resolve(backend, tokens), _output_dtype(tokens)
     if chosen == "triton":
         return torch.ops.uctrans.cross_layer_norm(tokens, segments, *channels.values(), eps, dtype)
-    implementation = reference if chosen == "reference" else composed
-    outputs = implementation.cross_layer_norm(tokens, segments, *channels.values(), eps)
-    return outputs[0].to(dtype), outputs[1].to(dtype)
+    if chosen == "reference":
+        return reference.cross_layer_norm(tokens, segments, *channels.values(), eps)
+    query_tokens, context = composed.cross_layer_norm(tokens, segments, *channels.values(), eps)
+    return query_tokens.to(dtype), context.to(dtype)
 
 
 def _check(tokens: Tensor, segments: Sequence[int], eps: float, **channels: Tensor) -> None:

@@ -512,6 +512,10 @@ class TestProjected:
             self.attend("triton", **settings), self.attend("reference", **settings), self.inputs(dtype)
         )
 
+    def test_float64_is_computed_in_float64(self):
+        inputs = self.inputs(torch.float64)
+        torch.testing.assert_close(self.attend("triton")(*inputs), self.attend("reference")(*inputs))
+
     def test_nothing_is_copied_between_projections_and_operator(self):
         inputs = self.inputs()
         seed = torch.tensor([SEED], device=DEVICE)
