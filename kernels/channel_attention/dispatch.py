@@ -58,13 +58,14 @@ def _forward(
     segments: Sequence[int],
     dropout_p: float,
     eps: float,
-    seed: Tensor,
+    seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     implementation = explicit
     if is_fused_forward(query, key):
         from . import triton as implementation  # not at the top: it needs the package triton
-    output, saved = implementation.forward(query, key, value, segments, dropout_p, eps, seed)
-    return output, *saved
+    with torch.cuda.device_of(query):
+        output, saved = implementation.forward(query, key, value, segments, dropout_p, eps, seed)
+    return output, *(saved if is_fused_backward(query) else saved.without_what_kernels_read())
 
 
 def _forward_packed(query: Tensor, key_value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -91,7 +92,8 @@ def _write_gradients(
     if is_fused_backward(query):
         from . import triton
 
-        triton.backward(gradient, query, key, value, Saved(*saved), segments, dropout_p, *results)
+        with torch.cuda.device_of(query):
+            triton.backward(gradient, query, key, value, Saved(*saved), segments, dropout_p, *results)
         return
     computed = explicit.backward(gradient, query, key, value, Saved(*saved), segments, dropout_p)
     for result, tensor in zip(results, computed, strict=True):
@@ -122,6 +124,8 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) ->
         key_means=query.new_empty(batch, heads, tokens, dtype=exact),
         row_keys=query.new_empty((2, batch, heads, channels) if dropout_p > 0 else 0, dtype=torch.int32),
     )
+    if not is_fused_backward(query):
+        saved = saved.without_what_kernels_read()
     return query.new_empty(batch, tokens, channels), *saved
 
 
@@ -144,7 +148,7 @@ def _define(name: str, inputs: Sequence[str], functions: dict[str, Any]) -> None
     tensors = ", ".join(f"Tensor {tensor}" for tensor in inputs)
     define_operator(
         name,
-        f"({tensors}, {SETTINGS}, Tensor seed) -> (Tensor output, {SAVED})",
+        f"({tensors}, {SETTINGS}, Tensor? seed) -> (Tensor output, {SAVED})",
         implementations=dict.fromkeys(("CPU", "CUDA"), functions["forward"]),
         fake=functions["fake_forward"],
     )

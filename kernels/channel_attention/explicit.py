@@ -1,7 +1,7 @@
 """The operator's forward and backward written out in PyTorch, with a map of one head in memory.
 
-This is what the fused kernels compute, step by step and with the same saved tensors. It runs where they do not: on a
-CPU, and for so many tokens that a map is small beside the products that make it. docs/design.md has the derivation.
+It runs where the fused kernels do not: on a CPU, and for so many tokens that a map is small beside the products that
+make it. docs/design.md has the derivation.
 """
 
 import math
@@ -15,8 +15,15 @@ from ..dropout import keep_mask, keep_scale, row_keys
 from ..precision import statistics_dtype
 
 
+ONLY_FOR_KERNELS = ("head_outputs", "key_gram", "key_means")
+
+
 class Saved(NamedTuple):
-    """What forward leaves for backward, beside its inputs; statistics are float32 (float64 for float64 inputs)."""
+    """What forward leaves for backward, beside its inputs; statistics are float32 (float64 for float64 inputs).
+
+    The backward of this file makes do with the temperatures, the logarithms and the keys; the others are (0,) where
+    the kernels will not run backward.
+    """
 
     head_outputs: Tensor  # (B, H, N, sum C), inputs' dtype: the outputs before their mean over heads
     temperatures: Tensor  # (B, H, sum C): what a row of raw scores is multiplied by before its softmax
@@ -25,6 +32,10 @@ class Saved(NamedTuple):
     key_means: Tensor  # (B, H, N): mean of the keys of a token over the channels
     row_keys: Tensor  # (2, B, H, sum C) int32, keys of the dropout mask; (0,) without dropout
 
+    def without_what_kernels_read(self) -> "Saved":
+        """What the backward of this file reads."""
+        return self._replace(**{name: self.temperatures.new_empty(0) for name in ONLY_FOR_KERNELS})
+
 
 def gram_dtype(dtype: torch.dtype) -> torch.dtype:
     """What Gram matrices are kept in: float32 for float16, whose range their entries may leave, else ``dtype``."""
@@ -32,13 +43,20 @@ def gram_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], dropout_p: float, eps: float, seed: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[int],
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Saved]:
-    """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C) and what backward needs."""
-    batch, heads, _, channels = query.shape
+    """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C) and what :func:`backward` needs."""
+    batch, heads, tokens, channels = query.shape
     key_channels = key.shape[-1]
     keys = row_keys(seed, batch * heads * channels).view(2, batch, heads, channels) if dropout_p > 0 else None
-    head_outputs, temperatures, log_sums = [], [], []
+    temperatures, log_sums = [], []
+    mixed = query.new_zeros(batch, tokens, channels, dtype=statistics_dtype(query))
     for head in range(heads):
         scores = (query[:, head].transpose(1, 2) @ key[:, head]).to(statistics_dtype(query))  # [B, sum C, S]
         temperature = _temperatures(scores, segments, eps)
@@ -46,20 +64,16 @@ def forward(
         attention = logits.softmax(dim=-1)
         if keys is not None:
             attention = attention * keep_mask(keys[:, :, head], key_channels, dropout_p) * keep_scale(dropout_p)
-        head_outputs.append(value[:, head] @ attention.to(value.dtype).transpose(1, 2))
+        mixed += value[:, head] @ attention.to(value.dtype).transpose(1, 2)
         temperatures.append(temperature)
         log_sums.append(torch.logsumexp(logits, dim=-1) / math.log(2))
-    key_means = key.mean(dim=-1, dtype=statistics_dtype(key))
-    centred = key - key_means.unsqueeze(-1)
     saved = Saved(
-        torch.stack(head_outputs, dim=1),
-        torch.stack(temperatures, dim=1),
-        torch.stack(log_sums, dim=1),
-        (centred @ centred.transpose(-1, -2)).to(gram_dtype(key.dtype)),
-        key_means,
-        query.new_empty(0, dtype=torch.int32) if keys is None else keys,
+        **{name: mixed.new_empty(0) for name in ONLY_FOR_KERNELS},
+        temperatures=torch.stack(temperatures, dim=1),
+        log_sums=torch.stack(log_sums, dim=1),
+        row_keys=query.new_empty(0, dtype=torch.int32) if keys is None else keys,
     )
-    return saved.head_outputs.mean(dim=1), saved
+    return (mixed / heads).to(query.dtype), saved
 
 
 def backward(
@@ -67,8 +81,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of (B, N, sum C) -> gradients of query, key and value.
 
-    Instance norm takes out of the softmax's gradient ``dZ`` its mean, which is zero already, and its part along ``Z``.
-    That part multiplies ``X - mean X``, so its products with key and query are products with their Gram matrices.
+    Instance norm takes out of the softmax's gradient ``dZ`` its mean, which is zero already, and its part along ``Z``,
+    which is a multiple of ``X - mean X``.
     """
     heads, key_channels = query.shape[1], key.shape[-1]
     exact = statistics_dtype(query)
@@ -84,30 +98,20 @@ def backward(
         if dropout_p > 0:
             kept = keep_mask(saved.row_keys[:, :, head], key_channels, dropout_p).to(exact) * keep_scale(dropout_p)
             attention, softmax_gradient = softmax * kept, softmax_gradient * kept
-        delta = (head_gradient.to(exact) * saved.head_outputs[:, head].transpose(1, 2)).sum(dim=-1, keepdim=True)
-        logit_gradient = softmax * (softmax_gradient - delta)  # [B, sum C, S]
         value_gradient = head_gradient.transpose(1, 2) @ attention.to(value.dtype)
-
-        mixed_keys = logit_gradient.to(key.dtype) @ head_key.transpose(1, 2)  # [B, sum C, N]
-        slopes = (mixed_keys.to(exact) * head_query.transpose(1, 2)).sum(dim=-1, keepdim=True)
-        row_means = head_query.transpose(1, 2).to(exact) @ saved.key_means[:, head].unsqueeze(-1)
-        slope_means, mean_scores = (
-            segment_means(rows.squeeze(-1), segments).unsqueeze(-1) for rows in (slopes, row_means)
+        delta = (softmax * softmax_gradient).sum(dim=-1, keepdim=True)
+        logit_gradient = softmax * (softmax_gradient - delta)  # [B, sum C, S]
+        slope, mean_score = (
+            segment_means(rows, segments).unsqueeze(-1)
+            for rows in ((logit_gradient * scores).sum(dim=-1), scores.mean(dim=-1))
         )
-        weight = temperature.pow(3) * slope_means / key_channels
-        row_offsets = row_means - mean_scores
-
-        gram = saved.key_gram[:, head].to(exact)
-        along_keys = head_query.transpose(1, 2).to(exact) @ gram
-        along_keys = along_keys + key_channels * row_offsets * saved.key_means[:, head].unsqueeze(1)
-        query_gradient = (temperature * mixed_keys - weight * along_keys).transpose(1, 2)
-
-        weighted = head_query.to(exact) * weight.transpose(1, 2)  # [B, N, sum C]
-        centred_key = head_key - saved.key_means[:, head].unsqueeze(-1)
-        along_queries = (weighted @ head_query.to(exact).transpose(1, 2)) @ centred_key + weighted @ row_offsets
-        key_gradient = head_query @ (temperature * logit_gradient).to(query.dtype) - along_queries
+        weight = temperature.pow(3) * slope / key_channels
+        score_gradient = temperature * logit_gradient - weight * (scores - mean_score)
+        score_gradient = score_gradient.to(query.dtype)
+        query_gradient = head_key @ score_gradient.transpose(1, 2)
+        key_gradient = head_query @ score_gradient
         head_gradients.append((query_gradient, key_gradient, value_gradient))
-    return tuple(torch.stack(by_head, dim=1).to(query.dtype) for by_head in zip(*head_gradients, strict=True))
+    return tuple(torch.stack(by_head, dim=1) for by_head in zip(*head_gradients, strict=True))
 
 
 def segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:

@@ -72,7 +72,8 @@ def channel_attention(
     chosen = resolve_backend(backend, query.device)
     seed = _seed_tensor(seed, query.device)
     if chosen == "triton":
-        seed = draw_seed(query.device) if seed is None else seed
+        if seed is None and dropout_p > 0:
+            seed = draw_seed(query.device)
         return torch.ops.uctrans.channel_attention(query, key, value, list(segments), dropout_p, eps, seed)[0]
     implementation = reference if chosen == "reference" else composed
     return implementation.channel_attention(query, key, value, list(segments), dropout_p, eps, seed)
@@ -126,7 +127,8 @@ def projected_channel_attention(
     projection = "composed" if tokens.dtype == torch.float64 else "triton"
     query = packed_linear(tokens, query_weights, backend=projection).transpose(1, 2)  # [B, H, N, sum C]
     key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, key_value_weight.shape[:3])
-    seed = draw_seed(tokens.device) if seed is None else seed
+    if seed is None and dropout_p > 0:
+        seed = draw_seed(tokens.device)
     return torch.ops.uctrans.channel_attention_packed(query, key_value, segments, dropout_p, eps, seed)[0]
 
 

@@ -43,7 +43,13 @@ ALIGNMENT = 16  # bytes that one thread reads at once
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int], dropout_p: float, eps: float, seed: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[int],
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Saved]:
     """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C) and what backward needs."""
     batch, heads, tokens, channels = query.shape

@@ -453,18 +453,38 @@ class TestOperator:
         monkeypatch.setattr(dispatch, "LONGEST_FUSED", 8)
         compare(SMALL, torch.float32, dropout_p=0.2, seed=SEED)
 
-    def test_saved_tensors_of_both_forms_agree(self):
+    def test_saved_tensors_are_what_they_say(self):
         from uctrans.kernels.channel_attention import triton
 
-        inputs = on_device(attention_inputs(AttentionShape(2, 2, 37, (19, 47), 70), torch.float32))
+        query, key, value = on_device(attention_inputs(AttentionShape(2, 2, 37, (19, 47), 70), torch.float32))
         seed = torch.tensor([SEED], device=DEVICE)
-        _, kernels = triton.forward(*inputs, (19, 47), 0.3, EPS, seed)
-        _, exact = explicit.forward(*[tensor.double() for tensor in inputs], (19, 47), 0.3, EPS, seed)
+        _, kernels = triton.forward(query, key, value, (19, 47), 0.3, EPS, seed)
+        exact_inputs = [tensor.double() for tensor in (query, key, value)]
+        output, exact = explicit.forward(*exact_inputs, (19, 47), 0.3, EPS, seed)
         assert torch.equal(kernels.row_keys, exact.row_keys)
-        for name in explicit.Saved._fields[:-1]:
-            torch.testing.assert_close(
-                getattr(kernels, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-4, msg=name
-            )
+        centred = exact_inputs[1] - exact_inputs[1].mean(dim=-1, keepdim=True)
+        expected = {
+            "temperatures": exact.temperatures,
+            "log_sums": exact.log_sums,
+            "key_means": exact_inputs[1].mean(dim=-1),
+            "key_gram": centred @ centred.transpose(-1, -2),
+        }
+        for name, tensor in expected.items():
+            torch.testing.assert_close(getattr(kernels, name).double(), tensor, rtol=1e-5, atol=1e-4, msg=name)
+        torch.testing.assert_close(kernels.head_outputs.mean(dim=1).double(), output, rtol=1e-5, atol=1e-5)
+
+    def test_nothing_is_saved_that_backward_does_not_read(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "LONGEST_FUSED", 4)
+        _, *saved = torch.ops.uctrans.channel_attention(*self.arguments(0.0))
+        sizes = {name: tensor.numel() for name, tensor in zip(explicit.Saved._fields, saved, strict=True)}
+        assert {name for name, size in sizes.items() if size} == {"temperatures", "log_sums"}
+
+    def test_no_random_number_is_drawn_without_dropout(self):
+        inputs = on_device(attention_inputs(self.shape, torch.float32))
+        state = torch.random.get_rng_state() if DEVICE == "cpu" else torch.cuda.get_rng_state()
+        attend(self.shape.segments)(*inputs)
+        after = torch.random.get_rng_state() if DEVICE == "cpu" else torch.cuda.get_rng_state()
+        assert torch.equal(state, after)
 
 
 class Copies(TorchDispatchMode):
