@@ -14,7 +14,6 @@ from torch import Tensor
 from ..dropout import keep_mask, keep_scale, row_keys
 from ..precision import statistics_dtype
 
-
 ONLY_FOR_KERNELS = ("head_outputs", "key_gram", "key_means")
 
 
