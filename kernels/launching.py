@@ -36,4 +36,12 @@ def current_architecture() -> Architecture:
 
 def product_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a float32 product in a kernel: tf32 only where torch's own products may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and _torch_may_use_tf32() else "ieee"
+
+
+def _torch_may_use_tf32() -> bool:
+    # ``allow_tf32`` raises once a precision was set through ``fp32_precision``. That one reads right however it was
+    # set, also for all of torch at once, but came with torch 2.9.
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
