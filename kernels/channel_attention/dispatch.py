@@ -120,8 +120,10 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) ->
         head_outputs=query.new_empty(batch, heads, tokens, channels),
         temperatures=query.new_empty(batch, heads, channels, dtype=exact),
         log_sums=query.new_empty(batch, heads, channels, dtype=exact),
-        key_gram=query.new_empty(batch, heads, tokens, tokens, dtype=explicit.gram_dtype(query.dtype)),
-        key_means=query.new_empty(batch, heads, tokens, dtype=exact),
+        query_token_means=query.new_empty(batch, heads, channels, dtype=exact),
+        key_token_means=query.new_empty(batch, heads, key.shape[-1], dtype=exact),
+        key_gram=query.new_empty(batch, heads, tokens + 1, tokens + 1, dtype=explicit.gram_dtype(query.dtype)),
+        key_means=query.new_empty(batch, heads, tokens + 1, dtype=exact),
         row_keys=query.new_empty((2, batch, heads, channels) if dropout_p > 0 else 0, dtype=torch.int32),
     )
     if not is_fused_backward(query):

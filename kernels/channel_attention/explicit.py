@@ -14,11 +14,13 @@ from torch import Tensor
 from ..dropout import keep_mask, keep_scale, row_keys
 from ..precision import statistics_dtype
 
-ONLY_FOR_KERNELS = ("head_outputs", "key_gram", "key_means")
+ONLY_FOR_KERNELS = ("head_outputs", "query_token_means", "key_token_means", "key_gram", "key_means")
 
 
 class Saved(NamedTuple):
     """What forward leaves for backward, beside its inputs; statistics are float32 (float64 for float64 inputs).
+
+    The N + 1 tokens of the keys are N that are centred, and their mean times sqrt(N); see triton_statistics.py.
 
     The backward of this file makes do with the temperatures, the logarithms and the keys; the others are (0,) where
     the kernels will not run backward.
@@ -27,8 +29,10 @@ class Saved(NamedTuple):
     head_outputs: Tensor  # (B, H, N, sum C), inputs' dtype: the outputs before their mean over heads
     temperatures: Tensor  # (B, H, sum C): what a row of raw scores is multiplied by before its softmax
     log_sums: Tensor  # (B, H, sum C): log2 of the sum of exponentials of a row
-    key_gram: Tensor  # (B, H, N, N), gram_dtype: key products of pairs of tokens, keys centred over the channels
-    key_means: Tensor  # (B, H, N): mean of the keys of a token over the channels
+    query_token_means: Tensor  # (B, H, sum C): mean of a channel over the tokens
+    key_token_means: Tensor  # (B, H, S)
+    key_gram: Tensor  # (B, H, N + 1, N + 1), gram_dtype: covariance over the channels of pairs of tokens of the keys
+    key_means: Tensor  # (B, H, N + 1): mean over the channels of a token of the keys
     row_keys: Tensor  # (2, B, H, sum C) int32, keys of the dropout mask; (0,) without dropout
 
     def without_what_kernels_read(self) -> "Saved":

@@ -37,6 +37,7 @@ from .triton_statistics import (
     query_gram_kernel,
     score_variance_kernel,
     temperature_kernel,
+    token_mean_kernel,
 )
 
 ALIGNMENT = 16  # bytes that one thread reads at once
@@ -61,8 +62,10 @@ def forward(
         head_outputs=query.new_empty(batch, heads, tokens, channels),
         temperatures=torch.empty(batch, heads, channels, **statistic),
         log_sums=torch.empty(batch, heads, channels, **statistic),
-        key_gram=query.new_empty(batch, heads, tokens, tokens, dtype=gram_dtype(query.dtype)),
-        key_means=torch.empty(batch, heads, tokens, **statistic),
+        query_token_means=torch.empty(batch, heads, channels, **statistic),
+        key_token_means=torch.empty(batch, heads, key_channels, **statistic),
+        key_gram=query.new_empty(batch, heads, tokens + 1, tokens + 1, dtype=gram_dtype(query.dtype)),
+        key_means=torch.empty(batch, heads, tokens + 1, **statistic),
         row_keys=torch.empty(
             (2, batch, heads, channels) if dropout_p > 0 else 0, dtype=torch.int32, device=query.device
         ),
@@ -73,14 +76,27 @@ def forward(
     shape = _segment_arguments(segments, channels, key_channels)
     precision = product_precision(query.dtype)
 
+    for tensor, means in ((query, saved.query_token_means), (key, saved.key_token_means)):
+        token_mean_kernel[(triton.cdiv(means.shape[-1], 64), batch * heads)](
+            tensor,
+            means,
+            *tensor.stride(),
+            heads,
+            tokens,
+            CHANNELS=means.shape[-1],
+            BLOCK_N=64,
+            BLOCK_C=64,
+            num_warps=4,
+        )
     gram = gram_blocks(problem)
-    token_blocks = triton.cdiv(tokens, gram.tokens)
+    token_blocks = triton.cdiv(tokens + 1, gram.tokens)
     pairs = token_blocks * token_blocks
     partials = torch.empty(batch * heads, pairs, len(segments), **statistic)
     gram_tiles = {"BLOCK_N": gram.tokens, "BLOCK_K": gram.channels, "PRECISION": precision}
     gram_launch = {"num_warps": gram.num_warps, "num_stages": gram.num_stages}
     key_gram_kernel[(pairs, batch * heads)](
         key,
+        saved.key_token_means,
         saved.key_gram,
         saved.key_means,
         *key.stride(),
@@ -92,12 +108,14 @@ def forward(
     )
     score_variance_kernel[(pairs, len(segments), batch * heads)](
         query,
+        saved.query_token_means,
         saved.key_gram,
         saved.key_means,
         partials,
         *query.stride(),
         heads,
         tokens,
+        CHANNELS=channels,
         KEY_CHANNELS=key_channels,
         SEGMENTS=shape["SEGMENTS"],
         SEGMENT_STARTS=shape["SEGMENT_STARTS"],
@@ -186,6 +204,7 @@ def backward(
         key,
         value,
         saved.head_outputs,
+        saved.query_token_means,
         saved.key_means,
         saved.temperatures,
         saved.log_sums,
@@ -235,6 +254,7 @@ def backward(
         *_dropout_arguments(dropout_p),
         CHANNELS=channels,
         KEY_CHANNELS=key_channels,
+        ALL_CHANNELS=triton.next_power_of_2(channels),
         **_token_arguments(problem),
         BLOCK_C=blocks.step,
         BLOCK_S=blocks.own,
@@ -256,9 +276,10 @@ def backward(
     gram_precision = _gram_precision(query.dtype)
     query_gram = torch.empty_like(saved.key_gram)
     query_sums = torch.empty_like(saved.key_means)
-    token_blocks = triton.cdiv(tokens, gram.tokens)
+    token_blocks = triton.cdiv(tokens + 1, gram.tokens)
     query_gram_kernel[(token_blocks * token_blocks, batch * heads)](
         query,
+        saved.query_token_means,
         weights,
         offsets,
         query_gram,
@@ -269,16 +290,16 @@ def backward(
         CHANNELS=channels,
         BLOCK_N=gram.tokens,
         BLOCK_K=gram.channels,
-        PRECISION=precision,
+        PRECISION=gram_precision,
         num_warps=gram.num_warps,
         num_stages=gram.num_stages,
     )
     tile = correction_blocks(problem)
     query_correction_kernel[(triton.cdiv(channels, tile.channels), triton.cdiv(tokens, tile.tokens), batch * heads)](
         query,
+        saved.query_token_means,
         saved.key_gram,
         saved.key_means,
-        saved.temperatures,
         weights,
         offsets,
         grad_query,
@@ -296,6 +317,7 @@ def backward(
     )
     key_correction_kernel[(triton.cdiv(key_channels, tile.channels), triton.cdiv(tokens, tile.tokens), batch * heads)](
         key,
+        saved.key_token_means,
         query_gram,
         query_sums,
         saved.key_means,

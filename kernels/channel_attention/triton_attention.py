@@ -24,6 +24,7 @@ from .triton_tiles import (
     load_rows,
     shrink_and_accumulate,
     store_rows,
+    subtract_outer,
     weighted_sums,
     zero_tiles,
 )
@@ -134,6 +135,7 @@ def query_gradient_kernel(
     key_ptr,
     value_ptr,
     head_output_ptr,
+    query_mean_ptr,
     key_mean_ptr,
     temperature_ptr,
     log_sum_ptr,
@@ -173,7 +175,7 @@ def query_gradient_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For a tile of query channels: keys mixed by the gradient of the logits, and what the later kernels need by row.
+    """For a tile of query channels: keys mixed by the gradient of the scores, and what the later kernels need by row.
 
     ``delta``: inner product of a row of the softmax with its gradient. ``slope``: inner product of a row's scores with
     their gradient. ``row_mean``: mean score of a row.
@@ -187,7 +189,8 @@ def query_gradient_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
     row = pid_bh * CHANNELS + offs_c
-    scale = tl.load(temperature_ptr + row, mask=mask_c, other=0.0) * 1.4426950408889634
+    temperature = tl.load(temperature_ptr + row, mask=mask_c, other=0.0)
+    scale = temperature * 1.4426950408889634
     log_sum = tl.load(log_sum_ptr + row, mask=mask_c, other=0.0)
     query = load_rows(
         query_ptr, stride_query_c, stride_query_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
@@ -200,6 +203,7 @@ def query_gradient_kernel(
     )  # tiles [BLOCK_C, tokens]
     delta = inner_products(gradient, head_output) / heads  # [BLOCK_C]
     mixed_keys = zero_tiles(BLOCK_C, TOKEN_TILES)
+    excess = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, KEY_CHANNELS, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         key = load_columns(
@@ -217,15 +221,23 @@ def query_gradient_kernel(
             softmax_gradient = tl.where(keep, softmax_gradient, 0.0)
         logit_gradient = (softmax * (softmax_gradient - delta[:, None])).to(key[0].dtype)
         mixed_keys = accumulate_transposed(mixed_keys, logit_gradient, key, PRECISION)
+        excess += tl.sum(logit_gradient.to(tl.float32), axis=1)
+    # A row of the logits' gradient sums to zero but for rounding, which keys far from zero would multiply.
+    key_mean_ptr += pid_bh * (tokens + 1)
+    mean_key_mean = tl.load(key_mean_ptr + tokens)
+    share = mean_key_mean / tl.sqrt(tokens * 1.0)
+    mixed_keys = subtract_outer(mixed_keys, excess, key_mean_ptr, share, tokens, TOKEN_TILES, TOKEN_STARTS)
     tl.store(delta_ptr + row, delta, mask=mask_c)
     tl.store(slope_ptr + row, inner_products(mixed_keys, query), mask=mask_c)
-    row_mean = weighted_sums(query, key_mean_ptr + pid_bh * tokens, tokens, TOKEN_TILES, TOKEN_STARTS)
+    query_mean = tl.load(query_mean_ptr + row, mask=mask_c, other=0.0)
+    row_mean = weighted_sums(query, query_mean, key_mean_ptr, tokens, TOKEN_TILES, TOKEN_STARTS)
+    row_mean += query_mean * tl.sqrt(tokens * 1.0) * mean_key_mean
     tl.store(row_mean_ptr + row, row_mean, mask=mask_c)
     store_rows(
         mixed_key_ptr + batch * stride_mixed_b + head * stride_mixed_h,
         stride_mixed_n,
         mixed_keys,
-        tl.full([BLOCK_C], 1.0, tl.float32),
+        temperature,
         offs_c,
         tokens,
         CHANNELS,
@@ -271,6 +283,7 @@ def key_value_gradient_kernel(
     keep_factor,
     CHANNELS: tl.constexpr,
     KEY_CHANNELS: tl.constexpr,
+    ALL_CHANNELS: tl.constexpr,
     TOKEN_TILES: tl.constexpr,
     TOKEN_STARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -294,6 +307,10 @@ def key_value_gradient_kernel(
     value = load_rows(
         value_ptr, stride_value_s, stride_value_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
     )  # tiles [BLOCK_S, tokens]
+    # In float16 a temperature may round a gradient to nothing, so the largest is left out until the sum is made.
+    offs_all = tl.arange(0, ALL_CHANNELS)
+    all_temperatures = tl.load(temperature_ptr + pid_bh * CHANNELS + offs_all, mask=offs_all < CHANNELS, other=0.0)
+    largest_temperature = tl.max(all_temperatures, axis=0)
     grad_key = zero_tiles(BLOCK_S, TOKEN_TILES)
     grad_value = zero_tiles(BLOCK_S, TOKEN_TILES)
     for start in range(0, CHANNELS, BLOCK_C):
@@ -318,12 +335,21 @@ def key_value_gradient_kernel(
             softmax_gradient = tl.where(keep, softmax_gradient, 0.0)
         grad_value = accumulate_transposed(grad_value, attention.to(gradient[0].dtype), gradient, PRECISION)
         delta = tl.load(delta_ptr + row, mask=mask_c, other=0.0)
-        score_gradient = softmax * (softmax_gradient - delta[None, :]) * temperature[None, :]
+        relative = temperature / largest_temperature
+        score_gradient = softmax * (softmax_gradient - delta[None, :]) * relative[None, :]
         grad_key = accumulate_transposed(grad_key, score_gradient.to(query[0].dtype), query, PRECISION)
     place = batch * stride_grad_b + head * stride_grad_h
     ones = tl.full([BLOCK_S], 1.0, tl.float32)
     store_rows(
-        grad_key_ptr + place, stride_grad_n, grad_key, ones, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
+        grad_key_ptr + place,
+        stride_grad_n,
+        grad_key,
+        ones * largest_temperature,
+        offs_s,
+        tokens,
+        KEY_CHANNELS,
+        TOKEN_TILES,
+        TOKEN_STARTS,
     )
     store_rows(
         grad_value_ptr + place,

@@ -1,7 +1,9 @@
 """Triton kernels of what instance norm adds to attention: temperatures before it, corrections of gradients after it.
 
 The map of scores is never formed for them. All of it follows from Gram matrices, products of pairs of tokens summed
-over channels: ``sum of squares of Q^T K`` is the inner product of ``Q Q^T`` and ``K K^T``.
+over channels: ``sum of squares of Q^T K`` is the inner product of ``Q Q^T`` and ``K K^T``. Far from zero that inner
+product would cancel, so the tokens of each channel are centred and their mean becomes one token more: with ``m`` the
+mean, ``[q - m, sqrt(N) m]`` has the scores of ``q``. Gram matrices are of these N + 1 tokens.
 
 B batch, H heads, N tokens, C query channels of all scales, S key channels; a segment is one scale's range of C. Pairs
 of token blocks (i, j) with i > j are left out: Gram matrices are symmetric.
@@ -12,8 +14,40 @@ import triton.language as tl
 
 
 @triton.jit
+def token_mean_kernel(
+    tokens_ptr,
+    token_mean_ptr,
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_c,
+    heads,
+    tokens,
+    CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean of each channel over the tokens: (B, H, N, C) -> (B, H, C).
+
+    Summed in float64, which takes no longer than the reading: a mean near zero may be multiplied by keys far from it.
+    """
+    pid_bh = tl.program_id(1).to(tl.int64)
+    tokens_ptr += (pid_bh // heads) * stride_b + (pid_bh % heads) * stride_h
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < CHANNELS
+    total = tl.zeros([BLOCK_C], tl.float64)
+    for start in range(0, tokens, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask = (offs_n < tokens)[:, None] & mask_c[None, :]
+        tile = tl.load(tokens_ptr + offs_n[:, None] * stride_n + offs_c[None, :] * stride_c, mask=mask, other=0.0)
+        total += tl.sum(tile.to(tl.float64), axis=0)
+    tl.store(token_mean_ptr + pid_bh * CHANNELS + offs_c, (total / tokens).to(tl.float32), mask=mask_c)
+
+
+@triton.jit
 def key_gram_kernel(
     key_ptr,
+    token_mean_ptr,
     key_gram_ptr,
     key_mean_ptr,
     stride_key_b,
@@ -27,26 +61,30 @@ def key_gram_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: its tile of the Gram matrix of centred keys; on the diagonal also the keys' means."""
+    """One pair of token blocks: its tile of the keys' covariance over the channels; on the diagonal also their means."""
     pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(tokens, BLOCK_N)
+    blocks = tl.cdiv(tokens + 1, BLOCK_N)
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
     if pid_i > pid_j:
         return
     key_ptr += (pid_bh // heads) * stride_key_b + (pid_bh % heads) * stride_key_h
+    token_mean_ptr += pid_bh * KEY_CHANNELS
     offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
     gram, sums_i, sums_j, shift_i, _shift_j = _shifted_gram(
-        key_ptr, stride_key_n, stride_key_s, offs_i, offs_j, tokens, KEY_CHANNELS, BLOCK_K, PRECISION
+        key_ptr, token_mean_ptr, stride_key_n, stride_key_s, offs_i, offs_j, tokens, KEY_CHANNELS, BLOCK_K, PRECISION
     )
-    centred = gram - sums_i[:, None] * (sums_j / KEY_CHANNELS)[None, :]  # [BLOCK_N, BLOCK_N]
-    _store_symmetric(key_gram_ptr + pid_bh * tokens * tokens, centred, offs_i, offs_j, tokens, pid_i != pid_j)
+    means_i, means_j = sums_i / KEY_CHANNELS, sums_j / KEY_CHANNELS
+    covariance = gram / KEY_CHANNELS - means_i[:, None] * means_j[None, :]  # [BLOCK_N, BLOCK_N]
+    size = tokens + 1
+    _store_symmetric(key_gram_ptr + pid_bh * size * size, covariance, offs_i, offs_j, size, pid_i != pid_j)
     if pid_i == pid_j:
-        tl.store(key_mean_ptr + pid_bh * tokens + offs_i, shift_i + sums_i / KEY_CHANNELS, mask=offs_i < tokens)
+        tl.store(key_mean_ptr + pid_bh * size + offs_i, shift_i + means_i, mask=offs_i < size)
 
 
 @triton.jit
 def score_variance_kernel(
     query_ptr,
+    token_mean_ptr,
     key_gram_ptr,
     key_mean_ptr,
     partial_ptr,
@@ -56,6 +94,7 @@ def score_variance_kernel(
     stride_query_c,
     heads,
     tokens,
+    CHANNELS: tl.constexpr,
     KEY_CHANNELS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SEGMENT_STARTS: tl.constexpr,
@@ -63,9 +102,10 @@ def score_variance_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: its share of the variance of one segment's map of raw scores ``Q^T K``."""
+    """One pair of token blocks: its share of the variance of one segment's map of scores ``Q^T K / sqrt(S)``."""
     pid_pair, pid_segment, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    blocks = tl.cdiv(tokens, BLOCK_N)
+    size = tokens + 1
+    blocks = tl.cdiv(size, BLOCK_N)
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
     if pid_i > pid_j:
         return
@@ -74,24 +114,25 @@ def score_variance_kernel(
         if segment == pid_segment:
             start, width = SEGMENT_STARTS[segment], SEGMENTS[segment]
     query_ptr += (pid_bh // heads) * stride_query_b + (pid_bh % heads) * stride_query_h + start * stride_query_c
+    token_mean_ptr += pid_bh * CHANNELS + start
     offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
     gram, sums_i, sums_j, shift_i, shift_j = _shifted_gram(
-        query_ptr, stride_query_n, stride_query_c, offs_i, offs_j, tokens, width, BLOCK_K, PRECISION
+        query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_i, offs_j, tokens, width, BLOCK_K, PRECISION
     )
-    mask_i, mask_j = offs_i < tokens, offs_j < tokens
-    tile = key_gram_ptr + pid_bh * tokens * tokens + offs_i[:, None] * tokens + offs_j[None, :]
-    key_gram = tl.load(tile, mask=mask_i[:, None] & mask_j[None, :], other=0.0).to(tl.float32) / KEY_CHANNELS
-    mean_i = tl.load(key_mean_ptr + pid_bh * tokens + offs_i, mask=mask_i, other=0.0)
-    mean_j = tl.load(key_mean_ptr + pid_bh * tokens + offs_j, mask=mask_j, other=0.0)
-    mean_products = mean_i[:, None] * mean_j[None, :]
+    gram, means_i, means_j = gram / width, sums_i / width, sums_j / width
+    mask_i, mask_j = offs_i < size, offs_j < size
+    tile = key_gram_ptr + pid_bh * size * size + offs_i[:, None] * size + offs_j[None, :]
+    covariance = tl.load(tile, mask=mask_i[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
+    key_mean_i = tl.load(key_mean_ptr + pid_bh * size + offs_i, mask=mask_i, other=0.0) / KEY_CHANNELS
+    key_mean_j = tl.load(key_mean_ptr + pid_bh * size + offs_j, mask=mask_j, other=0.0)
     # Within the map's rows the variance is that of products of the queries as they are; between the means of the rows,
     # that of products of queries centred over the segment's channels.
-    shift_products = sums_i[:, None] * shift_j[None, :] + shift_i[:, None] * (sums_j + width * shift_j)[None, :]
-    centring_products = sums_i[:, None] * (sums_j / width)[None, :]
-    share = tl.sum((gram + shift_products) * key_gram + (gram - centring_products) * mean_products)
+    plain = gram + means_i[:, None] * shift_j[None, :] + shift_i[:, None] * (means_j + shift_j)[None, :]
+    centred = gram - means_i[:, None] * means_j[None, :]
+    share = tl.sum(plain * (covariance / KEY_CHANNELS) + centred * (key_mean_i[:, None] * key_mean_j[None, :]))
     pairs_per_share = tl.where(pid_i == pid_j, 1.0, 2.0)  # the pair (j, i) has the same share
     place = (pid_bh * blocks * blocks + pid_pair) * len(SEGMENTS) + pid_segment
-    tl.store(partial_ptr + place, share * (pairs_per_share / width))
+    tl.store(partial_ptr + place, share * pairs_per_share)
 
 
 @triton.jit
@@ -122,8 +163,8 @@ def temperature_kernel(
         shares = tl.load(partial_ptr + offs_pair * len(SEGMENTS) + segment, mask=is_upper, other=0.0)
         is_own = (offs_c >= SEGMENT_STARTS[segment]) & (offs_c < SEGMENT_STARTS[segment] + SEGMENTS[segment])
         variance = tl.where(is_own, tl.sum(shares, axis=0), variance)
-    # Rounding may leave a constant map just below zero.
-    temperature = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps * KEY_CHANNELS)
+    # Rounding may leave a constant map just below zero; what is not zero keeps the temperature of eps = 0 finite.
+    temperature = 1.0 / (tl.sqrt(KEY_CHANNELS * 1.0) * tl.sqrt(tl.maximum(tl.maximum(variance, 0.0) + eps, 1e-36)))
     row = pid_bh * CHANNELS + offs_c
     tl.store(temperature_ptr + row, temperature, mask=offs_c < CHANNELS)
     if seed_ptr is not None:
@@ -174,6 +215,7 @@ def coefficient_kernel(
 @triton.jit
 def query_gram_kernel(
     query_ptr,
+    token_mean_ptr,
     weight_ptr,
     offset_ptr,
     query_gram_ptr,
@@ -191,37 +233,42 @@ def query_gram_kernel(
 ):
     """One pair of token blocks: sum over channels of ``weight q q^T``; on the diagonal also of ``weight offset q``."""
     pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(tokens, BLOCK_N)
+    size = tokens + 1
+    blocks = tl.cdiv(size, BLOCK_N)
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
     if pid_i > pid_j:
         return
     query_ptr += (pid_bh // heads) * stride_query_b + (pid_bh % heads) * stride_query_h
+    token_mean_ptr += pid_bh * CHANNELS
     offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
     gram = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
     sums = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, CHANNELS, BLOCK_K):
         offs_c = start + tl.arange(0, BLOCK_K)
         mask_c = offs_c < CHANNELS
-        rows = query_ptr + offs_i[:, None] * stride_query_n + offs_c[None, :] * stride_query_c
-        columns = query_ptr + offs_j[None, :] * stride_query_n + offs_c[:, None] * stride_query_c
-        tile_i = tl.load(rows, mask=(offs_i < tokens)[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
-        tile_j = tl.load(columns, mask=(offs_j < tokens)[None, :] & mask_c[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        tile_i = _centred_rows(
+            query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_i, offs_c, tokens, CHANNELS
+        )
+        tile_j = _centred_columns(
+            query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_j, offs_c, tokens, CHANNELS
+        )
         weight = tl.load(weight_ptr + pid_bh * CHANNELS + offs_c, mask=mask_c, other=0.0)
         offset = tl.load(offset_ptr + pid_bh * CHANNELS + offs_c, mask=mask_c, other=0.0)
-        weighted = tile_i * weight[None, :]  # float32
+        weighted = tile_i * weight[None, :]
         sums += tl.sum(weighted * offset[None, :], axis=1)
-        gram = tl.dot(weighted.to(tile_j.dtype), tile_j, gram, input_precision=PRECISION)
-    _store_symmetric(query_gram_ptr + pid_bh * tokens * tokens, gram, offs_i, offs_j, tokens, pid_i != pid_j)
+        operand = query_gram_ptr.dtype.element_ty
+        gram = tl.dot(weighted.to(operand), tile_j.to(operand), gram, input_precision=PRECISION)
+    _store_symmetric(query_gram_ptr + pid_bh * size * size, gram, offs_i, offs_j, size, pid_i != pid_j)
     if pid_i == pid_j:
-        tl.store(query_sum_ptr + pid_bh * tokens + offs_i, sums, mask=offs_i < tokens)
+        tl.store(query_sum_ptr + pid_bh * size + offs_i, sums, mask=offs_i < size)
 
 
 @triton.jit
 def query_correction_kernel(
     query_ptr,
+    token_mean_ptr,
     key_gram_ptr,
     key_mean_ptr,
-    temperature_ptr,
     weight_ptr,
     offset_ptr,
     grad_query_ptr,
@@ -241,40 +288,48 @@ def query_correction_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """In place, mixed keys become ``dQ = temperature * mixed keys - weight * (key Gram Q + S offset key means)``."""
+    """In place, mixed keys become ``dQ = mixed keys - weight S (key covariance Q + offset key means)``."""
     pid_c, pid_n, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
     query_ptr += batch * stride_query_b + head * stride_query_h
-    key_gram_ptr += pid_bh * tokens * tokens
+    token_mean_ptr += pid_bh * CHANNELS
+    size = tokens + 1
+    key_gram_ptr += pid_bh * size * size
+    key_mean_ptr += pid_bh * size
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c, mask_n = offs_c < CHANNELS, offs_n < tokens
     along_keys = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, tokens, BLOCK_N):
+    along_mean_key = tl.zeros([BLOCK_C], tl.float32)  # the same of the token that holds the means
+    for start in range(0, size, BLOCK_N):
         offs_m = start + tl.arange(0, BLOCK_N)
-        mask_m = offs_m < tokens
-        gram_tile = key_gram_ptr + offs_n[:, None] * tokens + offs_m[None, :]
-        gram = tl.load(gram_tile, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_N]
-        query_tile = query_ptr + offs_m[:, None] * stride_query_n + offs_c[None, :] * stride_query_c
-        query = tl.load(query_tile, mask=mask_m[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_N, BLOCK_C]
-        along_keys = tl.dot(gram, query.to(gram.dtype), along_keys, input_precision=PRECISION)
-    row = pid_bh * CHANNELS + offs_c
-    temperature = tl.load(temperature_ptr + row, mask=mask_c, other=0.0)
-    weight = tl.load(weight_ptr + row, mask=mask_c, other=0.0)
-    offset = tl.load(offset_ptr + row, mask=mask_c, other=0.0)
-    key_mean = tl.load(key_mean_ptr + pid_bh * tokens + offs_n, mask=mask_n, other=0.0)
-    along_keys += key_mean[:, None] * (KEY_CHANNELS * offset)[None, :]
+        mask_m = offs_m < size
+        covariance_tile = key_gram_ptr + offs_n[:, None] * size + offs_m[None, :]
+        covariance = tl.load(covariance_tile, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_N]
+        of_mean_key = tl.load(key_gram_ptr + tokens * size + offs_m, mask=mask_m, other=0.0).to(tl.float32)
+        query = _centred_rows(
+            query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_m, offs_c, tokens, CHANNELS
+        )  # [BLOCK_N, BLOCK_C]
+        along_mean_key += tl.sum(of_mean_key[:, None] * query, axis=0)
+        along_keys = tl.dot(covariance, query.to(covariance.dtype), along_keys, input_precision=PRECISION)
+    weight = tl.load(weight_ptr + pid_bh * CHANNELS + offs_c, mask=mask_c, other=0.0)
+    offset = tl.load(offset_ptr + pid_bh * CHANNELS + offs_c, mask=mask_c, other=0.0)
+    # A token's key is its centred key plus its share, 1 / sqrt(N), of the token that holds the means.
+    share = 1.0 / tl.sqrt(tokens * 1.0)
+    key_mean = tl.load(key_mean_ptr + offs_n, mask=mask_n, other=0.0) + tl.load(key_mean_ptr + tokens) * share
+    along_keys += (along_mean_key * share)[None, :] + key_mean[:, None] * offset[None, :]
     tile = batch * stride_grad_b + head * stride_grad_h
     tile += offs_n[:, None] * stride_grad_n + offs_c[None, :] * stride_grad_c
     mask = mask_n[:, None] & mask_c[None, :]
     mixed_keys = tl.load(grad_query_ptr + tile, mask=mask, other=0.0).to(tl.float32)
-    gradient = temperature[None, :] * mixed_keys - weight[None, :] * along_keys
+    gradient = mixed_keys - (weight * KEY_CHANNELS)[None, :] * along_keys
     tl.store(grad_query_ptr + tile, gradient.to(grad_query_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def key_correction_kernel(
     key_ptr,
+    token_mean_ptr,
     query_gram_ptr,
     query_sum_ptr,
     key_mean_ptr,
@@ -298,33 +353,44 @@ def key_correction_kernel(
     pid_s, pid_n, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
     key_ptr += batch * stride_key_b + head * stride_key_h
-    query_gram_ptr += pid_bh * tokens * tokens
+    token_mean_ptr += pid_bh * KEY_CHANNELS
+    size = tokens + 1
+    query_gram_ptr += pid_bh * size * size
+    query_sum_ptr += pid_bh * size
     offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_s, mask_n = offs_s < KEY_CHANNELS, offs_n < tokens
     along_queries = tl.zeros([BLOCK_N, BLOCK_S], tl.float32)
-    for start in range(0, tokens, BLOCK_N):
+    along_mean_query = tl.zeros([BLOCK_S], tl.float32)  # the same of the token that holds the means
+    for start in range(0, size, BLOCK_N):
         offs_m = start + tl.arange(0, BLOCK_N)
-        mask_m = offs_m < tokens
-        gram_tile = query_gram_ptr + offs_n[:, None] * tokens + offs_m[None, :]
+        mask_m = offs_m < size
+        gram_tile = query_gram_ptr + offs_n[:, None] * size + offs_m[None, :]
         gram = tl.load(gram_tile, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_N]
-        key_tile = key_ptr + offs_m[:, None] * stride_key_n + offs_s[None, :] * stride_key_s
-        key = tl.load(key_tile, mask=mask_m[:, None] & mask_s[None, :], other=0.0)  # [BLOCK_N, BLOCK_S]
-        key_mean = tl.load(key_mean_ptr + pid_bh * tokens + offs_m, mask=mask_m, other=0.0)
-        centred = (key.to(tl.float32) - key_mean[:, None]).to(gram.dtype)
-        along_queries = tl.dot(gram, centred, along_queries, input_precision=PRECISION)
-    query_sum = tl.load(query_sum_ptr + pid_bh * tokens + offs_n, mask=mask_n, other=0.0)
+        of_mean_query = tl.load(query_gram_ptr + tokens * size + offs_m, mask=mask_m, other=0.0).to(tl.float32)
+        key_mean = tl.load(key_mean_ptr + pid_bh * size + offs_m, mask=mask_m, other=0.0)
+        key = _centred_rows(
+            key_ptr, token_mean_ptr, stride_key_n, stride_key_s, offs_m, offs_s, tokens, KEY_CHANNELS
+        )  # [BLOCK_N, BLOCK_S]
+        centred = key - key_mean[:, None]
+        along_mean_query += tl.sum(of_mean_query[:, None] * centred, axis=0)
+        along_queries = tl.dot(gram, centred.to(gram.dtype), along_queries, input_precision=PRECISION)
+    # A token's query is its centred query plus its share, 1 / sqrt(N), of the token that holds the means.
+    share = 1.0 / tl.sqrt(tokens * 1.0)
+    query_sum = tl.load(query_sum_ptr + offs_n, mask=mask_n, other=0.0) + tl.load(query_sum_ptr + tokens) * share
+    along_queries += (along_mean_query * share)[None, :] + query_sum[:, None]
     tile = batch * stride_grad_b + head * stride_grad_h
     tile += offs_n[:, None] * stride_grad_n + offs_s[None, :] * stride_grad_s
     mask = mask_n[:, None] & mask_s[None, :]
     mixed_queries = tl.load(grad_key_ptr + tile, mask=mask, other=0.0).to(tl.float32)
-    gradient = mixed_queries - (along_queries + query_sum[:, None])
+    gradient = mixed_queries - along_queries
     tl.store(grad_key_ptr + tile, gradient.to(grad_key_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _shifted_gram(
     base_ptr,
+    token_mean_ptr,
     stride_n,
     stride_k,
     offs_i,
@@ -339,40 +405,58 @@ def _shifted_gram(
     The shift is the token's mean over the first block of channels. Sums that are centred later then cancel by no more
     than the ratio of all channels to those of a block, however far from zero the values are.
     """
-    shift_i = _first_block_mean(base_ptr, stride_n, stride_k, offs_i, tokens, channels, BLOCK_K)
-    shift_j = _first_block_mean(base_ptr, stride_n, stride_k, offs_j, tokens, channels, BLOCK_K)
+    offs_first = tl.arange(0, BLOCK_K)
+    count = min(channels, BLOCK_K)
+    rows = _centred_rows(base_ptr, token_mean_ptr, stride_n, stride_k, offs_i, offs_first, tokens, channels)
+    shift_i = tl.sum(rows, axis=1) / count
+    columns = _centred_columns(base_ptr, token_mean_ptr, stride_n, stride_k, offs_j, offs_first, tokens, channels)
+    shift_j = tl.sum(columns, axis=0) / count
     gram = tl.zeros([offs_i.shape[0], offs_j.shape[0]], tl.float32)
     sums_i, sums_j = tl.zeros_like(shift_i), tl.zeros_like(shift_j)
+    dtype = base_ptr.dtype.element_ty
     for start in range(0, channels, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        mask_i = (offs_i < tokens)[:, None] & (offs_k < channels)[None, :]
-        mask_j = (offs_j < tokens)[None, :] & (offs_k < channels)[:, None]
-        tile_i = tl.load(base_ptr + offs_i[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask_i, other=0.0)
-        tile_j = tl.load(base_ptr + offs_j[None, :] * stride_n + offs_k[:, None] * stride_k, mask=mask_j, other=0.0)
-        dtype = tile_i.dtype
-        tile_i = tl.where(mask_i, tile_i.to(tl.float32) - shift_i[:, None], 0.0).to(dtype)  # [BLOCK_N, BLOCK_K]
-        tile_j = tl.where(mask_j, tile_j.to(tl.float32) - shift_j[None, :], 0.0).to(dtype)  # [BLOCK_K, BLOCK_N]
-        gram = tl.dot(tile_i, tile_j, gram, input_precision=PRECISION)
-        sums_i += tl.sum(tile_i.to(tl.float32), axis=1)
-        sums_j += tl.sum(tile_j.to(tl.float32), axis=0)
+        rows = _centred_rows(base_ptr, token_mean_ptr, stride_n, stride_k, offs_i, offs_k, tokens, channels)
+        rows = tl.where((offs_k < channels)[None, :], rows - shift_i[:, None], 0.0).to(dtype)  # [BLOCK_N, BLOCK_K]
+        columns = _centred_columns(base_ptr, token_mean_ptr, stride_n, stride_k, offs_j, offs_k, tokens, channels)
+        columns = tl.where((offs_k < channels)[:, None], columns - shift_j[None, :], 0.0).to(
+            dtype
+        )  # [BLOCK_K, BLOCK_N]
+        gram = tl.dot(rows, columns, gram, input_precision=PRECISION)
+        sums_i += tl.sum(rows.to(tl.float32), axis=1)
+        sums_j += tl.sum(columns.to(tl.float32), axis=0)
     return gram, sums_i, sums_j, shift_i, shift_j
 
 
 @triton.jit
-def _first_block_mean(base_ptr, stride_n, stride_k, offs_n, tokens, channels, BLOCK_K: tl.constexpr):
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = (offs_n < tokens)[:, None] & (offs_k < channels)[None, :]
+def _centred_rows(base_ptr, token_mean_ptr, stride_n, stride_k, offs_n, offs_k, tokens, channels):
+    """[tokens, channels] in float32, centred over the tokens; sqrt(N) times the means as token N; zero behind."""
+    mask_k = offs_k < channels
+    mask = (offs_n < tokens)[:, None] & mask_k[None, :]
     tile = tl.load(base_ptr + offs_n[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask, other=0.0)
-    return tl.sum(tile.to(tl.float32), axis=1) / min(channels, BLOCK_K)  # [BLOCK_N]
+    mean = tl.load(token_mean_ptr + offs_k, mask=mask_k, other=0.0)
+    is_mean = tl.where(offs_n == tokens, tl.sqrt(tokens * 1.0), 0.0)
+    return tl.where((offs_n < tokens)[:, None], tile.to(tl.float32) - mean[None, :], is_mean[:, None] * mean[None, :])
 
 
 @triton.jit
-def _store_symmetric(base_ptr, tile, offs_i, offs_j, tokens, is_off_diagonal):
-    """Write a tile of a symmetric (tokens, tokens) matrix, and its mirror image."""
+def _centred_columns(base_ptr, token_mean_ptr, stride_n, stride_k, offs_n, offs_k, tokens, channels):
+    """The same transposed, [channels, tokens]."""
+    mask_k = offs_k < channels
+    mask = (offs_n < tokens)[None, :] & mask_k[:, None]
+    tile = tl.load(base_ptr + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k, mask=mask, other=0.0)
+    mean = tl.load(token_mean_ptr + offs_k, mask=mask_k, other=0.0)
+    is_mean = tl.where(offs_n == tokens, tl.sqrt(tokens * 1.0), 0.0)
+    return tl.where((offs_n < tokens)[None, :], tile.to(tl.float32) - mean[:, None], is_mean[None, :] * mean[:, None])
+
+
+@triton.jit
+def _store_symmetric(base_ptr, tile, offs_i, offs_j, size, is_off_diagonal):
+    """Write a tile of a symmetric (size, size) matrix, and its mirror image."""
     tile = tile.to(base_ptr.dtype.element_ty)
-    mask = (offs_i < tokens)[:, None] & (offs_j < tokens)[None, :]
-    tl.store(base_ptr + offs_i[:, None] * tokens + offs_j[None, :], tile, mask=mask)
-    tl.store(base_ptr + offs_j[None, :] * tokens + offs_i[:, None], tile, mask=mask & is_off_diagonal)
+    mask = (offs_i < size)[:, None] & (offs_j < size)[None, :]
+    tl.store(base_ptr + offs_i[:, None] * size + offs_j[None, :], tile, mask=mask)
+    tl.store(base_ptr + offs_j[None, :] * size + offs_i[:, None], tile, mask=mask & is_off_diagonal)
 
 
 @triton.jit

@@ -108,13 +108,24 @@ def inner_products(rows, other_rows):
 
 
 @triton.jit
-def weighted_sums(rows, weight_ptr, tokens, TILES: tl.constexpr, STARTS: tl.constexpr):
-    """Sum over the tokens of tiles [M, tokens], each token times its weight in memory -> [M]."""
+def subtract_outer(tiles, rows, vector_ptr, shift, tokens, TILES: tl.constexpr, STARTS: tl.constexpr):
+    """Tiles [M, tokens] less the products of [M] with a vector in memory plus ``shift`` [tokens]."""
+    new_tiles = ()
+    for t in tl.static_range(len(TILES)):
+        offs_n = STARTS[t] + tl.arange(0, TILES[t])
+        vector = tl.load(vector_ptr + offs_n, mask=offs_n < tokens, other=0.0) + shift
+        new_tiles = new_tiles + (tiles[t] - rows[:, None] * vector[None, :],)
+    return new_tiles
+
+
+@triton.jit
+def weighted_sums(rows, shifts, weight_ptr, tokens, TILES: tl.constexpr, STARTS: tl.constexpr):
+    """Sum over the tokens of tiles [M, tokens], each row less its shift, each token times its weight -> [M]."""
     total = tl.zeros([rows[0].shape[0]], tl.float32)
     for t in tl.static_range(len(TILES)):
         offs_n = STARTS[t] + tl.arange(0, TILES[t])
         weights = tl.load(weight_ptr + offs_n, mask=offs_n < tokens, other=0.0)
-        total += tl.sum(rows[t].to(tl.float32) * weights[None, :], axis=1)
+        total += tl.sum((rows[t].to(tl.float32) - shifts[:, None]) * weights[None, :], axis=1)
     return total
 
 

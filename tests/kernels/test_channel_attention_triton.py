@@ -201,13 +201,39 @@ class TestNumbersThatAreHardToHold:
         torch.testing.assert_close(output, expected)
         assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(output.sum(), inputs))
 
-    @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e5, 1e8])
-    def test_size_of_the_scores(self, scale):
+    @pytest.mark.parametrize("centred", ["query", "key"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_common_offset_of_one_side(self, centred, dtype):
+        """One side far from zero, the other without a mean over the tokens: sums of products of both would cancel."""
+        tensors = dict(zip(("query", "key", "value"), self.inputs(torch.float64), strict=True))
+        for name in ("query", "key"):
+            offset = -tensors[name].mean(dim=2, keepdim=True) if name == centred else 1e3
+            tensors[name] = tensors[name] + offset
+        inputs = [tensor.to(dtype) for tensor in tensors.values()]
+        assert_as_exact_as_the_reference(attend(self.shape.segments), attend(self.shape.segments, "reference"), inputs)
+
+    @pytest.mark.parametrize("sides", [("query",), ("query", "key")], ids="+".join)
+    @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e4, 1e9])
+    def test_size_of_the_scores(self, scale, sides):
         """From maps that are nothing beside eps to maps whose squares need most of float32's range."""
+        tensors = dict(zip(("query", "key", "value"), self.inputs(torch.float32), strict=True))
+        inputs = [tensor * scale if name in sides else tensor for name, tensor in tensors.items()]
+        assert_as_exact_as_the_reference(attend(self.shape.segments), attend(self.shape.segments, "reference"), inputs)
+
+    @pytest.mark.parametrize("gradient_size", [1e-3, 1.0, 1e3])
+    @pytest.mark.parametrize("scale", [0.1, 1.0, 16.0, 30.0])
+    def test_range_of_float16(self, scale, gradient_size):
+        query, key, value = self.inputs(torch.float64)
+        inputs = [(query * scale).half(), (key * scale).half(), value.half()]
+        gradient = torch.randn(2, 20, 56, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradient = (gradient * gradient_size).half().double().to(DEVICE)
+        functions = attend(self.shape.segments), attend(self.shape.segments, "reference")
+        assert_as_exact_as_the_reference(*functions, inputs, gradient=gradient)
+
+    def test_constant_map_without_eps(self):
         query, key, value = self.inputs(torch.float32)
-        assert_as_exact_as_the_reference(
-            attend(self.shape.segments), attend(self.shape.segments, "reference"), [query * scale, key, value]
-        )
+        output = attend(self.shape.segments, eps=0.0)(torch.ones_like(query), torch.ones_like(key), value)
+        torch.testing.assert_close(output, value.mean(dim=(1, 3)).unsqueeze(-1).expand_as(output))
 
     def test_row_far_below_the_others(self):
         """The sum of a row's exponentials spans hundreds of powers of two; nothing overflows outside the map."""
@@ -462,12 +488,16 @@ class TestOperator:
         exact_inputs = [tensor.double() for tensor in (query, key, value)]
         output, exact = explicit.forward(*exact_inputs, (19, 47), 0.3, EPS, seed)
         assert torch.equal(kernels.row_keys, exact.row_keys)
-        centred = exact_inputs[1] - exact_inputs[1].mean(dim=-1, keepdim=True)
+        token_means = [tensor.mean(dim=2, keepdim=True) for tensor in exact_inputs[:2]]
+        keys = torch.cat([exact_inputs[1] - token_means[1], 37**0.5 * token_means[1]], dim=2)
+        centred = keys - keys.mean(dim=-1, keepdim=True)
         expected = {
             "temperatures": exact.temperatures,
             "log_sums": exact.log_sums,
-            "key_means": exact_inputs[1].mean(dim=-1),
-            "key_gram": centred @ centred.transpose(-1, -2),
+            "query_token_means": token_means[0].squeeze(2),
+            "key_token_means": token_means[1].squeeze(2),
+            "key_means": keys.mean(dim=-1),
+            "key_gram": centred @ centred.transpose(-1, -2) / 70,
         }
         for name, tensor in expected.items():
             torch.testing.assert_close(getattr(kernels, name).double(), tensor, rtol=1e-5, atol=1e-4, msg=name)
