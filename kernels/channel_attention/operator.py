@@ -1,5 +1,6 @@
 """The public functions of channel attention: what they take, what they refuse, and which implementation runs."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,10 +40,10 @@ def channel_attention(
         value: (B, H, N, S).
         segments: width of each scale along the packed axis; they add up to ``query.shape[-1]``.
         dropout_p: probability of dropping an entry of ``P``; 0 switches dropout off.
-        seed: what the dropout mask follows from, the same mask on every backend: an int, or one int64 on the inputs'
-            device. ``None`` draws from torch's generator. A CUDA graph replays an int as it was captured; ``None`` and
-            a tensor that is written between replays give new masks.
-        eps: added to the variance of the map.
+        seed: what the dropout mask follows from, the same mask on every backend: an int (modulo 2^64), or one int64 on
+            the inputs' device. ``None`` draws from torch's generator. A CUDA graph replays an int as it was captured;
+            ``None`` and a tensor that is written between replays give new masks.
+        eps: added to the variance of the map; 0 adds nothing.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``. ``auto`` takes ``triton`` on a GPU it runs on.
             Triton has no second derivative. Its maps are never in memory up to 640 tokens (256 in backward); beyond,
             and in float64, it forms the map of one head at a time.
@@ -51,8 +52,10 @@ def channel_attention(
         (B, N, sum C) in the inputs' dtype, or autocast's.
 
     Raises:
-        ValueError: shapes, devices, segments, ``dropout_p`` or ``backend`` do not fit.
-        TypeError: dtypes are mixed (outside autocast) or not floating point; ``seed`` is not an integer.
+        ValueError: shapes, devices, segments, ``dropout_p``, ``eps`` or ``backend`` do not fit; S and the width of a
+            scale are both 1, for a map of one entry has no deviation to be divided by.
+        TypeError: dtypes are mixed (under autocast: float64 with others) or none of float16, bfloat16, float32 and
+            float64; ``segments`` or ``seed`` are not integers.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
 
     Source: UCTransNet (AAAI 2022), equations 1 to 3.
@@ -66,9 +69,9 @@ def channel_attention(
         raise ValueError(
             f"query and key must agree in batch, heads and tokens; got {tuple(query.shape)} and {tuple(key.shape)}"
         )
-    _check_segments(segments, query.shape[-1])
+    _check_segments(segments, query.shape[-1], key.shape[3])
     _check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
-    _check_dropout(dropout_p)
+    _check_numbers(dropout_p, eps)
     chosen = resolve_backend(backend, query.device)
     seed = _seed_tensor(seed, query.device)
     if chosen == "triton":
@@ -107,12 +110,12 @@ def projected_channel_attention(
         (B, N, sum C).
 
     Raises:
-        ValueError: shapes, devices, ``dropout_p`` or ``backend`` do not fit.
-        TypeError: dtypes are mixed (outside autocast) or not floating point; ``seed`` is not an integer.
-        NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
+        ValueError: see :func:`channel_attention`.
+        TypeError: see :func:`channel_attention`.
+        NotImplementedError: see :func:`channel_attention`.
     """
     _check_projected(tokens, context, query_weights, key_value_weight)
-    _check_dropout(dropout_p)
+    _check_numbers(dropout_p, eps)
     chosen = resolve_backend(backend, tokens.device)
     seed = _seed_tensor(seed, tokens.device)
     operands = (tokens, context, list(query_weights), key_value_weight, dropout_p, eps, seed)
@@ -146,6 +149,7 @@ def projected_attention_maps(
     Dropout is not applied. Arguments and errors are those of :func:`projected_channel_attention`.
     """
     _check_projected(tokens, context, query_weights, key_value_weight)
+    _check_numbers(dropout_p=0.0, eps=eps)
     implementation = reference if resolve_backend(backend, tokens.device) == "reference" else composed
     return implementation.projected_attention_maps(tokens, context, list(query_weights), key_value_weight[0], eps)
 
@@ -173,6 +177,8 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | No
     if seed is None:
         return None
     if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**63:  # torch.seed() returns up to 2^64 - 1
+            seed = (seed + 2**63) % 2**64 - 2**63
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         given = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
@@ -199,15 +205,23 @@ def _check_projected(
     for scale, weight in enumerate(query_weights):
         if weight.ndim != 3 or weight.shape[0] != heads or weight.shape[1] != weight.shape[2]:
             raise ValueError(f"query_weights[{scale}] must be (H, C, C) with H = {heads}; got {tuple(weight.shape)}")
-    _check_segments([weight.shape[-1] for weight in query_weights], tokens.shape[-1])
+    _check_segments([weight.shape[-1] for weight in query_weights], tokens.shape[-1], key_channels)
     _check_sizes(tokens=tokens.shape[1], heads=heads, key_channels=key_channels)
 
 
-def _check_segments(segments: Sequence[int], channels: int) -> None:
+def _check_segments(segments: Sequence[int], channels: int, key_channels: int) -> None:
+    if not isinstance(segments, Sequence) or not all(map(_is_integer, segments)):
+        raise TypeError(f"segments must be a sequence of ints, one width a scale; got {segments!r}")
     if not segments or any(width < 1 for width in segments):
         raise ValueError(f"segments must be one positive width a scale; got {list(segments)}")
     if sum(segments) != channels:
         raise ValueError(f"segments {list(segments)} add up to {sum(segments)}, but the packed axis has {channels}")
+    if key_channels == 1 and any(width == 1 for width in segments):
+        raise ValueError("a scale of one channel needs keys of more than one: a map of one entry has no deviation")
+
+
+def _is_integer(number: object) -> bool:
+    return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -216,6 +230,8 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1; got {size}")
 
 
-def _check_dropout(dropout_p: float) -> None:
+def _check_numbers(dropout_p: float, eps: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and at least 0; got {eps}")
