@@ -1,7 +1,8 @@
 """The dropout mask of the attention operators: a function of a seed and of an entry's place, whatever computes it.
 
 An entry is dropped when a 32-bit hash of (seed, row, column) falls below ``p * 2^32``. A hash costs a kernel about a
-dozen instructions and needs no neighbour, so that forward and backward, with tiles of any shape, draw the same mask. Two keys are hashed from the seed and the row number; they are all that is stored.
+dozen instructions and needs no neighbour, so that forward and backward, with tiles of any shape, draw the same mask.
+Two keys are hashed from the seed and the row number; they are all that is stored.
 
 The mixing steps are multiply-xorshift rounds. Multipliers and shifts: C. Wellons, "Prospecting for hash functions"
 (2018), the two-round function of lowest bias known there.

@@ -61,7 +61,7 @@ def key_gram_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: its tile of the keys' covariance over the channels; on the diagonal also their means."""
+    """One pair of token blocks: its tile of the covariance of keys over channels; on the diagonal also their means."""
     pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(tokens + 1, BLOCK_N)
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
@@ -407,10 +407,10 @@ def _shifted_gram(
     """
     offs_first = tl.arange(0, BLOCK_K)
     count = min(channels, BLOCK_K)
-    rows = _centred_rows(base_ptr, token_mean_ptr, stride_n, stride_k, offs_i, offs_first, tokens, channels)
-    shift_i = tl.sum(rows, axis=1) / count
-    columns = _centred_columns(base_ptr, token_mean_ptr, stride_n, stride_k, offs_j, offs_first, tokens, channels)
-    shift_j = tl.sum(columns, axis=0) / count
+    first_rows = _centred_rows(base_ptr, token_mean_ptr, stride_n, stride_k, offs_i, offs_first, tokens, channels)
+    shift_i = tl.sum(first_rows, axis=1) / count
+    first_columns = _centred_columns(base_ptr, token_mean_ptr, stride_n, stride_k, offs_j, offs_first, tokens, channels)
+    shift_j = tl.sum(first_columns, axis=0) / count
     gram = tl.zeros([offs_i.shape[0], offs_j.shape[0]], tl.float32)
     sums_i, sums_j = tl.zeros_like(shift_i), tl.zeros_like(shift_j)
     dtype = base_ptr.dtype.element_ty
