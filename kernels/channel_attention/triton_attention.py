@@ -335,7 +335,7 @@ def key_value_gradient_kernel(
             softmax_gradient = tl.where(keep, softmax_gradient, 0.0)
         grad_value = accumulate_transposed(grad_value, attention.to(gradient[0].dtype), gradient, PRECISION)
         delta = tl.load(delta_ptr + row, mask=mask_c, other=0.0)
-        relative = temperature / largest_temperature
+        relative = temperature * (1.0 / largest_temperature)
         score_gradient = softmax * (softmax_gradient - delta[None, :]) * relative[None, :]
         grad_key = accumulate_transposed(grad_key, score_gradient.to(query[0].dtype), query, PRECISION)
     place = batch * stride_grad_b + head * stride_grad_h
