@@ -85,7 +85,7 @@ def _channel_attention(section: Section) -> Launches:
             return _empty(section, batch, tokens, HEADS, channels).transpose(1, 2)
 
         query, key, value = (heads_of(sum(widths)) for _ in range(3))
-        if tokens > longest_fused_forward(query, key):
+        if tokens > longest_fused_forward(query, key, value):
             return
         seed = torch.empty(1, dtype=torch.int64, device="meta")
         output, saved = forward(query, key, value, widths, dropout_p, EPS, seed)

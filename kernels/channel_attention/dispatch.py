@@ -25,19 +25,30 @@ SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 # further in forward, where there is one accumulator and not two.
 LONGEST_FUSED = 256
 LONGEST_FUSED_FORWARD = 640
-ALIGNED_CHANNELS = 8  # of half precision, in 16 bytes
+ALIGNMENT = 16  # bytes that one thread reads at once
 MOST_HEADS = 65535  # of all images together: the grid's limit
 
 
-def longest_fused_forward(query: Tensor, key: Tensor) -> int:
-    """The most tokens for which a kernel computes the output."""
-    is_aligned = all(tensor.shape[-1] % ALIGNED_CHANNELS == 0 for tensor in (query, key))
-    return LONGEST_FUSED_FORWARD if is_aligned and query.dtype != torch.float32 else LONGEST_FUSED
+def has_aligned_rows(*tensors: Tensor) -> bool:
+    """Whether the channels of every token lie next to each other and start on 16 bytes, in all of ``tensors``."""
+    return all(
+        tensor.stride(-1) == 1
+        and all(
+            offset * tensor.itemsize % ALIGNMENT == 0 for offset in (tensor.storage_offset(), *tensor.stride()[:-1])
+        )
+        for tensor in tensors
+    )
 
 
-def is_fused_forward(query: Tensor, key: Tensor) -> bool:
+def longest_fused_forward(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """The most tokens for which a kernel computes the output, at least :data:`LONGEST_FUSED`."""
+    goes_further = query.dtype != torch.float32 and has_aligned_rows(query, key, value)
+    return LONGEST_FUSED_FORWARD if goes_further else LONGEST_FUSED
+
+
+def is_fused_forward(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a kernel computes the output."""
-    return can_launch(query) and query.shape[2] <= longest_fused_forward(query, key)
+    return can_launch(query) and query.shape[2] <= longest_fused_forward(query, key, value)
 
 
 def is_fused_backward(query: Tensor) -> bool:
@@ -61,7 +72,7 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     implementation = explicit
-    if is_fused_forward(query, key):
+    if is_fused_forward(query, key, value):
         from . import triton as implementation  # not at the top: it needs the package triton
     with torch.cuda.device_of(query):
         output, saved = implementation.forward(query, key, value, segments, dropout_p, eps, seed)

@@ -25,6 +25,10 @@ MOST_TOKEN_TILES = 3
 FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own
 TOKEN_TILE_OF_FLOAT32 = 32
 TOKEN_TILE_OF_UNALIGNED = 64
+WIDEST_TOKEN_TILE = 256  # as one accumulator, 512 tokens spill where two halves do not
+
+# The forward's accumulator over more tokens leaves no registers for a step of 32 channels.
+LONGEST_WIDE_STEP_OF_FORWARD = 512
 
 # Two accumulators over more tokens leave no registers for a step of 32 channels.
 LONGEST_WIDE_STEP = 208
@@ -62,7 +66,7 @@ class GramBlocks(NamedTuple):
 
 
 def token_tiles(problem: Problem) -> tuple[int, ...]:
-    """Powers of two, falling, that cover the tokens: 196 -> (128, 64, 16), 250 -> (256,)."""
+    """Powers of two, falling, that cover the tokens: 196 -> (128, 64, 16), 250 -> (256,), 500 -> (256, 256)."""
     if problem.dtype == torch.float32:
         return _equal_tiles(problem.tokens, TOKEN_TILE_OF_FLOAT32)
     if not problem.is_aligned:
@@ -77,7 +81,10 @@ def forward_blocks(problem: Problem) -> AttentionBlocks:
     elif not problem.is_aligned:
         choices = [AttentionBlocks(64, 16, 8, 1)]
     elif problem.tokens > 256:
-        choices = [AttentionBlocks(64, 32, 8, 2), AttentionBlocks(64, 16, 8, 2), AttentionBlocks(64, 16, 8, 1)]
+        choices = [AttentionBlocks(64, 16, 8, 2), AttentionBlocks(64, 16, 8, 1)]
+        choices += [AttentionBlocks(32, 16, 8, 1), AttentionBlocks(16, 16, 4, 1)]
+        if sum(token_tiles(problem)) <= LONGEST_WIDE_STEP_OF_FORWARD:
+            choices.insert(0, AttentionBlocks(64, 32, 8, 2))
     else:
         choices = [AttentionBlocks(64, 32, 4, 2), AttentionBlocks(64, 32, 4, 1), AttentionBlocks(32, 16, 4, 1)]
         if problem.heads * triton.cdiv(problem.channels, 128) >= ENOUGH_PROGRAMS:
@@ -144,15 +151,22 @@ def _falling_tiles(tokens: int, most: int) -> tuple[int, ...]:
     if most == 1 or single == SMALLEST_TILE:
         return (single,)
     split = (single // 2, *_falling_tiles(tokens - single // 2, most - 1))
-    return split if sum(split) < FULL_ENOUGH * single else (single,)
+    if sum(split) < FULL_ENOUGH * single:
+        return split
+    return (single,) if single <= WIDEST_TOKEN_TILE else (single // 2, single // 2)
+
+
+def shared_memory_of(blocks: AttentionBlocks, problem: Problem, held: int) -> int:
+    """Bytes that a program takes at most: ``held`` tiles of its own channels, and two of the other side a stage."""
+    rows = held * blocks.own + 2 * blocks.num_stages * blocks.step
+    return sum(token_tiles(problem)) * problem.dtype.itemsize * rows
 
 
 def _first_that_fits(choices: Sequence[AttentionBlocks], problem: Problem, held: int) -> AttentionBlocks:
     architecture = current_architecture()
     if architecture.family == "interpreter":
         return AttentionBlocks(64, 64, 4, 1)  # it has no registers to spill, and takes its time by the program
-    token_bytes = sum(token_tiles(problem)) * problem.dtype.itemsize
     for blocks in choices:
-        if token_bytes * (held * blocks.own + 2 * blocks.num_stages * blocks.step) <= architecture.shared_memory:
+        if shared_memory_of(blocks, problem, held) <= architecture.shared_memory:
             return blocks
-    return choices[-1]
+    raise ValueError(f"no tiles of {problem} fit {architecture}")  # dispatch.py sends none of these
