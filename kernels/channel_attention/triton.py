@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from ..dropout import WORD, drop_threshold, keep_scale
-from ..launching import product_precision
+from ..launching import current_architecture, product_precision
+from .dispatch import has_aligned_rows
 from .explicit import Saved, gram_dtype
 from .triton_attention import (
     attention_forward_kernel,
@@ -39,8 +40,6 @@ from .triton_statistics import (
     temperature_kernel,
     token_mean_kernel,
 )
-
-ALIGNMENT = 16  # bytes that one thread reads at once
 
 
 def forward(
@@ -347,12 +346,7 @@ def _segment_arguments(segments: Sequence[int], channels: int, key_channels: int
 
 def _problem(query: Tensor, *others: Tensor) -> Problem:
     batch, heads, tokens, channels = query.shape
-    is_aligned = all(
-        (tensor.storage_offset() * tensor.itemsize) % ALIGNMENT == 0
-        and tensor.stride(-1) == 1
-        and all((stride * tensor.itemsize) % ALIGNMENT == 0 for stride in tensor.stride()[:-1])
-        for tensor in (query, *others)
-    )
+    is_aligned = has_aligned_rows(query, *others)
     return Problem(batch * heads, tokens, channels, query.dtype, is_aligned)
 
 
@@ -363,7 +357,9 @@ def _token_arguments(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 def _gram_precision(dtype: torch.dtype) -> str:
     """Gram matrices of float16 tensors are float32, and are multiplied as tf32, which has as many digits as float16."""
-    return "tf32" if dtype == torch.float16 else product_precision(dtype)
+    if dtype == torch.float16:
+        return "tf32" if current_architecture().family == "cuda" else "ieee"
+    return product_precision(dtype)
 
 
 def _dropout_arguments(dropout_p: float) -> tuple[int, float]:

@@ -97,8 +97,7 @@ def query_gradient_blocks(problem: Problem) -> AttentionBlocks:
     if problem.dtype == torch.float32 or not problem.is_aligned:
         choices = [AttentionBlocks(16, 16, 8, 1)]
     else:
-        choices = [AttentionBlocks(64, 64, 8, 2), AttentionBlocks(64, 32, 8, 2), AttentionBlocks(64, 32, 8, 1)]
-        choices.append(AttentionBlocks(32, 16, 8, 1))
+        choices = [AttentionBlocks(64, 32, 8, 2), AttentionBlocks(64, 32, 8, 1), AttentionBlocks(32, 16, 8, 1)]
     return _first_that_fits(choices, problem, held=2)
 
 
@@ -121,10 +120,7 @@ def gram_blocks(problem: Problem) -> GramBlocks:
         return GramBlocks(64, 32, 4, 2)
     if not problem.is_aligned:
         return GramBlocks(64, 32, 8, 1)
-    # Tiles of 128 tokens read half as much from the L2 cache, and there are four times fewer of them. Beside a Gram
-    # matrix in float32, which float16 has, they spill.
-    if problem.dtype == torch.bfloat16 and problem.heads >= ENOUGH_PROGRAMS // 4:
-        return GramBlocks(128, 32, 8, 3)
+    # Tiles of 128 tokens would read half as much from the L2 cache, but spill beside the centring.
     return GramBlocks(64, 64, 4, 3)
 
 
