@@ -38,6 +38,7 @@ class Section(NamedTuple):
     dtype: torch.dtype
     is_tf32: bool = False
     is_odd: bool = False  # widths, strides and offsets that are no multiples of 16
+    is_brief: bool = False  # the largest shapes only
 
     @property
     def is_thorough(self) -> bool:
@@ -62,6 +63,12 @@ SECTIONS = (
     Section("cuda", 90, torch.float32, is_tf32=True),
     Section("cuda", 100, torch.bfloat16),
     Section("hip", "gfx942", torch.bfloat16),
+    Section("cuda", 86, torch.bfloat16, is_brief=True),
+    *(
+        Section(family, architecture, dtype, is_brief=True)
+        for family, architecture in (("cuda", 80), ("cuda", 100), ("hip", "gfx942"))
+        for dtype in (torch.float16, torch.float32)
+    ),
 )
 COLUMNS = ("kernel", "compile-time arguments", "specialised", "warps", "stages", "registers", "stack", "shared")
 COLUMNS += ("products", "matrix instructions")
@@ -96,12 +103,25 @@ def _channel_attention(section: Section) -> Launches:
 
     widths = _widths(section)
     cases = [(32, 196, 0.1), (1, 225, 0.0), (32, LONGEST_FUSED_FORWARD, 0.1)]
-    if section.is_thorough:
-        lengths = (49, 196, 225, 576, LONGEST_FUSED_FORWARD)
-        cases = [(1, 1, 0.0), *itertools.product((1, 32), lengths, (0.0, 0.1))]
+    if section.is_brief:
+        cases = [(32, LONGEST_FUSED, 0.1), (32, LONGEST_FUSED_FORWARD, 0.1)]
+    elif section.is_thorough:
+        cases = itertools.product((1, 32), _token_counts(section.dtype), (0.0, 0.1))
     for batch, tokens, dropout_p in cases:
         words = f"channel attention of {batch} x {tokens} tokens, {widths}, dropout {dropout_p}"
         yield words, functools.partial(launch, batch, tokens, dropout_p, widths)
+
+
+def _token_counts(dtype: torch.dtype) -> list[int]:
+    """Of square images up to 400 pixels, the least for each way to cut tokens into tiles; and the most of a kernel."""
+    from .channel_attention.dispatch import LONGEST_FUSED_FORWARD
+    from .channel_attention.triton_blocks import Problem, token_tiles
+
+    counts = [side * side for side in range(1, 26)] + [LONGEST_FUSED_FORWARD]
+    channels = sum(PUBLISHED_WIDTHS)
+    return sorted(
+        {token_tiles(Problem(HEADS, tokens, channels, dtype, True)): tokens for tokens in reversed(counts)}.values()
+    )
 
 
 def _packed_linear(section: Section) -> Launches:
@@ -127,7 +147,11 @@ def _packed_linear(section: Section) -> Launches:
         "second layer of the MLP": (wide, widths, 0, True),
     }
     cases = [(4, "queries"), (1, "first layer of the MLP"), (32, "first layer of the MLP")]
-    for batch, name in itertools.product((1, 4, 32), maps) if section.is_thorough else cases:
+    if section.is_brief:
+        cases = [(32, "queries"), (32, "first layer of the MLP")]
+    elif section.is_thorough:
+        cases = itertools.product((1, 4, 32), maps)
+    for batch, name in cases:
         yield f"packed linear, {name}, batch {batch}", functools.partial(launch, batch, *maps[name])
 
 
