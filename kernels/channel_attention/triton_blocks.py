@@ -116,9 +116,7 @@ def gram_blocks(problem: Problem) -> GramBlocks:
     """Tiles of the kernels that make Gram matrices."""
     if current_architecture().family == "interpreter":
         return GramBlocks(64, 64, 4, 1)
-    if problem.dtype == torch.float32:
-        return GramBlocks(64, 32, 8, 1)
-    if not problem.is_aligned:
+    if problem.dtype == torch.float32 or not problem.is_aligned:
         return GramBlocks(64, 32, 8, 1)
     # Tiles of 128 tokens would read half as much from the L2 cache, but spill beside the centring.
     return GramBlocks(64, 64, 4, 3)
