@@ -113,15 +113,13 @@ def _channel_attention(section: Section) -> Launches:
 
 
 def _token_counts(dtype: torch.dtype) -> list[int]:
-    """Of square images up to 400 pixels, the least for each way to cut tokens into tiles; and the most of a kernel."""
+    """The least for each way to cut tokens into tiles."""
     from .channel_attention.dispatch import LONGEST_FUSED_FORWARD
     from .channel_attention.triton_blocks import Problem, token_tiles
 
-    counts = [side * side for side in range(1, 26)] + [LONGEST_FUSED_FORWARD]
     channels = sum(PUBLISHED_WIDTHS)
-    return sorted(
-        {token_tiles(Problem(HEADS, tokens, channels, dtype, True)): tokens for tokens in reversed(counts)}.values()
-    )
+    falling = range(LONGEST_FUSED_FORWARD, 0, -1)
+    return sorted({token_tiles(Problem(HEADS, tokens, channels, dtype, True)): tokens for tokens in falling}.values())
 
 
 def _packed_linear(section: Section) -> Launches:

@@ -25,7 +25,7 @@ MOST_TOKEN_TILES = 3
 FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own
 TOKEN_TILE_OF_FLOAT32 = 32
 TOKEN_TILE_OF_UNALIGNED = 64
-WIDEST_TOKEN_TILE = 256  # as one accumulator, 512 tokens spill where two halves do not
+SPILLING_TILES = {(512,): (256, 256), (512, 16): (512, 32)}  # on sm_90, alone of all; and what is taken for them
 
 # The forward's accumulator over more tokens leaves no registers for a step of 32 channels.
 LONGEST_WIDE_STEP_OF_FORWARD = 512
@@ -71,7 +71,8 @@ def token_tiles(problem: Problem) -> tuple[int, ...]:
         return _equal_tiles(problem.tokens, TOKEN_TILE_OF_FLOAT32)
     if not problem.is_aligned:
         return _equal_tiles(problem.tokens, TOKEN_TILE_OF_UNALIGNED)
-    return _falling_tiles(problem.tokens, MOST_TOKEN_TILES)
+    tiles = _falling_tiles(problem.tokens, MOST_TOKEN_TILES)
+    return SPILLING_TILES.get(tiles, tiles)
 
 
 def forward_blocks(problem: Problem) -> AttentionBlocks:
@@ -145,9 +146,7 @@ def _falling_tiles(tokens: int, most: int) -> tuple[int, ...]:
     if most == 1 or single == SMALLEST_TILE:
         return (single,)
     split = (single // 2, *_falling_tiles(tokens - single // 2, most - 1))
-    if sum(split) < FULL_ENOUGH * single:
-        return split
-    return (single,) if single <= WIDEST_TOKEN_TILE else (single // 2, single // 2)
+    return split if sum(split) < FULL_ENOUGH * single else (single,)
 
 
 def shared_memory_of(blocks: AttentionBlocks, problem: Problem, held: int) -> int:
