@@ -3,6 +3,7 @@
 An implementation may be as far from the float64 oracle as twice what the paper's own steps are in the same dtype.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,16 +62,24 @@ def assert_within_budget(actual: Sequence[Tensor], baseline: Sequence[Tensor], o
     Distance is the Frobenius norm of the difference. ``FREE_ULPS`` of the oracle's norm are free, few in half
     precision, where one rounding of the result is an error that both share.
     """
+    for place, spent in enumerate(budget_spent(actual, baseline, oracle)):
+        assert spent <= 1, f"result {place}: {spent:.2f} times the error it may have"
+
+
+def budget_spent(actual: Sequence[Tensor], baseline: Sequence[Tensor], oracle: Sequence[Tensor]) -> list[float]:
+    """For each tensor its error over the error it may have; see :func:`assert_within_budget`."""
+    shares = []
     for place, (result, own, exact) in enumerate(zip(actual, baseline, oracle, strict=True)):
         assert result.shape == exact.shape, f"result {place}: {tuple(result.shape)} instead of {tuple(exact.shape)}"
-        if exact.numel() == 0:
-            continue
         error = torch.linalg.vector_norm(result.double() - exact).item()
         own_error = torch.linalg.vector_norm(own.double() - exact).item()
         free = FREE_ULPS[own.dtype] * torch.finfo(own.dtype).eps * torch.linalg.vector_norm(exact).item()
-        assert error <= BUDGET * own_error + free, (
-            f"result {place}: error {error:.3g} against {own_error:.3g} of the reference (free: {free:.3g})"
-        )
+        allowed = BUDGET * own_error + free
+        if error == 0:
+            shares.append(0.0)
+        else:
+            shares.append(error / allowed if allowed > 0 and math.isfinite(error) else math.inf)
+    return shares
 
 
 @contextmanager
