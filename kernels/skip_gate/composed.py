@@ -15,26 +15,26 @@ from ..precision import statistics_dtype
 def skip_gate(
     encoder_feature: Tensor,
     tokens: Tensor | None,
-    decoder_feature: Tensor,
+    decoder_feature: Tensor | None,
     weight_skip: Tensor,
     bias_skip: Tensor,
-    weight_decoder: Tensor,
-    bias_decoder: Tensor,
+    weight_decoder: Tensor | None,
+    bias_decoder: Tensor | None,
+    concatenate: bool = True,
 ) -> Tensor:
-    """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) -> (B, C + D, H, W)."""
+    """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) or None -> (B, C + D, H, W) or (B, C, H, W)."""
     pooled_skip = _pool(encoder_feature)
     skip = encoder_feature
     if tokens is not None:
         pooled_skip = pooled_skip + _pool(tokens)
         skip = _add_upsampled(encoder_feature, tokens)
-    gate = torch.sigmoid(
-        0.5
-        * (
-            F.linear(pooled_skip.to(encoder_feature.dtype), weight_skip, bias_skip)
-            + F.linear(_pool(decoder_feature).to(decoder_feature.dtype), weight_decoder, bias_decoder)
-        )
-    )
-    gated = (skip * gate[:, :, None, None]).relu_()
+    gate = F.linear(pooled_skip.to(encoder_feature.dtype), weight_skip, bias_skip)
+    if decoder_feature is not None:
+        pooled_decoder = _pool(decoder_feature).to(decoder_feature.dtype)
+        gate = gate + F.linear(pooled_decoder, weight_decoder, bias_decoder)
+    gated = (skip * torch.sigmoid(0.5 * gate)[:, :, None, None]).relu_()
+    if decoder_feature is None or not concatenate:
+        return gated
     return torch.cat([gated, _upsample(decoder_feature, encoder_feature.shape[-2:])], dim=1)
 
 

@@ -12,23 +12,31 @@ from torch.nn import functional as F
 def skip_gate(
     encoder_feature: Tensor,
     tokens: Tensor | None,
-    decoder_feature: Tensor,
+    decoder_feature: Tensor | None,
     weight_skip: Tensor,
     bias_skip: Tensor,
-    weight_decoder: Tensor,
-    bias_decoder: Tensor,
+    weight_decoder: Tensor | None,
+    bias_decoder: Tensor | None,
+    concatenate: bool = True,
 ) -> Tensor:
-    """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) -> (B, C + D, H, W)."""
+    """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) or None -> (B, C + D, H, W) or (B, C, H, W)."""
     size = encoder_feature.shape[-2:]
     skip = encoder_feature
     if tokens is not None:
         skip = _upsample(tokens, size) + skip
-    decoded = _upsample(decoder_feature, size)
-    pooled_skip = F.avg_pool2d(skip, size).flatten(1)
-    pooled_decoded = F.avg_pool2d(decoded, size).flatten(1)
-    gate = F.linear(pooled_skip, weight_skip, bias_skip) + F.linear(pooled_decoded, weight_decoder, bias_decoder)
+    gate = F.linear(_pool(skip), weight_skip, bias_skip)
+    if decoder_feature is not None:
+        decoder_feature = _upsample(decoder_feature, size)
+        gate = gate + F.linear(_pool(decoder_feature), weight_decoder, bias_decoder)
     gate = torch.sigmoid(gate / 2.0).unsqueeze(-1).unsqueeze(-1).expand_as(skip)
-    return torch.cat([F.relu(skip * gate), decoded], dim=1)
+    gated = F.relu(skip * gate)
+    if decoder_feature is None or not concatenate:
+        return gated
+    return torch.cat([gated, decoder_feature], dim=1)
+
+
+def _pool(feature: Tensor) -> Tensor:
+    return F.avg_pool2d(feature, feature.shape[-2:]).flatten(1)
 
 
 def _upsample(feature: Tensor, size: tuple[int, int]) -> Tensor:
