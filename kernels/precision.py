@@ -1,4 +1,4 @@
-"""The dtype that means and variances are taken in."""
+"""The dtypes that means and variances are taken in, and that results have under autocast."""
 
 import torch
 from torch import Tensor
@@ -7,3 +7,10 @@ from torch import Tensor
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
     """float32 for half-precision tensors, otherwise the tensor's own."""
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def output_dtype(tensor: Tensor) -> torch.dtype:
+    """Autocast's where it is on and ``tensor`` is not float64, which autocast leaves alone; else the tensor's own."""
+    device_type = tensor.device.type
+    is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_cast and tensor.dtype != torch.float64 else tensor.dtype

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import is_interpreting, resolve_backend
 from ..checks import check_dtypes_and_devices
+from ..precision import output_dtype
 from ..registration import NAMESPACE, define_gradient, define_operator, refuse_double_backward
 from . import composed, reference
 
@@ -47,7 +48,7 @@ def packed_layer_norm(
     Source: UCTransNet (AAAI 2022), section CCT.
     """
     _check(tokens, segments, eps, weight=weight, bias=bias)
-    chosen, dtype = _resolve(backend, tokens), _output_dtype(tokens)
+    chosen, dtype = _resolve(backend, tokens), output_dtype(tokens)
     if chosen == "triton":
         return torch.ops.uctrans.packed_layer_norm(tokens, segments, weight, bias, eps, dtype)
     if chosen == "reference":
@@ -89,7 +90,7 @@ def cross_layer_norm(
     """
     channels = {"weight": weight, "bias": bias, "context_weight": context_weight, "context_bias": context_bias}
     _check(tokens, segments, eps, **channels)
-    chosen, dtype = _resolve(backend, tokens), _output_dtype(tokens)
+    chosen, dtype = _resolve(backend, tokens), output_dtype(tokens)
     if chosen == "triton":
         return torch.ops.uctrans.cross_layer_norm(tokens, segments, *channels.values(), eps, dtype)
     if chosen == "reference":
@@ -122,12 +123,6 @@ def _resolve(backend: str, tokens: Tensor) -> str:
             raise NotImplementedError("the Triton layer norms compute in float32; use backend='composed'")
         return "composed"
     return chosen
-
-
-def _output_dtype(tokens: Tensor) -> torch.dtype:
-    device_type = tokens.device.type
-    is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_cast and tokens.dtype != torch.float64 else tokens.dtype
 
 
 def _kernels() -> ModuleType:

@@ -1,10 +1,12 @@
 """The public function of the skip path: what it takes, what it refuses, and which implementation runs."""
 
+import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_dtypes_and_devices
-from . import composed, reference
+from ..precision import output_dtype
+from . import composed, dispatch, reference  # noqa: F401 (dispatch registers the operator)
 
 
 def skip_gate(
@@ -49,12 +51,30 @@ def skip_gate(
     Source: UCTransNet (AAAI 2022), channel-wise cross attention (CCA).
     """
     _check(encoder_feature, tokens, decoder_feature, weight_skip, bias_skip, weight_decoder, bias_decoder)
-    if backend == "triton":
-        raise NotImplementedError("skip_gate has no Triton operator yet; use backend='composed' or 'auto'")
-    implementation = reference if resolve_backend(backend, encoder_feature.device) == "reference" else composed
-    return implementation.skip_gate(
-        encoder_feature, tokens, decoder_feature, weight_skip, bias_skip, weight_decoder, bias_decoder, concatenate
+    arguments = (
+        encoder_feature,
+        tokens,
+        decoder_feature,
+        weight_skip,
+        bias_skip,
+        weight_decoder,
+        bias_decoder,
+        concatenate,
     )
+    chosen = _resolve(backend, encoder_feature)
+    if chosen == "triton":
+        output, _gate, _means = torch.ops.uctrans.skip_gate(*arguments, output_dtype(encoder_feature))
+        return output
+    return (reference if chosen == "reference" else composed).skip_gate(*arguments)
+
+
+def _resolve(backend: str, encoder_feature: Tensor) -> str:
+    chosen = resolve_backend(backend, encoder_feature.device)
+    if chosen == "triton" and encoder_feature.dtype == torch.float64:
+        if backend == "triton":
+            raise NotImplementedError("the Triton skip path computes in float32; use backend='composed'")
+        return "composed"
+    return chosen
 
 
 def _check(
