@@ -27,6 +27,7 @@ from .compilation import CompiledKernel, compiling_for
 PUBLISHED_WIDTHS = (64, 128, 256, 512)
 ODD_WIDTHS = (17, 33, 65)
 HEADS = 4
+BATCH = 32
 EPS = 1e-5
 
 
@@ -169,6 +170,36 @@ def _packed_layer_norm(section: Section) -> Launches:
         yield f"packed layer norm of {widths}", functools.partial(launch, widths)
 
 
+def _skip_gate(section: Section) -> Launches:
+    from .skip_gate import triton
+
+    def launch(pixels: int, channels: int, patch: int, memory_format: torch.memory_format) -> None:
+        def empty_map(width: int, side: int) -> Tensor:
+            if memory_format == torch.channels_last:
+                return _empty(section, BATCH, side, side, width).permute(0, 3, 1, 2)
+            return _empty(section, BATCH, width, side, side)
+
+        encoder_feature, decoder_feature = empty_map(channels, pixels), empty_map(channels, pixels // 2)
+        tokens = empty_map(channels, pixels // patch)
+        weight, bias = _empty(section, channels, channels), _empty(section, channels)
+        for is_whole in (True, False):
+            weights = (weight, bias, weight, bias) if is_whole else (weight, bias, None, None)
+            maps = (encoder_feature, tokens, decoder_feature) if is_whole else (encoder_feature, None, None)
+            output, gate, means = triton.forward(*maps, *weights, is_whole, section.dtype)
+            saved = (*maps[:2], weights[0], weights[2], gate, means)
+            triton.backward(empty_map(*output.shape[1:3]), *saved, *maps, *weights)
+
+    scales = [(224 >> scale, width, 16 >> scale) for scale, width in enumerate(PUBLISHED_WIDTHS)]
+    cases = list(itertools.product(scales, (torch.channels_last, torch.contiguous_format)))
+    if section.is_odd:
+        cases = [((42, ODD_WIDTHS[0], 6), memory_format) for _, memory_format in cases[:2]]
+    elif not section.is_thorough:
+        cases = cases[:1] if section.is_brief else [cases[0], cases[-1]]
+    for (pixels, channels, patch), memory_format in cases:
+        words = f"skip path of {channels} x {pixels} x {pixels}, {memory_format}"
+        yield words, functools.partial(launch, pixels, channels, patch, memory_format)
+
+
 def _widths(section: Section) -> tuple[int, ...]:
     return ODD_WIDTHS if section.is_odd else PUBLISHED_WIDTHS
 
@@ -179,7 +210,7 @@ def _empty(section: Section, *shape: int) -> Tensor:
     return torch.empty(size, dtype=section.dtype, device="meta")[int(section.is_odd) :].view(shape)
 
 
-OPERATORS = (_channel_attention, _packed_linear, _packed_layer_norm)
+OPERATORS = (_channel_attention, _packed_linear, _packed_layer_norm, _skip_gate)
 
 
 def compile_section(section: Section) -> dict[str, Any]:

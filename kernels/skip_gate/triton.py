@@ -30,7 +30,7 @@ GATE_TILES = {"BLOCK_PARTS": 16, "BLOCK_OUT": 16, "BLOCK_IN": 64}
 MEAN_GRADIENT_TILES = {"BLOCK_PARTS": 16, "BLOCK_OUT": 64, "BLOCK_IN": 16}
 WEIGHT_GRADIENT_TILES = {"BLOCK_BATCH": 16, "BLOCK_OUT": 16, "BLOCK_IN": 64}
 
-CELL = (16, 16)  # of a map without tokens
+CELL = (16, TILE // MOST_CHANNELS)  # rows and columns, of a map without tokens: no wider than any tile
 LARGEST_UNIT = 16  # a larger divisor of the width is of no use to the compiler
 
 
@@ -218,10 +218,10 @@ def _cut(full: Tensor, coarse: Tensor | None, channels: int) -> tuple[Grid, Tile
     across = triton.cdiv(width, cell_width)
     if memory_format_of(full) == torch.channels_last:
         block_c = min(triton.next_power_of_2(channels), MOST_CHANNELS)
-        block_columns = min(triton.next_power_of_2(cell_width), TILE // block_c)
+        block_columns = math.gcd(cell_width, TILE // block_c)
         block_cells = min(triton.next_power_of_2(across), TILE // (block_c * block_columns))
     else:
-        block_columns = min(triton.next_power_of_2(cell_width), MOST_PIXELS)
+        block_columns = math.gcd(cell_width, MOST_PIXELS)
         block_cells = min(triton.next_power_of_2(across), MOST_PIXELS // block_columns)
         block_c = min(triton.next_power_of_2(channels), TILE // (block_columns * block_cells))
     unit = math.gcd(width, LARGEST_UNIT)

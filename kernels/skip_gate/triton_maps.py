@@ -2,7 +2,7 @@
 
 Tokens and decoder feature are grids of cells over the full map. A program holds a few cells of one grid row side by
 side, [BLOCK_CELLS, BLOCK_COLUMNS, BLOCK_C], and walks down rows of pixels, so that no pixel looks for its cell by
-division. Maps are read through their strides: one kernel serves contiguous and channels-last memory, and only block
+division; BLOCK_COLUMNS divides the width of a cell. Maps are read through their strides: one kernel serves contiguous and channels-last memory, and only block
 sizes know the difference. All arithmetic is float32.
 """
 
@@ -109,9 +109,8 @@ def _pixels_of_cells(
     """Pixels of a row that belong to a block of cells [BLOCK_CELLS, BLOCK_COLUMNS, 1], and which are there."""
     offs_cell = first_cell + tl.arange(0, BLOCK_CELLS)
     offs_column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    offs_pixel = offs_cell[:, None] * CELL_WIDTH + offs_column[None, :]
-    mask = (offs_column < CELL_WIDTH)[None, :] & (offs_pixel < width)
-    return offs_pixel[:, :, None], mask[:, :, None] & mask_c[None, None, :]
+    offs_pixel = (offs_cell[:, None] * CELL_WIDTH + offs_column[None, :])[:, :, None]
+    return offs_pixel, (offs_pixel < width) & mask_c[None, None, :]
 
 
 @triton.jit
@@ -133,10 +132,11 @@ def _cells(map, sample, row, first_cell, grid, first_channel, BLOCK_CELLS: tl.co
 @triton.jit
 def _load_cells(map, sample, row, first_cell, grid, first_channel, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Cells of a row of a coarse map, beside the pixels of theirs: [BLOCK_CELLS, 1, BLOCK_C]; zero without a map."""
-    if map is None:
-        return tl.zeros([BLOCK_CELLS, 1, BLOCK_C], tl.float32)
-    ptrs, mask = _cells(map, sample, row, first_cell, grid, first_channel, BLOCK_CELLS, BLOCK_C)
-    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+    cells = tl.zeros([BLOCK_CELLS, BLOCK_C], tl.float32)
+    if map is not None:
+        ptrs, mask = _cells(map, sample, row, first_cell, grid, first_channel, BLOCK_CELLS, BLOCK_C)
+        cells += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    return cells[:, None, :]
 
 
 @triton.jit
