@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uctrans.kernels import resolve_backend
+from uctrans.kernels.backend import obstacle_to_triton
 from uctrans.layers import ChannelAttention, set_backend
 from uctrans.models import create_model, list_models
 from uctrans.models.registry import model_class
@@ -139,19 +139,9 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def available_backends(device: torch.device, model: str = ATTENTION) -> list[str]:
-    """The backends that run ``model`` on ``device``, the baseline first.
-
-    The gates of a whole network have no Triton operator: there ``auto`` takes Triton for all that has one.
-    """
-    found = [BASELINE, "composed"]
-    fastest = "triton" if model == ATTENTION else "auto"
-    try:
-        if resolve_backend(fastest, device) == "triton":
-            found.append(fastest)
-    except NotImplementedError:
-        pass  # no GPU that the kernels run on, and no interpreter
-    return found
+def available_backends(device: torch.device) -> list[str]:
+    """The backends that run on ``device``, the baseline first."""
+    return [BASELINE, "composed", *(["triton"] if obstacle_to_triton(device) is None else [])]
 
 
 def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
@@ -178,7 +168,7 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
 
 
 def _chosen_backends(config: BenchmarkConfig, device: torch.device) -> list[str]:
-    available = available_backends(device, config.model)
+    available = available_backends(device)
     chosen = list(config.backends or available)
     missing = [backend for backend in chosen if backend not in available]
     if missing:

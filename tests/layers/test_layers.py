@@ -237,10 +237,26 @@ class TestChannelGate:
     @pytest.mark.parametrize("backend", ["reference", "composed"])
     def test_drop_in(self, backend):
         """Any U-Net: skip and decoder of different widths, decoder at half or at full size, no tokens."""
-        gate = ChannelGate(6, 10, backend)
+        gate = ChannelGate(6, 10, backend=backend)
         skip = torch.randn(2, 6, 8, 12)
         assert gate(skip, torch.randn(2, 10, 4, 6)).shape == (2, 16, 8, 12)
         assert gate(skip, torch.randn(2, 10, 8, 12)).shape == (2, 16, 8, 12)
+
+    def test_without_a_decoder_half(self):
+        skip, decoded = torch.randn(2, 6, 8, 12), torch.randn(2, 10, 4, 6)
+        whole, alone = ChannelGate(6, 10), ChannelGate(6, 10, concatenate=False)
+        alone.load_state_dict(whole.state_dict())
+        torch.testing.assert_close(alone(skip, decoded), whole(skip, decoded)[:, :6])
+        assert ChannelGate(6, None)(skip).shape == skip.shape
+
+    def test_decoder_that_does_not_match(self):
+        skip, decoded = torch.randn(2, 6, 8, 12), torch.randn(2, 10, 4, 6)
+        with pytest.raises(ValueError, match="made for no decoder feature"):
+            ChannelGate(6, None)(skip, decoded)
+        with pytest.raises(ValueError, match="missing: decoder_feature"):
+            ChannelGate(6, 10)(skip)
+        with pytest.raises(ValueError, match=r"weight_decoder must be \(6, 10\)"):
+            ChannelGate(6, 9)(skip, decoded)
 
 
 def test_encoder_shapes():

@@ -10,27 +10,36 @@ class ChannelGate(nn.Module):
 
     Args:
         skip_channels: width of the skip feature.
-        decoder_channels: width of the decoder feature.
+        decoder_channels: width of the decoder feature; ``None`` for a gate by the skip alone.
+        concatenate: put the upsampled decoder feature behind the gated skip; ``False`` returns the gated skip alone.
         backend: see :func:`uctrans.kernels.resolve_backend`.
 
     Source: UCTransNet (AAAI 2022), channel-wise cross attention (CCA).
     """
 
-    def __init__(self, skip_channels: int, decoder_channels: int, backend: str = "auto"):
+    def __init__(
+        self, skip_channels: int, decoder_channels: int | None, concatenate: bool = True, backend: str = "auto"
+    ):
         super().__init__()
         self.skip = nn.Linear(skip_channels, skip_channels)
-        self.decoder = nn.Linear(decoder_channels, skip_channels)
+        self.decoder = None if decoder_channels is None else nn.Linear(decoder_channels, skip_channels)
+        self.concatenate = concatenate
         self.backend = backend
 
-    def forward(self, encoder_feature: Tensor, decoder_feature: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, encoder_feature: Tensor, decoder_feature: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         """(B, C, H, W), (B, D, H/q, W/q), tokens to add to the skip (B, C, H/p, W/p) -> (B, C + D, H, W)."""
+        if decoder_feature is not None and self.decoder is None:
+            raise ValueError("this gate was made for no decoder feature (decoder_channels=None), and was given one")
         return skip_gate(
             encoder_feature,
             tokens,
             decoder_feature,
             self.skip.weight,
             self.skip.bias,
-            self.decoder.weight,
-            self.decoder.bias,
+            None if self.decoder is None else self.decoder.weight,
+            None if self.decoder is None else self.decoder.bias,
+            concatenate=self.concatenate,
             backend=self.backend,
         )

@@ -19,7 +19,7 @@ class GatedStage(nn.Module):
 
     def __init__(self, skip_channels: int, decoder_channels: int, out_channels: int, backend: str):
         super().__init__()
-        self.gate = ChannelGate(skip_channels, decoder_channels, backend)
+        self.gate = ChannelGate(skip_channels, decoder_channels, backend=backend)
         self.convs = DoubleConv(skip_channels + decoder_channels, out_channels)
 
     def forward(self, skip: Tensor, tokens: Tensor, decoded: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class UCTransNet(SegmentationModel):
         embedding_dropout: dropout after the patch embeddings.
         attention_dropout: dropout of attention maps and output projections.
         mlp_dropout: dropout inside the MLPs.
-        backend: ``auto``, ``composed`` or ``reference``; see :func:`uctrans.set_backend`.
+        backend: ``auto``, ``triton``, ``composed`` or ``reference``; see :func:`uctrans.set_backend`.
 
     Source: Wang et al., UCTransNet: rethinking the skip connections in U-Net from a channel-wise perspective with
     transformer, AAAI 2022.
