@@ -1,4 +1,9 @@
-"""The skip path: the composed form against the reference in float64, and what the public function refuses."""
+"""The skip path in plain PyTorch: the composed form against the reference, and what the public function refuses.
+
+What the Triton operator computes is in ``test_skip_gate_triton.py``.
+"""
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,24 +14,40 @@ from uctrans.kernels import skip_gate
 from uctrans.kernels.skip_gate import composed, reference
 from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["reference", "composed", "triton"]
+
 
 def gate_inputs(
-    batch=2, channels=5, decoder_channels=3, grid=(2, 3), patch=(4, 4), factor=2, dtype=torch.float64, seed=0
+    batch=2,
+    channels=5,
+    decoder_channels=3,
+    grid=(2, 3),
+    patch=(4, 4),
+    factor=(2, 2),
+    dtype=torch.float64,
+    seed=0,
+    has_tokens=True,
 ):
+    """The seven inputs of a map of ``grid`` times ``patch`` pixels: standard normal, ``None`` for what is not there.
+
+    The decoder feature is ``factor`` times smaller than the map; ``decoder_channels=None`` leaves it and its weights.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
 
     height, width = grid[0] * patch[0], grid[1] * patch[1]
+    has_decoder = decoder_channels is not None
     return [
         normal(batch, channels, height, width),
-        normal(batch, channels, *grid),
-        normal(batch, decoder_channels, height // factor, width // factor),
+        normal(batch, channels, *grid) if has_tokens else None,
+        normal(batch, decoder_channels, height // factor[0], width // factor[1]) if has_decoder else None,
         normal(channels, channels),
         normal(channels),
-        normal(channels, decoder_channels),
-        normal(channels),
+        normal(channels, decoder_channels) if has_decoder else None,
+        normal(channels) if has_decoder else None,
     ]
 
 
@@ -34,120 +55,176 @@ SHAPES = {
     "published": {"channels": 8, "decoder_channels": 8, "patch": (16, 16)},
     "patch of one": {"patch": (1, 1), "grid": (6, 4)},
     "oblong patches": {"patch": (2, 6), "grid": (3, 1)},
-    "decoder at full size": {"factor": 1},
-    "decoder four times smaller": {"factor": 4, "patch": (4, 8)},
+    "decoder at full size": {"factor": (1, 1)},
+    "decoder four times smaller": {"factor": (4, 4), "patch": (4, 8)},
     "one channel, one token": {"channels": 1, "decoder_channels": 1, "grid": (1, 1), "patch": (2, 2)},
+    "no tokens": {"has_tokens": False},
+    "no decoder": {"decoder_channels": None},
     "empty batch": {"batch": 0},
 }
+
+
+def of_those_there(function, inputs):
+    """``function`` as one of the inputs that are not ``None``, and those inputs."""
+    places = [place for place, tensor in enumerate(inputs) if tensor is not None]
+
+    def call(*tensors):
+        given = dict(zip(places, tensors, strict=True))
+        return function(*(given.get(place) for place in range(len(inputs))))
+
+    return call, [inputs[place] for place in places]
+
+
+def assert_as_exact_as_the_reference(function, draws, gradient=None, baseline=reference.skip_gate, **options):
+    """Output and all gradients of ``function`` and of the reference against the reference in float64.
+
+    Over several draws of inputs together where results are few numbers: a single draw is luck.
+    """
+    runs = {"function": [], "baseline": [], "oracle": []}
+    for seed, inputs in enumerate(draws):
+        exact = [None if tensor is None else tensor.double() for tensor in inputs]
+        if gradient is None:
+            size = reference.skip_gate(*exact, **options).shape
+            upstream = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            upstream = upstream.to(inputs[0].device, inputs[0].dtype).double()
+        else:
+            upstream = gradient
+        for name, call, tensors in (
+            ("function", function, inputs),
+            ("baseline", baseline, inputs),
+            ("oracle", reference.skip_gate, exact),
+        ):
+            call, tensors = of_those_there(partial(call, **options), tensors)
+            runs[name].append(outputs_and_gradients(call, tensors, upstream))
+    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)] for run in runs.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
-    """Over several draws together: the gradients by the gate are few numbers, and a single draw is luck."""
-    results = {"composed": [], "reference": [], "oracle": []}
-    for seed in range(6):
-        inputs = gate_inputs(**shape, dtype=dtype, seed=seed)
+    draws = [gate_inputs(**shape, dtype=dtype, seed=seed) for seed in range(6)]
+    for inputs in draws:
         inputs[0] = inputs[0].contiguous(memory_format=memory_format)
-        exact = [tensor.double() for tensor in inputs]
-        weight = torch.randn(reference.skip_gate(*exact).shape, generator=torch.Generator().manual_seed(seed))
-        weight = weight.to(dtype).double()
-        results["composed"].append(outputs_and_gradients(composed.skip_gate, inputs, weight))
-        results["reference"].append(outputs_and_gradients(reference.skip_gate, inputs, weight))
-        results["oracle"].append(outputs_and_gradients(reference.skip_gate, exact, weight))
-    assert_within_budget(*([torch.stack(draws) for draws in zip(*runs, strict=True)] for runs in results.values()))
+    assert_as_exact_as_the_reference(composed.skip_gate, draws)
+    if shape.get("decoder_channels", 1) is not None:
+        assert_as_exact_as_the_reference(composed.skip_gate, draws, concatenate=False)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(0, 2),
     channels=st.integers(1, 6),
-    decoder_channels=st.integers(1, 6),
+    decoder_channels=st.none() | st.integers(1, 6),
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     patch=st.tuples(st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 6])),
-    with_tokens=st.booleans(),
+    has_tokens=st.booleans(),
+    concatenate=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_agrees_with_the_reference(batch, channels, decoder_channels, grid, patch, with_tokens, seed):
-    inputs = gate_inputs(batch, channels, decoder_channels, grid, patch, seed=seed)
-    if not with_tokens:
-        inputs[1] = None
-    torch.testing.assert_close(skip_gate(*inputs, backend="composed"), skip_gate(*inputs, backend="reference"))
+def test_any_shape_agrees_with_the_reference(
+    batch, channels, decoder_channels, grid, patch, has_tokens, concatenate, seed
+):
+    inputs = gate_inputs(batch, channels, decoder_channels, grid, patch, seed=seed, has_tokens=has_tokens)
+    output, expected = (
+        skip_gate(*inputs, concatenate=concatenate, backend=backend) for backend in ("composed", "reference")
+    )
+    torch.testing.assert_close(output, expected)
 
 
 def test_written_out_by_hand():
     """One channel, one pixel a token: the formula of the docstring in plain numbers."""
-    encoder_feature = torch.tensor([[[[1.0, -2.0]]]])
-    tokens = torch.tensor([[[[0.5, 0.5]]]])
-    decoder_feature = torch.tensor([[[[4.0]]]])
-    one, zero = torch.ones(1, 1), torch.zeros(1)
+    pytest.importorskip("triton")
+    encoder_feature = torch.tensor([[[[1.0, -2.0]]]], device=DEVICE)
+    tokens = torch.tensor([[[[0.5, 0.5]]]], device=DEVICE)
+    decoder_feature = torch.tensor([[[[4.0]]]], device=DEVICE)
+    one, zero = torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE)
     skip = encoder_feature + tokens  # 1.5 and -1.5: their mean is 0
     gate = torch.sigmoid(torch.tensor((0.0 + 4.0) / 2))
-    expected = torch.tensor([[[[1.5 * gate, 0.0]], [[4.0, 4.0]]]])
+    expected = torch.tensor([[[[1.5 * gate, 0.0]], [[4.0, 4.0]]]], device=DEVICE)
     assert skip.mean() == 0
-    for backend in ("reference", "composed"):
-        output = skip_gate(encoder_feature, tokens, decoder_feature, one, zero, one, zero, backend=backend)
-        torch.testing.assert_close(output, expected)
+    inputs = [encoder_feature, tokens, decoder_feature, one, zero, one, zero]
+    for backend in BACKENDS:
+        torch.testing.assert_close(skip_gate(*inputs, backend=backend), expected)
+        alone = skip_gate(*inputs, concatenate=False, backend=backend)
+        torch.testing.assert_close(alone, expected[:, :1])
 
 
-@pytest.mark.parametrize("with_tokens", [True, False])
-def test_gradcheck(with_tokens):
-    inputs = gate_inputs(batch=1, channels=2, decoder_channels=2, grid=(1, 2), patch=(2, 2))
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    if with_tokens:
-        assert torch.autograd.gradcheck(composed.skip_gate, inputs)
-    else:
-        encoder_feature, _, *others = inputs
-        assert torch.autograd.gradcheck(
-            lambda feature, *rest: composed.skip_gate(feature, None, *rest), [encoder_feature, *others]
-        )
+@pytest.mark.parametrize("has_tokens", [True, False])
+@pytest.mark.parametrize("decoder_channels", [2, None])
+def test_gradcheck(has_tokens, decoder_channels):
+    inputs = gate_inputs(1, 2, decoder_channels, grid=(1, 2), patch=(2, 2), has_tokens=has_tokens)
+    function, tensors = of_those_there(composed.skip_gate, inputs)
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 class TestBadInput:
-    def test_grid_that_does_not_tile(self):
-        inputs = gate_inputs()
-        inputs[1] = inputs[1].repeat(1, 1, 1, 3)[..., :5]
-        with pytest.raises(ValueError, match=r"grid of tokens, \(2, 5\), does not tile encoder_feature, \(8, 12\)"):
-            skip_gate(*inputs)
-        inputs = gate_inputs()
-        inputs[2] = inputs[2][..., 1:]
-        with pytest.raises(ValueError, match="grid of decoder_feature"):
-            skip_gate(*inputs)
-
-    def test_shapes_do_not_match(self):
-        inputs = gate_inputs()
-        inputs[1] = inputs[1][:, 1:]
-        with pytest.raises(ValueError, match="tokens have 4 channels, encoder_feature has 5"):
-            skip_gate(*inputs)
-        inputs = gate_inputs()
-        inputs[2] = inputs[2][1:]
-        with pytest.raises(ValueError, match="with B = 2"):
-            skip_gate(*inputs)
-        inputs = gate_inputs()
-        with pytest.raises(ValueError, match=r"encoder_feature must be \(B, C, H, W\)"):
-            skip_gate(inputs[0][0], *inputs[1:])
+    """Refused before anything runs, and so by every backend and on any device alike."""
 
     @pytest.mark.parametrize(
-        ("position", "name"), [(3, "weight_skip"), (4, "bias_skip"), (5, "weight_decoder"), (6, "bias_decoder")]
+        ("place", "change", "words"),
+        [
+            (
+                1,
+                lambda tokens: tokens.repeat(1, 1, 1, 3)[..., :5],
+                r"grid of tokens, \(2, 5\), does not tile .*\(8, 12\)",
+            ),
+            (1, lambda tokens: tokens.repeat(1, 1, 8, 1), r"grid of tokens, \(16, 3\), does not tile"),
+            (1, lambda tokens: tokens[..., :0], r"grid of tokens, \(2, 0\), does not tile"),
+            (2, lambda decoder_feature: decoder_feature[..., 1:], "grid of decoder_feature"),
+            (2, lambda decoder_feature: decoder_feature[:, :, :0], "grid of decoder_feature"),
+            (1, lambda tokens: tokens[:, 1:], "tokens have 4 channels, encoder_feature has 5"),
+            (1, lambda tokens: tokens[1:], r"tokens must be \(B, channels, height, width\) with B = 2"),
+            (2, lambda decoder_feature: decoder_feature[1:], r"decoder_feature must be .* with B = 2"),
+            (2, lambda decoder_feature: decoder_feature[:, :0], r"decoder_feature must be .*; got \(2, 0, 4, 6\)"),
+            (1, lambda tokens: tokens.flatten(2), r"tokens must be .*; got \(2, 5, 6\)"),
+            (2, lambda decoder_feature: decoder_feature[0], r"decoder_feature must be .*; got \(3, 4, 6\)"),
+            (0, lambda encoder_feature: encoder_feature[0], r"encoder_feature must be \(B, C, H, W\)"),
+            (0, lambda encoder_feature: encoder_feature[:, :0], "only B may be 0; got"),
+            (0, lambda encoder_feature: encoder_feature[:, :, :0], r"only B may be 0; got \(2, 5, 0, 12\)"),
+            (0, lambda encoder_feature: encoder_feature[..., :0], r"only B may be 0; got \(2, 5, 8, 0\)"),
+            (3, lambda weight: weight[1:], r"weight_skip must be \(5, 5\); got \(4, 5\)"),
+            (3, lambda weight: weight[:, 1:], r"weight_skip must be \(5, 5\); got \(5, 4\)"),
+            (4, lambda bias: bias[1:], r"bias_skip must be \(5,\); got \(4,\)"),
+            (4, lambda bias: bias[None], r"bias_skip must be \(5,\); got \(1, 5\)"),
+            (5, lambda weight: weight.t(), r"weight_decoder must be \(5, 3\); got \(3, 5\)"),
+            (6, lambda bias: bias[1:], r"bias_decoder must be \(5,\); got \(4,\)"),
+        ],
     )
-    def test_weights_of_another_shape(self, position, name):
+    def test_shapes(self, place, change, words, backend):
         inputs = gate_inputs()
-        inputs[position] = inputs[position][1:]
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            skip_gate(*inputs)
+        inputs[place] = change(inputs[place])
+        with pytest.raises(ValueError, match=words):
+            skip_gate(*inputs, backend=backend)
 
-    def test_mixed_dtypes_and_devices(self):
+    @pytest.mark.parametrize("given", [(2,), (5,), (6,), (2, 5), (2, 6), (5, 6)], ids=str)
+    def test_part_of_the_decoder_s_arguments(self, given, backend):
+        names = {2: "decoder_feature", 5: "weight_decoder", 6: "bias_decoder"}
+        inputs = [
+            None if place in names and place not in given else tensor for place, tensor in enumerate(gate_inputs())
+        ]
+        missing = ", ".join(name for place, name in names.items() if place not in given)
+        with pytest.raises(ValueError, match=f"belong together: give all or none; missing: {missing}$"):
+            skip_gate(*inputs, backend=backend)
+
+    def test_mixed_dtypes_and_devices(self, backend):
         inputs = gate_inputs()
         with pytest.raises(
             TypeError, match=r"share one dtype; got encoder_feature torch\.float64, tokens torch\.float32"
         ):
-            skip_gate(inputs[0], inputs[1].float(), *inputs[2:])
+            skip_gate(inputs[0], inputs[1].float(), *inputs[2:], backend=backend)
         with pytest.raises(TypeError, match="must be floating point"):
-            skip_gate(inputs[0].long(), *inputs[1:])
+            skip_gate(inputs[0].long(), *inputs[1:], backend=backend)
         with pytest.raises(ValueError, match=r"on one device; got .*decoder_feature meta"):
-            skip_gate(inputs[0], inputs[1], inputs[2].to("meta"), *inputs[3:])
+            skip_gate(inputs[0], inputs[1], inputs[2].to("meta"), *inputs[3:], backend=backend)
 
-    def test_triton_says_that_it_is_not_there(self):
-        with pytest.raises(NotImplementedError, match="no Triton operator yet"):
-            skip_gate(*gate_inputs(), backend="triton")
+    def test_no_tensor(self, backend):
+        inputs = gate_inputs()
+        inputs[4] = 0.0
+        with pytest.raises(TypeError, match="bias_skip must be a tensor; got float"):
+            skip_gate(*inputs, backend=backend)
+
+    def test_unknown_name(self, backend):
+        with pytest.raises(ValueError, match=f"unknown backend '{backend}s'; choose one of auto, triton"):
+            skip_gate(*gate_inputs(), backend=f"{backend}s")
