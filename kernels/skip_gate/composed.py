@@ -1,8 +1,8 @@
 """The skip path in plain PyTorch at its fastest, on any device and in any dtype.
 
 Means are taken before upsampling (``gap(e + up(r)) = gap(e) + gap(r)``, ``gap(up(d)) = gap(d)``), tokens are added by
-broadcasting, and both halves are written where they belong in the result: forward makes no other map of full size. On
-a CPU, where fresh memory is what large maps cost most, that alone halves the time.
+broadcasting, and both halves are written where they belong in the result. Forward so makes one map of full size beside
+its result, where the paper's steps make five; on a CPU, fresh memory is what large maps cost most.
 """
 
 from functools import reduce
@@ -25,22 +25,46 @@ def skip_gate(
     concatenate: bool = True,
 ) -> Tensor:
     """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) or None -> (B, C + D, H, W) or (B, C, H, W)."""
-    pooled_skip = _pool(encoder_feature)
+    # A compiler fuses plain steps, and takes none that write into a part of a tensor.
+    is_compiling = torch.compiler.is_compiling()
+    pool = _global_mean if is_compiling else _GlobalMean.apply
+    gate_and_concatenate = _gate_and_concatenate if is_compiling else _GateAndConcatenate.apply
+
+    pooled_skip = pool(encoder_feature)
     if tokens is not None:
-        pooled_skip = pooled_skip + _pool(tokens)
-    gate = F.linear(pooled_skip.to(encoder_feature.dtype), weight_skip, bias_skip)
+        pooled_skip = pooled_skip + pool(tokens)
+    logits = F.linear(pooled_skip.to(encoder_feature.dtype), weight_skip, bias_skip)
     if decoder_feature is not None:
-        gate = gate + F.linear(_pool(decoder_feature).to(decoder_feature.dtype), weight_decoder, bias_decoder)
-    gate = torch.sigmoid(0.5 * gate)[:, :, None, None]
-    if not concatenate:
-        decoder_feature = None
-    if torch.compiler.is_compiling():  # compilers fuse plain steps, and take no in-place ones
-        return _plain(encoder_feature, tokens, decoder_feature, gate)
-    return _GateAndConcatenate.apply(encoder_feature, tokens, decoder_feature, gate)
+        logits = logits + F.linear(pool(decoder_feature).to(decoder_feature.dtype), weight_decoder, bias_decoder)
+    gate = torch.sigmoid(0.5 * logits)[:, :, None, None]
+    return gate_and_concatenate(encoder_feature, tokens, decoder_feature if concatenate else None, gate)
 
 
-def _plain(encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tensor | None, gate: Tensor) -> Tensor:
-    """What :class:`_GateAndConcatenate` computes, a step at a time."""
+def _global_mean(feature: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C)."""
+    return feature.mean(dim=(2, 3), dtype=statistics_dtype(feature))
+
+
+class _GlobalMean(torch.autograd.Function):
+    """:func:`_global_mean` with an expanded gradient, where that of ``mean`` is a map of full size."""
+
+    @staticmethod
+    def forward(ctx, feature: Tensor) -> Tensor:
+        ctx.size, ctx.dtype = feature.shape, feature.dtype
+        if feature.device.type == "cpu" and feature.dtype == torch.float32 and _is_channels_last(feature):
+            feature = F.avg_pool2d(feature, (1, feature.shape[3]))  # twice as fast, and little is left
+        return _global_mean(feature)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = (gradient / (ctx.size[2] * ctx.size[3])).to(ctx.dtype)
+        return gradient[:, :, None, None].expand(ctx.size)
+
+
+def _gate_and_concatenate(
+    encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tensor | None, gate: Tensor
+) -> Tensor:
+    """``[relu(s (e + up(r))), up(d)]`` for a gate ``s`` of (B, C, 1, 1)."""
     size = encoder_feature.shape[2:]
     skip = encoder_feature if tokens is None else encoder_feature + F.interpolate(tokens, size=size, mode="nearest")
     gated = F.relu(skip * gate)
@@ -50,10 +74,12 @@ def _plain(encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tens
 
 
 class _GateAndConcatenate(torch.autograd.Function):
-    """``[relu(s (e + up(r))), up(d)]`` for a gate ``s`` of (B, C, 1, 1); its gradients can be differentiated again."""
+    """:func:`_gate_and_concatenate` with fewer maps; its gradients can be differentiated again."""
 
     @staticmethod
-    def forward(encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tensor | None, gate: Tensor) -> Tensor:
+    def forward(
+        ctx, encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tensor | None, gate: Tensor
+    ) -> Tensor:
         maps = [feature for feature in (encoder_feature, tokens, decoder_feature) if feature is not None]
         batch, channels, *size = encoder_feature.shape
         output = torch.empty(
@@ -62,26 +88,18 @@ class _GateAndConcatenate(torch.autograd.Function):
             device=encoder_feature.device,
             memory_format=torch.channels_last if _is_channels_last(encoder_feature) else torch.contiguous_format,
         )
-        gated = output[:, :channels]
         if tokens is None:
-            torch.mul(encoder_feature, gate, out=gated)
+            skip = encoder_feature.relu()
         else:
-            # Added before the gate: s e + s up(r) may round to the other side of the ReLU.
-            rows = tokens.shape[2]
-            upsampled = _repeat_columns(tokens, size[1])[:, :, :, None]
-            torch.add(_rows(encoder_feature, rows), upsampled, out=_rows(gated, rows))
-            gated.mul_(gate)
-        gated.relu_()
+            coarse = _repeat_columns(tokens, size[1])
+            skip = (_patches(encoder_feature, coarse) + _pixels(coarse)).reshape(encoder_feature.shape).relu_()
+        torch.mul(skip, gate, out=output[:, :channels])  # relu(s x) = s relu(x): s is positive
         if decoder_feature is not None:
-            upsampled = _repeat_columns(decoder_feature, size[1])
-            _rows(output[:, channels:], decoder_feature.shape[2]).copy_(upsampled[:, :, :, None])
-        return output
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        encoder_feature, tokens, decoder_feature, gate = inputs
+            coarse = _repeat_columns(decoder_feature, size[1])
+            _patches(output[:, channels:], coarse).copy_(_pixels(coarse))
         ctx.save_for_backward(encoder_feature, tokens, gate, output)
         ctx.decoder_size = None if decoder_feature is None else decoder_feature.shape[2:]
+        return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,38 +119,38 @@ class _GateAndConcatenate(torch.autograd.Function):
         return encoder_gradient, tokens_gradient, decoder_gradient, gate_gradient
 
 
-def _pool(feature: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C). Not ``mean``: its gradient is a map of full size, that of a sum an expanded one."""
-    return _sum(feature).flatten(1) / (feature.shape[2] * feature.shape[3])
+def _patches(feature: Tensor, coarse: Tensor) -> Tensor:
+    """(B, C, h p, w q) -> (B, C, h, p, w, q), a view."""
+    batch, channels, height, width = feature.shape
+    rows, columns = coarse.shape[2:]
+    return feature.view(batch, channels, rows, height // rows, columns, width // columns)
 
 
-def _sum(feature: Tensor) -> Tensor:
-    return feature.sum(dim=(2, 3), keepdim=True, dtype=statistics_dtype(feature))
+def _pixels(coarse: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C, h, 1, w, 1), which broadcasts against :func:`_patches`."""
+    return coarse[:, :, :, None, :, None]
 
 
-def _rows(feature: Tensor, rows: int) -> Tensor:
-    """(B, C, rows p, W) -> (B, C, rows, p, W), a view."""
-    return feature.unflatten(2, (rows, feature.shape[2] // rows))
-
-
-def _repeat_columns(feature: Tensor, width: int) -> Tensor:
-    """(B, C, h, w) -> (B, C, h, width), by what is fastest for the layout."""
-    if feature.shape[3] == width:
-        return feature
-    if _is_channels_last(feature):
-        return F.interpolate(feature, size=(feature.shape[2], width), mode="nearest")
-    return feature.repeat_interleave(width // feature.shape[3], dim=3)
+def _repeat_columns(coarse: Tensor, width: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h, width), unless channels-last: loops over the columns of a patch would be too short."""
+    if _is_channels_last(coarse):
+        return coarse
+    return coarse.repeat_interleave(width // coarse.shape[3], dim=3)
 
 
 def _sum_patches(feature: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, h p, w q) -> (B, C, h, w), by what is fastest for the layout."""
-    if feature.shape[2:] == size:
-        return feature
     height, width = feature.shape[2] // size[0], feature.shape[3] // size[1]
+    if height == width == 1:
+        return feature
     if _is_channels_last(feature):
         return F.avg_pool2d(feature, (height, width), divisor_override=1)
-    rows = _rows(feature, size[0]).sum(dim=3, dtype=statistics_dtype(feature))
+    rows = feature.unflatten(2, (size[0], height)).sum(dim=3, dtype=statistics_dtype(feature))
     return sum(rows[..., column::width] for column in range(width))
+
+
+def _sum(feature: Tensor) -> Tensor:
+    return feature.sum(dim=(2, 3), keepdim=True, dtype=statistics_dtype(feature))
 
 
 def _is_channels_last(feature: Tensor) -> bool:
