@@ -119,6 +119,18 @@ class TestEveryModel:
         for key, value in plain.state_dict().items():
             torch.testing.assert_close(state[key], value, msg=key)
 
+    @pytest.mark.slow
+    def test_compiles_for_sizes_that_change(self, name):
+        """The second size makes height and width symbols, from which the padding is computed."""
+        one_scale = {"patch_sizes": (2,), "num_layers": 1} if name == "uctransnet" else {}
+        model = build(name, **one_scale).eval()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            for size in ((32, 32), (49, 40)):
+                image = torch.rand(1, 3, *size)
+                torch.testing.assert_close(compiled(image), model(image))
+
     def test_exports_without_a_graph_break(self, name):
         model = randomised(build(name))
         image = torch.rand(2, 3, 40, 48)

@@ -157,7 +157,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H', W'): repeat the last row and column up to multiples of ``multiple``."""
-    missing_rows, missing_columns = -image.shape[-2] % multiple, -image.shape[-1] % multiple
+    # With //, not %: torch.compile makes sizes symbols when they change, and cannot trace a modulus of a negated one.
+    missing_rows, missing_columns = ((side + multiple - 1) // multiple * multiple - side for side in image.shape[-2:])
     if missing_rows == 0 and missing_columns == 0:
         return image
     return F.pad(image, (0, missing_columns, 0, missing_rows), mode="replicate")
