@@ -26,8 +26,12 @@ PROGRAM_ELEMENTS = 8 * TILE  # of the full map: enough to hide a program's start
 PART_ELEMENTS = 32 * TILE
 MOST_PARTS = 128
 
-GATE_TILES = {"BLOCK_PARTS": 16, "BLOCK_OUT": 16, "BLOCK_IN": 64}
-MEAN_GRADIENT_TILES = {"BLOCK_PARTS": 16, "BLOCK_OUT": 64, "BLOCK_IN": 16}
+# A program of the gate has a few results of one image and walks along what they are sums of. At each step it waits for
+# memory, with nothing to hide it, so steps are long: 16 elements a thread, of weights and of parts.
+GATE_WARPS = 8
+GATE_RESULTS = 16
+LONGEST_GATE_STEP = 256
+GATE_ELEMENTS = 4096
 WEIGHT_GRADIENT_TILES = {"BLOCK_BATCH": 16, "BLOCK_OUT": 16, "BLOCK_IN": 64}
 
 CELL = (16, TILE // MOST_CHANNELS)  # rows and columns, of a map without tokens: no wider than any tile
@@ -62,9 +66,19 @@ def forward(
     weights = [_contiguous(tensor) for tensor in (weight_skip, bias_skip, weight_decoder, bias_decoder)]
     with torch.cuda.device_of(output):
         parts = _mean_parts(encoder_feature, encoder, token_map, decoder, columns)
-        programs = (triton.cdiv(channels, GATE_TILES["BLOCK_OUT"]), batch)
-        triton_gate.gate_kernel[programs](
-            parts, *weights, gate, pooled, parts.shape[1], channels, columns, **GATE_TILES, num_warps=NUM_WARPS
+        step, block_parts = _gate_step(max(channels, decoder_channels), parts)
+        triton_gate.gate_kernel[(triton.cdiv(channels, GATE_RESULTS), batch)](
+            parts,
+            *weights,
+            gate,
+            pooled,
+            parts.shape[1],
+            channels,
+            columns,
+            BLOCK_PARTS=block_parts,
+            BLOCK_OUT=GATE_RESULTS,
+            BLOCK_IN=step,
+            num_warps=GATE_WARPS,
         )
         grid, tiles = _cut(encoder_feature, tokens, channels)
         grid = _in_groups(grid, PROGRAM_ELEMENTS // _row_elements(tiles))
@@ -116,7 +130,8 @@ def backward(
         triton_maps.gate_gradient_kernel[_programs(grid, tiles, batch, channels)](
             upstream, encoder, token_map, parts, grid, **tiles, num_warps=NUM_WARPS
         )
-        triton_gate.mean_gradient_kernel[(_blocks(channels, columns, MEAN_GRADIENT_TILES["BLOCK_IN"]), batch)](
+        step, block_parts = _gate_step(channels, parts)
+        triton_gate.mean_gradient_kernel[(_blocks(channels, columns, GATE_RESULTS), batch)](
             parts,
             gate,
             _contiguous(weight_skip),
@@ -126,8 +141,10 @@ def backward(
             parts.shape[1],
             channels,
             columns,
-            **MEAN_GRADIENT_TILES,
-            num_warps=NUM_WARPS,
+            BLOCK_PARTS=block_parts,
+            BLOCK_OUT=step,
+            BLOCK_IN=GATE_RESULTS,
+            num_warps=GATE_WARPS,
         )
         programs = _blocks(channels, columns, WEIGHT_GRADIENT_TILES["BLOCK_IN"])
         triton_gate.weight_gradient_kernel[(programs, triton.cdiv(channels, WEIGHT_GRADIENT_TILES["BLOCK_OUT"]))](
@@ -186,6 +203,12 @@ def _mean_parts(encoder_feature: Tensor, encoder: Map, tokens: Map | None, decod
         encoder, tokens, decoder, parts, count, columns, block_pixels, block_c, num_warps=NUM_WARPS
     )
     return parts
+
+
+def _gate_step(length: int, parts: Tensor) -> tuple[int, int]:
+    """How many of ``length`` summands a program of the gate takes at once, and of how many of their parts."""
+    step = min(triton.next_power_of_2(length), LONGEST_GATE_STEP)
+    return step, min(triton.next_power_of_2(parts.shape[1]), GATE_ELEMENTS // step)
 
 
 def _blocks(channels: int, columns: int, block: int) -> int:

@@ -2,8 +2,8 @@
 
 Tokens and decoder feature are grids of cells over the full map. A program holds a few cells of one grid row side by
 side, [BLOCK_CELLS, BLOCK_COLUMNS, BLOCK_C], and walks down rows of pixels, so that no pixel looks for its cell by
-division; BLOCK_COLUMNS divides the width of a cell. Maps are read through their strides: one kernel serves contiguous and channels-last memory, and only block
-sizes know the difference. All arithmetic is float32.
+division; BLOCK_COLUMNS divides the width of a cell. Maps are read through their strides: one kernel serves contiguous
+and channels-last memory, and only block sizes know the difference. All arithmetic is float32.
 """
 
 from typing import NamedTuple
