@@ -1,4 +1,4 @@
-"""What is timed must compute channel attention: results against the paper's steps in float64, before any clock runs."""
+"""What is timed must compute the right thing: results against the paper's steps in float64, before any clock runs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .candidates import Problem, on_backend
-from .timing import Call, run_pass
+from .timing import Call, as_tuple, run_pass
 
 # ‖result - exact‖ / ‖exact‖. The paper's own steps reach 4e-7, 1e-3 and 9e-3 at 224 pixels.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -23,18 +23,21 @@ def assert_exact(
     call: Call,
     results: Sequence[Tensor],
     published: Callable[..., Tensor] | None = None,
+    tolerances: dict[torch.dtype, float] = TOLERANCES,
+    images: Sequence[int] | None = None,
 ) -> float:
     """Fail unless ``results`` of ``call`` without dropout are within tolerance; return the largest relative error.
 
-    ``results`` are the output, the gradients by the arguments, or both, as ``passes`` says (``forward``, ``backward``,
-    ``both``). The first and the last image are compared: samples do not depend on each other. ``published`` is what
-    runs in float64; by default, the paper's steps of channel attention.
+    ``results`` are the outputs, the gradients by the arguments, or both, as ``passes`` says (``forward``, ``backward``,
+    ``both``). The first and the last image are compared, unless ``images`` names others: samples do not depend on each
+    other. ``published`` is what runs in float64; by default, the paper's steps of channel attention.
     """
-    images = sorted({0, problem.batch - 1})
+    images = sorted({0, problem.batch - 1}) if images is None else list(images)
     exact = _exact(published or on_backend("reference", problem), call, images, with_gradients=passes != "forward")
-    expected = {"forward": exact[:1], "backward": exact[1:], "both": exact}[passes]
+    outputs = len(as_tuple(call.output_gradient))
+    expected = {"forward": exact[:outputs], "backward": exact[outputs:], "both": exact}[passes]
     errors = [relative_error(result[images], wanted) for result, wanted in zip(results, expected, strict=True)]
-    tolerance = TOLERANCES[problem.dtype]
+    tolerance = tolerances[problem.dtype]
     # Written so that a NaN fails.
     assert all(error <= tolerance for error in errors), f"relative errors {errors} of {passes}, allowed {tolerance}"
     return max(errors)
@@ -63,5 +66,6 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 
 def _exact(published: Callable[..., Tensor], call: Call, images: list[int], with_gradients: bool) -> tuple[Tensor, ...]:
     arguments = tuple(tensor.detach()[images].double().requires_grad_() for tensor in call.arguments)
-    oracle = Call(arguments, arguments, call.output_gradient[images].double())
+    gradients = tuple(gradient[images].double() for gradient in as_tuple(call.output_gradient))
+    oracle = Call(arguments, arguments, gradients)
     return run_pass(published, "both" if with_gradients else "forward", oracle)

@@ -30,7 +30,7 @@ def table(record: dict[str, Any]) -> str:
         low, high = notes["ratio_range"]
         lines.append(
             f"| {_workload(bench)} | {notes['batch']} x {notes['pixels']}² "
-            f"| {notes['baseline_median'] * MILLISECONDS:.0f} | {bench['stats']['median'] * MILLISECONDS:.0f} "
+            f"| {_milliseconds(notes['baseline_median'])} | {_milliseconds(bench['stats']['median'])} "
             f"| {notes['ratio']:.2f} | {low:.2f} to {high:.2f} |"
         )
     if memories:
@@ -42,6 +42,11 @@ def table(record: dict[str, Any]) -> str:
             f"| {notes['reference_peak_mib']:.0f} | {notes['peak_mib']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    milliseconds = seconds * MILLISECONDS
+    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"
 
 
 def machine(record: dict[str, Any]) -> str:
@@ -140,8 +145,9 @@ def _device(environment: dict[str, Any]) -> str:
 
 
 def _device_workload(info: dict[str, Any]) -> str:
-    dropout = f", dropout {info['dropout_p']:g}" if info["dropout_p"] else ""
-    return f"{info['batch']} x {info['pixels']}², {info['dtype']}{dropout}"
+    dropout = f", dropout {info['dropout_p']:g}" if info.get("dropout_p") else ""
+    detail = f", {info['detail']}" if "detail" in info else ""
+    return f"{info['batch']} x {info['pixels']}², {info['dtype']}{dropout}{detail}"
 
 
 def _times(info: dict[str, Any] | None) -> str:

@@ -116,6 +116,61 @@ def block_work(
     raise ValueError(f"mode must be inference or training; got {mode!r}")
 
 
+def skip_gate_work(
+    passes: str,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    decoder_channels: int,
+    patch: int,
+    factor: int,
+    dtype: torch.dtype,
+) -> Work:
+    """Work of the skip path at one scale: tokens of ``patch`` x ``patch`` pixels, a decoder ``factor`` times smaller.
+
+    With ``e`` the encoder feature, ``r`` the tokens, ``d`` the decoder feature, and ``g`` the gradient of the result
+    ``[y, up(d)]``, a gate of means asks for two passes. Forward: ``e``, ``r`` and ``d`` for their means, then again for
+    the result, and the result written. Backward: ``g`` of the gated half, ``e`` and ``r`` for the gate's gradient, then
+    again for theirs; ``g`` of the other half; and three gradients written. In elements:
+
+        forward   2 e + 2 r + 2 d + (e + up(d))
+        backward  2 e + 2 r + 2 e + up(d) + (e + r + d)
+
+    A map that stays in the cache from one pass to the next can be faster than this work at the memory's bandwidth.
+    Multiply-adds are those of the two linear layers, three times as many in backward and forward together.
+    """
+    if passes == "both":
+        sizes = (batch, height, width, channels, decoder_channels, patch, factor, dtype)
+        return skip_gate_work("forward", *sizes) + skip_gate_work("backward", *sizes)
+    pixels = batch * height * width
+    encoder, upsampled = channels * pixels, decoder_channels * pixels
+    tokens, decoder = encoder / patch**2, upsampled / factor**2
+    flop = FLOP_OF_A_MULTIPLY_ADD * batch * channels * (channels + decoder_channels)
+    if passes == "forward":
+        return Work(flop, (3 * encoder + 2 * tokens + 2 * decoder + upsampled) * dtype.itemsize)
+    if passes == "backward":
+        return Work(2 * flop, (5 * encoder + 3 * tokens + decoder + upsampled) * dtype.itemsize)
+    raise ValueError(f"passes must be forward, backward or both; got {passes!r}")
+
+
+def reconstruction_work(passes: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> Work:
+    """Work of a 1x1 convolution, batch norm and ReLU on the token grid, ``tokens`` an image.
+
+    Forward reads tokens and writes the result, backward reads tokens and the result's gradient and writes theirs.
+    """
+    if passes == "both":
+        sizes = (batch, tokens, channels, dtype)
+        return reconstruction_work("forward", *sizes) + reconstruction_work("backward", *sizes)
+    flop = FLOP_OF_A_MULTIPLY_ADD * batch * tokens * channels**2
+    token_map = batch * tokens * channels * dtype.itemsize
+    if passes == "forward":
+        return Work(flop, 2 * token_map)
+    if passes == "backward":
+        return Work(2 * flop, 3 * token_map)
+    raise ValueError(f"passes must be forward, backward or both; got {passes!r}")
+
+
 def known_ceilings(name: str) -> Ceilings | None:
     """The recorded ceilings of the GPU that calls itself ``name``."""
     return KNOWN_CEILINGS.get(name)

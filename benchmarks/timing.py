@@ -47,11 +47,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Call:
-    """One call to be timed: what is passed, what gradients are taken by, and the gradient of the output."""
+    """One call to be timed: what is passed, what gradients are taken by, and the gradient of each output."""
 
     arguments: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
-    output_gradient: Tensor
+    output_gradient: Tensor | tuple[Tensor, ...]
 
 
 def calls_a_sample(bytes_a_call: float, device: str) -> int:
@@ -62,21 +62,26 @@ def calls_a_sample(bytes_a_call: float, device: str) -> int:
     return min(max(FEWEST_CALLS, math.ceil(CACHE_MULTIPLE * cache / bytes_a_call)), MOST_CALLS)
 
 
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a function with one output or several returned, as several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def sampler(function: Callable[..., Tensor], passes: str, calls: Sequence[Call]) -> Sample:
     """What runs and times ``passes`` (one of :data:`PASSES`) of ``function`` on each of ``calls``."""
     if passes not in PASSES:
         raise ValueError(f"passes must be one of {', '.join(PASSES)}; got {passes!r}")
-    on_gpu = calls[0].output_gradient.is_cuda
+    on_gpu = as_tuple(calls[0].output_gradient)[0].is_cuda
     return (_graphed_sampler if on_gpu else _eager_sampler)(function, passes, calls)
 
 
 def run_pass(function: Callable[..., Tensor], passes: str, call: Call) -> tuple[Tensor, ...]:
-    """The output, and unless ``passes`` is forward, the gradient by every leaf."""
+    """The outputs, and unless ``passes`` is forward, the gradient by every leaf."""
     if passes == "forward":
         with torch.no_grad():
-            return (function(*call.arguments),)
-    output = function(*call.arguments)
-    return (output.detach(), *torch.autograd.grad(output, call.leaves, call.output_gradient))
+            return as_tuple(function(*call.arguments))
+    outputs = as_tuple(function(*call.arguments))
+    return (*(output.detach() for output in outputs), *_gradients(outputs, call))
 
 
 def peak_bytes(function: Callable[..., Tensor], call: Call) -> int:
@@ -115,6 +120,10 @@ def longest_kernels(events: Iterable[Any]) -> dict[str, float]:
     return {name: times[name] for name in longest[:MOST_KERNELS]}
 
 
+def _gradients(outputs: Tensor | tuple[Tensor, ...], call: Call) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(as_tuple(outputs), call.leaves, as_tuple(call.output_gradient))
+
+
 def _eager_sampler(function: Callable[..., Tensor], passes: str, calls: Sequence[Call]) -> Sample:
     run_pass(function, passes, calls[0])
     results: list[tuple[Tensor, ...]] = []
@@ -128,7 +137,7 @@ def _eager_sampler(function: Callable[..., Tensor], passes: str, calls: Sequence
             if output is None:
                 results.append(run_pass(function, passes, call))
             else:
-                results.append(torch.autograd.grad(output, call.leaves, call.output_gradient))
+                results.append(_gradients(output, call))
             seconds += time.perf_counter() - start
         return seconds / len(calls)
 
@@ -144,7 +153,7 @@ def _graphed_sampler(function: Callable[..., Tensor], passes: str, calls: Sequen
 
     def backward() -> list[tuple[Tensor, ...]]:
         # One output after the other leaves the list: the memory it saved is free for the backward passes that follow.
-        return [torch.autograd.grad(outputs.pop(0), call.leaves, call.output_gradient) for call in calls]
+        return [_gradients(outputs.pop(0), call) for call in calls]
 
     graph, gradients = _captured(backward, pool=forward.pool())
     return _replayed(forward, graph, gradients)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from uctrans.layers import ChannelAttention, set_backend
 from . import gate, timing
 from .candidates import Problem, compiled
 from .selection import Entrant
-from .timing import Call
+from .timing import Call, as_tuple
 
 CHANNELS = (64, 128, 256, 512)
 NUM_HEADS = 4
@@ -42,18 +43,42 @@ def block_entrant(problem: Problem, backend: str, passes: str, count: int, compi
     torch.manual_seed(0)
     published = ChannelAttention(problem.segments, problem.heads, dropout=problem.dropout_p, backend="reference")
     published.to(problem.device, problem.dtype).train()
+
+    def calls(module: nn.Module) -> list[Call]:
+        return block_calls(problem, count, tuple(module.parameters()))
+
+    check = gate.assert_exact if problem.dropout_p == 0 else None
+    return module_entrant(problem, published, backend, passes, calls, check, compile_it)
+
+
+def module_entrant(
+    problem: Any,
+    published: nn.Module,
+    backend: str,
+    passes: str,
+    calls: Callable[[nn.Module], list[Call]],
+    check: Callable[..., float] | None,
+    compile_it: bool = False,
+) -> Entrant:
+    """``published`` on ``backend``, ready to be timed: its results are finite, and ``check`` found them exact.
+
+    ``calls`` makes the calls for the module that runs; leaves that are no arguments are its weights. ``check`` takes
+    what :func:`benchmarks.gate.assert_exact` does, and returns the relative error.
+    """
     (module,) = on_backends(published, backend)
     function = compiled(module, problem.device) if compile_it else module
-    prepared = block_calls(problem, count, tuple(module.parameters()))
+    prepared = calls(module)
     sample = timing.sampler(function, passes, prepared)
     sample()
-    results = sample.results[: {"forward": 1, "backward": 2, "both": 3}[passes]]  # not the gradients of weights
+    outputs, arguments = len(as_tuple(prepared[0].output_gradient)), len(prepared[0].arguments)
+    without_weights = {"forward": outputs, "backward": arguments, "both": outputs + arguments}[passes]
+    results = sample.results[:without_weights]
     for result in results:
         assert result.isfinite().all(), f"{passes} has results that are not finite"
     notes = {"variant": resolve_backend(backend, torch.device(problem.device)) + (" compiled" if compile_it else "")}
-    if problem.dropout_p == 0:
+    if check is not None:
         exact = copy.deepcopy(published).double()
-        notes["relative_error"] = gate.assert_exact(problem, passes, prepared[0], results, exact)
+        notes["relative_error"] = check(problem, passes, prepared[0], results, exact)
     return Entrant(function, prepared, sample, notes)
 
 
