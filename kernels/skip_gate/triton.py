@@ -27,11 +27,11 @@ PART_ELEMENTS = 32 * TILE
 MOST_PARTS = 128
 
 # A program of the gate has a few results of one image and walks along what they are sums of. At each step it waits for
-# memory, with nothing to hide it, so steps are long: 16 elements a thread, of weights and of parts.
+# memory, with nothing to hide it, so steps are long: 16 elements a thread of weights, and 8 of parts.
 GATE_WARPS = 8
 GATE_RESULTS = 16
 LONGEST_GATE_STEP = 256
-GATE_ELEMENTS = 4096
+PARTS_ELEMENTS = 2048
 WEIGHT_GRADIENT_TILES = {"BLOCK_BATCH": 16, "BLOCK_OUT": 16, "BLOCK_IN": 64}
 
 CELL = (16, TILE // MOST_CHANNELS)  # rows and columns, of a map without tokens: no wider than any tile
@@ -208,7 +208,7 @@ def _mean_parts(encoder_feature: Tensor, encoder: Map, tokens: Map | None, decod
 def _gate_step(length: int, parts: Tensor) -> tuple[int, int]:
     """How many of ``length`` summands a program of the gate takes at once, and of how many of their parts."""
     step = min(triton.next_power_of_2(length), LONGEST_GATE_STEP)
-    return step, min(triton.next_power_of_2(parts.shape[1]), GATE_ELEMENTS // step)
+    return step, min(triton.next_power_of_2(parts.shape[1]), PARTS_ELEMENTS // step)
 
 
 def _blocks(channels: int, columns: int, block: int) -> int:
