@@ -61,7 +61,7 @@ class CompiledKernel:
             if self.stack or self.local_accesses:
                 found.append(f"spills {self.stack} bytes of stack, {self.local_accesses} accesses")
             # Rows that are read entry by entry leave registers for tiles below the 64 rows of HGMMA only.
-            is_scattered = any(name.endswith("_ptr") or name.startswith("stride") for name in self.unaligned)
+            is_scattered = any(re.search(r"(_|\.)ptr$|(^|\.)stride", name) for name in self.unaligned)
             expected = {"HGMMA", "HMMA"} if is_scattered else {"HGMMA"}
             if HALF_PRECISION.intersection(self.products) and not expected.intersection(self.matrix_instructions):
                 found.append(f"holds products in half precision and no HGMMA: {self.matrix_instructions}")
@@ -154,8 +154,9 @@ def _leaves(signature: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], str, A
 
     def walk(path: tuple[int, ...], name: str, type_name: Any) -> Iterator[tuple[tuple[int, ...], str, Any]]:
         if type_name and isinstance(type_name, tuple):
+            fields = getattr(type_name, "_fields", None)
             for place, inner in enumerate(type_name):
-                yield from walk((*path, place), f"{name}[{place}]", inner)
+                yield from walk((*path, place), f"{name}.{fields[place]}" if fields else f"{name}[{place}]", inner)
         else:
             yield path, name, type_name
 

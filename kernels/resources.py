@@ -255,7 +255,7 @@ def _written_kernels() -> set[str]:
 
 def _row(kernel: CompiledKernel) -> str:
     specialised = [f"{name}={value}" for name, value in kernel.folded.items()]
-    specialised += [f"{name} odd" for name in kernel.unaligned]
+    specialised += [f"odd: {' '.join(kernel.unaligned)}"] if kernel.unaligned else []
     products = {operand: kernel.products.count(operand) for operand in kernel.products}
     return _line(
         [
