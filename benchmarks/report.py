@@ -5,6 +5,7 @@ A ``.json`` is that of ``make benchmark``, a ``.jsonl`` that of ``make benchmark
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,31 @@ def device_report(lines: list[dict[str, Any]]) -> str:
     parts = [_device(environment) for environment in environments[-1:]]
     for group in dict.fromkeys(line["group"] for line in tests.values()):
         infos = [line["info"] for line in tests.values() if line["group"] == group]
-        parts.append(f"### {group}\n\n" + (_memory_table(infos) if "peak_bytes" in infos[0] else _race_table(infos)))
+        parts.append(f"### {group}\n\n{_table_of(infos)(infos)}")
     parts.append("### Targets\n\n" + _target_table(tests.values()))
     missing = [line for name, line in unmeasured.items() if name not in tests]
     if missing:
         parts.append("### Not measured\n\n" + _missing_table(missing))
     return "\n\n".join(parts)
+
+
+def _table_of(infos: list[dict[str, Any]]) -> Callable[[list[dict[str, Any]]], str]:
+    if "peak_bytes" in infos[0]:
+        return _memory_table
+    return _baseline_table if "times_baseline" in infos[0] else _race_table
+
+
+def _baseline_table(infos: list[dict[str, Any]]) -> str:
+    """One row a candidate: its time, as a multiple of the baseline's and of the least at the bandwidth of a copy."""
+    rows = ["| workload | candidate | ms | times the baseline | times the least |", "| --- | --- | --- | --- | --- |"]
+    for info in infos:
+        low, high = info["times_baseline_quartiles"]
+        least = info["median_seconds"] / info["least_seconds"]
+        rows.append(
+            f"| {_device_workload(info)} | {info['candidate']} | {info['median_seconds'] * MILLISECONDS:.2f} "
+            f"| {info['times_baseline']:.2f} ({low:.2f} to {high:.2f}) | {least:.1f} |"
+        )
+    return "\n".join(rows)
 
 
 def _race_table(infos: list[dict[str, Any]]) -> str:

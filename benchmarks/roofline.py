@@ -6,6 +6,7 @@ smaller fraction of the roofline, never as more work done.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -185,6 +186,20 @@ def measured_ceilings() -> Ceilings:
         seconds = _median_seconds(lambda left=left, right=right: left @ right)
         flop_rates[dtype] = FLOP_OF_A_MULTIPLY_ADD * PRODUCT_SIDE**3 / seconds
     return Ceilings(flop_rates, bandwidth, "measured in this run")
+
+
+def copy_bandwidth(size: float, device: str) -> float:
+    """Bytes a second, read and written, of a copy that moves ``size`` bytes on ``device`` into memory in use."""
+    source = torch.ones(max(int(size) // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    if source.is_cuda:
+        return 2 * source.numel() / _median_seconds(lambda: target.copy_(source))
+    seconds = []
+    for _ in range(WARMUP_RUNS + TIMED_RUNS):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() / statistics.median(seconds[WARMUP_RUNS:])
 
 
 def _copy() -> Callable[[], Tensor]:

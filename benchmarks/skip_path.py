@@ -20,9 +20,9 @@ from .workloads import CHANNELS, PATCH, module_entrant
 DECODER_FACTOR = 2
 SKIP_CANDIDATES = (OPERATOR, "reference compiled", "reference", "composed")
 
-# Batch norm ends in a ReLU, whose side a rounding can change: an entry in 2 / 2^8 has another gradient in bfloat16,
-# which is several per cent of the norm for the paper's own steps too.
-TOLERANCES_OF_THE_WHOLE_PATH = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.15}
+# Where batch norm is near zero, rounding decides on which side of the ReLU a token is, and with it the gradient of all
+# its pixels. The paper's own steps reach 4e-3, 2e-2 and 5e-2 with two images.
+TOLERANCES_OF_THE_WHOLE_PATH = {torch.float32: 1e-2, torch.float16: 4e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
