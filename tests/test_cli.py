@@ -296,6 +296,52 @@ def test_palette_of_colours_with_hashes(palette, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "field", "expected"),
+    [
+        ("benchmark --sizes 224,512", "sizes", (224, 512)),
+        ("benchmark --sizes 224", "sizes", (224,)),
+        ("benchmark --sizes=[224,512]", "sizes", (224, 512)),
+        ("benchmark --backends reference,composed", "backends", ("reference", "composed")),
+        ("benchmark --backends composed", "backends", ("composed",)),
+        ("benchmark --backends none", "backends", None),
+        ("train -i data -o run --image-size 64,96", "image_size", (64, 96)),
+        ("train -i data -o run --image-size 64", "image_size", 64),
+        ("export -i model -o folder --formats onnx", "formats", ("onnx",)),
+        ("export -i model -o folder --image-size 64,96", "image_size", (64, 96)),
+    ],
+)
+def test_lists_are_written_without_brackets(words, field, expected):
+    assert getattr(cli.parse(words.split())[1], field) == expected
+
+
+def test_lists_in_a_config_file(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("sizes: [64, 96]\nbackends: [composed]\n")
+    settings = cli.parse(["benchmark", "--config", str(config)])[1]
+    assert (settings.sizes, settings.backends) == ((64, 96), ("composed",))
+    config.write_text("sizes: 64\nbackends: null\n")
+    settings = cli.parse(["benchmark", "--config", str(config)])[1]
+    assert (settings.sizes, settings.backends) == ((64,), None)
+    config.write_text("sizes: [many]\n")
+    assert "--sizes: ['many'] does not fit; write it like 224,512" in error_of(capsys, "benchmark", "--config", config)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("benchmark --sizes many", "--sizes: 'many' does not fit; write it like 224,512 ("),
+        ("benchmark --sizes 64,", "--sizes: '64,' does not fit; write it like 224,512 ("),
+        ("benchmark --threads many", "--threads: many does not fit; give a whole number or null ("),
+        ("train -i data -o run --image-size 1,2,3", "--image_size: '1,2,3' does not fit; write it like 224 or 224,320"),
+        ("train -i data -o run --epochs 1.5", "--epochs: 1.5 does not fit; give a whole number ("),
+        ("train -i data -o run --resume maybe", "--resume: maybe does not fit; give true or false ("),
+    ],
+)
+def test_values_of_another_type_are_told_in_plain_words(words, message, capsys):
+    assert message in error_of(capsys, *words.split())
+
+
+@pytest.mark.parametrize(
     ("words", "hint"),
     [
         (["trian", "-i", "data"], "choose one of train"),

@@ -13,14 +13,15 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from types import FrameType
-from typing import Any, get_type_hints
+from types import FrameType, UnionType
+from typing import Any, get_args, get_type_hints
 
 DEBUG_VARIABLE = "UCTRANS_DEBUG"
 USER_ERROR = 2
@@ -138,15 +139,61 @@ COMMANDS = {
         function="benchmark",
         report=str,
         paths={"output": ("output", "folder for benchmark.json; without it the table is only printed")},
-        examples=("uctrans benchmark", "uctrans benchmark --model attention --sizes [224,512] --mode training"),
+        examples=("uctrans benchmark", "uctrans benchmark --model attention --sizes 224,512 --mode training"),
     ),
 }
 
-# Fields that are written as a,b,c. Read as YAML, which jsonargparse does otherwise, a # would begin a comment.
+
+class _CommaList:
+    """Type of a flag: a list as one writes it in a shell, or as a config file holds it; null and none give None.
+
+    Args:
+        item: type of the items.
+        example: what the help shows.
+        is_size: the items are height and width in pixels, and one number alone stays a number.
+    """
+
+    def __init__(self, item: type, example: str, is_size: bool = False):
+        self.item, self.example, self.is_size = item, example, is_size
+
+    def __call__(self, value: Any) -> Any:
+        if value is None or value in ("null", "none"):
+            return None
+        parts = [part.strip(" '\"") for part in value.strip("[]()").split(",")] if isinstance(value, str) else value
+        try:
+            items = tuple(self.item(part) for part in (parts if isinstance(parts, list | tuple) else [parts]))
+        except ValueError:
+            raise ValueError(f"Got value: {value}") from None
+        if self.is_size and len(items) > 2:
+            raise ValueError(f"Got value: {value}")
+        return items[0] if self.is_size and len(items) == 1 else items
+
+    def __repr__(self) -> str:
+        return self.example
+
+
+# Fields that are written as a,b,c. jsonargparse reads YAML otherwise, in which a # begins a comment, and whose [a,b,c]
+# is a pattern of file names to a shell.
 LISTED = {
-    "palette": "colours of the classes in colour-coded masks, background first: '#000000,#ff0000'",
-    "class_names": "names of the classes, kept with the weights: background,nucleus",
+    "palette": (
+        _CommaList(str, "a,b,c"),
+        "colours of the classes in colour-coded masks, background first: '#000000,#ff0000'",
+    ),
+    "class_names": (_CommaList(str, "a,b,c"), "names of the classes, kept with the weights: background,nucleus"),
+    "image_size": (
+        _CommaList(int, "224 or 224,320", is_size=True),
+        "height and width in pixels, or one number for a square; none takes the protocol's or the model's",
+    ),
+    "formats": (_CommaList(str, "a,b"), "torch (torch.export program), onnx, or both: torch,onnx"),
+    "sizes": (_CommaList(int, "224,512"), "sides of the square images, in pixels"),
+    "backends": (
+        _CommaList(str, "a,b"),
+        "backends to compare: reference,composed; none takes all that this machine can run",
+    ),
 }
+
+# What a value of a type is called in the message about one that is of another.
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 class CommandLineError(ValueError):
@@ -234,25 +281,11 @@ def build_parser(name: str) -> Any:
         # The first spelling is the name in a config file.
         spellings = dict.fromkeys((f"--{field}", f"-{flag[0]}", f"--{flag}"))
         parser.add_argument(*spellings, type=types[field], metavar="PATH", help=explanation, **default)
-    listed = {field: explanation for field, explanation in LISTED.items() if field in types}
-    for field, explanation in listed.items():
-        parser.add_argument(f"--{field}", type=_CommaList(), default=defaults[field], help=explanation)
+    listed = {field: how for field, how in LISTED.items() if field in types}
+    for field, (kind, explanation) in listed.items():
+        parser.add_argument(f"--{field}", type=kind, default=defaults[field], metavar="LIST", help=explanation)
     parser.add_class_arguments(settings, skip={*command.paths, *listed})
     return parser
-
-
-class _CommaList:
-    """Type of a flag: a list as one writes it in a shell, or as a config file holds it."""
-
-    def __call__(self, value: Any) -> tuple[Any, ...] | None:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            value = [part.strip(" '\"") for part in value.strip("[]").split(",")]
-        return tuple(value)
-
-    def __repr__(self) -> str:
-        return "a,b,c"
 
 
 def _spelled_out(words: Sequence[str], settings: type) -> list[str]:
@@ -305,8 +338,24 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
         namespace = parser.parse_args(spelled)
     except argparse.ArgumentError as error:
         hint = _near_flags(rest, parser) or f"uctrans {name} --help lists the settings"
-        raise CommandLineError(f"{error} ({hint})") from error
+        raise CommandLineError(f"{_in_plain_words(str(error), settings)} ({hint})") from error
     return name, settings(**{key: value for key, value in vars(namespace).items() if key != "config"})
+
+
+def _in_plain_words(message: str, settings: type) -> str:
+    """What jsonargparse says of a value of the wrong type, in the words of the command line; other messages as is."""
+    patterns = (r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', r"argument --(\w+): invalid .* value: (.*)")
+    found = next(filter(None, (re.search(pattern, message, flags=re.DOTALL) for pattern in patterns)), None)
+    types = get_type_hints(settings)
+    if found is None or found[1] not in types:
+        return message
+    field, value = found.groups()
+    if field in LISTED:
+        wanted = f"write it like {LISTED[field][0]}"
+    else:
+        kinds = get_args(types[field]) if isinstance(types[field], UnionType) else (types[field],)
+        wanted = "give " + " or ".join(KINDS.get(kind, str(kind)) for kind in kinds)
+    return f"--{field}: {value.strip()} does not fit; {wanted}"
 
 
 def _near_flags(words: Sequence[str], parser: Any) -> str:

@@ -254,7 +254,7 @@ def export(config: ExportConfig) -> list[Path]:
         ModelFileError: ``config.model`` is no model file.
         ImportError: onnx, onnxscript or onnxruntime is not installed (for ONNX).
     """
-    unknown = [name for name in config.formats if name not in FORMATS]
+    unknown = [name for name in config.formats or () if name not in FORMATS]
     if unknown or not config.formats:
         raise InferenceError(f"formats must be of {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}.")
     if config.dynamic not in AXIS_NAMES:
