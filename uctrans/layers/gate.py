@@ -11,14 +11,14 @@ class ChannelGate(nn.Module):
     Args:
         skip_channels: width of the skip feature.
         decoder_channels: width of the decoder feature; ``None`` for a gate by the skip alone.
-        concatenate: put the upsampled decoder feature behind the gated skip; ``False`` returns the gated skip alone.
         backend: see :func:`uctrans.kernels.resolve_backend`.
+        concatenate: put the upsampled decoder feature behind the gated skip; ``False`` returns the gated skip alone.
 
     Source: UCTransNet (AAAI 2022), channel-wise cross attention (CCA).
     """
 
     def __init__(
-        self, skip_channels: int, decoder_channels: int | None, concatenate: bool = True, backend: str = "auto"
+        self, skip_channels: int, decoder_channels: int | None, backend: str = "auto", *, concatenate: bool = True
     ):
         super().__init__()
         self.skip = nn.Linear(skip_channels, skip_channels)
