@@ -160,6 +160,19 @@ def test_backend_is_set(uctransnet_folder):
         load_predictor(uctransnet_folder, "fastest", device="cpu")
 
 
+def test_backend_that_cannot_run_is_refused_before_the_first_image(uctransnet_folder, unet_folder, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match="run on a CUDA device"):
+        load_predictor(uctransnet_folder, "triton", device="cpu")
+    with pytest.raises(ValueError, match="UNet has no layer with a backend"):
+        load_predictor(unet_folder, "composed", device="cpu")
+    monkeypatch.setenv("UCTRANS_BACKEND", "triton")
+    with pytest.raises(NotImplementedError, match="run on a CUDA device"):
+        load_predictor(uctransnet_folder, device="cpu")
+    assert load_predictor(unet_folder, device="cpu").model.name == "unet"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -198,6 +198,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         InferenceError: A setting out of its range, or an evaluation in the output folder and ``overwrite`` not set.
         DataError: The data set cannot be read, has no masks, or holds labels the model has no class for.
         ModelFileError: ``config.model`` is no model file.
+        ValueError: There is no such backend, or one is named and the model has none.
+        NotImplementedError: The backend cannot run on the device.
         ImportError: MONAI or Matplotlib is not installed.
     """
     if config.size not in SIZES:

@@ -28,6 +28,7 @@ import uctrans
 from uctrans.extras import import_extra
 from uctrans.inference.files import InferenceError, output_folder, refuse_existing, write_json
 from uctrans.inference.predictor import image_size_of, protocol_of
+from uctrans.layers.backend import layers_with_backend
 from uctrans.layers.tokens import PatchEmbedding
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
@@ -266,7 +267,8 @@ def export(config: ExportConfig) -> list[Path]:
     if not config.overwrite:
         refuse_existing([*files.values(), folder / SUMMARY], "an export")
     model = uctrans.load_model(config.model).eval()
-    uctrans.set_backend(model, "composed")
+    if layers_with_backend(model):
+        uctrans.set_backend(model, "composed")
     grid = getattr(model, "size_multiple", 16)
     size = _validated_size(config, model, grid)
     shapes = _checked_shapes(config, size, grid)

@@ -144,6 +144,8 @@ def predict(config: PredictConfig) -> list[Path]:
             would write the same file, an output folder that holds the images.
         DataError: There is no image at ``config.input``.
         ModelFileError: ``config.model`` is no model file.
+        ValueError: There is no such backend, or one is named and the model has none.
+        NotImplementedError: The backend cannot run on the device.
         ImportError: MONAI (for tiles) or tqdm (for the progress bar) is not installed.
     """
     if config.probability not in PROBABILITY_FORMATS:

@@ -17,6 +17,8 @@ import uctrans
 from uctrans.data import Protocol, get_protocol
 from uctrans.extras import import_extra
 from uctrans.inference.files import InferenceError
+from uctrans.kernels import resolve_backend
+from uctrans.layers.backend import layers_with_backend
 
 DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the weights' metadata name none
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
@@ -243,8 +245,12 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
     Raises:
         ModelFileError: ``path`` is no model file.
         InferenceError: See `Predictor`.
+        ValueError: There is no such backend, or one is named and no layer of the model has any.
+        NotImplementedError: The backend cannot run on the device.
     """
-    resolve_device(settings.get("device", "auto"))
+    device = resolve_device(settings.get("device", "auto"))
     model = uctrans.load_model(path)
-    uctrans.set_backend(model, backend)
+    if backend != "auto" or layers_with_backend(model):
+        resolve_backend(backend, device)  # it raises here, and not in the midst of the images
+        uctrans.set_backend(model, backend)
     return Predictor(model, **settings)
