@@ -104,6 +104,8 @@ def test_compiled_network_trains_with_a_smaller_last_batch(make_config, tmp_path
     states = [load_checkpoint(result.run_folder / "last.pt")["model"]["state"] for result in (compiled, plain)]
     for name, tensor in states[1].items():
         torch.testing.assert_close(states[0][name], tensor, rtol=1e-3, atol=1e-5)
+    is_told = ["compiling the network" in (result.run_folder / "log.txt").read_text() for result in (compiled, plain)]
+    assert is_told == [True, False]
 
 
 def test_same_seed_same_bits_other_seed_others(make_config, tmp_path, assert_same):
@@ -217,6 +219,23 @@ def test_validation_loss_that_is_not_finite_names_the_images(make_config, monkey
     monkeypatch.setattr(uctrans.UNet, "forward", spoiled)
     with pytest.raises(TrainingError, match="validation loss is not finite for val0, val1"):
         train(make_config(batch_size=2, image_size=32))
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable", "message"),
+    [
+        ("triton", "", "backend: the Triton operators .*got cpu; use backend='composed'"),
+        ("auto", "triton", "backend: the Triton operators .*got cpu"),
+        ("fast", "", "backend: unknown backend 'fast'; choose one of auto"),
+    ],
+)
+def test_backend_that_cannot_run_is_refused_before_the_run_begins(make_config, monkeypatch, backend, variable, message):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("UCTRANS_BACKEND", variable or "auto")
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(model="uctransnet", backend=backend))
+    assert not Path(make_config().output).exists()
 
 
 def test_output_that_holds_a_run_is_refused(make_config):

@@ -16,6 +16,7 @@ from uctrans.data import (
     load_folds,
     load_tensors,
 )
+from uctrans.kernels import resolve_backend
 from uctrans.models import SegmentationModel, load_model
 from uctrans.models.base import load_state
 from uctrans.models.registry import model_class
@@ -79,10 +80,7 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
     Raises:
         ConfigError: there is no such network, or it does not take these options.
     """
-    try:
-        kind = model_class(config.model)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
+    kind = _kind(config)
     options = {"in_channels": 3, "classes": config.classes, "base_channels": config.base_channels}
     own = {"image_size": list(image_size), "backend": config.backend}
     taken = inspect.signature(kind).parameters
@@ -93,6 +91,23 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
         return kind(**options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model_options: {config.model} cannot be built of {options}: {error}") from error
+
+
+def check_backend_runs(config: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError where the backend of the network's operators is unknown, or cannot run on ``device``."""
+    if "backend" not in inspect.signature(_kind(config)).parameters:
+        return
+    try:
+        resolve_backend(config.backend, device)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"backend: {error}") from error
+
+
+def _kind(config: TrainConfig) -> type[SegmentationModel]:
+    try:
+        return model_class(config.model)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def start_from(model: SegmentationModel, path: str) -> None:

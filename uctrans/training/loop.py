@@ -234,6 +234,8 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         f"{len(run.train_data)} images, validating on {len(run.val_data)}, {_devices(run.group)}, "
         f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
     )
+    if config.compile:
+        log.line("compiling the network: the first step of each size of batch waits for it, on a CPU for minutes")
     return log
 
 

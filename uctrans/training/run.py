@@ -15,6 +15,7 @@ from uctrans.models.base import load_state
 from uctrans.training.build import (
     build_model,
     build_optimizer,
+    check_backend_runs,
     derived_seed,
     fit_to_device,
     learning_rate,
@@ -46,6 +47,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, group: Processes):
         self.config, self.group = config, group
+        check_backend_runs(config, group.device)
         set_threads_and_determinism(config)
         channel_order = {} if config.channel_order is None else {"channel_order": config.channel_order}
         self.protocol = get_protocol(config.protocol, config.image_size, **channel_order)
