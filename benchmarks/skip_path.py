@@ -1,5 +1,6 @@
 """The skip path as it is timed: one scale or all four in one call, the gate alone or with reconstruction before it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -151,3 +152,62 @@ def skip_entrant(problem: SkipProblem, candidate: str, passes: str, count: int) 
 
     compile_it = candidate.endswith(" compiled")
     return module_entrant(problem, skip_path(problem), backend, passes, calls, check, compile_it)
+
+
+def operator_or_reason(problem: SkipProblem, passes: str, count: int) -> Entrant | str:
+    """The operator as an opponent, or why it cannot run: the others are then timed alone."""
+    try:
+        return skip_entrant(problem, OPERATOR, passes, count)
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error)[:500]}"
+
+
+ALL_SCALES = tuple(range(len(CHANNELS)))
+SCALES = (*((scale,) for scale in ALL_SCALES), ALL_SCALES)
+HALF = torch.bfloat16
+
+# The most important first: a short session measures these. The gate, then the whole path.
+CLAIMED = [
+    SkipProblem(224, 32, HALF, (0,)),
+    SkipProblem(224, 32, HALF, ALL_SCALES),
+    SkipProblem(224, 32, HALF, ALL_SCALES, with_reconstruction=True),
+]
+FURTHER = [
+    SkipProblem(224, 4, HALF, ALL_SCALES),
+    SkipProblem(512, 4, HALF, ALL_SCALES),
+    *(SkipProblem(224, 32, HALF, (scale,)) for scale in ALL_SCALES),
+    SkipProblem(224, 32, HALF, ALL_SCALES, channels_last=False),
+    SkipProblem(224, 4, HALF, ALL_SCALES, with_reconstruction=True),
+    SkipProblem(224, 32, HALF, (0,), with_reconstruction=True),
+]
+ALL = [
+    SkipProblem(pixels, batch, dtype, scales, channels_last)
+    for dtype, channels_last, pixels, batch, scales in itertools.product(
+        (HALF, torch.float32), (True, False), (224, 512), (32, 4, 1), reversed(SCALES)
+    )
+]
+ALL_WHOLE = [
+    SkipProblem(pixels, batch, dtype, ALL_SCALES, channels_last, with_reconstruction=True)
+    for dtype, channels_last, (pixels, batch) in itertools.product(
+        (HALF, torch.float32), (True, False), ((224, 32), (224, 4), (224, 1), (512, 4))
+    )
+]
+GPU_PROBLEMS = list(dict.fromkeys([*CLAIMED, *FURTHER, *ALL, *ALL_WHOLE]))
+
+# Of 32 images at 224 pixels in bfloat16, channels-last. Of the operator, the share of the copy bandwidth at the first
+# scale and at all; of the others, how many times as fast as they are the operator is.
+BANDWIDTH_TARGETS = {(0,): 0.75, ALL_SCALES: 0.60}
+GATE_TARGETS = {"reference": 3.0, "reference compiled": 1.3}
+WHOLE_PATH_TARGETS = {"reference compiled": 3.0}
+
+
+def target(problem: SkipProblem, candidate: str) -> float | None:
+    """What the project sets out to reach, forward and backward, or ``None``."""
+    claimed = (problem.pixels, problem.batch, problem.dtype, problem.channels_last) == (224, 32, HALF, True)
+    if not claimed or problem.scales not in BANDWIDTH_TARGETS:
+        return None
+    if problem.with_reconstruction:
+        return WHOLE_PATH_TARGETS.get(candidate) if problem.scales == ALL_SCALES else None
+    if candidate == OPERATOR:
+        return BANDWIDTH_TARGETS[problem.scales]
+    return GATE_TARGETS.get(candidate)

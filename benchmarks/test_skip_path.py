@@ -7,48 +7,24 @@ the paper's steps as they are and compiled, in CUDA graphs as in :mod:`benchmark
 recorded as met or missed.
 """
 
-import itertools
-
 import pytest
 import torch
 
 from . import timing
-from .candidates import OPERATOR
 from .race import CLOCK, measure
-from .skip_path import SKIP_CANDIDATES, SkipProblem, skip_calls, skip_entrant, skip_path
-from .workloads import CHANNELS, on_backends
+from .skip_path import (
+    ALL_SCALES,
+    GPU_PROBLEMS,
+    SKIP_CANDIDATES,
+    SkipProblem,
+    operator_or_reason,
+    skip_calls,
+    skip_entrant,
+    skip_path,
+    target,
+)
+from .workloads import on_backends
 
-ALL_SCALES = tuple(range(len(CHANNELS)))
-SCALES = (*((scale,) for scale in ALL_SCALES), ALL_SCALES)
-HALF = torch.bfloat16
-
-# The most important first: a short session measures these. The gate, then the whole path.
-CLAIMED = [
-    SkipProblem(224, 32, HALF, (0,)),
-    SkipProblem(224, 32, HALF, ALL_SCALES),
-    SkipProblem(224, 32, HALF, ALL_SCALES, with_reconstruction=True),
-]
-FURTHER = [
-    SkipProblem(224, 4, HALF, ALL_SCALES),
-    SkipProblem(512, 4, HALF, ALL_SCALES),
-    *(SkipProblem(224, 32, HALF, (scale,)) for scale in ALL_SCALES),
-    SkipProblem(224, 32, HALF, ALL_SCALES, channels_last=False),
-    SkipProblem(224, 4, HALF, ALL_SCALES, with_reconstruction=True),
-    SkipProblem(224, 32, HALF, (0,), with_reconstruction=True),
-]
-ALL = [
-    SkipProblem(pixels, batch, dtype, scales, channels_last)
-    for dtype, channels_last, pixels, batch, scales in itertools.product(
-        (HALF, torch.float32), (True, False), (224, 512), (32, 4, 1), reversed(SCALES)
-    )
-]
-ALL_WHOLE = [
-    SkipProblem(pixels, batch, dtype, ALL_SCALES, channels_last, with_reconstruction=True)
-    for dtype, channels_last, (pixels, batch) in itertools.product(
-        (HALF, torch.float32), (True, False), ((224, 32), (224, 4), (224, 1), (512, 4))
-    )
-]
-GPU_PROBLEMS = list(dict.fromkeys([*CLAIMED, *FURTHER, *ALL, *ALL_WHOLE]))
 CPU_PROBLEM = {"channels": (4, 8, 16, 32), "device": "cpu"}
 CPU_PROBLEMS = [
     SkipProblem(32, 2, torch.float32, (0, 3), **CPU_PROBLEM),
@@ -56,24 +32,6 @@ CPU_PROBLEMS = [
 ]
 LARGE_WORK = 1e8  # bytes; on a processor some tenths of a second, and fewer rounds
 PLACES, FIRST_PLACE = 10, 5  # beside the places of the attention operator, which come first
-
-# Of 32 images at 224 pixels in bfloat16, channels-last. Of the operator, the share of the copy bandwidth at the first
-# scale and at all; of the others, how many times as fast as they are the operator is.
-BANDWIDTH_TARGETS = {(0,): 0.75, ALL_SCALES: 0.60}
-GATE_TARGETS = {"reference": 3.0, "reference compiled": 1.3}
-WHOLE_PATH_TARGETS = {"reference compiled": 3.0}
-
-
-def target(problem: SkipProblem, candidate: str) -> float | None:
-    """What the project sets out to reach, forward and backward, or ``None``."""
-    claimed = (problem.pixels, problem.batch, problem.dtype, problem.channels_last) == (224, 32, HALF, True)
-    if not claimed or problem.scales not in BANDWIDTH_TARGETS:
-        return None
-    if problem.with_reconstruction:
-        return WHOLE_PATH_TARGETS.get(candidate) if problem.scales == ALL_SCALES else None
-    if candidate == OPERATOR:
-        return BANDWIDTH_TARGETS[problem.scales]
-    return GATE_TARGETS.get(candidate)
 
 
 def problems(with_reconstruction: bool) -> list:
@@ -111,7 +69,7 @@ def race_in_graphs(request, benchmark, record, problem, passes, candidate):
     count = timing.calls_a_sample(work.bytes, problem.device)
     torch._dynamo.reset()
     entrant = skip_entrant(problem, candidate, passes, count)
-    operator = skip_entrant(problem, OPERATOR, passes, count)
+    operator = operator_or_reason(problem, passes, count)
     aim = target(problem, candidate)
     measure(benchmark, record, request.node.name, problem, passes, candidate, entrant, operator, work, aim)
 
