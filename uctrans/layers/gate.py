@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..kernels import skip_gate
+from ..kernels import check_backend, skip_gate
+from .checks import check_counts
 
 
 class ChannelGate(nn.Module):
@@ -21,10 +22,13 @@ class ChannelGate(nn.Module):
         self, skip_channels: int, decoder_channels: int | None, backend: str = "auto", *, concatenate: bool = True
     ):
         super().__init__()
+        check_counts(skip_channels=skip_channels)
+        if decoder_channels is not None:
+            check_counts(decoder_channels=decoder_channels)
         self.skip = nn.Linear(skip_channels, skip_channels)
         self.decoder = None if decoder_channels is None else nn.Linear(decoder_channels, skip_channels)
         self.concatenate = concatenate
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(
         self, encoder_feature: Tensor, decoder_feature: Tensor | None = None, tokens: Tensor | None = None
