@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REMEDY = "convert them with .to(dtype), or run under torch.autocast"
 
 
 def check_dtypes_and_devices(**tensors: Tensor) -> None:
@@ -27,7 +28,7 @@ def check_dtypes_and_devices(**tensors: Tensor) -> None:
     if len(set(dtypes.values())) == 1:
         return
     if not _is_autocast_on(next(iter(devices.values())).type):
-        raise TypeError(f"all tensors must share one dtype; got {_listed(dtypes)}")
+        raise TypeError(f"all tensors must share one dtype; got {_listed(dtypes)}: {REMEDY}")
     if torch.float64 in dtypes.values():
         raise TypeError(f"autocast leaves float64 as it is, so all tensors or none must be; got {_listed(dtypes)}")
 

@@ -227,10 +227,72 @@ class TestChannelTransformer:
         wrong[2] = wrong[2][..., 2:]
         with pytest.raises(ValueError, match="one token grid"):
             module(wrong)
-        with pytest.raises(ValueError, match="3 scales need as many patch sizes"):
-            ChannelTransformer(CHANNELS, (4, 2), GRID)
-        with pytest.raises(ValueError, match="at least one scale"):
-            ChannelTransformer((None,), (4,), GRID)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda first, second, third: {"a": first}, TypeError, "features must be a list or tuple, .*; got dict"),
+            (lambda first, second, third: first, TypeError, "features must be a list or tuple, .*; got Tensor"),
+            (lambda first, second, third: [first, 3, third], TypeError, "feature 1 must be a tensor; got int"),
+            (lambda first, second, third: [first, second[0], third], ValueError, r"feature 1 must be \(B, 8, height"),
+            (lambda first, second, third: [first, second, third[:, 1:]], ValueError, r"feature 2 .*got \(2, 11, 4, 6"),
+            (lambda first, second, third: [first, second[:1], third], ValueError, "feature 1 holds 1, not 2"),
+            (
+                lambda first, second, third: [first, second.double(), third],
+                TypeError,
+                r"weights torch.float32, .* feature 1 torch.float64, .*: convert them with .to\(dtype\), or run under",
+            ),
+            (lambda *features: [feature.half() for feature in features], TypeError, "feature 0 torch.float16"),
+            (lambda first, second, third: [first.to("meta"), second, third], ValueError, "feature 0 meta"),
+        ],
+    )
+    def test_bad_features(self, change, error, message):
+        with pytest.raises(error, match=message):
+            transformer()(change(*features()))
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"patch_sizes": (4, 2)}, ValueError, "3 scales need as many patch sizes"),
+            ({"channels": (None,) * 3}, ValueError, "at least one scale"),
+            ({"channels": (4, 0, 12)}, ValueError, r"channels\[1\] must be at least 1; got 0"),
+            ({"channels": (4, 8.0, 12)}, TypeError, r"channels\[1\] must be an int; got 8.0"),
+            ({"channels": 12}, TypeError, "channels must be a list or tuple, one width a scale, .*; got int"),
+            ({"patch_sizes": 8}, TypeError, "patch_sizes must be a list or tuple, one side a scale; got int"),
+            ({"patch_sizes": (8, 4, 0)}, ValueError, r"patch_sizes\[2\] must be at least 1"),
+            ({"grid": 8}, TypeError, "grid must be a list or tuple, rows and columns of tokens; got int"),
+            ({"grid": (8,)}, ValueError, r"grid must be rows and columns of tokens; got \(8,\)"),
+            ({"grid": (8, 0)}, ValueError, "columns must be at least 1"),
+            ({"num_layers": 0}, ValueError, "num_layers must be at least 1"),
+            ({"num_heads": 0}, ValueError, "num_heads must be at least 1"),
+            ({"mlp_ratio": -1}, ValueError, "mlp_ratio must be at least 1"),
+            ({"mlp_dropout": 1.5}, ValueError, r"mlp_dropout must be in \[0, 1\)"),
+            ({"backend": "tritn"}, ValueError, "unknown backend 'tritn'"),
+        ],
+        ids=str,
+    )
+    def test_bad_arguments(self, changes, error, message):
+        arguments = {"channels": CHANNELS, "patch_sizes": PATCHES, "grid": GRID} | changes
+        with pytest.raises(error, match=message):
+            ChannelTransformer(**arguments)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda backend: ChannelAttention(CHANNELS, 2, 0.0, backend),
+        lambda backend: TransformerLayer(CHANNELS, 2, 2, 0.0, 0.0, backend),
+        lambda backend: Reconstruct(4, 2, backend),
+        lambda backend: PackedLayerNorm(CHANNELS, backend),
+        lambda backend: PackedLinear(CHANNELS, backend),
+        lambda backend: PackedMlp(CHANNELS, 2, 0.0, backend),
+        lambda backend: ChannelGate(4, 4, backend=backend),
+    ],
+)
+def test_every_layer_knows_its_backend_when_it_is_made(make):
+    make("composed")
+    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
+        make("tritn")
 
 
 class TestChannelGate:
@@ -248,6 +310,12 @@ class TestChannelGate:
         alone.load_state_dict(whole.state_dict())
         torch.testing.assert_close(alone(skip, decoded), whole(skip, decoded)[:, :6])
         assert ChannelGate(6, None)(skip).shape == skip.shape
+
+    def test_widths_below_one(self):
+        with pytest.raises(ValueError, match="skip_channels must be at least 1; got 0"):
+            ChannelGate(0, 4)
+        with pytest.raises(ValueError, match="decoder_channels must be at least 1; got -1"):
+            ChannelGate(4, -1)
 
     def test_decoder_that_does_not_match(self):
         skip, decoded = torch.randn(2, 6, 8, 12), torch.randn(2, 10, 4, 6)

@@ -172,6 +172,9 @@ class TestEveryModel:
             model(torch.rand(1, 3, 0, 32))
         with pytest.raises(TypeError, match="divide by 255"):
             model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        for dtype in (torch.float16, torch.float64):
+            with pytest.raises(TypeError, match=f"got image {dtype}, weights torch.float32: convert them with"):
+                model(torch.rand(1, 3, 32, 32).to(dtype))
 
     def test_full_disk_keeps_the_former_weights(self, name, tmp_path, monkeypatch):
         model = randomised(build(name))

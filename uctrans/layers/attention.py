@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..kernels import projected_attention_maps, projected_channel_attention
+from ..kernels import check_backend, projected_attention_maps, projected_channel_attention
+from .checks import check_counts, check_probabilities
 from .packed import PackedLinear, linear_weights
 
 
@@ -20,12 +21,14 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels: Sequence[int], num_heads: int, dropout: float, backend: str):
         super().__init__()
+        check_counts(num_heads=num_heads)
+        check_probabilities(dropout=dropout)
         self.query = nn.ParameterList(linear_weights(num_heads, width) for width in channels)
         self.key_value = linear_weights(2, num_heads, sum(channels))
         self.output = PackedLinear(channels, backend)
         self.output_dropout = nn.Dropout(dropout)
         self.map_dropout = dropout
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
         """(B, N, sum C), (B, N, sum C) -> (B, N, sum C)."""

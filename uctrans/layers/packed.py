@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import packed_layer_norm, packed_linear, resolve_backend
+from ..kernels import check_backend, packed_layer_norm, packed_linear, resolve_backend
 
 LAYER_NORM_EPS = 1e-6
 
@@ -20,7 +20,7 @@ class PackedLayerNorm(nn.Module):
         self.channels = list(channels)
         self.weight = nn.Parameter(torch.ones(sum(channels)))
         self.bias = nn.Parameter(torch.zeros(sum(channels)))
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Normalise every token, scale by scale."""
@@ -34,7 +34,7 @@ class PackedLinear(nn.ModuleList):
 
     def __init__(self, channels: Sequence[int], backend: str = "auto"):
         super().__init__(nn.Linear(width, width, bias=False) for width in channels)
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply each scale's map to its own channels."""
@@ -63,7 +63,7 @@ class PackedMlp(nn.ModuleList):
 
     def __init__(self, channels: Sequence[int], ratio: int, dropout: float, backend: str = "auto"):
         super().__init__(Mlp(width, ratio, dropout) for width in channels)
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply each scale's MLP to its own channels."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..kernels import resolve_backend
+from ..kernels import check_backend, resolve_backend
 
 
 class PatchEmbedding(nn.Module):
@@ -46,7 +46,7 @@ class Reconstruct(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=1)
         self.norm = nn.BatchNorm2d(channels)
         self.patch_size = patch_size
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, C, rows, columns) -> (B, C, rows, columns), times ``patch_size`` on the reference path."""

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import cross_layer_norm
+from ..kernels import check_backend, cross_layer_norm
+from ..kernels.checks import check_dtypes_and_devices
 from .attention import ChannelAttention
+from .checks import check_counts, check_probabilities, check_sequence
 from .packed import LAYER_NORM_EPS, PackedLayerNorm, PackedMlp
 from .tokens import PatchEmbedding, Reconstruct
 
@@ -30,7 +32,7 @@ class TransformerLayer(nn.Module):
         self.attention = ChannelAttention(channels, num_heads, attention_dropout, backend)
         self.mlp_norm = PackedLayerNorm(channels, backend)
         self.mlp = PackedMlp(channels, mlp_ratio, mlp_dropout, backend)
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Attend, then mix within each scale."""
@@ -71,6 +73,10 @@ class ChannelTransformer(nn.Module):
         mlp_dropout: dropout inside the MLPs.
         backend: see :func:`uctrans.kernels.resolve_backend`.
 
+    Raises:
+        ValueError: an argument, or a feature, does not fit; the message names it.
+        TypeError: what should be a list, an int or a tensor is something else, or dtypes are mixed outside autocast.
+
     Source: UCTransNet (AAAI 2022), channel-wise cross fusion transformer (CCT).
     """
 
@@ -89,8 +95,11 @@ class ChannelTransformer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        if len(channels) != len(patch_sizes):
-            raise ValueError(f"{len(channels)} scales need as many patch sizes; got {list(patch_sizes)}")
+        _check_scales(channels, patch_sizes, grid)
+        check_counts(num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        check_probabilities(
+            embedding_dropout=embedding_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout
+        )
         self.is_active = [width is not None for width in channels]
         self.channels = [width for width in channels if width is not None]
         if not self.channels:
@@ -137,27 +146,39 @@ class ChannelTransformer(nn.Module):
         return self._reconstruct(self.norm(tokens), grid), maps
 
     def _embed(self, features: Sequence[Tensor | None]) -> tuple[Tensor, tuple[int, int]]:
+        grid = self._check_features(features)
+        active = [feature for feature in features if feature is not None]
+        tokens = torch.cat(
+            [embedding(feature) for embedding, feature in zip(self.embeddings, active, strict=True)], dim=-1
+        )
+        return tokens, grid
+
+    def _check_features(self, features: Sequence[Tensor | None]) -> tuple[int, int]:
+        """The token grid of the features; an error where they are not what this transformer was made for."""
+        check_sequence("features", features, "one (B, C, H, W) a scale, finest first")
         if [feature is not None for feature in features] != self.is_active:
             raise ValueError(
                 f"this transformer has scales {['on' if active else 'off' for active in self.is_active]}; "
                 f"got {['feature' if feature is not None else 'None' for feature in features]}"
             )
-        active = [feature for feature in features if feature is not None]
-        grids = []
-        for scale, (feature, embedding) in enumerate(zip(active, self.embeddings, strict=True)):
-            patch = embedding.projection.kernel_size[0]
-            if feature.shape[-2] % patch or feature.shape[-1] % patch:
+        named = {f"feature {scale}": feature for scale, feature in enumerate(features) if feature is not None}
+        check_dtypes_and_devices(weights=self.embeddings[0].projection.weight, **named)
+        batch, grids = next(iter(named.values())).shape[0], []
+        for (name, feature), width, embedding in zip(named.items(), self.channels, self.embeddings, strict=True):
+            if feature.ndim != 4 or feature.shape[1] != width or 0 in feature.shape[2:]:
+                raise ValueError(f"{name} must be (B, {width}, height, width); got {tuple(feature.shape)}")
+            if feature.shape[0] != batch:
+                raise ValueError(f"all features must hold as many images: {name} holds {feature.shape[0]}, not {batch}")
+            patch, (height, width) = embedding.projection.kernel_size[0], feature.shape[2:]
+            if height % patch or width % patch:
                 raise ValueError(
-                    f"feature {scale} is {feature.shape[-2]}x{feature.shape[-1]} pixels, no multiple of its patch size "
-                    f"{patch}: pad the image so that every scale is"
+                    f"{name} is {height}x{width} pixels, no multiple of its patch size {patch}: pad the image so that "
+                    f"every scale is"
                 )
-            grids.append((feature.shape[-2] // patch, feature.shape[-1] // patch))
+            grids.append((height // patch, width // patch))
         if any(grid != grids[0] for grid in grids):
             raise ValueError(f"all scales must come to one token grid; these features come to {grids}")
-        tokens = torch.cat(
-            [embedding(feature) for embedding, feature in zip(self.embeddings, active, strict=True)], dim=-1
-        )
-        return tokens, grids[0]
+        return grids[0]
 
     def _reconstruct(self, tokens: Tensor, grid: tuple[int, int]) -> list[Tensor | None]:
         token_maps = tokens.transpose(1, 2).unflatten(2, grid).split(self.channels, dim=1)
@@ -165,3 +186,17 @@ class ChannelTransformer(nn.Module):
             [reconstruct(tokens) for reconstruct, tokens in zip(self.reconstructions, token_maps, strict=True)]
         )
         return [next(reconstructed) if active else None for active in self.is_active]
+
+
+def _check_scales(channels: Sequence[int | None], patch_sizes: Sequence[int], grid: tuple[int, int]) -> None:
+    check_sequence("channels", channels, "one width a scale, None for a scale that is off")
+    check_sequence("patch_sizes", patch_sizes, "one side a scale")
+    check_sequence("grid", grid, "rows and columns of tokens")
+    if len(channels) != len(patch_sizes):
+        raise ValueError(f"{len(channels)} scales need as many patch sizes; got {list(patch_sizes)}")
+    if len(grid) != 2:
+        raise ValueError(f"grid must be rows and columns of tokens; got {grid}")
+    check_counts(rows=grid[0], columns=grid[1])
+    for scale, (width, patch) in enumerate(zip(channels, patch_sizes, strict=True)):
+        if width is not None:
+            check_counts(**{f"channels[{scale}]": width, f"patch_sizes[{scale}]": patch})

@@ -11,6 +11,7 @@ import safetensors.torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.checks import check_dtypes_and_devices
 from ..writing import written_atomically
 
 WEIGHTS_FILE = "model.safetensors"
@@ -164,12 +165,16 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, missing_columns, 0, missing_rows), mode="replicate")
 
 
-def check_image(image: Tensor, in_channels: int) -> None:
-    """Raise ``ValueError`` or ``TypeError`` unless ``image`` is a floating-point (B, in_channels, H, W)."""
+def check_image(image: Tensor, in_channels: int, weight: Tensor) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless ``image`` is a (B, in_channels, H, W) that meets ``weight``.
+
+    That is, on its device and, outside autocast, of its dtype.
+    """
     if image.ndim != 4 or image.shape[1] != in_channels or 0 in image.shape[2:]:
         raise ValueError(f"the image must be (B, {in_channels}, height, width); got {tuple(image.shape)}")
     if not image.is_floating_point():
         raise TypeError(f"the image must be floating point in [0, 1]; got {image.dtype}: divide by 255 first")
+    check_dtypes_and_devices(image=image, weights=weight)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import check_backend
 from ..layers import ChannelGate, ChannelTransformer, DoubleConv, Encoder
+from ..layers.checks import check_counts, check_probabilities, check_sequence
 from .base import ModelFileError, SegmentationModel, check_image, pad_to_multiple
 from .registry import register_model
 from .unet import UNet, scale_widths
@@ -68,10 +69,10 @@ class UCTransNet(SegmentationModel):
         super().__init__()
         check_backend(backend)
         _check_patches(patch_sizes)
-        _check_counts(
+        check_counts(
             in_channels=in_channels, classes=classes, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio
         )
-        _check_probabilities(
+        check_probabilities(
             embedding_dropout=embedding_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout
         )
         self.in_channels, self.classes = in_channels, classes
@@ -98,14 +99,14 @@ class UCTransNet(SegmentationModel):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, in_channels, H, W) of any size -> logits (B, classes, H, W)."""
-        check_image(image, self.in_channels)
+        check_image(image, self.in_channels, self.head.weight)
         features, deepest = self.encoder(pad_to_multiple(image, self.size_multiple))
         tokens = self.transformer.token_maps(features)
         return self._decode(features, tokens, deepest, image)
 
     def forward_with_attention(self, image: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
         """:meth:`forward`, and ``maps[layer][scale]``: (B, C, sum C), softmax maps before dropout, mean over heads."""
-        check_image(image, self.in_channels)
+        check_image(image, self.in_channels, self.head.weight)
         features, deepest = self.encoder(pad_to_multiple(image, self.size_multiple))
         tokens, maps = self.transformer.token_maps_with_attention(features)
         return self._decode(features, tokens, deepest, image), maps
@@ -155,21 +156,10 @@ class UCTransNet(SegmentationModel):
 
 
 def _check_patches(patch_sizes: Sequence[int]) -> None:
+    check_sequence("patch_sizes", patch_sizes, "one side a scale")
     if not patch_sizes or any(patch < 1 for patch in patch_sizes):
         raise ValueError(f"patch_sizes needs one positive size a scale; got {list(patch_sizes)}")
     if any(fine != 2 * coarse for fine, coarse in itertools.pairwise(patch_sizes)):
         raise ValueError(
             f"patch_sizes must halve from scale to scale, so that all come to one token grid; got {list(patch_sizes)}"
         )
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}")
-
-
-def _check_probabilities(**probabilities: float) -> None:
-    for name, probability in probabilities.items():
-        if not 0.0 <= probability < 1.0:
-            raise ValueError(f"{name} must be in [0, 1); got {probability}")

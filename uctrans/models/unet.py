@@ -61,7 +61,7 @@ class UNet(SegmentationModel):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, in_channels, H, W) of any size -> logits (B, classes, H, W)."""
-        check_image(image, self.in_channels)
+        check_image(image, self.in_channels, self.head.weight)
         height, width = image.shape[-2:]
         features, decoded = self.encoder(pad_to_multiple(image, 2**NUM_SCALES))
         for scale in reversed(range(NUM_SCALES)):
