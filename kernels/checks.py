@@ -1,5 +1,8 @@
 """Checks of what the public functions are given."""
 
+import numbers
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,31 @@ def check_dtypes_and_devices(**tensors: Tensor) -> None:
         raise TypeError(f"all tensors must share one dtype; got {_listed(dtypes)}: {REMEDY}")
     if torch.float64 in dtypes.values():
         raise TypeError(f"autocast leaves float64 as it is, so all tensors or none must be; got {_listed(dtypes)}")
+
+
+def check_tensor_lists(**lists: Iterable[Tensor]) -> None:
+    """Raise ``TypeError`` unless each can hold one tensor a scale; a tensor itself would fall apart into its rows."""
+    for name, tensors in lists.items():
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+            given = "a tensor" if isinstance(tensors, Tensor) else type(tensors).__name__
+            raise TypeError(f"{name} must be a list of tensors, one a scale; got {given}")
+
+
+def check_segments_type(segments: Sequence[int]) -> None:
+    """Raise ``TypeError`` unless ``segments`` is a sequence of ints."""
+    if not isinstance(segments, Sequence) or not all(map(_is_integer, segments)):
+        raise TypeError(f"segments must be a sequence of ints, one width a scale; got {segments!r}")
+
+
+def check_numbers_type(**values: float) -> None:
+    """Raise ``TypeError`` unless all are plain numbers."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real | torch.SymFloat) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
+def _is_integer(number: object) -> bool:
+    return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 
 
 def _is_autocast_on(device_type: str) -> bool:

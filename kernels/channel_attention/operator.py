@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import resolve_backend
-from ..checks import check_dtypes_and_devices
+from ..checks import check_dtypes_and_devices, check_numbers_type, check_segments_type, check_tensor_lists
 from ..dropout import draw_seed
 from ..packed_linear import packed_linear
 from . import (
@@ -55,7 +55,7 @@ def channel_attention(
         ValueError: shapes, devices, segments, ``dropout_p``, ``eps`` or ``backend`` do not fit; S and the width of a
             scale are both 1, for a map of one entry has no deviation to be divided by.
         TypeError: dtypes are mixed (under autocast: float64 with others) or none of float16, bfloat16, float32 and
-            float64; ``segments`` or ``seed`` are not integers.
+            float64; ``segments`` or ``seed`` are not integers, ``dropout_p`` or ``eps`` not numbers.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
 
     Source: UCTransNet (AAAI 2022), equations 1 to 3.
@@ -69,7 +69,8 @@ def channel_attention(
         raise ValueError(
             f"query and key must agree in batch, heads and tokens; got {tuple(query.shape)} and {tuple(key.shape)}"
         )
-    _check_segments(segments, query.shape[-1], key.shape[3])
+    check_segments_type(segments)
+    _check_widths("segments", segments, query.shape[-1], key.shape[3])
     _check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
     _check_numbers(dropout_p, eps)
     chosen = resolve_backend(backend, query.device)
@@ -191,6 +192,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | No
 def _check_projected(
     tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_value_weight: Tensor
 ) -> None:
+    check_tensor_lists(query_weights=query_weights)
     named_weights = {f"query_weights[{scale}]": weight for scale, weight in enumerate(query_weights)}
     check_dtypes_and_devices(tokens=tokens, context=context, key_value_weight=key_value_weight, **named_weights)
     if tokens.ndim != 3 or context.ndim != 3 or tokens.shape[:2] != context.shape[:2]:
@@ -205,23 +207,18 @@ def _check_projected(
     for scale, weight in enumerate(query_weights):
         if weight.ndim != 3 or weight.shape[0] != heads or weight.shape[1] != weight.shape[2]:
             raise ValueError(f"query_weights[{scale}] must be (H, C, C) with H = {heads}; got {tuple(weight.shape)}")
-    _check_segments([weight.shape[-1] for weight in query_weights], tokens.shape[-1], key_channels)
+    widths = [weight.shape[-1] for weight in query_weights]
+    _check_widths("the widths of query_weights", widths, tokens.shape[-1], key_channels)
     _check_sizes(tokens=tokens.shape[1], heads=heads, key_channels=key_channels)
 
 
-def _check_segments(segments: Sequence[int], channels: int, key_channels: int) -> None:
-    if not isinstance(segments, Sequence) or not all(map(_is_integer, segments)):
-        raise TypeError(f"segments must be a sequence of ints, one width a scale; got {segments!r}")
-    if not segments or any(width < 1 for width in segments):
-        raise ValueError(f"segments must be one positive width a scale; got {list(segments)}")
-    if sum(segments) != channels:
-        raise ValueError(f"segments {list(segments)} add up to {sum(segments)}, but the packed axis has {channels}")
-    if key_channels == 1 and any(width == 1 for width in segments):
+def _check_widths(name: str, widths: Sequence[int], channels: int, key_channels: int) -> None:
+    if not widths or any(width < 1 for width in widths):
+        raise ValueError(f"{name} must be one positive width a scale; got {list(widths)}")
+    if sum(widths) != channels:
+        raise ValueError(f"{name} {list(widths)} add up to {sum(widths)}, but the packed axis has {channels}")
+    if key_channels == 1 and any(width == 1 for width in widths):
         raise ValueError("a scale of one channel needs keys of more than one: a map of one entry has no deviation")
-
-
-def _is_integer(number: object) -> bool:
-    return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -231,6 +228,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _check_numbers(dropout_p: float, eps: float) -> None:
+    check_numbers_type(dropout_p=dropout_p, eps=eps)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     if not 0.0 <= eps < math.inf:

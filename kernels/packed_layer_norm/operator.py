@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import is_interpreting, resolve_backend
-from ..checks import check_dtypes_and_devices
+from ..checks import check_dtypes_and_devices, check_numbers_type, check_segments_type
 from ..precision import output_dtype
 from ..registration import NAMESPACE, define_gradient, define_operator, refuse_double_backward
 from . import composed, reference
@@ -42,7 +42,8 @@ def packed_layer_norm(
 
     Raises:
         ValueError: shapes, devices, segments, ``eps`` or ``backend`` do not fit.
-        TypeError: dtypes are mixed (outside autocast) or not floating point.
+        TypeError: dtypes are mixed (outside autocast) or not floating point; ``segments`` are no ints, or ``eps`` no
+            number.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
 
     Source: UCTransNet (AAAI 2022), section CCT.
@@ -101,6 +102,8 @@ def cross_layer_norm(
 
 def _check(tokens: Tensor, segments: Sequence[int], eps: float, **channels: Tensor) -> None:
     check_dtypes_and_devices(tokens=tokens, **channels)
+    check_segments_type(segments)
+    check_numbers_type(eps=eps)
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be (B, N, sum C); got {tuple(tokens.shape)}")
     if not segments or any(width < 1 for width in segments):

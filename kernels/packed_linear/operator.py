@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import is_interpreting, resolve_backend
-from ..checks import check_dtypes_and_devices
+from ..checks import check_dtypes_and_devices, check_tensor_lists
 from ..registration import NAMESPACE, cast_under_autocast, define_gradient, define_operator, refuse_double_backward
 from . import composed, reference
 
@@ -33,12 +33,13 @@ def packed_linear(
 
     Raises:
         ValueError: shapes, devices or ``backend`` do not fit.
-        TypeError: dtypes are mixed (outside autocast) or not floating point.
+        TypeError: dtypes are mixed (outside autocast) or not floating point; ``weights`` or ``biases`` is no list.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
 
     Source: the query, output and MLP projections of UCTransNet (AAAI 2022), section CCT, over packed scales.
     """
-    weights, biases = list(weights), list(biases or ())
+    check_tensor_lists(weights=weights, biases=() if biases is None else biases)
+    weights, biases = list(weights), list(() if biases is None else biases)
     _check(tokens, weights, biases)
     chosen = resolve_backend(backend, tokens.device)
     if chosen == "triton" and tokens.dtype == torch.float64:

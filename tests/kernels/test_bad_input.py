@@ -117,8 +117,11 @@ class TestShapes:
                 lambda tokens, context, square, first, second: (tokens, context, square, first[:, 1:], second),
                 r"query_weights\[0\] must be \(H, C, C\) with H = 2; got \(2, 3, 4\)",
             ),
-            (lambda *inputs: inputs[:-1], "add up to 4, but the packed axis has 12"),
-            (lambda *inputs: inputs[:3], "segments must be one positive width a scale"),
+            (
+                lambda *inputs: inputs[:-1],
+                r"^the widths of query_weights \[4\] add up to 4, but the packed axis has 12",
+            ),
+            (lambda *inputs: inputs[:3], "^the widths of query_weights must be one positive width a scale"),
         ],
     )
     def test_projected(self, backend, change, words):
@@ -195,6 +198,12 @@ class TestDtypesAndDevices:
         with pytest.raises(ValueError, match=r"on one device; got .*meta"):
             function(backend, inputs)
 
+    def test_a_tensor_for_a_list(self, backend):
+        tokens, context, key_value_weight, weight, _ = projected_inputs()
+        for function in (projected_channel_attention, projected_attention_maps):
+            with pytest.raises(TypeError, match="query_weights must be a list of tensors, one a scale; got a tensor"):
+                function(tokens, context, weight, key_value_weight, backend=backend)
+
     def test_no_tensor(self, backend):
         query, key, _ = packed_inputs()
         with pytest.raises(TypeError, match="value must be a tensor; got list"):
@@ -209,6 +218,13 @@ class TestNumbers:
             function(backend, inputs_of(), eps=eps)
         with pytest.raises(ValueError, match=f"eps must be finite and at least 0; got {eps}"):
             project_to_maps(backend, projected_inputs(), eps=eps)
+
+    @BOTH
+    @pytest.mark.parametrize("name", ["eps", "dropout_p"])
+    @pytest.mark.parametrize("value", ["0.1", None, [0.1], True], ids=str)
+    def test_no_number(self, backend, function, inputs_of, name, value):
+        with pytest.raises(TypeError, match=f"{name} must be a number; got {type(value).__name__}"):
+            function(backend, inputs_of(), **{name: value})
 
     @BOTH
     def test_eps_of_zero(self, backend, function, inputs_of):

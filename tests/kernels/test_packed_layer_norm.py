@@ -281,6 +281,10 @@ class TestBadInput:
             cross_layer_norm(tokens, (4, 9), weight, bias, weight[None], bias)
         with pytest.raises(ValueError, match="eps must be above 0; got 0"):
             packed_layer_norm(tokens, (4, 9), weight, bias, eps=0.0)
+        with pytest.raises(TypeError, match="eps must be a number; got str"):
+            packed_layer_norm(tokens, (4, 9), weight, bias, eps="1e-6")
+        with pytest.raises(TypeError, match="segments must be a sequence of ints"):
+            packed_layer_norm(tokens, torch.tensor([4, 9]), weight, bias)
 
     def test_dtypes_and_devices(self):
         tokens, weight, bias = norm_inputs("packed_layer_norm", 2, 3, (4, 9))

@@ -311,6 +311,16 @@ class TestBadInput:
         with pytest.raises(ValueError, match="got none"):
             packed_linear(tokens, [])
 
+    def test_a_tensor_for_a_list(self):
+        tokens, *others = linear_inputs(SMALL)
+        weights, biases = others[:2], others[2:]
+        with pytest.raises(TypeError, match="weights must be a list of tensors, one a scale; got a tensor"):
+            packed_linear(tokens, weights[0])
+        with pytest.raises(TypeError, match="weights must be a list of tensors, one a scale; got NoneType"):
+            packed_linear(tokens, None)
+        with pytest.raises(TypeError, match="biases must be a list of tensors, one a scale; got a tensor"):
+            packed_linear(tokens, weights, biases[0])
+
     def test_dtypes_and_devices(self):
         tokens, *others = linear_inputs(SMALL)
         weights = others[:2]
