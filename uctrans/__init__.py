@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .layers import set_backend
     from .models import (
+        DualBranchUCTransNet,
         ModelFileError,
         SegmentationModel,
         UCTransNet,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DualBranchUCTransNet",
     "ModelFileError",
     "SegmentationModel",
     "UCTransNet",

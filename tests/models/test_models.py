@@ -13,6 +13,13 @@ import uctrans
 from uctrans.models.base import CONFIG_FILE, WEIGHTS_FILE
 
 SMALL = {
+    "dual_branch_uctransnet": {
+        "base_channels": 4,
+        "image_size": 32,
+        "dilations": (2, 2, 2, 1),
+        "num_layers": 2,
+        "num_heads": 2,
+    },
     "unet": {"base_channels": 4},
     "uctransnet": {"base_channels": 4, "image_size": 32, "num_layers": 2, "num_heads": 2},
 }
@@ -122,7 +129,8 @@ class TestEveryModel:
     @pytest.mark.slow
     def test_compiles_for_sizes_that_change(self, name):
         """The second size makes height and width symbols, from which the padding is computed."""
-        one_scale = {"patch_sizes": (2,), "num_layers": 1} if name == "uctransnet" else {}
+        one_scale = {"patch_sizes": (2,), "num_layers": 1} if name != "unet" else {}
+        one_scale |= {"dilations": 2, "depths": (1,)} if name == "dual_branch_uctransnet" else {}
         model = build(name, **one_scale).eval()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -340,7 +348,7 @@ class TestRegistry:
     def test_near_names(self):
         with pytest.raises(ValueError, match="did you mean 'uctransnet'"):
             uctrans.create_model("uctransnt")
-        with pytest.raises(ValueError, match="choose one of uctransnet, unet"):
+        with pytest.raises(ValueError, match="choose one of dual_branch_uctransnet, uctransnet, unet"):
             uctrans.create_model("zzz")
 
     def test_unknown_option(self):

@@ -4,6 +4,7 @@ from .attention import ChannelAttention
 from .backend import set_backend
 from .blocks import ConvNormAct, DoubleConv, DownStage, Encoder
 from .gate import ChannelGate
+from .nested import DualBranchDown, DualBranchEncoder, NestedU, U2DownBlock, U2UpBlock
 from .tokens import PatchEmbedding, Reconstruct
 from .transformer import ChannelTransformer, TransformerLayer
 
@@ -14,9 +15,14 @@ __all__ = [
     "ConvNormAct",
     "DoubleConv",
     "DownStage",
+    "DualBranchDown",
+    "DualBranchEncoder",
     "Encoder",
+    "NestedU",
     "PatchEmbedding",
     "Reconstruct",
     "TransformerLayer",
+    "U2DownBlock",
+    "U2UpBlock",
     "set_backend",
 ]

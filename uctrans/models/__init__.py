@@ -2,6 +2,7 @@
 
 from .base import ModelFileError, SegmentationModel
 from .checkpoint import read_checkpoint
+from .dual_branch import DualBranchUCTransNet
 from .files import load_model
 from .registry import create_model, list_models, register_model
 from .uctransnet import UCTransNet
@@ -9,6 +10,7 @@ from .unet import UNet
 from .upstream import load_upstream, resize_positions, to_upstream
 
 __all__ = [
+    "DualBranchUCTransNet",
     "ModelFileError",
     "SegmentationModel",
     "UCTransNet",
