@@ -1,0 +1,745 @@
+"""The skip path as an operator of torch: its Triton kernels and their explicit form.
+
+Without a GPU the kernels run in Triton's interpreter: maps are as small as they can be and still be awkward.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_skip_gate import assert_as_exact_as_the_reference, gate_inputs, of_those_there
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from uctrans.kernels import skip_gate
+from uctrans.kernels.skip_gate import dispatch, explicit, reference
+from uctrans.kernels.skip_gate.layout import memory_format_of
+from uctrans.kernels.testing import outputs_and_gradients, poisoned_allocations
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AUTOCAST_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+# Every dtype and both formats. What else there is takes its time in the interpreter, and none on a GPU.
+PAIRS = [
+    (torch.contiguous_format, torch.float32),
+    (torch.channels_last, torch.float16),
+    pytest.param(torch.contiguous_format, torch.float16, marks=pytest.mark.gpu),
+    pytest.param(torch.channels_last, torch.float32, marks=pytest.mark.gpu),
+    pytest.param(torch.contiguous_format, torch.bfloat16, marks=pytest.mark.gpu),
+    pytest.param(torch.channels_last, torch.bfloat16, marks=pytest.mark.gpu),
+]
+OTHER_PAIRS = [(torch.contiguous_format, torch.float16), (torch.channels_last, torch.float32)]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+NAMES = ("encoder_feature", "tokens", "decoder_feature", "weight_skip", "bias_skip", "weight_decoder", "bias_decoder")
+
+SHAPES = {
+    "published": {"channels": 8, "decoder_channels": 8, "grid": (1, 2), "patch": (4, 4)},
+    "several samples": {"batch": 3, "grid": (2, 2), "patch": (2, 1), "factor": (2, 2)},
+    "patch of one": {"patch": (1, 1), "grid": (2, 6), "channels": 3},
+    "patch of one, odd sides": {"patch": (1, 1), "grid": (5, 3), "factor": (1, 3)},
+    "patches of 3 x 5": {"patch": (3, 5), "grid": (1, 3), "factor": (3, 5)},
+    "patches of 2 x 7": {"patch": (2, 7), "grid": (1, 2), "factor": (1, 7)},
+    "upright patches": {"patch": (6, 1), "grid": (1, 5), "factor": (3, 5)},
+    "more cells than a tile has pixels": {"channels": 2, "patch": (1, 2), "grid": (1, 260), "factor": (1, 4)},
+    "cells read in steps": {"channels": 2, "patch": (1, 48), "grid": (1, 2), "factor": (1, 96)},
+    "one token for the whole map": {"patch": (7, 5), "grid": (1, 1), "factor": (7, 5)},
+    "decoder at full size": {"factor": (1, 1), "grid": (1, 3), "patch": (3, 2)},
+    "decoder three times smaller": {"factor": (3, 3), "patch": (2, 3), "grid": (3, 2)},
+    "decoder four times smaller": {"factor": (4, 4), "patch": (4, 8), "grid": (1, 1)},
+    "one channel": {"channels": 1, "decoder_channels": 1, "grid": (1, 2), "patch": (2, 2)},
+    "few channels beside many": {"channels": 3, "decoder_channels": 130, "grid": (1, 2), "patch": (2, 1)},
+    "many channels beside few": {"channels": 130, "decoder_channels": 5, "grid": (1, 1), "patch": (2, 2)},
+    "24 channels, 65 of the decoder": {"channels": 24, "decoder_channels": 65, "grid": (1, 1), "patch": (2, 2)},
+    "no tokens": {"has_tokens": False, "grid": (1, 1), "patch": (18, 10)},
+    "no tokens, odd sides": {"has_tokens": False, "grid": (1, 1), "patch": (3, 7), "factor": (3, 1)},
+    "no decoder": {"decoder_channels": None, "patch": (2, 3)},
+    "neither": {"decoder_channels": None, "has_tokens": False, "grid": (1, 1), "patch": (5, 11)},
+    "empty batch": {"batch": 0},
+}
+SHAPES = {name: {"batch": 1} | shape for name, shape in SHAPES.items()}
+FEW_NUMBERS = {"one channel": 4}  # draws that are taken together
+
+# Changes of the constants in triton.py. A matrix product takes tiles of 16 on a GPU, and any in the interpreter.
+SMALL_TILES = {"TILE": 4, "MOST_CHANNELS": 2, "MOST_PIXELS": 2}
+MANY_PARTS = SMALL_TILES | {"PROGRAM_ELEMENTS": 1, "PART_ELEMENTS": 1}
+SMALLEST_PRODUCT = 16 if DEVICE == "cuda" else 2
+PRODUCT_BLOCKS = ("BLOCK_BATCH", "BLOCK_OUT", "BLOCK_IN")
+SMALL_GATE_TILES = {
+    "GATE_RESULTS": 2,
+    "LONGEST_GATE_STEP": 2,
+    "PARTS_ELEMENTS": 4,
+    "WEIGHT_GRADIENT_TILES": dict.fromkeys(PRODUCT_BLOCKS, SMALLEST_PRODUCT),
+}
+CONFIGURATIONS = {
+    "small tiles": SMALL_TILES,
+    "one channel a tile": {"MOST_CHANNELS": 1},
+    "one pixel of a row": {"MOST_PIXELS": 1},
+    "large tiles": {"TILE": 4096, "MOST_CHANNELS": 512, "MOST_PIXELS": 1024},
+    "one row a program": {"PROGRAM_ELEMENTS": 1},
+    "two rows a program": {"PROGRAM_ELEMENTS": 2 * 8 * 8},
+    "five parts": MANY_PARTS | {"MOST_PARTS": 5},
+    "one part": MANY_PARTS | {"MOST_PARTS": 1},
+    "small tiles of the gate": SMALL_GATE_TILES,
+    "one result of the gate a program": {"GATE_RESULTS": 1, "LONGEST_GATE_STEP": 1, "PARTS_ELEMENTS": 1},
+    "large tiles of the gate": {
+        "GATE_RESULTS": 64,
+        "PARTS_ELEMENTS": 8192,
+        "WEIGHT_GRADIENT_TILES": dict.fromkeys(PRODUCT_BLOCKS, 64),
+    },
+    "other warps": {"NUM_WARPS": 8, "GATE_WARPS": 4},
+}
+
+
+def kernels(*inputs, **options):
+    return skip_gate(*inputs, **options, backend="triton")
+
+
+def operator(inputs, concatenate=True, dtype=None):
+    """What ``uctrans::skip_gate`` returns: the output, the gate, and the means that it is of."""
+    return torch.ops.uctrans.skip_gate(*inputs, concatenate, dtype or inputs[0].dtype)
+
+
+def on_device(inputs, dtype=None):
+    return [None if tensor is None else tensor.to(DEVICE, dtype) for tensor in inputs]
+
+
+def in_format(inputs, memory_format):
+    """Maps in ``memory_format``."""
+    maps = [None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in inputs[:3]]
+    return [*maps, *inputs[3:]]
+
+
+def inputs_of(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):
+    return in_format(on_device(gate_inputs(**shape, seed=seed), dtype), memory_format)
+
+
+def normal(*size, dtype=torch.float32, seed=7):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def results(inputs, gradient=None, function=kernels, **options):
+    """The output, and the gradients by those inputs that are there."""
+    call, tensors = of_those_there(lambda *all_inputs: function(*all_inputs, **options), inputs)
+    if gradient is None:
+        size = reference.skip_gate(*inputs, options.get("concatenate", True)).shape
+        gradient = normal(*size, dtype=inputs[0].dtype)
+    return outputs_and_gradients(call, tensors, gradient)
+
+
+def assert_same_bits(results, expected):
+    for place, (result, same) in enumerate(zip(results, expected, strict=True)):
+        assert torch.equal(result, same), f"result {place}"
+
+
+class TestErrorBudget:
+    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_kernels(self, name, memory_format, dtype):
+        draws = [inputs_of(SHAPES[name], dtype, memory_format, seed) for seed in range(FEW_NUMBERS.get(name, 1))]
+        with poisoned_allocations():
+            assert_as_exact_as_the_reference(kernels, draws)
+
+    @pytest.mark.parametrize(("memory_format", "dtype"), OTHER_PAIRS, ids=str)
+    @pytest.mark.parametrize("name", ["several samples", "patches of 3 x 5", "no tokens, odd sides"])
+    def test_kernels_in_the_other_format(self, name, memory_format, dtype):
+        assert_as_exact_as_the_reference(kernels, [inputs_of(SHAPES[name], dtype, memory_format)])
+
+    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
+    def test_decoder_feature_that_only_gates(self, memory_format, dtype):
+        """Not concatenated, it learns through the gate alone."""
+        draws = [inputs_of({"batch": 1, "patch": (2, 2), "factor": (4, 2)}, dtype, memory_format)]
+        with poisoned_allocations():
+            assert_as_exact_as_the_reference(kernels, draws, concatenate=False)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_explicit_form(self, name, memory_format, dtype, monkeypatch):
+        monkeypatch.setattr(dispatch, "_implementation", lambda feature: explicit)
+        draws = [inputs_of(SHAPES[name], dtype, memory_format, seed) for seed in range(4)]
+        assert_as_exact_as_the_reference(kernels, draws)
+        if SHAPES[name].get("decoder_channels", 1) is not None:
+            assert_as_exact_as_the_reference(kernels, draws, concatenate=False)
+
+
+def change_constants(monkeypatch, constants):
+    from uctrans.kernels.skip_gate import triton
+
+    for name, value in constants.items():
+        assert type(getattr(triton, name)) is type(value)
+        monkeypatch.setattr(triton, name, value)
+
+
+class Launch(NamedTuple):
+    programs: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+PLACES_OF_PARTS = {"gate_kernel": 7, "mean_gradient_kernel": 6}  # of their number, among the arguments
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The last launch of each kernel, by the kernel's name."""
+    from uctrans.kernels.skip_gate import triton_gate, triton_maps
+
+    found = {}
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, programs):
+            def launch(*arguments, **constants):
+                found[self.name] = Launch(programs, arguments, constants)
+                self.kernel[programs](*arguments, **constants)
+
+            return launch
+
+    for module in (triton_gate, triton_maps):
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Watched(name, kernel))
+    return found
+
+
+class TestLaunchConfigurations:
+    @pytest.fixture(params=CONFIGURATIONS)
+    def configuration(self, request, monkeypatch):
+        change_constants(monkeypatch, CONFIGURATIONS[request.param])
+
+    @pytest.mark.usefixtures("configuration")
+    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
+    def test_error_budget(self, memory_format, dtype):
+        shape = {"batch": 1, "decoder_channels": 6, "grid": (1, 2), "patch": (3, 3), "factor": (3, 2)}
+        with poisoned_allocations():
+            assert_as_exact_as_the_reference(kernels, [inputs_of(shape, dtype, memory_format)])
+
+    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
+    def test_many_programs_and_parts(self, memory_format, dtype, launched, monkeypatch):
+        change_constants(monkeypatch, MANY_PARTS | SMALL_GATE_TILES)
+        shape = {"batch": 1, "channels": 3, "grid": (1, 2), "patch": (3, 2), "factor": (3, 2)}
+        with poisoned_allocations():
+            assert_as_exact_as_the_reference(kernels, [inputs_of(shape, dtype, memory_format)])
+        assert len(launched) == 9
+        for name, launch in launched.items():
+            assert math.prod(launch.programs) > 1, name
+        for name, place in PLACES_OF_PARTS.items():
+            assert launched[name].arguments[place] > 2 * launched[name].constants["BLOCK_PARTS"]
+
+    def test_more_samples_than_a_product_takes_at_once(self):
+        shape = {"batch": 18, "channels": 1, "grid": (1, 1), "patch": (1, 2), "decoder_channels": None}
+        assert_as_exact_as_the_reference(kernels, [inputs_of(shape | {"has_tokens": False})])
+
+    def test_more_samples_than_a_launch_takes(self, monkeypatch):
+        """The explicit form takes over."""
+        from uctrans.kernels.skip_gate import triton
+
+        monkeypatch.setattr(dispatch, "MOST_IMAGES", 1)
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(triton, name, None)
+        assert_as_exact_as_the_reference(kernels, [inputs_of({"batch": 2})])
+        with pytest.raises(TypeError, match="not callable"):
+            results(inputs_of({"batch": 1}))
+
+
+class TestWhatIsReturned:
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("concatenate", [True, False])
+    def test_gate_and_means(self, memory_format, concatenate, monkeypatch):
+        """What backward reads is written, and what it says."""
+        inputs = inputs_of({"batch": 2, "patch": (3, 2)}, torch.float32, memory_format)
+        with poisoned_allocations():
+            found = operator(inputs, concatenate)
+        monkeypatch.setattr(dispatch, "_implementation", lambda feature: explicit)
+        exact = operator([tensor.double() for tensor in inputs], concatenate)
+        for result, expected in zip(found, exact, strict=True):
+            torch.testing.assert_close(result, expected.float())
+        assert found[0].dtype == found[1].dtype == found[2].dtype == torch.float32
+
+    @pytest.mark.parametrize("has_tokens", [True, False])
+    @pytest.mark.parametrize("decoder_channels", [3, None])
+    def test_explicit_form_is_the_reference(self, has_tokens, decoder_channels):
+        """In float64, where neither rounds: the operator is the explicit form, with exact gradients."""
+        inputs = gate_inputs(decoder_channels=decoder_channels, has_tokens=has_tokens)
+        for concatenate in [True, False] if decoder_channels else [True]:
+            found, expected = (
+                results(inputs, normal(*size, dtype=torch.float64).cpu(), function, concatenate=concatenate)
+                for size in [reference.skip_gate(*inputs, concatenate).shape]
+                for function in (lambda *args, concatenate: operator(args, concatenate)[0], reference.skip_gate)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    def test_runs_on_a_cpu_without_triton(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        inputs = gate_inputs(dtype=torch.float32)
+        torch.testing.assert_close(operator(inputs)[0], reference.skip_gate(*inputs))
+
+    def test_float64_takes_the_explicit_form(self):
+        inputs = on_device(gate_inputs(1, 2, 2, grid=(1, 2), patch=(2, 2)))
+        for place in ((), (1,), (2, 5, 6)):
+            there = [None if index in place else tensor for index, tensor in enumerate(inputs)]
+            function, tensors = of_those_there(lambda *args: operator(args)[0], there)
+            assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors])
+
+    def test_gradients_of_those_that_ask(self):
+        """Only some inputs learn: theirs are the gradients that they have when all do."""
+        inputs = inputs_of({"batch": 1, "patch": (2, 2)}, torch.float32, torch.channels_last)
+        _, *expected = results(inputs)
+        for learning in ((1,), (0, 3), (2, 6)):
+            leaves = [tensor.detach().requires_grad_(place in learning) for place, tensor in enumerate(inputs)]
+            output = kernels(*leaves)
+            gradients = torch.autograd.grad(output, [leaves[place] for place in learning], normal(*output.shape))
+            assert_same_bits(gradients, [expected[place] for place in learning])
+
+    def test_gate_alone_has_no_gradient(self):
+        inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
+        output, gate, pooled = operator(inputs)
+        assert (output.requires_grad, gate.requires_grad, pooled.requires_grad) == (True, False, False)
+
+
+class TestSameBits:
+    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
+    def test_from_run_to_run_and_whatever_else_is_in_the_batch(self, memory_format, dtype):
+        shape = {"batch": 2, "channels": 3, "grid": (1, 2), "patch": (3, 2), "factor": (1, 2)}
+        inputs = inputs_of(shape, dtype, memory_format)
+        gradient = normal(2, 6, 3, 4, dtype=dtype)
+        together = results(inputs, gradient)
+        assert_same_bits(results(inputs, gradient), together)
+        for image in (slice(0, 1), slice(1, 2)):
+            alone = results([*(feature[image] for feature in inputs[:3]), *inputs[3:]], gradient[image])
+            # The output and the gradients by maps: those by the weights are of the whole batch.
+            assert_same_bits(alone[:4], [tensor[image] for tensor in together[:4]])
+
+
+def channels_of_a_wider_map(feature):
+    return torch.cat([feature[:, :1], feature, feature[:, :2]], dim=1)[:, 1:-2]
+
+
+def every_other_row(feature):
+    return feature.repeat_interleave(2, dim=2)[:, :, ::2]
+
+
+def every_other_column(feature):
+    return feature.repeat_interleave(2, dim=3)[..., ::2]
+
+
+def columns_of_a_wider_map(feature):
+    return torch.cat([feature[..., :1], feature, feature[..., :2]], dim=3)[..., 1:-2]
+
+
+def rows_inside_columns(feature):
+    return feature.transpose(2, 3).clone(memory_format=torch.contiguous_format).transpose(2, 3)
+
+
+def off_alignment(feature):
+    memory = torch.cat([feature.new_zeros(1), torch.as_strided(feature, (feature.numel(),), (1,))])[1:]
+    return torch.as_strided(memory, feature.shape, feature.stride(), 1)
+
+
+def packed_tokens(feature):
+    """As the transformer leaves them: a slice of (B, N, sum C), seen as a map."""
+    rows = feature.flatten(2).transpose(1, 2)
+    packed = torch.cat([rows[..., :2], rows, rows[..., :1]], dim=2)
+    return packed[..., 2:-1].transpose(1, 2).unflatten(2, feature.shape[2:])
+
+
+VIEWS = [
+    channels_of_a_wider_map,
+    every_other_row,
+    every_other_column,
+    columns_of_a_wider_map,
+    rows_inside_columns,
+    off_alignment,
+    packed_tokens,
+]
+EXPANDED = {
+    "one sample": lambda feature: feature[:1].expand_as(feature),
+    "one pixel": lambda feature: feature[:, :, :1, :1].expand_as(feature),
+    "one number": lambda feature: feature[:1, :1, :1, :1].expand_as(feature),
+}
+
+
+UPSTREAM = {
+    "a sum": lambda gradient: gradient[:1, :1, :1, :1].expand_as(gradient),
+    "a sum over pixels": lambda gradient: gradient[:, :, :1, :1].expand_as(gradient),
+    "a sum over channels": lambda gradient: gradient[:, :1].expand_as(gradient),
+    "a sum over rows": lambda gradient: gradient[:, :, :1].expand_as(gradient),
+    "contiguous": lambda gradient: gradient.contiguous(),
+    "channels last": lambda gradient: gradient.contiguous(memory_format=torch.channels_last),
+    "channels of a wider map": channels_of_a_wider_map,
+    "columns of a wider map": columns_of_a_wider_map,
+    "every other column": every_other_column,
+    "off alignment": off_alignment,
+}
+
+
+def copied(feature, memory_format):
+    """The same numbers, in memory of their own."""
+    return torch.empty_like(feature, memory_format=memory_format).copy_(feature)
+
+
+class TestHowTensorsLieInMemory:
+    """However tensors lie, the same bits come out; results lie as the encoder feature does, or as their own input."""
+
+    @staticmethod
+    def inputs(memory_format):
+        shape = {"channels": 3, "decoder_channels": 4, "grid": (2, 2), "patch": (1, 3), "factor": (1, 3)}
+        return inputs_of(shape, torch.float32, memory_format)
+
+    @staticmethod
+    def gradient():
+        return normal(2, 7, 2, 6)
+
+    @classmethod
+    @lru_cache
+    def expected(cls, memory_format):
+        return results(cls.inputs(memory_format), cls.gradient())
+
+    @staticmethod
+    def assert_that_they_lie_as_they_should(found, inputs):
+        encoder_feature, tokens, *_ = inputs
+        for tensor, like in zip(found, (encoder_feature, encoder_feature, tokens, encoder_feature), strict=False):
+            assert tensor.is_contiguous(memory_format=memory_format_of(like))
+            assert memory_format_of(tensor) == memory_format_of(like)
+
+    @pytest.mark.parametrize(
+        ("place", "memory_format"),
+        [(0, torch.contiguous_format), (0, torch.channels_last), (1, torch.channels_last), (2, torch.channels_last)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+    def test_views(self, view, place, memory_format):
+        inputs = self.inputs(memory_format)
+        inputs[place] = view(inputs[place])
+        assert not inputs[place].is_contiguous(memory_format=memory_format) or inputs[place].storage_offset()
+        if place == 0 and memory_format_of(inputs[0]) != memory_format:
+            memory_format = torch.contiguous_format  # sums are taken in another order
+            inputs[1:3] = self.inputs(memory_format)[1:3]
+        found = results(inputs, self.gradient())
+        assert_same_bits(found, self.expected(memory_format))
+        self.assert_that_they_lie_as_they_should(found, inputs)
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("view", EXPANDED.values(), ids=EXPANDED.keys())
+    def test_expanded_encoder_feature(self, view, memory_format):
+        inputs = self.inputs(memory_format)
+        inputs[0] = view(inputs[0])
+        found = results(inputs, self.gradient())
+        inputs[0] = copied(inputs[0], memory_format_of(inputs[0]))
+        assert_same_bits(found, results(inputs, self.gradient()))
+        self.assert_that_they_lie_as_they_should(found, inputs)
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    def test_maps_in_the_other_format(self, memory_format):
+        inputs = self.inputs(memory_format)
+        other = next(other for other in FORMATS if other != memory_format)
+        inputs[1:3] = self.inputs(other)[1:3]
+        found = results(inputs, self.gradient())
+        assert_same_bits(found, self.expected(memory_format))
+        self.assert_that_they_lie_as_they_should(found, inputs)
+
+    def test_weights(self):
+        inputs = self.inputs(torch.contiguous_format)
+        apart = [torch.stack([tensor, -tensor], dim=-1)[..., 0] for tensor in inputs[3:]]
+        apart[0] = apart[0].t().contiguous().t()
+        assert not any(tensor.is_contiguous() for tensor in apart)
+        found = results([*inputs[:3], *apart], self.gradient())
+        assert_same_bits(found, self.expected(torch.contiguous_format))
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("view", UPSTREAM.values(), ids=UPSTREAM.keys())
+    def test_gradients(self, view, memory_format):
+        inputs = self.inputs(memory_format)
+        gradient = view(self.gradient().contiguous(memory_format=memory_format))
+        found = results(inputs, gradient)
+        is_changed = not torch.equal(gradient, self.gradient())
+        expected = results(inputs, copied(gradient, memory_format)) if is_changed else self.expected(memory_format)
+        assert_same_bits(found, expected)
+        self.assert_that_they_lie_as_they_should(found, inputs)
+
+    @pytest.mark.parametrize("sizes", [(3, 1, 4), (3, 4, 1), (1, 3, 4), (3, 1, 1), (1, 1, 1)], ids=str)
+    def test_channels_last_with_an_axis_of_one(self, sizes):
+        """Strides of such maps do not say in which format they are: results agree, in whichever they are taken."""
+        channels, height, width = sizes
+        shape = {"batch": 2, "channels": channels, "grid": (1, 1), "patch": (height, width), "factor": (1, 1)}
+        inputs, others = (inputs_of(shape, torch.float32, memory_format) for memory_format in FORMATS)
+        found = results(others)
+        torch.testing.assert_close(found, results(inputs, function=reference.skip_gate), rtol=1e-5, atol=1e-5)
+        self.assert_that_they_lie_as_they_should(found, others)
+
+
+class TestOperator:
+    """Known to torch: schema, shapes without data, gradients, compilation, autocast."""
+
+    TINY = gate_inputs(1, 2, 1, grid=(1, 2), patch=(2, 1), dtype=torch.float32)
+
+    def inputs(self, missing=(), memory_format=torch.contiguous_format, dtype=torch.float32):
+        inputs = in_format(on_device(self.TINY, dtype), memory_format)
+        return [None if place in missing else tensor.requires_grad_() for place, tensor in enumerate(inputs)]
+
+    def opcheck(self, inputs, concatenate, dtype):
+        operators = torch.ops.uctrans
+        arguments = (*inputs, concatenate, dtype)
+        torch.library.opcheck(operators.skip_gate, arguments)
+        detached = [None if tensor is None else tensor.detach() for tensor in inputs]
+        output, gate, pooled = operators.skip_gate(*detached, concatenate, dtype)
+        encoder_feature, tokens, decoder_feature, weight_skip, _, weight_decoder, _ = detached
+        decoder_grid = [] if decoder_feature is None else list(decoder_feature.shape[2:])
+        saved = (encoder_feature, tokens, weight_skip, weight_decoder, gate, pooled, decoder_grid)
+        torch.library.opcheck(operators.skip_gate_backward, (torch.randn_like(output), *saved))
+
+    @pytest.mark.parametrize("missing", [(), (1, 2, 5, 6)], ids=["whole", "gate alone"])
+    def test_opcheck(self, missing):
+        self.opcheck(self.inputs(missing, torch.channels_last), True, torch.float16)
+
+    @pytest.mark.parametrize(
+        ("memory_format", "dtype", "concatenate"),
+        [(torch.contiguous_format, torch.float64, True), (torch.channels_last, torch.float16, False)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("missing", [(), (1,), (2, 5, 6), (1, 2, 5, 6)], ids=str)
+    def test_opcheck_of_the_explicit_form(self, missing, concatenate, dtype, memory_format, monkeypatch):
+        monkeypatch.setattr(dispatch, "_implementation", lambda feature: explicit)
+        self.opcheck(self.inputs(missing, memory_format, dtype), concatenate, dtype)
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("sizes", [(3, 1, 4), (3, 4, 1), (1, 3, 4), (3, 1, 1), (1, 1, 1), (3, 2, 4)], ids=str)
+    def test_strides_are_known_without_data(self, sizes, memory_format, monkeypatch):
+        """Also of maps with an axis of one, in both forms."""
+        channels, height, width = sizes
+        shape = {"batch": 1, "channels": channels, "grid": (1, 1), "patch": (height, width), "factor": (1, 1)}
+        inputs = inputs_of(shape, torch.float32, memory_format)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(tensor) for tensor in inputs]
+            expected, *_ = operator(fakes)
+        for implementation in (dispatch._implementation(inputs[0]), explicit):
+            monkeypatch.setattr(dispatch, "_implementation", lambda feature, chosen=implementation: chosen)
+            output, *_ = operator(inputs)
+            assert (output.shape, output.stride()) == (expected.shape, expected.stride())
+
+    @pytest.mark.parametrize("missing", [(), (1,), (2, 5, 6)], ids=["whole", "no tokens", "no decoder"])
+    def test_compiles_without_a_break(self, missing):
+        torch.compiler.reset()  # a limit on compilations counts those of other tests
+        inputs = self.inputs(missing, torch.channels_last)
+        compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(results(inputs, function=compiled), results(inputs))
+
+    def test_compiles_once_for_any_size(self):
+        torch.compiler.reset()
+        graphs = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(kernels, fullgraph=True, backend=graphs, dynamic=True)
+        for batch, grid in ((2, (3, 4)), (3, (2, 5))):  # sizes that are equal would be taken for one size
+            shape = {"batch": batch, "channels": 7, "decoder_channels": 5, "grid": grid, "patch": (2, 2)}
+            inputs = inputs_of(shape, torch.float32, torch.channels_last)
+            gradient = normal(batch, 12, 2 * grid[0], 2 * grid[1])
+            found = results(inputs, gradient, compiled)
+            torch.testing.assert_close(found, results(inputs, gradient))
+        assert graphs.frame_count == 1
+
+
+class TestAutocast:
+    """Maps are read in any dtype, and the output is autocast's: nothing is cast in memory, weights included."""
+
+    @staticmethod
+    def under_autocast(function):
+        def call(*inputs, **options):
+            with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
+                return function(*inputs, **options).to(AUTOCAST_DTYPE)
+
+        return call
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("in_float32", [(), (0,), (0, 1, 2)], ids=["half maps", "float32 feature", "float32 maps"])
+    def test_error_budget(self, in_float32, memory_format):
+        draws = []
+        for seed in range(2):
+            inputs = inputs_of({"batch": 1, "patch": (2, 2)}, torch.float32, memory_format, seed)
+            for place in {0, 1, 2}.difference(in_float32):
+                inputs[place] = inputs[place].to(AUTOCAST_DTYPE)
+            draws.append(inputs)
+        function, baseline = (self.under_autocast(form) for form in (kernels, reference.skip_gate))
+        gradient = normal(1, 8, 4, 6, dtype=AUTOCAST_DTYPE).double()
+        assert_as_exact_as_the_reference(function, draws, gradient, baseline)
+
+    def test_dtypes(self):
+        inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
+        inputs[2] = inputs[2].detach().to(AUTOCAST_DTYPE).requires_grad_()
+        torch.compiler.reset()
+        compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
+        with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
+            output, same = kernels(*inputs), compiled(*inputs)
+        assert output.dtype == same.dtype == AUTOCAST_DTYPE
+        assert torch.equal(output, same)
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in inputs]
+
+    def test_nothing_but_float64(self):
+        """Autocast leaves it alone."""
+        inputs = on_device(gate_inputs())
+        with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
+            output = skip_gate(*inputs)
+        assert output.dtype == torch.float64
+        torch.testing.assert_close(output, reference.skip_gate(*inputs))
+
+
+class TestNumbersThatAreHardToHold:
+    SHAPE = gate_inputs(1, 3, 2, grid=(1, 2), patch=(2, 2))
+
+    def inputs(self, dtype=torch.float32):
+        return on_device([tensor.clone() for tensor in self.SHAPE], dtype)
+
+    def test_zero_is_not_positive(self):
+        """Feature and tokens that cancel, and zeros of both signs, pass no gradient to the gate nor to themselves."""
+        inputs = self.inputs()
+        inputs[0][..., :2] = -inputs[1][..., :1]
+        inputs[0][:, 0], inputs[1][:, 0] = -0.0, 0.0
+        inputs[0][:, 1], inputs[1][:, 1] = -0.0, -0.0
+        found, expected = (results(inputs, function=function) for function in (kernels, reference.skip_gate))
+        torch.testing.assert_close(found, expected)
+        weights = [torch.zeros_like(tensor) for tensor in inputs[3:]]  # what is left is the ReLU's
+        _, d_encoder_feature, d_tokens, *_ = results([*inputs[:3], *weights])
+        skip = inputs[0] + inputs[1].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        assert (skip == 0).sum() >= 18
+        assert torch.equal(d_encoder_feature != 0, skip > 0)
+        assert not d_tokens[:, :2].any()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("bias", [-1e4, -60.0, 60.0, 1e4])
+    def test_gates_that_are_shut_or_open(self, bias, dtype):
+        inputs = self.inputs(dtype)
+        inputs[4].fill_(bias)
+        assert_as_exact_as_the_reference(kernels, [inputs])
+
+    @pytest.mark.parametrize("value", [0.0, -3.0, 1000.3])
+    def test_constant_maps(self, value):
+        inputs = self.inputs()
+        inputs[0].fill_(value), inputs[1].fill_(0.25), inputs[2].fill_(value)
+        assert_as_exact_as_the_reference(kernels, [inputs])
+
+    @pytest.mark.parametrize("places", [(0,), (0, 1), (2,)], ids=str)
+    def test_common_offset(self, places):
+        """Every pixel is a thousand deviations from zero; the gate neither shut nor open."""
+        inputs = self.inputs()
+        for place in places:
+            inputs[place] += 1e3
+        for place in (3, 5):
+            inputs[place] *= 1e-3
+        assert_as_exact_as_the_reference(kernels, [inputs])
+
+    @pytest.mark.parametrize(("size", "dtype"), [(1e-7, torch.float32), (1e-30, torch.float32), (1e-4, torch.float16)])
+    def test_small_numbers(self, size, dtype):
+        inputs = self.inputs()
+        inputs = [*(feature * size for feature in inputs[:3]), *inputs[3:]]
+        assert_as_exact_as_the_reference(kernels, [on_device(inputs, dtype)])
+
+    def test_sums_beyond_the_range_of_float16(self):
+        """Every pixel is near the largest number: their sums fit only float32, and so do sums of gradients."""
+        inputs = self.inputs(torch.float16)
+        for feature in inputs[:3]:
+            feature.mul_(100).add_(6e4 if feature is not inputs[1] else -3e4)
+        for place in (3, 5):
+            inputs[place] *= 1e-5
+        gradient = torch.full((1, 5, 2, 4), 2.0**-17, dtype=torch.float64, device=DEVICE)
+        found = results(inputs, gradient)
+        exact = results([tensor.double() for tensor in inputs], gradient, reference.skip_gate)
+        for result, expected in zip(found, exact, strict=True):
+            torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=6e-8)
+
+    def test_gradients_beyond_the_range_of_float16(self):
+        """Their sum over a cell fits, and what is added up on the way does not."""
+        inputs = self.inputs(torch.float16)
+        weights = [torch.zeros_like(tensor) for tensor in inputs[3:]]
+        inputs[0].abs_(), inputs[1].abs_()
+        gradient = torch.tensor([6e4, 6e4, -6e4, -59008], device=DEVICE).half().view(2, 2).repeat(1, 2)
+        _, _, d_tokens, d_decoder_feature, *_ = results([*inputs[:3], *weights], gradient.expand(1, 5, 2, 4))
+        assert torch.equal(d_tokens, torch.full_like(d_tokens, 496.0))
+        assert torch.equal(d_decoder_feature, torch.full_like(d_decoder_feature, 992.0))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_what_is_no_number_does_not_vanish(self, value):
+        """One pixel spoils its image, as it does in the reference, and no other."""
+        inputs = inputs_of({"channels": 3, "patch": (2, 2)})
+        inputs[0][0, 1, 2, 3] = value
+        output, expected = kernels(*inputs), reference.skip_gate(*inputs)
+        assert output[0].isnan().any()
+        assert output[1].isfinite().all()
+        torch.testing.assert_close(output, expected, equal_nan=True)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    batch=st.integers(0, 2),
+    channels=st.integers(1, 9),
+    decoder_channels=st.none() | st.integers(1, 9),
+    grid=st.tuples(st.integers(1, 2), st.integers(1, 4)),
+    patch=st.tuples(st.sampled_from([1, 2, 3]), st.integers(1, 5)),
+    has_tokens=st.booleans(),
+    whole_cells=st.tuples(st.booleans(), st.booleans()),
+    memory_format=st.sampled_from(FORMATS),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_agrees_with_the_reference(
+    batch, channels, decoder_channels, grid, patch, has_tokens, whole_cells, memory_format, seed
+):
+    factor = tuple(cells if whole else 1 for cells, whole in zip(grid, whole_cells, strict=True))
+    inputs = gate_inputs(batch, channels, decoder_channels, grid, patch, factor, seed=seed, has_tokens=has_tokens)
+    inputs = in_format(on_device(inputs, torch.float32), memory_format)
+    found, expected = (results(inputs, function=function) for function in (kernels, reference.skip_gate))
+    for result, close in zip(found, expected, strict=True):
+        # Of the largest entry: gradients by a gate are sums that may cancel.
+        bound = 1e-5 * max(1.0, close.abs().max().item() if close.numel() else 0.0)
+        torch.testing.assert_close(result, close, rtol=1e-5, atol=bound)
+
+
+class TestBadInput:
+    def test_no_second_derivative(self):
+        inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
+        gradients = torch.autograd.grad(kernels(*inputs).square().sum(), inputs, create_graph=True)
+        for gradient in gradients:
+            with pytest.raises(NotImplementedError, match="skip_gate has no second derivative; use backend='composed'"):
+                torch.autograd.grad(gradient.sum(), inputs, allow_unused=True, retain_graph=True)
+
+    def test_float64_is_not_for_triton(self, monkeypatch):
+        inputs = on_device(gate_inputs())
+        with pytest.raises(NotImplementedError, match="computes in float32; use backend='composed'"):
+            skip_gate(*inputs, backend="triton")
+        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
+        torch.testing.assert_close(skip_gate(*inputs), reference.skip_gate(*inputs))
+
+    def test_neither_gpu_nor_interpreter(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        inputs = gate_inputs(dtype=torch.float32)
+        with pytest.raises(NotImplementedError, match=r"run on a CUDA device, or .*; got cpu; use backend='composed'"):
+            skip_gate(*inputs, backend="triton")
+        torch.testing.assert_close(skip_gate(*inputs), reference.skip_gate(*inputs))
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    """Sizes that networks have: many programs, parts beyond what is added at once, vectors of every width."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    @pytest.mark.parametrize("size", [224, 240, 512, 1000])
+    def test_published_scales(self, size, memory_format, dtype):
+        for scale, (channels, decoder_channels) in enumerate(((64, 64), (128, 128), (256, 256), (512, 512))):
+            side, patch = size >> scale, 16 >> scale
+            shape = {"channels": channels, "decoder_channels": decoder_channels, "patch": (patch, patch)}
+            if side % patch or side % 2:
+                shape |= {"has_tokens": False, "grid": (1, 1), "patch": (side, side), "factor": (1, side)}
+            else:
+                shape |= {"grid": (side // patch, side // patch)}
+            assert_as_exact_as_the_reference(kernels, [inputs_of(shape, dtype, memory_format)])
+            torch.cuda.empty_cache()
+
+    @pytest.mark.parametrize("name", SHAPES)
+    @pytest.mark.parametrize("batch", [33])
+    def test_larger_batch(self, name, batch):
+        assert_as_exact_as_the_reference(kernels, [inputs_of(SHAPES[name] | {"batch": batch})])
