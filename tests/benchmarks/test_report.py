@@ -102,3 +102,17 @@ def test_device_report_holds_times_targets_and_what_is_missing():
     assert "| broken[a]: failed | 1 | E   OutOfMemoryError: none left |" in lines
     assert "| late: skipped | 2 | out of time or not there |" in lines
     assert not any(line.startswith("| operator") for line in lines)
+
+
+def test_candidates_without_an_operator_are_compared_with_a_baseline_and_a_copy():
+    info = {
+        "batch": 1,
+        "pixels": 224,
+        "dtype": "float32",
+        "detail": "scale 1, channels-last",
+        "candidate": "transposed",
+    }
+    info |= {"median_seconds": 0.05394, "least_seconds": 0.0125, "times_baseline": 0.731}
+    info |= {"times_baseline_quartiles": [0.72, 0.75]}
+    lines = device_report([measured("a", "convolution, forward", info)]).splitlines()
+    assert "| 1 x 224², float32, scale 1, channels-last | transposed | 53.94 | 0.73 (0.72 to 0.75) | 4.3 |" in lines
