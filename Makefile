@@ -1,8 +1,8 @@
-# make demo   create the environment, train on the embedded picture, evaluate, predict: results in demo/
-# make test   create the environment, run the tests
+# `make` alone lists the targets: the text behind each `##`.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format benchmark resources clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format benchmark benchmark-gpu resources clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python test` chooses another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
@@ -15,35 +15,41 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 METADATA := setup.py pyproject.toml constraints.txt
 WORKERS ?= 2
 
-demo: $(VENV)/.training
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.training ## create the environment, train on the embedded picture, evaluate, predict: results in demo/
 	$(BIN)/uctrans demo --output demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev ## create the environment, run the tests
 	$(BIN)/python -m pytest -p no:benchmark -n $(WORKERS)
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev ## mend what can be mended of both
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/.dev
+benchmark: $(VENV)/.dev ## time the backends on this machine's CPU
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only
 
 # On a machine with a CUDA GPU, with the Python that has torch for it; again with MISSING=--missing for what is left.
 MINUTES ?= 8
 RECORD ?= .benchmarks/gpu.jsonl
-benchmark-gpu:
+HAS_CUDA := from torch.cuda import is_available; exit(not is_available())
+benchmark-gpu: ## time the operators on a CUDA GPU: make benchmark-gpu PYTHON=python RECORD=FILE.jsonl
+	@$(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null || { echo "benchmark-gpu needs a CUDA device and a PyTorch that sees it," \
+	  "and '$(PYTHON)' has none: make benchmark-gpu PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m pytest benchmarks -m gpu --benchmark-only --minutes $(MINUTES) --record $(RECORD) $(MISSING)
 	$(PYTHON) -m benchmarks.report $(RECORD)
 
 # What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.
-resources: $(VENV)/.dev
+resources: $(VENV)/.dev ## compile every kernel offline: docs/kernel-resources.md
 	$(BIN)/python -m uctrans.kernels.resources --output docs/kernel-resources.md
 
-clean:
+clean: ## remove what was built, the demo and runs/; the environment stays
 	rm -rf build dist demo runs .pytest_cache .ruff_cache .benchmarks .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

@@ -173,3 +173,22 @@ def test_make_refuses_an_old_python(tmp_path):
     assert "Python 3.11 or newer" in result.stderr
     assert str(old) in result.stderr
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_lists_every_target():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
+    listed = subprocess.run(["make", "PYTHON=python"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = dict(line.removeprefix("make ").split(maxsplit=1) for line in listed.splitlines())
+    assert list(lines) == targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_benchmark_gpu_needs_a_gpu():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    words = ["make", "benchmark-gpu", f"PYTHON={sys.executable}"]
+    made = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert made.returncode != 0
+    assert made.stdout == ""
+    assert made.stderr.splitlines()[0].startswith("benchmark-gpu needs a CUDA device")
+    assert len(made.stderr.splitlines()) == 2  # the second is make's own
