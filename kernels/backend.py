@@ -23,9 +23,9 @@ def check_backend(backend: str) -> str:
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Turn a requested backend into the one that runs on ``device``: ``triton``, ``composed`` or ``reference``.
 
-    ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set; else by ``triton`` on a GPU
-    that the kernels run on, and by ``composed`` anywhere else. A backend asked for by name runs or raises; there is no
-    silent fallback.
+    ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set and not empty; else by
+    ``triton`` on a GPU that the kernels run on, and by ``composed`` anywhere else. A backend asked for by name runs or
+    raises; there is no silent fallback.
 
     Raises:
         ValueError: the name, or the value of the environment variable, is unknown.
@@ -33,7 +33,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """
     check_backend(backend)
     if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         if backend not in BACKENDS:
             raise ValueError(
                 f"the environment variable {ENVIRONMENT_VARIABLE} is {backend!r}; "

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from uctrans.kernels import channel_attention, projected_attention_maps, projected_channel_attention
+from uctrans.kernels import channel_attention, projected_attention_maps, projected_channel_attention, resolve_backend
 from uctrans.kernels.channel_attention import composed, correlating_is_cheaper, reference
 from uctrans.kernels.testing import (
     ATTENTION_SHAPES,
@@ -348,6 +348,8 @@ class TestBackends:
         monkeypatch.setenv("UCTRANS_BACKEND", "reference")
         assert torch.equal(channel_attention(*inputs, SMALL.segments), results["reference"])
         assert torch.equal(channel_attention(*inputs, SMALL.segments, backend="composed"), results["composed"])
+        monkeypatch.setenv("UCTRANS_BACKEND", "")
+        assert resolve_backend("auto", torch.device("cpu")) == "composed"
         monkeypatch.setenv("UCTRANS_BACKEND", "cuda")
         with pytest.raises(ValueError, match="UCTRANS_BACKEND is 'cuda'"):
             channel_attention(*inputs, SMALL.segments)
