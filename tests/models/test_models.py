@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import uctrans
+from uctrans.models import registry
 from uctrans.models.base import CONFIG_FILE, WEIGHTS_FILE
 
 SMALL = {
@@ -352,8 +353,20 @@ class TestRegistry:
             uctrans.create_model("zzz")
 
     def test_unknown_option(self):
-        with pytest.raises(TypeError, match="depth"):
+        with pytest.raises(TypeError, match="unet has no option 'depth'; it takes in_channels, classes, base_channels"):
             uctrans.create_model("unet", depth=3)
+        with pytest.raises(TypeError, match=r"uctransnet has no option 'clases'; did you mean 'classes'\?"):
+            uctrans.create_model("uctransnet", clases=1)
+
+    def test_options_that_are_passed_on(self, monkeypatch):
+        monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+
+        @uctrans.register_model("narrow")
+        class Narrow(uctrans.UNet):
+            def __init__(self, **options):
+                super().__init__(base_channels=2, **options)
+
+        assert uctrans.create_model("narrow", classes=2).classes == 2
 
     def test_name_taken(self):
         with pytest.raises(ValueError, match="registered already"):
@@ -369,6 +382,15 @@ class TestModelFiles:
         with pytest.raises(uctrans.ModelFileError, match="missing does not exist: give a run folder"):
             uctrans.load_model(tmp_path / "missing")
         with pytest.raises(uctrans.ModelFileError, match=r"holds no config\.json"):
+            uctrans.load_model(tmp_path)
+
+    def test_model_one_folder_further_down(self, tmp_path):
+        self.saved(tmp_path / "run" / "best")
+        (tmp_path / "data").mkdir()
+        with pytest.raises(uctrans.ModelFileError, match=r"holds no config\.json; did you mean .*/run\?"):
+            uctrans.load_model(tmp_path)
+        self.saved(tmp_path / "model")
+        with pytest.raises(uctrans.ModelFileError, match=r"did you mean .*/model or .*/run\?"):
             uctrans.load_model(tmp_path)
 
     def test_run_without_best_weights(self, tmp_path):

@@ -39,7 +39,14 @@ def _load_folder(folder: Path) -> SegmentationModel:
         raise ModelFileError(
             f"{folder} is a run without best weights yet: use {folder / LAST_CHECKPOINT}, or continue the run"
         )
+    elif not (folder / CONFIG_FILE).exists() and (inside := _folders_with_a_model(folder)):
+        raise ModelFileError(f"{folder} holds no {CONFIG_FILE}; did you mean {' or '.join(map(str, inside))}?")
     return model_class_of(folder).from_pretrained(folder)
+
+
+def _folders_with_a_model(folder: Path) -> list[Path]:
+    contents = (CONFIG_FILE, f"{BEST_FOLDER}/{CONFIG_FILE}")
+    return [inside for inside in sorted(folder.iterdir()) if any((inside / file).exists() for file in contents)]
 
 
 def model_class_of(folder: Path) -> type[SegmentationModel]:

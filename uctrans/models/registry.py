@@ -1,6 +1,7 @@
 """Models by name."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,9 +33,7 @@ def list_models() -> list[str]:
 def model_class(name: str) -> type[SegmentationModel]:
     """The class behind a name; ``ValueError`` with the nearest names where there is none."""
     if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS)
-        hint = f"did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
-        raise ValueError(f"unknown model {name!r}; {hint or 'choose one of ' + ', '.join(list_models())}")
+        raise ValueError(f"unknown model {name!r}; {_hint(name, list_models(), 'choose one of ')}")
     return _MODELS[name]
 
 
@@ -45,4 +44,15 @@ def create_model(name: str, **options: Any) -> SegmentationModel:
         ValueError: the name is unknown, or an option's value does not fit.
         TypeError: the model has no such option.
     """
-    return model_class(name)(**options)
+    kind = model_class(name)
+    parameters = inspect.signature(kind).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for option in options:
+        if option not in parameters and not takes_any:
+            raise TypeError(f"{name} has no option {option!r}; {_hint(option, list(parameters), 'it takes ')}")
+    return kind(**options)
+
+
+def _hint(name: str, known: list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise + ", ".join(known)
