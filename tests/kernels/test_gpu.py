@@ -1,9 +1,14 @@
-"""Channel attention on a GPU: the same bits in every run, CUDA graphs that are really used, any device."""
+"""Channel attention and skip path on a GPU: the same bits in every run, CUDA graphs really used, any device.
+
+Sizes are the published ones at 224 pixels.
+"""
+
+from functools import partial
 
 import pytest
 import torch
 
-from uctrans.kernels import channel_attention, projected_channel_attention
+from uctrans.kernels import channel_attention, projected_channel_attention, skip_gate
 from uctrans.kernels.channel_attention import correlating_is_cheaper
 from uctrans.kernels.testing import AttentionShape, attention_inputs
 from uctrans.layers import TransformerLayer
@@ -15,6 +20,8 @@ SHAPE = AttentionShape(4, 4, 196, (64, 128, 256, 512), 960)
 SETTINGS = {"dropout_p": 0.1, "backend": "triton"}
 SEED = 20
 RUNS = 10
+SKIP_SCALES = ((64, 224), (128, 112), (256, 56), (512, 28))  # channels, of skip and decoder alike, and side
+GRID = 14  # tokens along a side
 
 
 def attend(query, key, value, seed=SEED, **settings):
@@ -44,9 +51,33 @@ def projected_inputs(dtype, device):
     return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
 
 
-BOTH = pytest.mark.parametrize(
-    ("function", "inputs_of"), [(attend, packed_inputs), (project_and_attend, projected_inputs)], ids=["", "projected"]
-)
+def gate(*inputs, seed=None, backend="triton"):
+    """The skip path; it draws nothing, so that the seed is of no use."""
+    return skip_gate(*inputs, backend=backend)
+
+
+def skip_inputs(dtype, device, scale=0, memory_format=torch.channels_last):
+    """Encoder feature, tokens, decoder feature and the weights of a published scale."""
+    generator = torch.Generator().manual_seed(0)
+    channels, side = SKIP_SCALES[scale]
+    maps = [torch.randn(SHAPE.batch, channels, size, size, generator=generator) for size in (side, GRID, side // 2)]
+    weight_sizes = [(channels, channels), (channels,)] * 2
+    weights = [torch.randn(*size, generator=generator) / size[-1] ** 0.5 for size in weight_sizes]
+    tensors = [*(feature.contiguous(memory_format=memory_format) for feature in maps), *weights]
+    return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+
+ATTENTION = {"": (attend, packed_inputs), "projected": (project_and_attend, projected_inputs)}
+SKIP_PATH = {"skip": (gate, skip_inputs)}
+OTHER_SKIP_PATHS = {
+    "skip, contiguous": (gate, partial(skip_inputs, memory_format=torch.contiguous_format)),
+    **{f"skip, scale {scale}": (gate, partial(skip_inputs, scale=scale)) for scale in (1, 2, 3)},
+}
+
+
+def each(functions):
+    """A test of every function, with what makes its inputs of a dtype and a device."""
+    return pytest.mark.parametrize(("function", "inputs_of"), functions.values(), ids=functions.keys())
 
 
 def output_and_gradients(function, inputs, **settings):
@@ -56,7 +87,7 @@ def output_and_gradients(function, inputs, **settings):
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
-@BOTH
+@each(ATTENTION | SKIP_PATH | OTHER_SKIP_PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_same_bits_in_every_run(function, inputs_of, dtype):
     inputs = inputs_of(dtype, DEVICE)
@@ -98,7 +129,7 @@ class TestReduceOverhead:
     def skips():
         return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
-    @BOTH
+    @each(ATTENTION | SKIP_PATH)
     def test_forward(self, function, inputs_of, recorded):
         inputs = [tensor.detach() for tensor in inputs_of(torch.bfloat16, DEVICE)]
         seed = torch.tensor([SEED], device=DEVICE)
@@ -110,7 +141,7 @@ class TestReduceOverhead:
         assert len(recorded) == 1
         torch.testing.assert_close(result, function(*inputs, seed=seed), rtol=2e-2, atol=2e-2)
 
-    @BOTH
+    @each(ATTENTION | SKIP_PATH)
     def test_forward_and_backward(self, function, inputs_of, recorded):
         inputs = inputs_of(torch.bfloat16, DEVICE)
         seed = torch.tensor([SEED], device=DEVICE)
@@ -123,7 +154,7 @@ class TestReduceOverhead:
         for result, expected in zip(results, output_and_gradients(function, inputs, seed=seed), strict=True):
             torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
-    @BOTH
+    @each(ATTENTION)
     def test_masks_of_torch_s_generator(self, function, inputs_of, recorded):
         """Without a seed one is drawn inside the graph: every replay has another mask."""
         inputs = inputs_of(torch.bfloat16, DEVICE)
@@ -149,7 +180,7 @@ class TestOtherDevice:
         with torch.cuda.device(0):
             yield
 
-    @BOTH
+    @each(ATTENTION | SKIP_PATH)
     def test_function(self, function, inputs_of):
         inputs = inputs_of(torch.bfloat16, "cuda:1")
         results = output_and_gradients(function, inputs)

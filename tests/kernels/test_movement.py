@@ -9,7 +9,7 @@ import torch
 
 from uctrans.kernels import packed_linear, projected_channel_attention
 from uctrans.kernels.channel_attention import correlating_is_cheaper
-from uctrans.layers import TransformerLayer
+from uctrans.layers import ChannelGate, TransformerLayer
 
 pytest.importorskip("triton")
 
@@ -18,6 +18,7 @@ CASES = [(torch.float32, 0.3), (torch.float16, 0.0)]
 METHODS = ("contiguous", "clone", "copy_", "to", "type", "float", "half", "bfloat16", "reshape", "flatten", "repeat")
 FUNCTIONS = ("cat", "stack", "clone")
 WIDTHS, TOKENS = (16, 32), 11
+FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.fixture
@@ -80,6 +81,81 @@ def test_transformer_layer(dtype, dropout, moved):
     assert moved == []
     torch.autograd.grad(output, [tokens, *layer.parameters()], torch.ones_like(output))
     assert moved == []
+
+
+def skip_maps(dtype, memory_format):
+    """Encoder feature, tokens and decoder feature."""
+    sizes = ((2, 4, 2, 8), (2, 4, 1, 2), (2, 6, 1, 4))
+    maps = (normal(*size, dtype=dtype).contiguous(memory_format=memory_format) for size in sizes)
+    return [feature.requires_grad_() for feature in maps]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+class TestChannelGate:
+    """Maps come in one format, as convolutions leave them."""
+
+    @staticmethod
+    def gate(decoder_channels=6, **options):
+        return ChannelGate(4, decoder_channels, **options, backend="triton").to(DEVICE)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_skip_path(self, dtype, memory_format, moved):
+        gate = self.gate().to(dtype)
+        encoder_feature, tokens, decoder_feature = maps = skip_maps(dtype, memory_format)
+        moved.clear()
+        output = gate(encoder_feature, decoder_feature, tokens)
+        assert moved == []
+        torch.autograd.grad(output, [*maps, *gate.parameters()], torch.ones_like(output))
+        assert moved == []
+
+    def test_gate_by_the_decoder_that_is_not_concatenated(self, memory_format, moved):
+        gate = self.gate(concatenate=False)
+        encoder_feature, _, decoder_feature = skip_maps(torch.float32, memory_format)
+        moved.clear()
+        output = gate(encoder_feature, decoder_feature)
+        torch.autograd.grad(output, [encoder_feature, decoder_feature, *gate.parameters()], torch.ones_like(output))
+        assert moved == []
+
+    def test_gradient_of_a_sum(self, memory_format, moved):
+        gate = self.gate(decoder_channels=None)
+        encoder_feature, tokens, _ = skip_maps(torch.float32, memory_format)
+        moved.clear()
+        torch.autograd.grad(gate(encoder_feature, None, tokens).sum(), [encoder_feature, tokens, *gate.parameters()])
+        assert moved == []
+
+    def test_tokens_as_the_transformer_leaves_them(self, memory_format, moved):
+        gate = self.gate()
+        encoder_feature, _, decoder_feature = skip_maps(torch.float32, memory_format)
+        packed = normal(2, 2, 9).requires_grad_()
+        tokens = packed[..., 3:7].transpose(1, 2).unflatten(2, (1, 2))
+        moved.clear()
+        output = gate(encoder_feature, decoder_feature, tokens)
+        torch.autograd.grad(output, [encoder_feature, tokens, decoder_feature], torch.ones_like(output))
+        assert moved == []
+
+    def test_under_autocast(self, memory_format, moved):
+        """Maps in half precision, weights in float32: kernels read both as they are."""
+        gate = self.gate()
+        encoder_feature, tokens, decoder_feature = maps = skip_maps(torch.float16, memory_format)
+        moved.clear()
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            output = gate(encoder_feature, decoder_feature, tokens)
+        torch.autograd.grad(output, [*maps, *gate.parameters()], torch.ones_like(output))
+        assert moved == []
+
+    def test_a_map_in_the_other_format_is_copied(self, memory_format, moved):
+        other = next(other for other in FORMATS if other != memory_format)
+        (encoder_feature, tokens, _), (*_, decoder_feature) = (
+            skip_maps(torch.float32, chosen) for chosen in (memory_format, other)
+        )
+        gate = self.gate()
+        moved.clear()
+        output = gate(encoder_feature, decoder_feature, tokens)
+        assert moved == ["contiguous"]
+        gradient = torch.ones_like(output).contiguous(memory_format=other)
+        moved.clear()
+        torch.autograd.grad(output, [encoder_feature, tokens], gradient)
+        assert set(moved) == {"contiguous"}
 
 
 class TestTheWatch:
