@@ -474,6 +474,22 @@ class TestHowTensorsLieInMemory:
         torch.testing.assert_close(found, results(inputs, function=reference.skip_gate), rtol=1e-5, atol=1e-5)
         self.assert_that_they_lie_as_they_should(found, others)
 
+    @pytest.mark.parametrize(
+        ("feature", "expected"),
+        [
+            (torch.empty(2, 3, 4, 5), torch.contiguous_format),
+            (torch.empty(2, 3, 1, 1), torch.contiguous_format),
+            (torch.empty(2, 1, 4, 5), torch.contiguous_format),
+            (torch.empty(2, 3, 1, 1).expand(2, 3, 4, 5), torch.contiguous_format),
+            (torch.empty(2, 3, 4, 5, memory_format=torch.channels_last), torch.channels_last),
+            (torch.empty(2, 3, 4, 1, memory_format=torch.channels_last), torch.channels_last),
+            (torch.empty(2, 1, 4, 5, memory_format=torch.channels_last), torch.contiguous_format),  # it is both
+            (torch.empty(2, 4, 5, 8)[..., 2:5].permute(0, 3, 1, 2), torch.channels_last),
+        ],
+    )
+    def test_format(self, feature, expected):
+        assert memory_format_of(feature) == expected
+
 
 class TestOperator:
     """Known to torch: schema, shapes without data, gradients, compilation, autocast."""
