@@ -116,7 +116,7 @@ class NestedU(nn.Module):
 
     def _check_size(self, height: int, width: int) -> None:
         multiple = 2 ** len(self.down)
-        if height % multiple or width % multiple:
+        if min(height, width) < multiple or height % multiple or width % multiple:
             raise ValueError(
                 f"a nested U of depth {len(self.down)} needs a map of multiples of {multiple} pixels; got "
                 f"{height}x{width}: pad the map, or give less depth"

@@ -1,0 +1,234 @@
+"""DualBranchUCTransNet: its parts in order, sizes, depths and dilations, what it refuses, and that it learns."""
+
+import pytest
+import torch
+
+import uctrans
+from uctrans.inference import ExportConfig, export
+from uctrans.layers import NestedU
+from uctrans.training.losses import image_dice, segmentation_loss
+
+SMALL = {"base_channels": 4, "image_size": 32, "dilations": (2, 2, 2, 1), "num_layers": 1, "num_heads": 2}
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return uctrans.create_model("dual_branch_uctransnet", **(SMALL | options))
+
+
+def blobs(size, seed=0):
+    """Two noisy pictures (2, 3, size, size) of dark discs on a mottled ground, and their masks (2, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    masks = torch.zeros(2, size, size, dtype=torch.long)
+    for mask in masks:
+        for row, column, radius in torch.rand(8, 3, generator=generator):
+            radius = (0.05 + 0.07 * radius) * size
+            mask[(rows - row * size) ** 2 + (columns - column * size) ** 2 < radius**2] = 1
+    colours = torch.tensor([[0.8, 0.6, 0.8], [0.5, 0.4, 0.6]])  # ground, disc
+    noise = 0.15 * torch.randn(2, 3, size, size, generator=generator)
+    return (colours[masks].permute(0, 3, 1, 2) + noise).clamp(0, 1), masks
+
+
+class TestNetwork:
+    def test_its_parts_in_order(self):
+        model = build().eval()
+        image = torch.rand(2, 3, 32, 48)
+        features, feature = [], model.encoder.stem(image)
+        for scale in range(4):
+            features.append(model.encoder.nested[scale](feature))
+            feature = model.encoder.stages[scale](features[scale])
+        tokens = model.transformer.token_maps(features)
+        for scale in (3, 2, 1, 0):
+            feature = model.decoder[scale](features[scale], tokens[scale], feature)
+        torch.testing.assert_close(model(image), model.head(feature))
+
+    def test_backends_agree(self):
+        model = build().double().eval()
+        image = torch.rand(2, 3, 40, 56, dtype=torch.float64)
+        outputs = {backend: uctrans.set_backend(model, backend)(image) for backend in ("reference", "composed")}
+        torch.testing.assert_close(outputs["composed"], outputs["reference"])
+
+    def test_triton_agrees(self):
+        pytest.importorskip("triton")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = build(mlp_ratio=1).to(device).eval()
+        image = torch.rand(1, 3, 16, 32, device=device)
+        with torch.no_grad():
+            outputs = {backend: uctrans.set_backend(model, backend)(image) for backend in ("triton", "composed")}
+        torch.testing.assert_close(outputs["triton"], outputs["composed"], rtol=1e-4, atol=1e-4)
+
+    def test_channels_last(self):
+        model = build().double().eval()
+        image = torch.rand(2, 3, 40, 32, dtype=torch.float64)
+        expected = model(image)
+        model.to(memory_format=torch.channels_last)
+        outputs = []
+        model.encoder.stages[0].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        torch.testing.assert_close(model(image.contiguous(memory_format=torch.channels_last)), expected)
+        assert outputs[0].is_contiguous(memory_format=torch.channels_last)
+
+    def test_attention_maps(self):
+        model = build(num_layers=2).eval()
+        image = torch.rand(2, 3, 30, 32)
+        logits, maps = model.forward_with_attention(image)
+        torch.testing.assert_close(logits, model(image))
+        assert [[tuple(scale.shape) for scale in layer] for layer in maps] == [
+            [(2, width, 60) for width in (4, 8, 16, 32)]
+        ] * 2
+
+    def test_positions_for_another_size(self):
+        model = build().eval()
+        resized = uctrans.resize_positions(model, (64, 32))
+        assert resized.transformer.embeddings[0].position.shape[-2:] == (4, 2)
+        image = torch.rand(1, 3, 64, 32)
+        torch.testing.assert_close(resized(image), model(image))
+
+    def test_exports_to_both_formats(self, tmp_path):
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        build().save_pretrained(tmp_path / "model")
+        settings = {"dynamic": "size", "image_size": 32, "formats": ("torch",)}
+        assert export(ExportConfig(str(tmp_path / "model"), str(tmp_path / "any size"), **settings))
+        written = export(ExportConfig(str(tmp_path / "model"), str(tmp_path / "out"), image_size=32))
+        assert [path.name for path in written] == ["model.pt2", "model.onnx", "export.json"]
+
+
+class TestOptions:
+    @pytest.mark.parametrize("patch_sizes", [(8,), (4, 2), (16, 8, 4), (32, 16, 8, 4, 2)], ids=str)
+    def test_any_number_of_scales(self, patch_sizes):
+        depths = tuple(range(len(patch_sizes), 0, -1))
+        model = build(patch_sizes=patch_sizes, depths=depths, dilations=1)
+        assert model(torch.rand(2, 3, 64, 80)).shape == (2, 1, 64, 80)
+
+    def test_any_widths(self):
+        model = build(base_channels=(5, 2, 6, 10), nested_channels=(3, 1, 7, 2))
+        assert [block.down[0].convs[0].conv.out_channels for block in model.encoder.nested] == [3, 1, 7, 2]
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
+
+    @pytest.mark.parametrize(("nested_channels", "expected"), [(None, [2, 4, 8, 16]), (3, [3, 6, 12, 24])], ids=str)
+    def test_widths_of_the_nested_u(self, nested_channels, expected):
+        model = build(nested_channels=nested_channels)
+        assert [block.down[-1].convs[0].conv.out_channels for block in model.encoder.nested] == expected
+
+    def test_a_channel_has_no_half(self):
+        assert build(base_channels=(1, 2, 2, 2)).encoder.nested[0].down[0].convs[0].conv.out_channels == 1
+
+    def test_one_dilation_for_all_or_one_for_each(self):
+        def dilations(model):
+            return [[block.conv.dilation[0] for block in stage.dilated] for stage in model.encoder.stages]
+
+        assert dilations(build(image_size=224, dilations=5)) == [[5, 5]] * 4
+        assert dilations(build(dilations=(4, 3, 2, 1))) == [[4, 4], [3, 3], [2, 2], [1, 1]]
+
+    def test_depths(self):
+        model = build(depths=(3, 0, 2, 1))
+        depths = [len(block.down) if isinstance(block, NestedU) else 0 for block in model.encoder.nested]
+        assert depths == [3, 0, 2, 1]
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
+
+    def test_images_are_padded_until_every_level_holds_its_depth(self):
+        """Depth 3 at the fourth scale needs multiples of 64 pixels: 224 is held, as 256."""
+        model = build(image_size=224, depths=(4, 3, 2, 3), dilations=2).eval()
+        assert model.size_multiple == 64
+        assert model.transformer.embeddings[0].position.shape[-2:] == (16, 16)
+        for size in ((224, 224), (1, 1), (70, 33)):
+            assert model(torch.rand(1, 3, *size)).shape == (1, 1, *size)
+
+    def test_oblong_image_size(self):
+        model = build(image_size=(32, 64))
+        assert model.transformer.embeddings[0].position.shape[-2:] == (2, 4)
+
+    def test_defaults(self):
+        with torch.device("meta"):
+            config = uctrans.DualBranchUCTransNet().config
+        assert config == {
+            "in_channels": 3,
+            "classes": 1,
+            "image_size": 224,
+            "base_channels": 64,
+            "dilations": 2,
+            "depths": [4, 3, 2, 1],
+            "nested_channels": None,
+            "num_layers": 4,
+            "num_heads": 4,
+            "patch_sizes": [16, 8, 4, 2],
+            "mlp_ratio": 4,
+            "embedding_dropout": 0.1,
+            "attention_dropout": 0.1,
+            "mlp_dropout": 0.0,
+            "backend": "auto",
+        }
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"dilations": 0}, ValueError, "dilations must be at least 1 each"),
+            ({"dilations": (2, 2)}, ValueError, "dilations needs one number for each of the 4 scales .* got 2"),
+            ({"dilations": (2, 2, 2, 1.5)}, TypeError, "dilations must be whole numbers"),
+            ({"dilations": "2"}, TypeError, "dilations must be a list or tuple"),
+            ({"dilations": 2}, ValueError, "dilations: 2 at down-sampling 4, whose map is 2x2 .* give at most 1 there"),
+            ({"dilations": (16, 1, 1, 1)}, ValueError, "dilations: 16 at down-sampling 1, whose map is 16x16"),
+            ({"depths": (4, 3, 2, -1)}, ValueError, "depths must be at least 0 each"),
+            ({"depths": (4, 3, 2)}, ValueError, "depths needs one number for each of the 4 scales .* got 3"),
+            ({"depths": 4}, TypeError, "depths must be a list or tuple"),
+            ({"depths": (4, 3, 2, 3)}, ValueError, "depths: 3 at scale 4, whose map is 4x4 .* give at most 2 there"),
+            (
+                {"depths": (6, 3, 2, 1), "image_size": (32, 64)},
+                ValueError,
+                r"depths: 6 at scale 1, whose map is 32x64 for image_size \[32, 64\] and can be halved 5 times",
+            ),
+            ({"base_channels": (4, 5, 6, 8)}, ValueError, r"base_channels must be even .* got \[4, 5, 6, 8\]"),
+            ({"base_channels": (4, 8)}, ValueError, "base_channels must be one width, or 4"),
+            ({"nested_channels": 0}, ValueError, "nested_channels must be at least 1 each"),
+            ({"nested_channels": (2, 4)}, ValueError, "nested_channels needs one number for each of the 4 scales"),
+            ({"patch_sizes": (16, 4)}, ValueError, "patch_sizes must halve"),
+            ({"image_size": 0}, ValueError, "image_size must be a positive side"),
+            ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
+            ({"num_heads": 0}, ValueError, "num_heads must be at least 1"),
+            ({"attention_dropout": 1.0}, ValueError, r"attention_dropout must be in \[0, 1\)"),
+        ],
+        ids=str,
+    )
+    def test_refuses_options_that_do_not_fit(self, options, error, message):
+        with pytest.raises(error, match=message):
+            build(**options)
+
+    def test_one_scale_with_an_odd_width(self):
+        with pytest.raises(ValueError, match="base_channels must be even"):
+            build(base_channels=(5,), patch_sizes=(2,), depths=(1,), dilations=1)
+
+
+def test_full_size_counts():
+    """Parameters and operations that the documentation of DualBranchUCTransNet states."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = uctrans.DualBranchUCTransNet(backend="reference").eval()
+        image = torch.empty(1, 3, 224, 224)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 74_036_289
+    assert sum(parameter.numel() for parameter in model.encoder.nested.parameters()) == 10_333_568
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    assert counter.get_total_flops() == pytest.approx(116.5e9, rel=1e-3)
+    with torch.device("meta"):
+        plain = uctrans.DualBranchUCTransNet(depths=(0, 0, 0, 0), backend="reference").eval()
+    with FlopCounterMode(display=False) as without, torch.no_grad():
+        plain(image)
+    assert counter.get_total_flops() - without.get_total_flops() == pytest.approx(45.3e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["uctransnet", "dual_branch_uctransnet"])
+def test_overfits_two_pictures(name):
+    images, masks = blobs(64)
+    torch.manual_seed(0)
+    model = uctrans.create_model(name, base_channels=8, image_size=64, num_layers=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = segmentation_loss(model(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        dice = image_dice(model.eval()(images), masks)
+    assert dice.min() > 0.95
