@@ -14,6 +14,7 @@ BOUNDARY_CLASSES = 3
 SMALLEST_OBJECT, SEED_DISTANCE, BORDER_WIDTH = 30, 8, 3
 # Outlines are uneven, and so is the distance to them: unsmoothed it has several peaks a nucleus.
 SMOOTHING_PER_SEED_DISTANCE = 0.25
+LEVEL_STEP = 0.1  # pixels of distance: less than that is rounding, and no peak
 ROUNDING = 1e-3  # sums of several tiles or transforms may leave 0..1 by a little
 
 
@@ -158,12 +159,16 @@ def _smoothed(height: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def _peaks(height: np.ndarray, mask: np.ndarray, seed_distance: int) -> np.ndarray:
-    """The highest points of the mask's connected parts, numbered from 1: int32 ``(H, W)``."""
+    """The highest points of the mask's connected parts, numbered from 1, those of one level ridge alike."""
     from skimage.feature import peak_local_max
+    from skimage.measure import label
 
-    peaks = peak_local_max(height, min_distance=seed_distance, exclude_border=False, labels=_connected_parts(mask))
+    parts = _connected_parts(mask)
+    position = tuple(peak_local_max(height, min_distance=seed_distance, exclude_border=False, labels=parts).T)
+    levels = label(np.rint(height / LEVEL_STEP).astype(np.int32) + 1, connectivity=2)
+    ridges = np.stack([parts[position], levels[position]])
     seeds = np.zeros(height.shape, dtype=np.int32)
-    seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+    seeds[position] = np.unique(ridges, axis=1, return_inverse=True)[1].reshape(-1) + 1
     return seeds
 
 
