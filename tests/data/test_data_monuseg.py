@@ -9,6 +9,7 @@ import skimage.io
 
 from uctrans.data import (
     DataError,
+    PreparedImage,
     fill_polygons,
     find_images,
     find_samples,
@@ -40,7 +41,7 @@ def images(tmp_path):
 def test_writes_masks_and_instance_maps(tmp_path, images):
     write_xml(tmp_path / "xml" / "a.xml", SQUARE, [(7, 1), (9, 1), (9, 4)])
     (prepared,) = prepare_monuseg(tmp_path / "xml", images, tmp_path)
-    assert (prepared.name, prepared.nuclei, prepared.skipped, prepared.microns_per_pixel) == ("a", 2, 0, 0.2525)
+    assert prepared == PreparedImage("a", nuclei=2, skipped=0, hidden=0, microns_per_pixel=0.2525)
     instances = skimage.io.imread(tmp_path / "instances" / "a.png")
     mask = skimage.io.imread(tmp_path / "masks" / "a.png")
     assert (instances.dtype, mask.dtype, instances.shape) == (np.uint16, np.uint8, (12, 10))
@@ -48,7 +49,7 @@ def test_writes_masks_and_instance_maps(tmp_path, images):
     assert (instances[4:8, 3:5] == 1).all()
     assert np.argwhere(instances == 1)[:, 0].max() <= 8
     np.testing.assert_array_equal(mask, np.where(instances > 0, 255, 0))
-    summary = {"a": {"nuclei": 2, "skipped": 0, "microns_per_pixel": 0.2525}}
+    summary = {"a": {"nuclei": 2, "skipped": 0, "hidden": 0, "microns_per_pixel": 0.2525}}
     assert json.loads((tmp_path / "annotations.json").read_text()) == summary
     (sample,) = find_samples(tmp_path)
     assert read_mask(sample.mask, shape=(12, 10)).sum() == (mask > 0).sum()
@@ -204,13 +205,41 @@ def test_without_defusedxml_the_error_says_what_to_install(tmp_path, monkeypatch
         read_annotation(write_xml(tmp_path / "a.xml", SQUARE))
 
 
-def test_smaller_nuclei_lie_on_top_and_numbers_have_no_gaps():
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_large_outline_never_swallows_a_nucleus_inside_it(order):
     small, large = np.array(SQUARE), np.array([(0, 0), (11, 0), (11, 11), (0, 11)])
-    outside = small + 100
-    instances = fill_polygons([small, outside, large, small], (12, 12))
+    instances = fill_polygons([(small, large)[index] for index in order], (12, 12))
+    small_number, large_number = order.index(0) + 1, order.index(1) + 1
+    assert (instances[4:8, 3:5] == small_number).all()
+    assert (instances[0, 0], instances[10, 10]) == (large_number, large_number)
     assert np.unique(instances).tolist() == [1, 2]
-    assert instances[0, 0] == 1  # of the two equal small ones the later hides the earlier
-    assert (instances[4:8, 3:5] == 2).all()
+
+
+def test_hidden_nuclei_are_told_and_numbers_have_no_gaps():
+    square, large = np.array(SQUARE), np.array([(0, 0), (11, 0), (11, 11), (0, 11)])
+    halves = [np.array([(2, 3), (5, 3), (5, 5), (2, 5)]), np.array([(2, 6), (5, 6), (5, 8), (2, 8)])]
+    outside = square + 100
+    with pytest.warns(UserWarning, match="2 outlines lie wholly under others"):
+        instances = fill_polygons([square, outside, large, *halves, halves[0]], (12, 12))
+    assert np.unique(instances).tolist() == [1, 2, 3]
+    assert (instances[0, 0], instances[4, 3], instances[7, 3]) == (1, 2, 3)  # of equal halves the earlier is on top
+
+
+def test_overlaps_that_leave_every_nucleus_a_pixel_are_no_reason_to_warn(recwarn):
+    left, right = np.array([(0, 0), (6, 0), (6, 6), (0, 6)]), np.array([(4, 0), (11, 0), (11, 6), (4, 6)])
+    instances = fill_polygons([right, left], (12, 12))
+    assert (instances[3, 3:8] == [2, 2, 2, 2, 1]).all()
+    assert not recwarn.list
+
+
+def test_prepare_counts_hidden_nuclei_and_names_the_file(tmp_path, images):
+    write_xml(tmp_path / "a.xml", SQUARE, SQUARE, [(7, 1), (9, 1), (9, 4)])
+    with pytest.warns(UserWarning, match=r"a\.xml: 1 outlines lie wholly under others") as caught:
+        (prepared,) = prepare_monuseg(tmp_path / "a.xml", images, tmp_path)
+    assert len(caught) == 1
+    assert (prepared.nuclei, prepared.hidden) == (2, 1)
+    assert json.loads((tmp_path / "annotations.json").read_text())["a"]["hidden"] == 1
+    assert np.unique(skimage.io.imread(tmp_path / "instances" / "a.png")).tolist() == [0, 1, 2]
 
 
 def test_no_polygons():
@@ -235,6 +264,7 @@ def test_filled_polygons_agree_with_the_stored_masks(monuseg, tmp_path):
     for folder in sorted(tmp_path.iterdir()):
         for item in prepare_monuseg(folder, monuseg / folder.name / "images", folder / "out"):
             assert item.nuclei > 200
+            assert item.hidden <= 2
             assert item.microns_per_pixel == pytest.approx(0.25, abs=0.01)
             filled = read_mask(folder / "out" / "masks" / f"{item.name}.png") > 0
             stored = read_mask(monuseg / folder.name / "masks" / f"{item.name}.png") > 0

@@ -13,11 +13,12 @@ import numpy as np
 from uctrans.data.errors import DataError, shorten
 from uctrans.data.files import list_images
 from uctrans.data.images import read_image
+from uctrans.data.instances import HIGHEST_NUMBER, INSTANCES, write_instances
 from uctrans.data.writing import write_bytes, write_png
 
 XML_SUFFIX = ".xml"
 MIN_VERTICES = 3
-MASKS, INSTANCES, SUMMARY = "masks", "instances", "annotations.json"
+MASKS, SUMMARY = "masks", "annotations.json"
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,20 @@ class Annotation:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """What :func:`prepare_monuseg` made of one image: counts of nuclei, and the resolution or None."""
+    """What :func:`prepare_monuseg` made of one image.
+
+    Attributes:
+        name: stem of its files.
+        nuclei: nuclei in the instance map.
+        skipped: regions with fewer than three vertices.
+        hidden: nuclei that others cover wholly, so that they have no pixel of their own.
+        microns_per_pixel: resolution, None where the annotation does not say.
+    """
 
     name: str
     nuclei: int
     skipped: int
+    hidden: int
     microns_per_pixel: float | None
 
 
@@ -52,10 +62,11 @@ def prepare_monuseg(
     """Write a mask and an instance map for each annotated image.
 
     ``output/masks/NAME.png`` is 0/255 uint8, ``output/instances/NAME.png`` is uint16 with 0 for background and nuclei
-    from 1 on without gaps, both of the image's size; ``output/annotations.json`` has nuclei, skipped regions and
-    microns per pixel by name. With ``output`` the parent of an images folder named ``images``, the result is a
-    dataset folder. Everything is read and checked before the first file is written; images without an annotation are
-    passed over.
+    from 1 on without gaps, both of the image's size; ``output/annotations.json`` has the fields of `PreparedImage` by
+    name. Where outlines overlap the smaller nucleus has the pixels, see :func:`fill_polygons`; a nucleus that is left
+    without any is counted as hidden, with a warning that names the file. With ``output`` the parent of an images folder
+    named ``images``, the result is a dataset folder. Everything is read and checked before the first file is written;
+    images without an annotation are passed over.
 
     Args:
         annotations: folder of XML files, or one of them.
@@ -83,15 +94,17 @@ def prepare_monuseg(
     prepared, maps = [], {}
     for file in annotation_files:
         annotation = read_annotation(file)
-        instances = fill_polygons(annotation.polygons, read_image(image_files[file.stem]).shape[:2])
+        instances, hidden = _fill(annotation.polygons, read_image(image_files[file.stem]).shape[:2])
         nuclei = int(instances.max())
+        if hidden:
+            warnings.warn(f"{file}: {_describe_hidden(hidden)}.", stacklevel=2)
         if nuclei == 0:
             warnings.warn(f"{file} outlines no nucleus inside its image; its mask is empty.", stacklevel=2)
         maps[file.stem] = instances
-        prepared.append(PreparedImage(file.stem, nuclei, annotation.skipped, annotation.microns_per_pixel))
+        prepared.append(PreparedImage(file.stem, nuclei, annotation.skipped, hidden, annotation.microns_per_pixel))
     for name, instances in maps.items():
         write_png(output / MASKS / f"{name}.png", np.where(instances > 0, np.uint8(255), np.uint8(0)))
-        write_png(output / INSTANCES / f"{name}.png", instances)
+        write_instances(output / INSTANCES / f"{name}.png", instances)
     write_bytes(output / SUMMARY, _summary(prepared))
     return prepared
 
@@ -124,7 +137,9 @@ def fill_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.
     """Fill outlines into an instance map, (H, W) uint16: 0 background, nuclei 1.. without gaps, in the order given.
 
     A pixel belongs to a polygon whose outline holds its centre. What lies outside the image is cut off. Where polygons
-    overlap the smaller one lies on top; one that ends up without a pixel gets no number.
+    overlap the smaller one, of equal ones the earlier, lies on top, so that a large outline never swallows a nucleus
+    that was drawn inside it. A polygon that smaller ones cover wholly, or a second one of the same pixels, gets no
+    number and is told of in a warning; one without a pixel in the image gets no number.
 
     Args:
         polygons: (vertices, 2) arrays of (x, y) in pixels.
@@ -133,20 +148,34 @@ def fill_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.
     Raises:
         DataError: more nuclei than 16 bit can number.
     """
+    instances, hidden = _fill(polygons, shape)
+    if hidden:
+        warnings.warn(f"{_describe_hidden(hidden)}.", stacklevel=2)
+    return instances
+
+
+def _fill(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """The instance map, and how many polygons have pixels in the image but none that others leave them."""
     from skimage.draw import polygon as polygon_pixels
 
     pixels = [polygon_pixels(vertices[:, 1], vertices[:, 0], shape) for vertices in polygons]
-    if len(pixels) > np.iinfo(np.uint16).max:
+    if len(pixels) > HIGHEST_NUMBER:
         raise DataError(
             f"{len(pixels)} nuclei in one image are more than a 16-bit map can number: annotate tiles of it."
         )
+    areas = [len(rows) for rows, _ in pixels]
     painted = np.zeros(shape, dtype=np.uint16)
-    for index in sorted(range(len(pixels)), key=lambda index: -len(pixels[index][0])):
+    for index in sorted(range(len(pixels)), key=lambda index: (-areas[index], -index)):
         painted[pixels[index]] = index + 1
     visible = np.unique(painted)
+    visible = visible[visible > 0]
     numbers = np.zeros(len(pixels) + 1, dtype=np.uint16)
-    numbers[visible[visible > 0]] = np.arange(1, np.count_nonzero(visible) + 1)
-    return numbers[painted]
+    numbers[visible] = np.arange(1, len(visible) + 1)
+    return numbers[painted], int(np.count_nonzero(areas)) - len(visible)
+
+
+def _describe_hidden(count: int) -> str:
+    return f"{count} outlines lie wholly under others and have no number in the instance map"
 
 
 def _list_annotations(path: Path) -> list[Path]:
