@@ -10,6 +10,7 @@ from skimage.io import imread, imsave
 
 import uctrans
 from uctrans.data import DataError
+from uctrans.data.instances import write_instances
 from uctrans.inference import EvaluateConfig, InferenceError, evaluate
 
 
@@ -94,6 +95,85 @@ def test_several_classes(brightness_model, use_model, dataset, tmp_path):
     assert any(line.startswith("mean, stroma") for line in result.table().splitlines())
 
 
+def two_nuclei(dataset):
+    """Instance maps for "all" and "half": the upper and the lower half of the object."""
+    instances = np.zeros((16, 16), dtype=np.uint16)
+    instances[4:8, 4:12], instances[8:12, 4:12] = 7, 9
+    for name in ("all", "half"):
+        write_instances(dataset / f"test/instances/{name}.png", instances)
+    return instances
+
+
+def test_instance_maps_beside_the_masks_are_scored(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    two_nuclei(dataset)
+    result = evaluate(config(dataset, tmp_path, size="native"))
+    assert list(result.rows[0]) == ["name", "dice", "iou", "hd95", "aji", "pq", "sq", "rq", "f1"]
+    nan = math.nan
+    # "all" predicts both as one square of 64: each has an IoU of 1/2, no match; "half" hits one of two
+    for row, expected in zip(
+        result.rows, [(0.5, 0, nan, 0, 0), (0.5, 2 / 3, 1, 2 / 3, 2 / 3), (nan,) * 5], strict=True
+    ):
+        assert [row[key] for key in ("aji", "pq", "sq", "rq", "f1")] == pytest.approx(expected, nan_ok=True)
+    assert [row["dice"] for row in result.rows] == pytest.approx([1, 2 / 3, 0])
+    assert result.mean["aji"] == pytest.approx(0.5)
+    assert result.mean["pq"] == pytest.approx(1 / 3)
+    assert (result.count["aji"], result.count["sq"]) == (2, 1)
+    with (result.output / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert (rows[1]["pq"], rows[2]["pq"]) == ("0.666667", "nan")
+    assert json.loads((result.output / "summary.json").read_text())["mean"]["pq"] == pytest.approx(1 / 3)
+    lines = result.table().splitlines()
+    assert lines[0].split() == ["Dice", "IoU", "HD95", "(px)", "AJI", "PQ", "SQ", "RQ", "=", "F1"]
+    assert lines[2].split() == ["half", "0.6667", "0.5000", "4.00", "0.5000", "0.6667", "1.0000", "0.6667"]
+    assert lines[-2] == "AJI, PQ, SQ and RQ are of the 2 of 3 images with an instance map"
+    assert lines[-1] == "SQ is undefined for 1 of 2 images: no nucleus was matched"
+
+
+def test_settings_of_the_watershed_are_used(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    two_nuclei(dataset)
+    result = evaluate(config(dataset, tmp_path, size="native", smallest_object=33))
+    assert [row["aji"] for row in result.rows[:2]] == [0.5, 0]  # the half of 32 pixels is left out
+
+
+def test_at_the_protocol_size_instance_maps_are_named_and_not_scored(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    plain = evaluate(config(dataset, tmp_path))
+    two_nuclei(dataset)
+    result = evaluate(config(dataset, tmp_path, overwrite=True))
+    assert [list(row) for row in result.rows] == [list(row) for row in plain.rows]
+    assert (plain.unscored_instance_maps, result.unscored_instance_maps) == (0, 2)
+    remark = "2 instance maps lie beside the masks: set size to native for AJI and PQ"
+    assert result.table().splitlines() == [*plain.table().splitlines(), remark]
+
+
+@pytest.mark.parametrize("size", ["protocol", "native"])
+def test_a_boundary_aware_model_is_scored_as_nucleus_and_background(
+    size, brightness_model, use_model, dataset, tmp_path
+):
+    """Bright is the border, gray the interior: the border parts two nuclei that the mask joins."""
+    use_model(brightness_model(classes=3, metadata={"target": "boundary"}))
+    two_nuclei(dataset)
+    shown = np.zeros((16, 16), dtype=np.uint8)
+    shown[4:12, 4:12] = 127
+    shown[7:9, 4:12] = 255
+    for path in dataset.glob("test/images/*.png"):
+        imsave(path, shown[..., None].repeat(3, -1), check_contrast=False)
+    result = evaluate(config(dataset, tmp_path, size=size, smallest_object=20))
+    assert [row["dice"] for row in result.rows] == [1, 1, 1]
+    if size == "native":
+        assert [row["aji"] for row in result.rows[:2]] == [1, 1]
+
+
+def test_an_instance_map_of_another_size(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    write_instances(dataset / "test/instances/half.png", two_nuclei(dataset)[:8])
+    with pytest.raises(DataError, match=r"instance map .*half\.png is 8 x 16 pixels .* its image is 16 x 16"):
+        evaluate(config(dataset, tmp_path, size="native"))
+    assert not (tmp_path / "scores").exists()
+
+
 def test_batches_do_not_change_scores(unet_folder, dataset, tmp_path):
     settings = {"device": "cpu", "progress": False}
     single = evaluate(EvaluateConfig(str(unet_folder), str(dataset), str(tmp_path / "a"), batch_size=1, **settings))
@@ -133,6 +213,8 @@ def test_bad_data(brightness_model, use_model, dataset, tmp_path):
         ({"threshold": 1.0}, "threshold must lie between"),
         ({"resolution": "native"}, "set size to native"),
         ({"tta": "all"}, "tta must be"),
+        ({"smallest_object": -1}, "smallest_object must be 0 or more"),
+        ({"seed_distance": 0}, "seed_distance 1 or more"),
     ],
 )
 def test_bad_settings(settings, message, brightness_model, use_model, dataset, tmp_path):

@@ -8,9 +8,13 @@ from uctrans.inference.figures import ComparisonRow, choose_rows, comparison_fig
 from uctrans.inference.overlays import (
     CLASS_COLOURS,
     DIFFERENCES,
+    INSTANCE_COLOURS,
+    PANEL_GAP,
     class_colours,
     colour_labels,
     differences,
+    instance_comparison,
+    instance_overlay,
     outlines,
     overlay,
 )
@@ -59,6 +63,55 @@ def test_differences():
     truth, prediction = np.array([[0, 1, 0, 1, 1]], dtype=np.uint8), np.array([[0, 1, 1, 0, 2]], dtype=np.uint8)
     expected = [(0, 0, 0), *(DIFFERENCES[f"{kind}"] for kind in DIFFERENCES)]
     assert [tuple(pixel) for pixel in differences(prediction, truth)[0]] == expected
+
+
+def drawn(picture, image):
+    return (picture != image).any(-1)
+
+
+def test_every_nucleus_has_its_own_outline():
+    image = np.full((9, 12, 3), 7, dtype=np.uint8)
+    instances = np.zeros((9, 12), dtype=np.int32)
+    instances[2:7, 2:6], instances[2:7, 6:10] = 300, 306  # the colours repeat after six
+    picture = instance_overlay(image, instances)
+    assert np.flatnonzero(drawn(picture, image)[4]).tolist() == [2, 5, 6, 9]
+    assert picture[4, 5].tolist() != picture[4, 6].tolist()
+    for row, column in ((4, 5), (4, 6), (2, 3), (6, 8)):
+        assert picture[row, column].tolist() in INSTANCE_COLOURS.tolist()
+    assert (image == 7).all()
+
+
+def test_nuclei_that_touch_differ_in_colour_whatever_their_numbers():
+    rows, columns = np.mgrid[:40, :40]
+    instances = np.random.default_rng(0).permutation(100)[(rows // 4) * 10 + columns // 4] * 6 + 6
+    image = np.zeros((40, 40, 3), dtype=np.uint8)
+    picture = instance_overlay(image, instances).reshape(10, 4, 10, 4, 3)[:, 0, :, 0].astype(int)
+    assert (picture[:, 1:] != picture[:, :-1]).any(-1).all()
+    assert (picture[1:] != picture[:-1]).any(-1).all()
+
+
+def test_instance_outlines_widen_with_the_image():
+    instances = np.zeros((1000, 800), dtype=np.int32)
+    instances[300:700, 300:700] = 1
+    image = np.zeros((1000, 800, 3), dtype=np.uint8)
+    assert np.flatnonzero(drawn(instance_overlay(image, instances), image)[500]).tolist() == [300, 301, 698, 699]
+
+
+def test_truth_is_left_and_prediction_right():
+    image = np.zeros((20, 30, 3), dtype=np.uint8)
+    truth, prediction = np.zeros((20, 30), dtype=np.int32), np.zeros((20, 30), dtype=np.int32)
+    truth[5:10, 5:10], prediction[12:18, 20:28] = 1, 1
+    picture = instance_comparison(image, prediction, truth)
+    assert picture.shape == (20, 2 * 30 + PANEL_GAP, 3)
+    np.testing.assert_array_equal(picture[:, :30], instance_overlay(image, truth))
+    np.testing.assert_array_equal(picture[:, 30 + PANEL_GAP :], instance_overlay(image, prediction))
+    assert drawn(picture[:, :30], image).any()
+    np.testing.assert_array_equal(instance_overlay(image, 0 * truth), image)
+
+
+def test_an_instance_map_of_another_size():
+    with pytest.raises(ValueError, match=r"differ in size: \(6, 7\) and \(7, 6\)"):
+        instance_overlay(np.zeros((6, 7, 3), dtype=np.uint8), np.zeros((7, 6), dtype=np.int32))
 
 
 def test_rows_are_the_best_the_median_and_the_worst():

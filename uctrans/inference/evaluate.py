@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from uctrans.data import Sample, find_samples, load_tensors, read_image, read_mask
+from uctrans.data.instances import find_instances, read_instances
 from uctrans.extras import import_extra
+from uctrans.inference.evaluation_result import EvaluationResult
 from uctrans.inference.figures import ComparisonRow, choose_rows, comparison_figure
 from uctrans.inference.files import (
     InferenceError,
@@ -21,15 +23,22 @@ from uctrans.inference.files import (
     refuse_existing,
     write_json,
 )
+from uctrans.inference.instance_metrics import INSTANCE_METRICS, score_instances
+from uctrans.inference.instances import (
+    SEED_DISTANCE,
+    SMALLEST_OBJECT,
+    is_boundary_aware,
+    mask_classes,
+    mask_probabilities,
+    to_instances,
+)
 from uctrans.inference.metrics import METRICS, dice, hd95, iou, mean_and_deviation, mean_over_classes
 from uctrans.inference.overlays import class_colours
 from uctrans.inference.predictor import Predictor, load_predictor, to_labels
 from uctrans.writing import written_atomically
 
 SIZES = ("protocol", "native")
-TABLE_ROWS = 40
 WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
-TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)"}
 
 
 @dataclass
@@ -45,6 +54,9 @@ class EvaluateConfig:
             enlarges the probabilities to the mask's own size and scores there, against the mask as it is.
         resolution: What the network sees when size is native: protocol, the resized image; native, tiles of its pixels.
         threshold: Probability above which a pixel is foreground, of binary models.
+        smallest_object: Predicted nuclei of fewer pixels are left out of AJI and PQ, which are scored where size is
+            native and a folder "instances" lies beside the masks.
+        seed_distance: Pixels between the seeds of nuclei that touch, for AJI and PQ: about a third of a diameter.
         tta: Test-time transforms whose probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
         tile: Side of the tiles in pixels; none takes the model's image size.
         overlap: Share of a tile that overlaps with the next.
@@ -64,6 +76,8 @@ class EvaluateConfig:
     size: str = "protocol"
     resolution: str = "protocol"
     threshold: float = 0.5
+    smallest_object: int = SMALLEST_OBJECT
+    seed_distance: int = SEED_DISTANCE
     tta: str = "none"
     tile: int | None = None
     overlap: float = 0.25
@@ -77,94 +91,64 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
-    """What `evaluate` found.
-
-    Attributes:
-        rows: One mapping per image: ``name``, then ``dice``, ``iou`` (0..1) and ``hd95`` (pixels; nan where undefined),
-            each the mean over the foreground classes, then with several of those ``dice_CLASS`` and so on.
-        mean: Mean over the images by score, undefined scores left out.
-        deviation: Sample standard deviation over the images by score.
-        count: Number of images with a defined score, by score.
-        scored_at: The pixels that were counted, in words.
-        output: The folder that holds metrics.csv, summary.json and figure.png.
-    """
-
-    rows: list[dict[str, Any]]
-    mean: dict[str, float]
-    deviation: dict[str, float]
-    count: dict[str, int]
-    scored_at: str
-    output: Path
-
-    def table(self) -> str:
-        """The scores as plain text: a line an image (the first where there are many), then mean and deviation."""
-        names = [row["name"] for row in self.rows[:TABLE_ROWS]]
-        width = min(max(map(len, [*names, "standard deviation"])), 48)
-        header = " " * width + "".join(f"{title:>11}" for title in TITLES.values())
-        lines = [header]
-        lines += [_line(name, row, width) for name, row in zip(names, self.rows, strict=False)]
-        if len(self.rows) > len(names):
-            lines.append(f"... {len(self.rows) - len(names)} more in {self.output / 'metrics.csv'}")
-        lines += [
-            "-" * len(header),
-            _line("mean", self.mean, width),
-            _line("standard deviation", self.deviation, width),
-        ]
-        per_class = [key.removeprefix("dice_") for key in self.mean if key.startswith("dice_")]
-        for name in per_class:
-            lines.append(_line(f"mean, {name}", {key: self.mean[f"{key}_{name}"] for key in METRICS}, width))
-        lines.append(f"{len(self.rows)} images, scored at {self.scored_at}")
-        undefined = len(self.rows) - self.count["hd95"]
-        if undefined:
-            lines.append(f"HD95 is undefined for {undefined} of {len(self.rows)} images: truth or prediction is empty")
-        return "\n".join(lines)
-
-
-def _line(name: str, scores: dict[str, Any], width: int) -> str:
-    shown = name if len(name) <= width else f"{name[: width - 1]}…"
-    return f"{shown:<{width}}" + "".join(
-        f"{scores[key]:>11.2f}" if key == "hd95" else f"{scores[key]:>11.4f}" for key in METRICS
-    )
-
-
-@dataclass(frozen=True)
 class _Compared:
-    """One image beside its truth and prediction, at the size that is scored."""
+    """One image beside truth and prediction, at the size that is scored; instance maps where there is a true one."""
 
     name: str
     image: np.ndarray
     truth: np.ndarray
     prediction: np.ndarray
+    true_instances: np.ndarray | None = None
+    predicted_instances: np.ndarray | None = None
 
 
 def _compare_at_protocol_size(
-    predictor: Predictor, samples: list[Sample], config: EvaluateConfig
+    predictor: Predictor, samples: list[Sample], config: EvaluateConfig, instance_maps: dict[str, Path]
 ) -> Iterator[_Compared]:
-    classes, palette = predictor.model.classes, predictor.model.metadata.get("palette")
+    classes, palette = mask_classes(predictor.model), predictor.model.metadata.get("palette")
     for start in range(0, len(samples), config.batch_size):
         tensors = load_tensors(samples[start : start + config.batch_size], predictor.protocol, classes, palette)
-        labels = to_labels(predictor.probabilities(tensors.images), config.threshold).cpu().numpy()
+        probabilities = mask_probabilities(predictor.model, predictor.probabilities(tensors.images))
+        labels = to_labels(probabilities, config.threshold).cpu().numpy()
         images = tensors.images.permute(0, 2, 3, 1).numpy()
         for name, image, truth, prediction in zip(tensors.names, images, tensors.masks.numpy(), labels, strict=True):
             yield _Compared(name, image, truth, prediction)
 
 
-def _compare_at_native_size(predictor: Predictor, samples: list[Sample], config: EvaluateConfig) -> Iterator[_Compared]:
-    classes, palette = predictor.model.classes, predictor.model.metadata.get("palette")
+def _compare_at_native_size(
+    predictor: Predictor, samples: list[Sample], config: EvaluateConfig, instance_maps: dict[str, Path]
+) -> Iterator[_Compared]:
+    classes, palette = mask_classes(predictor.model), predictor.model.metadata.get("palette")
     for sample in samples:
         image = read_image(sample.image)
         truth = read_mask(sample.mask, classes, palette, shape=image.shape[:2])
-        probabilities = predictor.probabilities_of_image(image)
-        yield _Compared(sample.name, image, truth, to_labels(probabilities[None], config.threshold)[0].cpu().numpy())
+        true = read_instances(instance_maps[sample.name], image.shape[:2]) if sample.name in instance_maps else None
+        probabilities = predictor.probabilities_of_image(image)[None]
+        labels = to_labels(mask_probabilities(predictor.model, probabilities), config.threshold)[0].cpu().numpy()
+        predicted = None if true is None else _to_instances(predictor.model, probabilities[0], labels, config)
+        yield _Compared(sample.name, image, truth, labels, true, predicted)
 
 
-def _row(compared: _Compared, classes: int, class_names: list[str]) -> dict[str, Any]:
+def _to_instances(
+    model: torch.nn.Module, probabilities: torch.Tensor, labels: np.ndarray, config: EvaluateConfig
+) -> np.ndarray:
+    """Instances of a boundary-aware model from its three probabilities, of any other from its foreground."""
+    if is_boundary_aware(model):
+        return to_instances(probabilities, config.threshold, config.smallest_object, config.seed_distance)
+    foreground = (labels > 0).astype(np.float32)
+    return to_instances(foreground, smallest_object=config.smallest_object, seed_distance=config.seed_distance)
+
+
+def _row(compared: _Compared, classes: int, class_names: list[str], with_instances: bool) -> dict[str, Any]:
     scores = {
         key: score(compared.prediction, compared.truth, classes)
         for key, score in zip(METRICS, (dice, iou, hd95), strict=True)
     }
     row = {"name": compared.name} | {key: mean_over_classes(scores[key]).item() for key in METRICS}
+    if compared.true_instances is not None:
+        row |= score_instances(compared.predicted_instances, compared.true_instances)._asdict()
+    elif with_instances:
+        row |= dict.fromkeys(INSTANCE_METRICS, math.nan)
     if len(class_names) > 1:
         row |= {f"{key}_{name}": scores[key][i].item() for key in METRICS for i, name in enumerate(class_names)}
     return row
@@ -192,11 +176,14 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
 
     Writes into ``config.output``: ``metrics.csv`` (one line an image), ``summary.json`` (mean, sample standard
     deviation and count of every score, the settings, the model's metadata) and ``figure.png`` (image, truth, prediction
-    and differences of the best, median and worst images). The scores are defined in `uctrans.inference.metrics`.
+    and differences of the best, median and worst images). The scores are defined in `uctrans.inference.metrics`. At
+    size native, instance maps beside the masks (see `uctrans.data.instances.find_instances`) bring those of
+    `uctrans.inference.instance_metrics`, for the images that have one.
 
     Raises:
         InferenceError: A setting out of its range, or an evaluation in the output folder and ``overwrite`` not set.
-        DataError: The data set cannot be read, has no masks, or holds labels the model has no class for.
+        DataError: The data set cannot be read, has no masks, holds labels the model has no class for, or an instance
+            map that is none or of another size than its image.
         ModelFileError: ``config.model`` is no model file.
         ValueError: There is no such backend, or one is named and the model has none.
         NotImplementedError: The backend cannot run on the device.
@@ -208,6 +195,11 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         raise InferenceError("The network can only see native pixels where scores are native too: set size to native.")
     if not 0 < config.threshold < 1:
         raise InferenceError(f"threshold must lie between 0 and 1, got {config.threshold}.")
+    if config.smallest_object < 0 or config.seed_distance < 1:
+        raise InferenceError(
+            "smallest_object must be 0 or more pixels and seed_distance 1 or more, got "
+            f"{config.smallest_object} and {config.seed_distance}."
+        )
     for package in ("matplotlib", "monai"):  # a missing one is told before the work, not after it
         import_extra(package, "training")
     folder = output_folder(config.output)
@@ -215,6 +207,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     if not config.overwrite:
         refuse_existing(list(files.values()), "an evaluation")
     samples = find_samples(config.data, config.split)
+    instance_maps = find_instances(samples)
     predictor = load_predictor(
         config.model,
         config.backend,
@@ -228,23 +221,26 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         channel_order=config.channel_order,
     )
     model = predictor.model
+    classes = mask_classes(model)
     compare = _compare_at_protocol_size if config.size == "protocol" else _compare_at_native_size
-    class_names = _foreground_names(model.metadata, model.classes)
-    compared = progress_bar(compare(predictor, samples, config), len(samples), "evaluate", config.progress)
-    rows = [_row(item, model.classes, class_names) for item in compared]
+    class_names = _foreground_names(model.metadata, classes)
+    with_instances = bool(instance_maps) and config.size == "native"
+    compared = compare(predictor, samples, config, instance_maps)
+    compared = progress_bar(compared, len(samples), "evaluate", config.progress)
+    rows = [_row(item, classes, class_names, with_instances) for item in compared]
 
     statistics = {key: mean_and_deviation([row[key] for row in rows]) for key in rows[0] if key != "name"}
     mean, deviation, count = ({key: values[i] for key, values in statistics.items()} for i in range(3))
     chosen = choose_rows([row["dice"] for row in rows])
-    pictures = compare(predictor, [samples[position] for position, _ in chosen], config)
+    pictures = compare(predictor, [samples[position] for position, _ in chosen], config, {})
     figure_rows = [
         ComparisonRow(item.name, item.image, item.truth, item.prediction, rows[position]["dice"], rank)
         for item, (position, rank) in zip(pictures, chosen, strict=True)
     ]
     palette = model.metadata.get("palette")
-    colours = WHITE_ON_BLACK if model.classes == 1 and palette is None else class_colours(model.classes, palette)
+    colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
     _write_csv(files["metrics.csv"], rows)
-    comparison_figure(files["figure.png"], figure_rows, colours, class_names if model.classes > 1 else None)
+    comparison_figure(files["figure.png"], figure_rows, colours, class_names if classes > 1 else None)
     write_json(
         files["summary.json"],
         {
@@ -265,4 +261,5 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         if config.size == "protocol"
         else "the size of their masks"
     )
-    return EvaluationResult(rows, mean, deviation, count, scored_at, folder)
+    unscored = 0 if with_instances else len(instance_maps)
+    return EvaluationResult(rows, mean, deviation, count, scored_at, folder, unscored)

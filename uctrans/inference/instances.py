@@ -6,16 +6,34 @@ the same with either kind of model.
 """
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 BACKGROUND, INTERIOR, BORDER = 0, 1, 2
 BOUNDARY_CLASSES = 3
+BOUNDARY_TARGET = "boundary"  # metadata["target"] of a model that learned `boundary_target`
 # Chosen on the four annotated training images of MoNuSeg at 40x (nuclei of about 500 pixels, 25 across).
 SMALLEST_OBJECT, SEED_DISTANCE, BORDER_WIDTH = 30, 8, 3
 # Outlines are uneven, and so is the distance to them: unsmoothed it has several peaks a nucleus.
 SMOOTHING_PER_SEED_DISTANCE = 0.25
 LEVEL_STEP = 0.1  # pixels of distance: less than that is rounding, and no peak
 ROUNDING = 1e-3  # sums of several tiles or transforms may leave 0..1 by a little
+
+
+def is_boundary_aware(model: nn.Module) -> bool:
+    """Whether the model's three classes are background, interior and border of nuclei, by its metadata."""
+    return model.classes == BOUNDARY_CLASSES and model.metadata.get("target") == BOUNDARY_TARGET
+
+
+def mask_classes(model: nn.Module) -> int:
+    """Classes of the masks that the model is scored against: 1 where it is boundary-aware, else its own."""
+    return 1 if is_boundary_aware(model) else model.classes
+
+
+def mask_probabilities(model: nn.Module, probabilities: Tensor) -> Tensor:
+    """The model's probabilities ``(B, P, H, W)`` by the classes of its masks: of nucleus ``(B, 1, H, W)`` where it is
+    boundary-aware, else as they are.
+    """
+    return 1 - probabilities[:, BACKGROUND : BACKGROUND + 1] if is_boundary_aware(model) else probabilities
 
 
 def nucleus_probability(probabilities: Tensor | np.ndarray) -> np.ndarray:

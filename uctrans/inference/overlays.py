@@ -1,8 +1,10 @@
-"""Label maps as pictures: colours, outlines over the image, and where prediction and truth differ."""
+"""Label and instance maps as pictures: colours, outlines over the image, and where prediction and truth differ."""
 
 from collections.abc import Sequence
 
 import numpy as np
+
+from uctrans.inference.instances import BORDER, boundary_target
 
 BACKGROUND = (0, 0, 0)
 # A green that stands out on stained tissue as on gray images (binary masks), then Okabe and Ito's colours.
@@ -21,6 +23,12 @@ DIFFERENCES = {
     "false negative": (60, 150, 255),
     "wrong class": (220, 60, 180),
 }
+# Bright colours that stand out on stained tissue and from each other, for nuclei that touch.
+INSTANCE_COLOURS = np.array(
+    [(40, 230, 40), (255, 220, 0), (0, 200, 255), (255, 120, 0), (255, 80, 220), (255, 255, 255)], dtype=np.uint8
+)
+ADJACENT = ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:]))  # a pixel and the next beside and below it
+PANEL_GAP = 8  # white pixels between two pictures side by side
 PIXELS_PER_LINE_WIDTH = 400  # an outline is one pixel wide for each of these along the shorter side, at least one
 
 
@@ -82,3 +90,61 @@ def differences(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     picture[~predicted & true] = DIFFERENCES["false negative"]
     picture[predicted & true & (prediction != truth)] = DIFFERENCES["wrong class"]
     return picture
+
+
+def instance_overlay(image: np.ndarray, instances: np.ndarray) -> np.ndarray:
+    """The image with the outline of every nucleus inside its own pixels, nuclei that touch in different colours.
+
+    Args:
+        image: uint8 ``(H, W, 3)``.
+        instances: Integer ``(H, W)``, 0 background.
+
+    Returns:
+        uint8 ``(H, W, 3)``.
+
+    Raises:
+        ValueError: Image and map differ in size, or the map is no instance map.
+    """
+    if image.shape[:2] != instances.shape:
+        raise ValueError(f"Image and instance map differ in size: {image.shape[:2]} and {instances.shape}.")
+    line_width = max(round(min(instances.shape) / PIXELS_PER_LINE_WIDTH), 1)
+    lines = boundary_target(instances, line_width) == BORDER
+    return np.where(lines[..., None], INSTANCE_COLOURS[_alternating(instances)], image)
+
+
+def instance_comparison(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Two `instance_overlay` side by side: the truth on the left, the prediction on the right.
+
+    Args:
+        image: uint8 ``(H, W, 3)``.
+        prediction: Integer instance map ``(H, W)``.
+        truth: Integer instance map ``(H, W)``.
+
+    Returns:
+        uint8 ``(H, 2 W + PANEL_GAP, 3)``.
+    """
+    gap = np.full((len(image), PANEL_GAP, 3), 255, dtype=np.uint8)
+    return np.concatenate([instance_overlay(image, truth), gap, instance_overlay(image, prediction)], axis=1)
+
+
+def _alternating(instances: np.ndarray) -> np.ndarray:
+    """For every pixel the position in `INSTANCE_COLOURS` of its nucleus, other than those of nuclei it touches.
+
+    Only a nucleus that touches as many as there are colours may share one.
+    """
+    numbers, labels = np.unique(instances, return_inverse=True)
+    labels = labels.reshape(instances.shape)
+    neighbours: list[set[int]] = [set() for _ in numbers]
+    for first, second in ADJACENT:
+        one, other = labels[first], labels[second]
+        touching = (one != other) & (numbers[one] > 0) & (numbers[other] > 0)
+        for pair in np.unique(np.stack([one[touching], other[touching]]), axis=1).T.tolist():
+            neighbours[pair[0]].add(pair[1])
+            neighbours[pair[1]].add(pair[0])
+    count = len(INSTANCE_COLOURS)
+    colours = np.arange(len(numbers)) % count
+    for label in range(len(numbers)):
+        taken = {int(colours[other]) for other in neighbours[label] if other < label}
+        choices = [(label + shift) % count for shift in range(count)]
+        colours[label] = next((colour for colour in choices if colour not in taken), label % count)
+    return colours[labels]
