@@ -6,6 +6,8 @@ import torch
 import uctrans
 from uctrans.inference import ExportConfig, export
 from uctrans.layers import NestedU
+from uctrans.training.build import build_model
+from uctrans.training.config import ConfigError, TrainConfig
 from uctrans.training.losses import image_dice, segmentation_loss
 
 SMALL = {"base_channels": 4, "image_size": 32, "dilations": (2, 2, 2, 1), "num_layers": 1, "num_heads": 2}
@@ -204,6 +206,14 @@ class TestOptions:
     def test_refuses_options_that_do_not_fit(self, options, error, message):
         with pytest.raises(error, match=message):
             build(**options)
+
+    def test_options_of_a_training_run(self):
+        options = {"depths": [2, 1, 0, 1], "num_layers": 1}
+        config = TrainConfig("data", "run", model="dual_branch_uctransnet", base_channels=4, model_options=options)
+        assert build_model(config, (64, 48)).config["depths"] == [2, 1, 0, 1]
+        options["depths"] = [6, 1, 0, 1]
+        with pytest.raises(ConfigError, match=r"model_options: .* depths: 6 at scale 1, whose map is 64x48"):
+            build_model(config, (64, 48))
 
     def test_one_scale_with_an_odd_width(self):
         with pytest.raises(ValueError, match="base_channels must be even"):

@@ -46,6 +46,7 @@ class DualBranchUCTransNet(SegmentationModel):
     Raises:
         ValueError: an argument does not fit the others, or the maps of an image of ``image_size`` cannot hold a
             dilation or depth; the message names it.
+        TypeError: what should be an int, or a list of them, is something else.
 
     Source: Wang et al., UCTransNet, AAAI 2022, for transformer and gates; Qin et al., U^2-Net, Pattern Recognition
     2020, for the U inside a level.
