@@ -1,4 +1,4 @@
-"""The ``uctrans`` command: ``uctrans demo | prepare | train | evaluate | predict | export | benchmark``.
+"""The ``uctrans`` command: ``uctrans demo | prepare | train | evaluate | predict | export | study | ...``.
 
 A command is a dataclass of settings and a function that takes it. The fields are the flags, the docstring is
 their help, and ``--config FILE.yaml`` sets any of them (a flag wins over the file). A command's module is imported when
@@ -39,6 +39,7 @@ class Command:
     report: Callable[[Any], str]  # what to print of its result
     paths: dict[str, tuple[str, str]]  # field: (its flag --input or --output, help)
     examples: tuple[str, ...]
+    hidden: tuple[str, ...] = ()  # fields that are no flags
 
 
 def _report_files(files: Sequence[Any]) -> str:
@@ -54,6 +55,12 @@ def _report_run(run: Any) -> str:
     resume = f" Continue with: uctrans train -o {run.run_folder} --resume" if run.stopped_by.startswith("SIG") else ""
     return f"{best} (stopped by: {run.stopped_by}). Everything is in {run.run_folder}.{resume}"
 
+
+_STUDY_PATHS = {
+    "data": ("input", "dataset: {train,val,test}/{images,masks}, or images and masks side by side"),
+    "output": ("output", "folder of the study; the same command goes on with what is in it"),
+}
+_SET_BY_A_STUDY = ("model", "seed", "init_from", "resume")
 
 COMMANDS = {
     "demo": Command(
@@ -132,6 +139,26 @@ COMMANDS = {
         },
         examples=("uctrans export -i runs/first -o exported",),
     ),
+    "study skips": Command(
+        summary="train U-Nets with none, all and some of their skips over seeds, and compare them",
+        module="uctrans.study",
+        settings="SkipStudyConfig",
+        function="study_skips",
+        report=str,
+        paths=_STUDY_PATHS,
+        examples=("uctrans study skips -i data -o studies/skips --seeds 5",),
+        hidden=_SET_BY_A_STUDY,
+    ),
+    "study models": Command(
+        summary="train several models with the same settings over seeds, and compare them",
+        module="uctrans.study",
+        settings="ModelStudyConfig",
+        function="study_models",
+        report=str,
+        paths=_STUDY_PATHS,
+        examples=("uctrans study models -i data -o studies/models --models unet,uctransnet --seeds 0,1,2",),
+        hidden=_SET_BY_A_STUDY,
+    ),
     "benchmark": Command(
         summary="time a model's backends against each other on this machine",
         module="uctrans.benchmark",
@@ -172,6 +199,14 @@ class _CommaList:
         return self.example
 
 
+class _Seeds(_CommaList):
+    """Type of a flag: a number of seeds, or a list of them; ``[7]`` is a list of one."""
+
+    def __call__(self, value: Any) -> Any:
+        seeds = super().__call__(value)
+        return seeds[0] if seeds and len(seeds) == 1 and "[" not in str(value) else seeds
+
+
 # Fields that are written as a,b,c. jsonargparse reads YAML otherwise, in which a # begins a comment, and whose [a,b,c]
 # is a pattern of file names to a shell.
 LISTED = {
@@ -185,6 +220,11 @@ LISTED = {
         "height and width in pixels, or one number for a square; none takes the protocol's or the model's",
     ),
     "formats": (_CommaList(str, "a,b"), "torch (torch.export program), onnx, or both: torch,onnx"),
+    "seeds": (
+        _Seeds(int, "5 or 3,7,11"),
+        "how many seeds, counted from 0, or the seeds themselves; [7] for one of them",
+    ),
+    "models": (_CommaList(str, "a,b"), "names of the models to compare: unet,uctransnet,dual_branch_uctransnet"),
     "sizes": (_CommaList(int, "224,512"), "sides of the square images, in pixels"),
     "backends": (
         _CommaList(str, "a,b"),
@@ -284,7 +324,7 @@ def build_parser(name: str) -> Any:
     listed = {field: how for field, how in LISTED.items() if field in types}
     for field, (kind, explanation) in listed.items():
         parser.add_argument(f"--{field}", type=kind, default=defaults[field], metavar="LIST", help=explanation)
-    parser.add_class_arguments(settings, skip={*command.paths, *listed})
+    parser.add_class_arguments(settings, skip={*command.paths, *listed, *command.hidden})
     return parser
 
 
