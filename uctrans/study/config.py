@@ -43,6 +43,8 @@ class StudyConfig(TrainConfig):
     Args:
         output: Folder of the study, with a run folder for each variant and seed in runs/.
         seeds: How many seeds, counted from 0, or the seeds themselves: 5, or 3,7,11; [7] is the seed 7 alone.
+        cross_validation: Folds, a shipped name or a JSON file: seed 0 trains on the first, seed 1 on the second;
+            none trains all runs on the same images, those of the train split or of folds and fold.
         score_size: Size at which the test images are scored: protocol or native, see uctrans evaluate.
         score_resolution: What the network sees when score_size is native: protocol, the resized image, or native tiles.
         progress: Show the bar and the lines of every epoch too, beside the line of every run.
@@ -53,6 +55,7 @@ class StudyConfig(TrainConfig):
     """
 
     seeds: int | tuple[int, ...] = 5
+    cross_validation: str | None = None
     score_size: str = "protocol"
     score_resolution: str = "protocol"
     progress: bool = False
@@ -75,6 +78,8 @@ class StudyConfig(TrainConfig):
         _check_list("seeds", self.seed_list, "5, or 3,7,11")
         if min(self.seed_list) < 0:
             raise StudyError(f"seeds: {min(self.seed_list)} is negative; give seeds from 0 up")
+        if self.cross_validation is not None and self.folds is not None:
+            raise StudyError("cross_validation: takes a fold for each seed; leave out folds and fold")
 
     @property
     def seed_list(self) -> list[int]:
@@ -95,6 +100,8 @@ class StudyConfig(TrainConfig):
             "model_options": variant.options,
             "seed": seed,
         }
+        if self.cross_validation is not None:
+            own |= {"folds": self.cross_validation, "fold": seed}
         return TrainConfig(**shared | own)
 
 

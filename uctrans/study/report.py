@@ -148,11 +148,9 @@ class Table:
             axis.set_xticks(list(positions), [record["variant"] for record in records], rotation=45, ha="right")
             axis.set(ylabel=TITLES[name], ylim=(0, None))
             axis.grid(axis="y", alpha=0.3)
-        counts = sorted({record["runs"] for record in records})
+        runs = records[0]["runs"]
         figure.suptitle(
-            f"A {SINGLE_RUN} each"
-            if counts == [1]
-            else f"Mean and standard deviation over {' or '.join(map(str, counts))} runs (points)"
+            f"A {SINGLE_RUN} each" if runs == 1 else f"Mean and standard deviation over {runs} runs (points)"
         )
         with written_atomically(path) as temporary:
             figure.savefig(temporary, dpi=150)

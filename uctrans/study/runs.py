@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from uctrans.data import find_samples, get_protocol
+from uctrans.data import find_samples, get_protocol, load_folds
 from uctrans.extras import import_extra
 from uctrans.inference import EvaluateConfig, evaluate
 from uctrans.inference.files import write_json
@@ -100,6 +100,7 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
     folder, variants = Path(config.output), config.variants()
     _check_folder(folder, kind)
     find_samples(config.data, "test")
+    _check_folds(config)
     # Seed by seed: where a study is stopped, its networks have had about the same number of runs.
     plan = [_PlannedRun(variant, seed, config.run(variant, seed)) for seed in config.seed_list for variant in variants]
     for run in plan:
@@ -114,7 +115,7 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         was_finished = (run.folder / RESULT).exists()
         if not was_finished and (signal := _train_and_score(run, config)):
             return StudyResult(folder, None, signal, len(results), len(plan))
-        results[run.variant.name, run.seed] = _read_json(run.folder / RESULT)
+        results[run.variant.name, run.seed] = _read_json(run.folder / RESULT, "scores", "scored", "seconds")
         print(_progress(run, plan, results, costs, was_finished), flush=True)
     table = _table(config, variants, results, costs)
     table.write_csv(folder / TABLE)
@@ -127,11 +128,22 @@ def _check_folder(folder: Path, kind: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"output: {folder} is a file; name a folder")
     if (folder / MARKER).exists():
-        found = _read_json(folder / MARKER).get("study")
+        found = _read_json(folder / MARKER, "study")["study"]
         if found != kind:
             raise StudyError(f"output: {folder} holds another study, of {found}; name another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise StudyError(f"output: {folder} holds files that no study wrote; name a new or empty folder")
+
+
+def _check_folds(config: StudyConfig) -> None:
+    if config.cross_validation is None:
+        return
+    count, highest = len(load_folds(config.cross_validation, config.data)), max(config.seed_list)
+    if highest >= count:
+        raise StudyError(
+            f"seeds: {config.cross_validation} has {count} folds and none for seed {highest}; "
+            f"give seeds of 0 to {count - 1}"
+        )
 
 
 def _check_run(run: _PlannedRun, config: StudyConfig) -> None:
@@ -142,14 +154,16 @@ def _check_run(run: _PlannedRun, config: StudyConfig) -> None:
     elif checkpoint.exists():
         _refuse_other_settings(run.folder, load_checkpoint(checkpoint)["train_config"], run.config.to_dict())
     if (run.folder / RESULT).exists():
-        _refuse_other_settings(run.folder, _read_json(run.folder / RESULT)["scored"], _scoring(config))
+        _refuse_other_settings(
+            run.folder, _read_json(run.folder / RESULT, "scores", "scored", "seconds")["scored"], _scoring(config)
+        )
 
 
 def _check_cost(run: _PlannedRun, config: StudyConfig) -> None:
     path = variant_folder(config.output, run.variant) / COST
     if path.exists():
-        before = _read_json(path)["settings"]
-        _refuse_other_settings(path, before, run.config.to_dict() | {"seed": before.get("seed")})
+        before = _read_json(path, "settings", "cost")["settings"]
+        _refuse_other_settings(path, before, run.config.to_dict() | {"seed": before["seed"], "fold": before["fold"]})
 
 
 def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -170,7 +184,7 @@ def _cost(run: _PlannedRun, config: StudyConfig) -> Cost:
     if not path.exists():
         print(f"measuring a training step of {run.variant.name}", flush=True)
         write_json(path, {"cost": asdict(measure(run.config)), "settings": run.config.to_dict()})
-    return Cost(**_read_json(path)["cost"])
+    return Cost(**_read_json(path, "settings", "cost")["cost"])
 
 
 def _train_and_score(run: _PlannedRun, config: StudyConfig) -> str:
@@ -264,12 +278,13 @@ def _table(
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
     """The content of one of the study's files; StudyError where it is damaged."""
+    remedy = "delete it, and the same command makes it anew"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise StudyError(f"{path}: is damaged ({error}); delete it, and the same command makes it anew") from error
-    if not isinstance(content, dict):
-        raise StudyError(f"{path}: is not what a study writes; delete it, and the same command makes it anew")
+        raise StudyError(f"{path}: is damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise StudyError(f"{path}: lacks {', '.join(keys)}, so no study wrote it; {remedy}")
     return content

@@ -1,0 +1,420 @@
+"""Studies: the table is right, an interrupted study ends like an undisturbed one, and mistakes are told at once."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import uctrans
+from uctrans import cli
+from uctrans.data.writing import write_png
+from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, cost, runs, study_models, study_skips
+from uctrans.study.cost import Cost
+from uctrans.study.report import Row, Table
+from uctrans.training import ConfigError, TrainConfig
+from uctrans.training import loop as training_loop
+
+SIZE = 32
+MODELS = ("unet", "uctransnet")
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_few_steps():
+    threads, steps = torch.get_num_threads(), (cost.WARM_UP_STEPS, cost.TIMED_STEPS)
+    torch.set_num_threads(1)
+    cost.WARM_UP_STEPS, cost.TIMED_STEPS = 1, 3
+    yield
+    torch.set_num_threads(threads)
+    cost.WARM_UP_STEPS, cost.TIMED_STEPS = steps
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four training, two validation and two test images of bright squares."""
+    folder, generator = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+        for number in range(count):
+            row, column = generator.integers(2, 16, 2)
+            mask = np.zeros((SIZE, SIZE), np.uint8)
+            mask[row : row + 12, column : column + 12] = 255
+            image = generator.integers(0, 80, (SIZE, SIZE, 3)) + (mask[..., None] > 0) * 120
+            write_png(folder / split / "images" / f"{split}{number}.png", image.astype(np.uint8))
+            write_png(folder / split / "masks" / f"{split}{number}.png", mask)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(data):
+    """Settings of a study of two models and two seeds that takes seconds."""
+    return {
+        "data": str(data),
+        "base_channels": 2,
+        "image_size": SIZE,
+        "epochs": 2,
+        "first_best_epoch": 1,
+        "learning_rate": 0.02,
+        "device": "cpu",
+        "threads": 1,
+        "model_options": {"num_layers": 1},
+        "models": MODELS,
+        "seeds": SEEDS,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory):
+    """The folder of a finished study, begun on the command line; nobody may write into it."""
+    folder = tmp_path_factory.mktemp("study") / "models"
+    words = ["study", "models", "-o", str(folder), "--seeds", "2", "--models", ",".join(MODELS)]
+    for name, value in settings.items():
+        if name not in ("models", "seeds"):
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    previous = signal.getsignal(signal.SIGTERM)
+    assert cli.main(words) == 0
+    signal.signal(signal.SIGTERM, previous)
+    return folder
+
+
+@pytest.fixture
+def finished(undisturbed, settings, tmp_path):
+    """A copy of the finished study, and the settings that go on with it."""
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    return ModelStudyConfig(**settings, output=str(tmp_path / "copy"))
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Let any training or measurement fail."""
+
+    def fail(*_):
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr(runs, "train", fail)
+    monkeypatch.setattr(runs, "measure", fail)
+
+
+def results_of(folder):
+    """Scores of every run by model and seed, from the files the runs left."""
+    return {
+        (model, seed): json.loads((folder / "runs" / model / f"seed_{seed}" / "result.json").read_text())["scores"]
+        for model in MODELS
+        for seed in SEEDS
+    }
+
+
+def table_of(folder):
+    with (folder / "table.csv").open(newline="") as file:
+        return {row["variant"]: row for row in csv.DictReader(file)}
+
+
+def test_the_table_holds_mean_and_deviation_of_the_runs(undisturbed):
+    results, table = results_of(undisturbed), table_of(undisturbed)
+    assert list(table) == list(MODELS)
+    for model in MODELS:
+        for score in ("dice", "iou"):
+            values = [results[model, seed][score] for seed in SEEDS]
+            mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
+            assert float(table[model][f"{score}_mean"]) == pytest.approx(mean, abs=1e-12)
+            assert float(table[model][f"{score}_deviation"]) == pytest.approx(deviation, abs=1e-12)
+            assert f"{mean:.4f} ± {deviation:.4f}" in (undisturbed / "table.md").read_text()
+        assert table[model]["seeds"] == "0 1"
+
+
+def test_scores_are_those_of_the_evaluation_on_the_test_split(undisturbed):
+    for (model, seed), scores in results_of(undisturbed).items():
+        folder = undisturbed / "runs" / model / f"seed_{seed}" / "test"
+        with (folder / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["name"] for row in rows] == ["test0", "test1"]
+        assert scores["dice"] == pytest.approx(statistics.mean(float(row["dice"]) for row in rows), abs=1e-6)
+    assert len({scores["dice"] for scores in results_of(undisturbed).values()}) > 1, "nothing to tell apart"
+
+
+def test_the_table_counts_parameters_and_operations(undisturbed):
+    table = table_of(undisturbed)
+    for model, options in (("unet", {}), ("uctransnet", {"num_layers": 1, "image_size": SIZE, "backend": "reference"})):
+        network = uctrans.create_model(model, base_channels=2, **options).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.rand(1, 3, SIZE, SIZE))
+        assert int(table[model]["parameters"]) == sum(parameter.numel() for parameter in network.parameters())
+        assert float(table[model]["gflop"]) == pytest.approx(counter.get_total_flops() / 1e9)
+        assert 0 < float(table[model]["seconds_a_step"]) < 10
+        assert table[model]["peak_memory_bytes"] == ""
+    assert "n/a on a CPU" in (undisturbed / "table.md").read_text()
+
+
+def test_the_chart_is_a_picture(undisturbed):
+    from skimage.io import imread
+
+    pixels = imread(undisturbed / "chart.png")
+    assert min(pixels.shape[:2]) > 300
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10
+
+
+def test_runs_differ_in_model_and_seed_only(undisturbed, settings):
+    configs = {
+        run: TrainConfig.load_yaml(undisturbed / "runs" / run[0] / f"seed_{run[1]}" / "config.yaml").to_dict()
+        for run in results_of(undisturbed)
+    }
+    for (model, seed), config in configs.items():
+        assert (config.pop("model"), config.pop("seed")) == (model, seed)
+        assert config.pop("model_options") == ({"num_layers": 1} if model == "uctransnet" else {})
+        config.pop("output")
+    assert len(configs) == 4
+    assert all(config == configs["unet", 0] for config in configs.values())
+    assert configs["unet", 0]["epochs"] == settings["epochs"]
+
+
+def test_a_finished_study_is_only_told_again(finished, no_training, undisturbed, capsys):
+    result = study_models(finished)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("run 1 of 4: unet, seed 0: Dice ")
+    assert all(line.endswith("(finished before)") for line in lines)
+    assert (result.finished, result.total, result.stopped_by) == (4, 4, "")
+    assert table_of(result.output) == table_of(undisturbed)
+    assert result.table.markdown() in str(result)
+
+
+def test_a_stopped_study_goes_on_and_ends_like_an_undisturbed_one(settings, tmp_path, monkeypatch, capsys, undisturbed):
+    config = ModelStudyConfig(**settings, output=str(tmp_path / "study"))
+    complete_epoch, epochs = training_loop.complete_epoch, []
+
+    def interrupted(run, *rest):
+        epochs.append(run.epoch)
+        if len(epochs) == 3:  # in the first epoch of the second run
+            signal.raise_signal(signal.SIGINT)
+        return complete_epoch(run, *rest)
+
+    monkeypatch.setattr(training_loop, "complete_epoch", interrupted)
+    result = study_models(config)
+    assert (result.stopped_by, result.finished, result.table) == ("SIGINT", 1, None)
+    assert "1 of 4 runs finished; the same command goes on" in str(result)
+    stopped = tmp_path / "study" / "runs" / "uctransnet" / "seed_0"
+    assert (stopped / "last.pt").exists()
+    assert not (stopped / "result.json").exists()
+    assert not (tmp_path / "study" / "table.csv").exists()
+    capsys.readouterr()
+
+    study_models(config)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert len(epochs) == 3 + 1 + 2 * 2, "an epoch was trained twice, or not at all"
+    assert "(finished before); about" in lines[0]
+    assert [line.split(": Dice")[0] for line in lines] == [
+        "run 1 of 4: unet, seed 0",
+        "run 2 of 4: uctransnet, seed 0",
+        "run 3 of 4: unet, seed 1",
+        "run 4 of 4: uctransnet, seed 1",
+    ]
+    assert "finished before" not in "".join(lines[1:])
+    assert "to go" not in lines[3]
+    assert results_of(tmp_path / "study") == results_of(undisturbed)
+
+
+def test_a_trained_run_without_scores_is_only_scored(finished, undisturbed):
+    run = Path(finished.run(finished.variants()[0], 1).output)
+    before = (run / "metrics.csv").read_text()
+    (run / "result.json").unlink()
+    study_models(finished)
+    assert (run / "metrics.csv").read_text() == before
+    assert results_of(Path(finished.output)) == results_of(undisturbed)
+
+
+def test_seeds_and_models_may_be_added(finished, monkeypatch):
+    trained = []
+    train = runs.train
+    monkeypatch.setattr(runs, "train", lambda config: trained.append((config.model, config.seed)) or train(config))
+    table = study_models(replace(finished, models=("unet",), seeds=(0, 1, 7), model_options={})).table
+    assert trained == [("unet", 7)]
+    assert [(row.variant, row.seeds) for row in table.rows] == [("unet", [0, 1, 7])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 0.03}, "learning_rate: 0.02 -> 0.03"),
+        ({"epochs": 3}, "epochs: 2 -> 3"),
+        ({"model_options": {"num_layers": 2}}, "model_options: {'num_layers': 1} -> {'num_layers': 2}"),
+        ({"score_size": "native"}, "score_size: 'protocol' -> 'native'"),
+        ({"learning_rate": 0.03, "batch_size": 2}, "batch_size: 4 -> 2; learning_rate: 0.02 -> 0.03"),
+    ],
+)
+def test_results_of_other_settings_are_refused(changes, named, finished, no_training):
+    with pytest.raises(StudyError) as refused:
+        study_models(replace(finished, **changes))
+    assert named in str(refused.value)
+    assert "name another output folder" in str(refused.value)
+
+
+@pytest.mark.parametrize("kept", ["last.pt", "cost.json"])
+def test_an_unfinished_run_of_other_settings_is_refused(kept, finished, no_training):
+    folder = Path(finished.output) / "runs"
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != kept:
+            path.unlink()
+    with pytest.raises(StudyError, match=r"weight_decay: 0\.0 -> 0\.1"):
+        study_models(replace(finished, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("content", ['{"scores"', "[]", "{}"])
+def test_a_damaged_result_is_named(content, finished, no_training):
+    path = Path(finished.run(finished.variants()[0], 0).output) / "result.json"
+    path.write_text(content)
+    with pytest.raises(StudyError, match=r"unet/seed_0/result\.json: .*delete it"):
+        study_models(finished)
+
+
+def test_a_folder_of_something_else_is_refused(finished, settings, tmp_path, no_training):
+    skips = {name: value for name, value in settings.items() if name not in ("models", "model_options")}
+    with pytest.raises(StudyError, match="holds another study, of models"):
+        study_skips(SkipStudyConfig(**skips, output=finished.output))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for output, message in ((tmp_path / "mine", "no study wrote"), (tmp_path / "mine" / "notes.txt", "is a file")):
+        with pytest.raises(StudyError, match=message):
+            study_models(replace(finished, output=str(output)))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--models unte,uctransnet", "models: unknown model 'unte'; did you mean 'unet'?"),
+        ("--models unet,unet", "models: unet is named more than once"),
+        ("--models=", "models: is empty"),
+        ("--models unet,", "models: unknown model ''"),
+        ("--seeds 0", "seeds: 0 is too small; give at least 1"),
+        ("--seeds=-1", "seeds: -1 is too small"),
+        ("--seeds=0,-1", "seeds: -1 is negative"),
+        ("--seeds 1,1", "seeds: 1 is named more than once"),
+        ("--seeds many", "write it like 5 or 3,7,11"),
+        ("--seed 3", "did you mean --seeds?"),
+        ("--score-size huge", "score_size: 'huge' is not known"),
+        ("--score-resolution native", "set score_size to native too"),
+        ("--cross-validation monuseg --folds monuseg --fold 0", "leave out folds and fold"),
+        ("--model-options {\"layers\":2}", "none of unet, uctransnet, dual_branch_uctransnet takes layers"),
+        ("--epochs 0", "epochs: 0 is too small"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_anything_is_trained(words, message, data, tmp_path, no_training, capsys):
+    previous = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["study", "models", "-i", str(data), "-o", str(tmp_path / "study"), *words.split()]) == 2
+    signal.signal(signal.SIGTERM, previous)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_settings_of_the_study_itself_and_several_processes_are_refused(settings, tmp_path, no_training, monkeypatch):
+    for name, value in (("model", "unet"), ("seed", 3), ("resume", True), ("init_from", "weights.pt")):
+        with pytest.raises(StudyError, match=f"{name}: the study sets it"):
+            ModelStudyConfig(**settings, output="study", **{name: value})
+    with pytest.raises(StudyError, match="skips is what the study varies"):
+        SkipStudyConfig(data="data", output="study", model_options={"skips": [1]})
+    with pytest.raises(StudyError, match="seeds: is empty"):
+        ModelStudyConfig(**settings | {"seeds": ()}, output="study")
+    with pytest.raises(ConfigError, match="fold and folds belong together"):
+        ModelStudyConfig(**settings, output="study", folds="monuseg")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StudyError, match="without torchrun"):
+        study_models(ModelStudyConfig(**settings, output=str(tmp_path / "study")))
+
+
+@pytest.mark.parametrize(
+    ("written", "seeds"), [("3", [0, 1, 2]), ("3,7", [3, 7]), ("[7]", [7]), ("[3, 7]", [3, 7]), ("1", [0])]
+)
+def test_seeds_on_the_command_line(written, seeds):
+    config = cli.parse(["study", "skips", "-i", "data", "-o", "study", "--seeds", written])[1]
+    assert config.seed_list == seeds
+
+
+def test_seeds_in_a_config_file(tmp_path):
+    file = tmp_path / "study.yaml"
+    for written, seeds in (("3", [0, 1, 2]), ("[7]", [7])):
+        file.write_text(f"data: data\noutput: study\nseeds: {written}\n")
+        assert cli.parse(["study", "models", "--config", str(file)])[1].seed_list == seeds
+
+
+def test_the_study_of_skips_has_ten_u_nets():
+    config = SkipStudyConfig(data="data", output="study", base_channels=2)
+    variants = {variant.name: variant.options["skips"] for variant in config.variants()}
+    assert variants == {
+        "none": [],
+        "all": [1, 2, 3, 4],
+        "only_1": [1],
+        "only_2": [2],
+        "only_3": [3],
+        "only_4": [4],
+        "all_but_1": [2, 3, 4],
+        "all_but_2": [1, 3, 4],
+        "all_but_3": [1, 2, 4],
+        "all_but_4": [1, 2, 3],
+    }
+    counts = {variant.name: cost.count(config.run(variant, 0)) for variant in config.variants()}
+    assert len({parameters for parameters, _ in counts.values()}) == 10
+    assert all(counts["none"][1] < flop < counts["all"][1] for _, flop in [*counts.values()][2:])
+
+
+def test_a_study_of_skips_runs_and_a_single_run_has_no_deviation(settings, tmp_path, monkeypatch):
+    variants = SkipStudyConfig.variants
+    monkeypatch.setattr(SkipStudyConfig, "variants", lambda self: variants(self)[:2])
+    own = {name: value for name, value in settings.items() if name not in ("models", "model_options")}
+    result = study_skips(SkipStudyConfig(**own | {"epochs": 1, "seeds": 1}, output=str(tmp_path / "skips")))
+    table = table_of(tmp_path / "skips")
+    assert list(table) == ["none", "all"]
+    assert {row["dice_deviation"] for row in table.values()} == {""}
+    markdown = (tmp_path / "skips" / "table.md").read_text()
+    assert markdown.count("| single run |") == 2
+    assert "±" not in markdown
+    assert "a single run each" in markdown
+    assert markdown.strip() in str(result)
+    assert (tmp_path / "skips" / "chart.png").stat().st_size > 1000
+    model = uctrans.load_model(tmp_path / "skips" / "runs" / "none" / "seed_0")
+    assert model.config["skips"] == []
+
+
+def test_cross_validation_gives_each_seed_its_fold(settings, tmp_path, no_training):
+    names = [*(f"train{number}" for number in range(4)), "val0", "val1"]
+    folds = [{"train": names[:3], "val": names[3:]}, {"train": names[3:], "val": names[:3]}]
+    file = tmp_path / "folds.json"
+    file.write_text(json.dumps({"folds": folds}))
+    config = ModelStudyConfig(**settings, output=str(tmp_path / "study"), cross_validation=str(file))
+    run = config.run(config.variants()[0], 1)
+    assert (run.folds, run.fold, run.seed) == (str(file), 1, 1)
+    with pytest.raises(StudyError, match="has 2 folds and none for seed 2; give seeds of 0 to 1"):
+        study_models(replace(config, seeds=3))
+    with pytest.raises(AssertionError, match="something was trained"):
+        study_models(config)
+
+
+def test_the_table_of_a_gpu():
+    """Peak memory in GiB, instance scores where every run has them, deviations of samples."""
+    measured = Cost(66_430_657, 77_200_000_000, 0.0712, 3 * 2**30, "NVIDIA H200")
+    rows = [
+        Row("unet", "unet", [0, 1, 2], {"dice": [0.7, 0.8, 0.9], "iou": [0.5, 0.6, 0.7], "aji": [0.5] * 3}, measured),
+        Row("other", "uctransnet", [0, 1, 2], {"dice": [0.8] * 3, "iou": [0.7] * 3, "aji": [0.6] * 3}, measured),
+    ]
+    text = Table(rows, "the 14 test images", "batch 4, bf16", (224, 224)).markdown()
+    expected = "|unet|3|0.8000 ± 0.1000|0.6000 ± 0.1000|0.5000 ± 0.0000|66.431|77.2|0.0712|3.00|"
+    assert "|".join(cell.strip() for cell in text.splitlines()[2].split("|")) == expected
+    assert len({len(line) for line in text.splitlines()[:4]}) == 1, "columns are not aligned"
+    assert "the most PyTorch held on the GPU" in text
+    without = replace(rows[1], scores={"dice": [0.8] * 3, "iou": [0.7] * 3})
+    assert "AJI" not in Table([rows[0], without], "", "", (224, 224)).markdown()
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_a_gpu(settings, tmp_path):
+    config = ModelStudyConfig(**settings | {"device": "cuda"}, output=str(tmp_path / "study"))
+    measured = cost.measure(config.run(config.variants()[0], 0))
+    assert 0 < measured.peak_memory < torch.cuda.get_device_properties(0).total_memory
+    assert measured.device == torch.cuda.get_device_name(0)
