@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from uctrans.data import get_protocol
 from uctrans.training import TrainConfig
@@ -47,6 +46,8 @@ def count(config: TrainConfig) -> tuple[int, int]:
     Raises:
         ConfigError: the network cannot be built.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where there is one
+
     height, width = get_protocol(config.protocol, config.image_size).image_size
     with torch.device("meta"):
         model = build_model(dataclasses.replace(config, backend="reference"), (height, width)).eval()
