@@ -9,6 +9,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..precision import statistics_dtype
@@ -25,10 +26,10 @@ def skip_gate(
     concatenate: bool = True,
 ) -> Tensor:
     """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) or None -> (B, C + D, H, W) or (B, C, H, W)."""
-    # A compiler fuses plain steps, and takes none that write into a part of a tensor.
-    is_compiling = torch.compiler.is_compiling()
-    pool = _global_mean if is_compiling else _GlobalMean.apply
-    gate_and_concatenate = _gate_and_concatenate if is_compiling else _GateAndConcatenate.apply
+    if _takes_plain_steps_only():
+        pool, activate, gate_and_concatenate = _global_mean, _activated_skip, _gate_and_concatenate
+    else:
+        pool, activate, gate_and_concatenate = _GlobalMean.apply, _ActivatedSkip.apply, _GateAndConcatenate.apply
 
     pooled_skip = pool(encoder_feature)
     if tokens is not None:
@@ -37,7 +38,14 @@ def skip_gate(
     if decoder_feature is not None:
         logits = logits + F.linear(pool(decoder_feature).to(decoder_feature.dtype), weight_decoder, bias_decoder)
     gate = torch.sigmoid(0.5 * logits)[:, :, None, None]
-    return gate_and_concatenate(encoder_feature, tokens, decoder_feature if concatenate else None, gate)
+    return gate_and_concatenate(activate(encoder_feature, tokens), decoder_feature if concatenate else None, gate)
+
+
+def _takes_plain_steps_only() -> bool:
+    """A compiler fuses plain steps by itself; functional transforms and forward-mode gradients need them."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def _global_mean(feature: Tensor) -> Tensor:
@@ -61,62 +69,70 @@ class _GlobalMean(torch.autograd.Function):
         return gradient[:, :, None, None].expand(ctx.size)
 
 
-def _gate_and_concatenate(
-    encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tensor | None, gate: Tensor
-) -> Tensor:
-    """``[relu(s (e + up(r))), up(d)]`` for a gate ``s`` of (B, C, 1, 1)."""
-    size = encoder_feature.shape[2:]
-    skip = encoder_feature if tokens is None else encoder_feature + F.interpolate(tokens, size=size, mode="nearest")
-    gated = F.relu(skip * gate)
+def _activated_skip(encoder_feature: Tensor, tokens: Tensor | None) -> Tensor:
+    """``relu(e + up(r))``; as the gate is positive it may come before it: ``relu(s x) = s relu(x)``."""
+    if tokens is None:
+        return F.relu(encoder_feature)
+    return F.relu(encoder_feature + F.interpolate(tokens, size=encoder_feature.shape[2:], mode="nearest"))
+
+
+class _ActivatedSkip(torch.autograd.Function):
+    """:func:`_activated_skip` without the upsampled tokens; its gradients can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, encoder_feature: Tensor, tokens: Tensor | None) -> Tensor:
+        if tokens is None:
+            skip = encoder_feature.relu()
+        else:
+            coarse = _repeat_columns(tokens, encoder_feature.shape[3])
+            skip = (_patches(encoder_feature, coarse) + _pixels(coarse)).reshape(encoder_feature.shape).relu_()
+        ctx.save_for_backward(skip)
+        ctx.token_grid = None if tokens is None else tokens.shape[2:]
+        return skip
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        (skip,) = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradient, skip, 0)
+        return gradient, None if ctx.token_grid is None else _sum_patches(gradient, ctx.token_grid)
+
+
+def _gate_and_concatenate(skip: Tensor, decoder_feature: Tensor | None, gate: Tensor) -> Tensor:
+    """``[s relu(x), up(d)]`` of ``relu(x)`` and a gate ``s`` of (B, C, 1, 1)."""
+    gated = skip * gate
     if decoder_feature is None:
         return gated
-    return torch.cat([gated, F.interpolate(decoder_feature, size=size, mode="nearest")], dim=1)
+    return torch.cat([gated, F.interpolate(decoder_feature, size=skip.shape[2:], mode="nearest")], dim=1)
 
 
 class _GateAndConcatenate(torch.autograd.Function):
     """:func:`_gate_and_concatenate` with fewer maps; its gradients can be differentiated again."""
 
     @staticmethod
-    def forward(
-        ctx, encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tensor | None, gate: Tensor
-    ) -> Tensor:
-        maps = [feature for feature in (encoder_feature, tokens, decoder_feature) if feature is not None]
-        batch, channels, *size = encoder_feature.shape
+    def forward(ctx, skip: Tensor, decoder_feature: Tensor | None, gate: Tensor) -> Tensor:
+        batch, channels, *size = skip.shape
+        operands = [tensor for tensor in (skip, decoder_feature, gate) if tensor is not None]
         output = torch.empty(
             (batch, channels + (0 if decoder_feature is None else decoder_feature.shape[1]), *size),
-            dtype=reduce(torch.promote_types, (feature.dtype for feature in maps)),
-            device=encoder_feature.device,
-            memory_format=torch.channels_last if _is_channels_last(encoder_feature) else torch.contiguous_format,
+            dtype=reduce(torch.promote_types, (tensor.dtype for tensor in operands)),
+            device=skip.device,
+            memory_format=torch.channels_last if _is_channels_last(skip) else torch.contiguous_format,
         )
-        if tokens is None:
-            skip = encoder_feature.relu()
-        else:
-            coarse = _repeat_columns(tokens, size[1])
-            skip = (_patches(encoder_feature, coarse) + _pixels(coarse)).reshape(encoder_feature.shape).relu_()
-        torch.mul(skip, gate, out=output[:, :channels])  # relu(s x) = s relu(x): s is positive
+        torch.mul(skip, gate, out=output[:, :channels])
         if decoder_feature is not None:
             coarse = _repeat_columns(decoder_feature, size[1])
             _patches(output[:, channels:], coarse).copy_(_pixels(coarse))
-        ctx.save_for_backward(encoder_feature, tokens, gate, output)
-        ctx.decoder_size = None if decoder_feature is None else decoder_feature.shape[2:]
+        ctx.save_for_backward(skip, gate)
+        ctx.decoder_grid = None if decoder_feature is None else decoder_feature.shape[2:]
         return output
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        encoder_feature, tokens, gate, output = ctx.saved_tensors
-        channels = encoder_feature.shape[1]
-        tokens_gradient = decoder_gradient = None
-        if ctx.decoder_size is not None:
-            decoder_gradient = _sum_patches(gradient[:, channels:], ctx.decoder_size)
-        unclipped = torch.ops.aten.threshold_backward(gradient[:, :channels], output[:, :channels], 0)
-        gate_gradient = _sum(unclipped * encoder_feature)
-        if tokens is not None:
-            patch_sums = _sum_patches(unclipped, tokens.shape[2:])
-            gate_gradient = gate_gradient + _sum(patch_sums * tokens)
-            tokens_gradient = patch_sums * gate
-        # In place where nobody differentiates again: one map of full size less.
-        encoder_gradient = unclipped * gate if torch.is_grad_enabled() else unclipped.mul_(gate)
-        return encoder_gradient, tokens_gradient, decoder_gradient, gate_gradient
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        skip, gate = ctx.saved_tensors
+        channels = skip.shape[1]
+        d_gated = gradient[:, :channels]
+        d_decoder = None if ctx.decoder_grid is None else _sum_patches(gradient[:, channels:], ctx.decoder_grid)
+        return d_gated * gate, d_decoder, _sum(d_gated * skip)
 
 
 def _patches(feature: Tensor, coarse: Tensor) -> Tensor:

@@ -28,8 +28,14 @@ def _implementation(encoder_feature: Tensor) -> ModuleType:
     return triton
 
 
+def _without_autocast(encoder_feature: Tensor) -> torch.autocast:
+    """The operator chooses its dtypes itself; autocast would round the products of its PyTorch form."""
+    return torch.autocast(encoder_feature.device.type, enabled=False)
+
+
 def _forward(encoder_feature: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(encoder_feature).forward(encoder_feature, *arguments)
+    with _without_autocast(encoder_feature):
+        return _implementation(encoder_feature).forward(encoder_feature, *arguments)
 
 
 def _fake_forward(
@@ -65,7 +71,8 @@ def _backward(
     gradients = _empty_gradients(*saved, decoder_grid)
     is_there = [True, tokens is not None, bool(decoder_grid), True, True, bool(decoder_grid), bool(decoder_grid)]
     written = [tensor if there else None for tensor, there in zip(gradients, is_there, strict=True)]
-    _implementation(encoder_feature).backward(gradient, *saved, *written)
+    with _without_autocast(encoder_feature):
+        _implementation(encoder_feature).backward(gradient, *saved, *written)
     return gradients
 
 

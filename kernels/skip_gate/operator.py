@@ -1,5 +1,7 @@
 """The public function of the skip path: what it takes, what it refuses, and which implementation runs."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def skip_gate(
             computes in float32 and has no second derivative; ``auto`` leaves float64 to ``composed``.
 
     Returns:
-        (B, C + D, H, W), or (B, C, H, W) without a decoder half.
+        (B, C + D, H, W), or (B, C, H, W) without a decoder half, in the maps' dtype; under autocast in the widest of
+        theirs and autocast's.
 
     Raises:
         ValueError: shapes, grids or devices do not fit, or part of the decoder's arguments is missing.
@@ -63,7 +66,10 @@ def skip_gate(
     )
     chosen = _resolve(backend, encoder_feature)
     if chosen == "triton":
-        output, _gate, _means = torch.ops.uctrans.skip_gate(*arguments, output_dtype(encoder_feature))
+        # As in the published steps: under autocast the gate comes in autocast's dtype, and meets maps in theirs.
+        maps = [feature for feature in (encoder_feature, tokens, decoder_feature) if feature is not None]
+        dtype = reduce(torch.promote_types, (feature.dtype for feature in maps), output_dtype(encoder_feature))
+        output, _gate, _means = torch.ops.uctrans.skip_gate(*arguments, dtype)
         return output
     return (reference if chosen == "reference" else composed).skip_gate(*arguments)
 

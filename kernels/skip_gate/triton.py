@@ -36,6 +36,7 @@ WEIGHT_GRADIENT_TILES = {"BLOCK_BATCH": 16, "BLOCK_OUT": 16, "BLOCK_IN": 64}
 
 CELL = (16, TILE // MOST_CHANNELS)  # rows and columns, of a map without tokens: no wider than any tile
 LARGEST_UNIT = 16  # a larger divisor of the width is of no use to the compiler
+LARGEST_OFFSET = 2**31 - 1  # between channels of a tile, which are counted in 32 bits
 
 
 Tiles = dict[str, int]
@@ -80,15 +81,16 @@ def forward(
             BLOCK_IN=step,
             num_warps=GATE_WARPS,
         )
-        grid, tiles = _cut(encoder_feature, tokens, channels)
+        halves = [_map(half) for half in output.split([channels, written - channels], dim=1)]
+        grid, tiles = _cut(encoder_feature, tokens, channels, encoder, token_map, halves[0])
         grid = _in_groups(grid, PROGRAM_ELEMENTS // _row_elements(tiles))
         triton_maps.gate_skip_kernel[_programs(grid, tiles, batch, channels)](
-            encoder, token_map, gate, _map(output[:, :channels]), grid, **tiles, num_warps=NUM_WARPS
+            encoder, token_map, gate, halves[0], grid, **tiles, num_warps=NUM_WARPS
         )
         if written > channels:
-            grid, tiles = _cut(encoder_feature, decoder_feature, decoder_channels)
+            grid, tiles = _cut(encoder_feature, decoder_feature, decoder_channels, decoder, halves[1])
             triton_maps.upsample_kernel[_programs(grid, tiles, batch, decoder_channels)](
-                decoder, _map(output[:, channels:]), grid, **tiles, num_warps=NUM_WARPS
+                decoder, halves[1], grid, **tiles, num_warps=NUM_WARPS
             )
     return output, gate, pooled
 
@@ -120,9 +122,10 @@ def backward(
     memory_format = memory_format_of(encoder_feature)
     encoder, token_map = _map(encoder_feature), _map(tokens)
     upstream = _map(gradient[:, :channels], memory_format)
+    written = _map(d_encoder_feature), _map(d_tokens)
     slope, d_means = torch.empty_like(gate), torch.empty_like(pooled)
     with torch.cuda.device_of(gate):
-        cut, tiles = _cut(encoder_feature, tokens, channels)
+        cut, tiles = _cut(encoder_feature, tokens, channels, encoder, token_map, upstream, *written)
         parts_across = triton.cdiv(cut.across, tiles["BLOCK_CELLS"])
         fewest_rows = triton.cdiv(cut.height * parts_across, MOST_PARTS)
         grid = _in_groups(cut, max(PROGRAM_ELEMENTS // _row_elements(tiles), fewest_rows))
@@ -166,20 +169,21 @@ def backward(
             token_map,
             gate,
             d_means,
-            _map(d_encoder_feature),
-            _map(d_tokens),
+            *written,
             columns,
             cut,
             **tiles,
             num_warps=NUM_WARPS,
         )
         if d_decoder_feature is not None:
-            cut, tiles = _cut(encoder_feature, d_decoder_feature, columns - channels)
             is_concatenated = gradient.shape[1] > channels
+            upstream = _map(gradient[:, channels:], memory_format) if is_concatenated else None
+            d_decoder = _map(d_decoder_feature)
+            cut, tiles = _cut(encoder_feature, d_decoder_feature, columns - channels, upstream, d_decoder)
             triton_maps.decoder_gradient_kernel[_programs(cut, tiles, batch, columns - channels)](
-                _map(gradient[:, channels:], memory_format) if is_concatenated else None,
+                upstream,
                 d_means[:, channels:],
-                _map(d_decoder_feature),
+                d_decoder,
                 columns,
                 cut,
                 **tiles,
@@ -191,10 +195,12 @@ def _mean_parts(encoder_feature: Tensor, encoder: Map, tokens: Map | None, decod
     """Parts of the means over pixels: (B, parts, C + D)."""
     if memory_format_of(encoder_feature) == torch.channels_last:
         block_c = min(triton.next_power_of_2(encoder.channels), MOST_CHANNELS)
+        block_c = min(block_c, _most_channels(encoder, tokens, decoder))
         block_pixels = TILE // block_c
     else:
         block_pixels = min(triton.next_power_of_2(encoder.pixels), MOST_PIXELS)
         block_c = min(triton.next_power_of_2(encoder.channels), TILE // block_pixels)
+        block_c = min(block_c, _most_channels(encoder, tokens, decoder))
     batch = encoder_feature.shape[0]
     count = min(triton.cdiv(encoder.pixels * block_c, PART_ELEMENTS), MOST_PARTS)
     parts = torch.empty(batch, count, columns, device=encoder_feature.device)
@@ -231,22 +237,29 @@ def _map(feature: Tensor | None, memory_format: torch.memory_format | None = Non
     return Map(feature, batch, channel, pixel, feature.shape[1], height * width)
 
 
-def _cut(full: Tensor, coarse: Tensor | None, channels: int) -> tuple[Grid, Tiles]:
-    """The cells that pixels of ``coarse`` are on the map ``full``, and what a program holds of ``channels`` of them.
+def _most_channels(*maps: Map | None) -> int:
+    """The largest power of two of channels that lie within :data:`LARGEST_OFFSET` in every map."""
+    stride = max(feature.stride_channel for feature in maps if feature is not None)
+    return 1 << (LARGEST_OFFSET // max(stride, 1) + 1).bit_length() - 1
+
+
+def _cut(full: Tensor, coarse: Tensor | None, channels: int, *maps: Map | None) -> tuple[Grid, Tiles]:
+    """The cells that pixels of ``coarse`` are on the map ``full``, and the tiles of ``channels`` wide ``maps``.
 
     A group of rows is a row of cells. Without a coarse map the cells are of one size and may end outside.
     """
     height, width = full.shape[2:]
+    most_channels = _most_channels(*maps)
     cell_height, cell_width = CELL if coarse is None else (height // coarse.shape[2], width // coarse.shape[3])
     across = triton.cdiv(width, cell_width)
     if memory_format_of(full) == torch.channels_last:
-        block_c = min(triton.next_power_of_2(channels), MOST_CHANNELS)
+        block_c = min(triton.next_power_of_2(channels), MOST_CHANNELS, most_channels)
         block_columns = math.gcd(cell_width, TILE // block_c)
         block_cells = min(triton.next_power_of_2(across), TILE // (block_c * block_columns))
     else:
         block_columns = math.gcd(cell_width, MOST_PIXELS)
         block_cells = min(triton.next_power_of_2(across), MOST_PIXELS // block_columns)
-        block_c = min(triton.next_power_of_2(channels), TILE // (block_columns * block_cells))
+        block_c = min(triton.next_power_of_2(channels), TILE // (block_columns * block_cells), most_channels)
     unit = math.gcd(width, LARGEST_UNIT)
     grid = Grid(height, width // unit, across, cell_height, triton.cdiv(height, cell_height), cell_height)
     sizes = {"BLOCK_CELLS": block_cells, "BLOCK_COLUMNS": block_columns, "BLOCK_C": block_c}

@@ -173,7 +173,8 @@ def gate_skip_kernel(
             )
             encoder_ptrs = encoder_ptr + _offsets(encoder, offs_pixel, BLOCK_C)
             skip = tl.load(encoder_ptrs, mask=mask, other=0.0).to(tl.float32) + token
-            gated = tl.maximum(skip, 0.0) * gate[None, None, :]  # [BLOCK_CELLS, BLOCK_COLUMNS, BLOCK_C]
+            # What is no number must not become zero; minus infinity times a gate of zero is none.
+            gated = tl.maximum(skip * gate[None, None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
             output_ptrs = output_ptr + _offsets(output, offs_pixel, BLOCK_C)
             tl.store(output_ptrs, gated.to(output.ptr.dtype.element_ty), mask=mask)
         encoder_ptr += width * encoder.stride_pixel

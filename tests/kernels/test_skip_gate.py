@@ -150,12 +150,62 @@ def test_written_out_by_hand():
         torch.testing.assert_close(alone, expected[:, :1])
 
 
-@pytest.mark.parametrize("has_tokens", [True, False])
-@pytest.mark.parametrize("decoder_channels", [2, None])
-def test_gradcheck(has_tokens, decoder_channels):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("has_tokens", "decoder_channels", "concatenate"),
+    [(True, 2, True), (True, 2, False), (False, 2, True), (True, None, True), (False, None, True)],
+)
+def test_gradcheck(has_tokens, decoder_channels, concatenate, memory_format):
+    """First and second derivatives."""
     inputs = gate_inputs(1, 2, decoder_channels, grid=(1, 2), patch=(2, 2), has_tokens=has_tokens)
-    function, tensors = of_those_there(composed.skip_gate, inputs)
-    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors])
+    function, tensors = of_those_there(partial(composed.skip_gate, concatenate=concatenate), inputs)
+    tensors = [tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor for tensor in tensors]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+class TestWhatPlainPyTorchAllows:
+    """``composed`` is no black box to PyTorch: what works on the paper's steps works on it."""
+
+    @staticmethod
+    def loss(backend, inputs):
+        def of_feature(feature):
+            return skip_gate(feature, *inputs[1:], backend=backend).square().sum()
+
+        return of_feature
+
+    def test_functional_transforms(self):
+        inputs = gate_inputs()
+        for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+            ours, published = (transform(self.loss(name, inputs))(inputs[0]) for name in ("composed", "reference"))
+            torch.testing.assert_close(ours, published)
+
+    def test_vmap(self):
+        inputs = gate_inputs()
+        many = torch.stack([inputs[0], 2 * inputs[0]])
+        ours, published = (torch.vmap(self.loss(name, inputs))(many) for name in ("composed", "reference"))
+        torch.testing.assert_close(ours, published)
+
+    def test_forward_mode(self):
+        inputs = gate_inputs()
+        tangents = []
+        for name in ("composed", "reference"):
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+                tangents.append(torch.autograd.forward_ad.unpack_dual(self.loss(name, inputs)(dual)).tangent)
+        torch.testing.assert_close(*tangents)
+
+    def test_output_and_feature_may_be_overwritten(self):
+        gradients = []
+        for name in ("composed", "reference"):
+            inputs = [tensor.requires_grad_() for tensor in gate_inputs()]
+            feature = inputs[0] * 1
+            output = skip_gate(feature, *inputs[1:], backend=name)
+            output.mul_(2)
+            feature.zero_()
+            gradients.append(torch.autograd.grad(output.sum(), inputs[1:]))
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -561,13 +561,13 @@ class TestOperator:
 
 
 class TestAutocast:
-    """Maps are read in any dtype, and the output is autocast's: nothing is cast in memory, weights included."""
+    """Maps are read in any dtype, and the output has the widest of theirs and autocast's: nothing is cast in memory."""
 
     @staticmethod
     def under_autocast(function):
         def call(*inputs, **options):
             with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
-                return function(*inputs, **options).to(AUTOCAST_DTYPE)
+                return function(*inputs, **options)
 
         return call
 
@@ -583,6 +583,19 @@ class TestAutocast:
         function, baseline = (self.under_autocast(form) for form in (kernels, reference.skip_gate))
         gradient = normal(1, 8, 4, 6, dtype=AUTOCAST_DTYPE).double()
         assert_as_exact_as_the_reference(function, draws, gradient, baseline)
+        assert function(*draws[0]).dtype == baseline(*draws[0]).dtype
+
+    def test_pytorch_form_of_the_operator(self, monkeypatch):
+        """It is not cast either: gate and means come as the fake says, and backward finds what forward left."""
+        monkeypatch.setattr(dispatch, "_implementation", lambda feature: explicit)
+        inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
+        with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
+            output, gate, means = torch.ops.uctrans.skip_gate(*inputs, True, AUTOCAST_DTYPE)
+            gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        assert (output.dtype, gate.dtype, means.dtype) == (AUTOCAST_DTYPE, torch.float32, torch.float32)
+        exact = torch.ops.uctrans.skip_gate(*inputs, True, torch.float32)[0]
+        for gradient, expected in zip(gradients, torch.autograd.grad(exact.square().sum(), inputs), strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-2)
 
     def test_dtypes(self):
         inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
@@ -591,7 +604,7 @@ class TestAutocast:
         compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
         with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
             output, same = kernels(*inputs), compiled(*inputs)
-        assert output.dtype == same.dtype == AUTOCAST_DTYPE
+        assert output.dtype == same.dtype == torch.float32
         assert torch.equal(output, same)
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in inputs]
@@ -678,15 +691,26 @@ class TestNumbersThatAreHardToHold:
         assert torch.equal(d_tokens, torch.full_like(d_tokens, 496.0))
         assert torch.equal(d_decoder_feature, torch.full_like(d_decoder_feature, 992.0))
 
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_what_is_no_number_does_not_vanish(self, value):
         """One pixel spoils its image, as it does in the reference, and no other."""
         inputs = inputs_of({"channels": 3, "patch": (2, 2)})
         inputs[0][0, 1, 2, 3] = value
+        inputs[3].fill_(-math.copysign(1, value))  # shuts the gates, and an infinity times zero is no number
         output, expected = kernels(*inputs), reference.skip_gate(*inputs)
         assert output[0].isnan().any()
         assert output[1].isfinite().all()
         torch.testing.assert_close(output, expected, equal_nan=True)
+
+
+def test_channels_that_lie_far_apart():
+    """Distances between the channels of a tile are 32 bits, so that here a tile has two of the four."""
+    dtype = torch.float16
+    storage = torch.empty(3 * 2**30 + 1, dtype=dtype, device=DEVICE)  # on a CPU only pages that are written take memory
+    far = storage.as_strided((1, 4, 1, 1), (4 * 2**30, 2**30, 1, 1))
+    inputs = inputs_of({"batch": 1, "channels": 4, "grid": (1, 1), "patch": (1, 1), "factor": (1, 1)}, dtype)
+    far.copy_(inputs[0])
+    assert torch.equal(kernels(far, *inputs[1:]), kernels(*inputs))
 
 
 @settings(max_examples=6, deadline=None)
