@@ -39,6 +39,11 @@ def uctransnet(pretrained: str | Path | None = None, **options: Any) -> Segmenta
     return _model("uctransnet", pretrained, options)
 
 
+def dual_branch_uctransnet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:
+    """The dual-branch network; see ``uctrans.DualBranchUCTransNet`` for the options, and `uctransnet`."""
+    return _model("dual_branch_uctransnet", pretrained, options)
+
+
 def unet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:
     """U-Net; see ``uctrans.UNet`` for the options, and `uctransnet` for ``pretrained``."""
     return _model("unet", pretrained, options)

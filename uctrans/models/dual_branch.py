@@ -10,7 +10,7 @@ from ..layers import ChannelTransformer, DualBranchEncoder
 from ..layers.checks import check_counts, check_probabilities, check_sequence
 from .base import SegmentationModel, check_image, pad_to_multiple
 from .registry import register_model
-from .uctransnet import GatedStage, _check_patches
+from .uctransnet import GatedStage, check_patches
 from .unet import scale_widths
 
 
@@ -72,7 +72,7 @@ class DualBranchUCTransNet(SegmentationModel):
     ):
         super().__init__()
         check_backend(backend)
-        _check_patches(patch_sizes)
+        check_patches(patch_sizes)
         check_counts(
             in_channels=in_channels, classes=classes, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio
         )

@@ -68,7 +68,7 @@ class UCTransNet(SegmentationModel):
     ):
         super().__init__()
         check_backend(backend)
-        _check_patches(patch_sizes)
+        check_patches(patch_sizes)
         check_counts(
             in_channels=in_channels, classes=classes, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio
         )
@@ -155,7 +155,7 @@ class UCTransNet(SegmentationModel):
         return rows, columns
 
 
-def _check_patches(patch_sizes: Sequence[int]) -> None:
+def check_patches(patch_sizes: Sequence[int]) -> None:
     check_sequence("patch_sizes", patch_sizes, "one side a scale")
     if not patch_sizes or any(patch < 1 for patch in patch_sizes):
         raise ValueError(f"patch_sizes needs one positive size a scale; got {list(patch_sizes)}")
