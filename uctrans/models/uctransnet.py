@@ -156,6 +156,7 @@ class UCTransNet(SegmentationModel):
 
 
 def check_patches(patch_sizes: Sequence[int]) -> None:
+    """Raise unless each patch is half as wide as the one before; ``ValueError`` says what is wrong."""
     check_sequence("patch_sizes", patch_sizes, "one side a scale")
     if not patch_sizes or any(patch < 1 for patch in patch_sizes):
         raise ValueError(f"patch_sizes needs one positive size a scale; got {list(patch_sizes)}")
