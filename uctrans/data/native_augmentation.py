@@ -34,8 +34,8 @@ HIGHEST_OF_OTHERS = 8
 class NativeAugmentation:
     """How strongly crops are changed; 0 switches a change off. Draws are uniform within the ranges.
 
-    Every crop is turned by a random multiple of 90 degrees and flipped along one axis or not, which keeps its pixels.
-    The defaults are conventional values, not tuned.
+    Every crop is turned by a random multiple of 90 degrees and flipped along one axis or not, which keeps its pixels
+    (unless one of height and width is even and the other odd). The defaults are conventional values, not tuned.
 
     Attributes:
         warp_probability: share of the crops that are also rotated and scaled, 0..1.
