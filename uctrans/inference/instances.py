@@ -4,6 +4,8 @@ An instance map is int32 ``(H, W)``: 0 background, nuclei 1, 2, ... without gaps
 `uctrans.data.boundary_target`.
 """
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor, nn
 
@@ -94,6 +96,24 @@ def to_instances(
         seeds = _peaks(height, foreground, seed_distance)
     seeds = _with_unseeded_parts(seeds, foreground)
     return _without_small(watershed(-height, seeds, mask=foreground), smallest_object)
+
+
+def instances_of(model: nn.Module, probabilities: Tensor, labels: np.ndarray, config: Any) -> np.ndarray:
+    """Instances that a model predicts: of a boundary-aware one from its three probabilities, else of its foreground.
+
+    Args:
+        model: decides which.
+        probabilities: its output for one image, ``(P, H, W)``.
+        labels: the mask made of them, ``(H, W)``, 0 background.
+        config: settings with ``threshold``, ``smallest_object`` and ``seed_distance`` of `to_instances`.
+
+    Returns:
+        int32 ``(H, W)``, see `to_instances`.
+    """
+    if is_boundary_aware(model):
+        return to_instances(probabilities, config.threshold, config.smallest_object, config.seed_distance)
+    foreground = (labels > 0).astype(np.float32)
+    return to_instances(foreground, smallest_object=config.smallest_object, seed_distance=config.seed_distance)
 
 
 def _checked_probabilities(probabilities: Tensor | np.ndarray) -> np.ndarray:
