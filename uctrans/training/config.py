@@ -242,8 +242,12 @@ class TrainConfig:
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return 'field: before -> now' for each field that differs and may not differ in a resumed run."""
-    names = [name for name in {**before, **now} if name not in CHANGEABLE_ON_RESUME]
+    """Return 'field: before -> now' for each field that differs and may not differ in a resumed run.
+
+    A field that ``before`` lacks, because the run was begun before there was such a field, has its default.
+    """
+    before = TrainConfig(data=now["data"], output=now["output"]).to_dict() | before
+    names = [name for name in before | now if name not in CHANGEABLE_ON_RESUME]
     return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
 
 
