@@ -17,7 +17,8 @@ def random_pixels(*shape):
 
 
 def test_protocol_names_and_sizes():
-    assert list_protocols() == ["uctransnet-224"]
+    assert list_protocols() == ["native", "uctransnet-224"]
+    assert get_protocol("native").image_size == (256, 256)
     assert get_protocol().image_size == (224, 224)
     assert get_protocol("uctransnet-224", 96).image_size == (96, 96)
     assert get_protocol(image_size=[96, 64]).image_size == (96, 64)
@@ -26,7 +27,9 @@ def test_protocol_names_and_sizes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "native"}, "Unknown protocol 'native': choose one of uctransnet-224"),
+        ({"name": "nativ"}, "Unknown protocol 'nativ': choose one of native, uctransnet-224"),
+        ({"crops_per_image": 2}, "uctransnet-224 has no crops_per_image"),
+        ({"name": "native", "crops_per_image": 0}, "crops_per_image=0"),
         ({"image_size": 0}, "1 or more pixels"),
         ({"image_size": (8, 8, 3)}, "give height and width"),
         ({"channel_order": "gbr"}, "choose one of rgb, bgr"),

@@ -50,6 +50,18 @@ def test_files(brightness_model, use_model, dataset, tmp_path):
     assert imread(result.output / "figure.png").shape[2] >= 3
 
 
+def test_models_of_the_protocol_native_are_scored_at_native_size(brightness_model, use_model, dataset, tmp_path):
+    two_nuclei(dataset)
+    model = use_model(brightness_model(image_size=8, metadata={"protocol": "native"}))
+    result = evaluate(config(dataset, tmp_path))
+    assert [row["dice"] for row in result.rows] == pytest.approx([1, 2 / 3, 0])
+    assert "aji" in result.rows[0]
+    assert {shape[2:] for shape in model.seen} == {(8, 8)}
+    assert result.scored_at == "the size of their masks"
+    summary = json.loads((result.output / "summary.json").read_text())
+    assert summary["protocol"] == {"name": "native", "image_size": [8, 8], "channel_order": "rgb"}
+
+
 def test_table(brightness_model, use_model, dataset, tmp_path):
     use_model(brightness_model())
     lines = evaluate(config(dataset, tmp_path)).table().splitlines()

@@ -7,15 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from uctrans.data.boundary import BACKGROUND, BORDER, INTERIOR, boundary_target
 from uctrans.inference.instance_metrics import score_instances
-from uctrans.inference.instances import (
-    BACKGROUND,
-    BORDER,
-    INTERIOR,
-    boundary_target,
-    nucleus_probability,
-    to_instances,
-)
+from uctrans.inference.instances import nucleus_probability, to_instances
 
 
 def disks(*centres, radius=10, size=(60, 60)):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from skimage.io import imread, imsave
 
 import uctrans
@@ -64,6 +65,77 @@ def test_a_real_model_on_every_size(resolution, unet_folder, images, tmp_path):
         assert probabilities.shape == (1, *shape)
         assert probabilities.dtype == np.float32
         assert np.array_equal(imread(tmp_path / f"masks/{name}.png") == 255, probabilities[0] > 0.5)
+
+
+class ThreePartModel(torch.nn.Module):
+    """Background, interior or border wherever the image is dark, white or gray."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.name, self.in_channels, self.classes, self.config = "three", 3, 3, {"image_size": 16}
+        self.metadata = {"protocol": "native", "target": target}
+
+    def forward(self, image):
+        centres = torch.tensor([0.0, 1.0, 0.5]).view(1, -1, 1, 1)
+        return -500 * (image.mean(1, keepdim=True) - centres).square()
+
+
+def two_touching_nuclei(folder):
+    parts = np.zeros((24, 40), dtype=np.uint8)
+    parts[4:20, 4:36] = 127
+    parts[7:17, 7:17] = parts[7:17, 23:33] = 255
+    folder.mkdir()
+    imsave(folder / "two.png", parts[..., None].repeat(3, -1), check_contrast=False)
+    return parts
+
+
+def test_instances_of_a_boundary_aware_model(use_model, tmp_path):
+    parts = two_touching_nuclei(tmp_path / "images")
+    use_model(ThreePartModel("boundary"))
+    settings = {"instances": True, "probability": "png", "resolution": "protocol"}
+    predict(config(tmp_path / "images", tmp_path, **settings))
+    out = tmp_path / "masks"
+    endings = ("", "_instances", "_instances_overlay", "_overlay", "_probability")
+    assert names(out) == [f"two{end}.png" for end in endings]
+    instances = imread(out / "two_instances.png")
+    assert instances.dtype == np.uint16
+    assert np.unique(instances).tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(instances > 0, parts > 0)
+    assert (instances[:, :20].max(), instances[:, 20:].min(where=parts[:, 20:] > 0, initial=9)) == (1, 2)
+    np.testing.assert_array_equal(imread(out / "two.png"), (parts > 0) * 255)
+    assert imread(out / "two_probability.png")[parts > 0].min() > 250
+    lines = (imread(out / "two_instances_overlay.png") != parts[..., None]).any(-1)
+    assert lines[10, 19]  # the outline between the two, where the mask has none
+    assert not (imread(out / "two_overlay.png") != parts[..., None]).any(-1)[10, 19]
+
+
+def test_instances_of_a_binary_model(brightness_model, use_model, images, tmp_path):
+    use_model(brightness_model())
+    written = predict(config(images, tmp_path, instances=True, smallest_object=50))
+    assert len(written) == 12
+    np.testing.assert_array_equal(imread(tmp_path / "masks/square_instances.png") > 0, SQUARE[..., 0] > 0)
+    predict(config(images, tmp_path, instances=True, smallest_object=101, overwrite=True))
+    assert imread(tmp_path / "masks/square_instances.png").max() == 0
+
+
+def test_more_nuclei_than_a_file_holds_stop_only_their_image(brightness_model, use_model, tmp_path):
+    (tmp_path / "images").mkdir()
+    dots = np.zeros((520, 520), dtype=np.uint8)
+    dots[::2, ::2] = 255
+    for name, pixels in {"dots": dots, "square": SQUARE}.items():
+        imsave(tmp_path / "images" / f"{name}.png", pixels, check_contrast=False)
+    use_model(brightness_model(image_size=520))
+    with pytest.raises(PredictionError, match="16-bit PNG holds 0 to 65535"):
+        predict(config(tmp_path / "images", tmp_path, instances=True, smallest_object=0, seed_distance=1))
+    assert "square_instances.png" in names(tmp_path / "masks")
+    assert not [name for name in names(tmp_path / "masks") if name.startswith("dots")]
+
+
+@pytest.mark.parametrize("settings", [{"smallest_object": -1}, {"seed_distance": 0}])
+def test_bad_instance_settings(settings, images, tmp_path):
+    with pytest.raises(InferenceError, match="smallest_object must be 0 or more pixels and seed_distance 1 or more"):
+        predict(config(images, tmp_path, instances=True, **settings))
+    assert not (tmp_path / "masks").exists()
 
 
 def test_probability_picture(brightness_model, use_model, images, tmp_path):

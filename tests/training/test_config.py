@@ -121,3 +121,9 @@ def test_changed_fields_leave_out_what_may_change():
         data="d", output="p", seed=2, epochs=5, patience=7, device="cpu", threads=1, resume=True
     ).to_dict()
     assert changed_fields(before, now) == ["seed: 1 -> 2"]
+
+
+def test_fields_that_came_after_a_run_was_begun_had_their_defaults():
+    now = TrainConfig(data="d", output="o", augmentation={"blur": 1}).to_dict()
+    before = {name: value for name, value in now.items() if name not in ("target", "augmentation")}
+    assert changed_fields(before, now) == ["augmentation: {} -> {'blur': 1}"]

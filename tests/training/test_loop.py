@@ -50,6 +50,7 @@ def test_run_folder_holds_what_it_should(make_config):
     metadata = json.loads((folder / "best" / "config.json").read_text())["metadata"]
     assert metadata == {
         "protocol": "uctransnet-224",
+        "target": "mask",
         "image_size": [16, 16],
         "channel_order": "rgb",
         "palette": None,

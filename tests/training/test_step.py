@@ -14,6 +14,7 @@ from uctrans.training.step import EpochTotals, validate
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 TINY_TRANSFORMER = {"model": "uctransnet", "image_size": 32, "model_options": {"num_layers": 1, "num_heads": 1}}
+NATIVE = {"protocol": "native", "crops_per_image": 2, "batch_size": 2}
 # What makes the host wait for a device: reading a value, or a shape that depends on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "equal.default", "is_nonzero", "item")
 
@@ -36,8 +37,8 @@ def started_run(config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, TINY_TRANSFORMER, {"ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.01}, {"amp": "bf16"}],
-    ids=["unet", "uctransnet", "ema-adamw", "bf16"],
+    [{}, TINY_TRANSFORMER, {"ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.01}, {"amp": "bf16"}, NATIVE],
+    ids=["unet", "uctransnet", "ema-adamw", "bf16", "native"],
 )
 def test_step_never_waits_for_the_device(make_config, changes):
     run = started_run(make_config(**changes))

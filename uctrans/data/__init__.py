@@ -1,22 +1,29 @@
 """Datasets: find, read, resize, augment, and prepare images and masks."""
 
+from uctrans.data.boundary import boundary_target
 from uctrans.data.demo import write_demo_dataset
 from uctrans.data.errors import DataError
 from uctrans.data.files import Sample, find_development_samples, find_images, find_samples
 from uctrans.data.folds import load_folds, make_folds
 from uctrans.data.images import read_image, read_mask
 from uctrans.data.monuseg import Annotation, PreparedImage, fill_polygons, prepare_monuseg, read_annotation
+from uctrans.data.native import NativeImages, load_native
+from uctrans.data.native_augmentation import NativeAugmentation
 from uctrans.data.palettes import colours_to_labels, labels_to_colours, parse_palette
-from uctrans.data.protocols import Protocol, get_protocol, list_protocols
+from uctrans.data.protocols import NativeProtocol, Protocol, get_protocol, list_protocols
 from uctrans.data.tensors import SegmentationTensors, load_tensors
 
 __all__ = [
     "Annotation",
     "DataError",
+    "NativeAugmentation",
+    "NativeImages",
+    "NativeProtocol",
     "PreparedImage",
     "Protocol",
     "Sample",
     "SegmentationTensors",
+    "boundary_target",
     "colours_to_labels",
     "fill_polygons",
     "find_development_samples",
@@ -26,6 +33,7 @@ __all__ = [
     "labels_to_colours",
     "list_protocols",
     "load_folds",
+    "load_native",
     "load_tensors",
     "make_folds",
     "parse_palette",

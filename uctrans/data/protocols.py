@@ -4,7 +4,8 @@ A protocol is part of what a score means, so its name is stored with the weights
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import interpolate
 
 from uctrans.data.augmentation import turn_flip_rotate
 from uctrans.data.errors import DataError
+from uctrans.data.native_augmentation import NativeAugmentation, change_colours, draw_warps, warp
 from uctrans.data.resizing import resize_bilinear
 
 CHANNEL_ORDERS = ("rgb", "bgr")
@@ -24,13 +26,18 @@ class Protocol:
 
     Attributes:
         name: registered name.
-        image_size: (height, width) of the network input in pixels.
+        image_size: (height, width) of the network input in pixels, in training and of a tile.
         channel_order: "rgb", or "bgr" for weights that were trained on images read in that order.
+        keeps_resolution: whether the network sees the pixels of the files; then ``image_size`` is that of the crops and
+            tiles that it sees at once, and scores are taken at the size of the files.
+        crops_per_image: how often an epoch takes each image.
     """
 
     name: str
     image_size: tuple[int, int]
     channel_order: str = "rgb"
+    keeps_resolution: ClassVar[bool] = False
+    crops_per_image: ClassVar[int] = 1
 
     def __post_init__(self):
         if len(self.image_size) != 2 or min(self.image_size) < 1:
@@ -56,16 +63,75 @@ class Protocol:
 
     def to_input(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) uint8 RGB, on any device, to float32 0..1 in the protocol's channel order."""
-        if self.channel_order == "bgr":
-            images = images.flip(1)
-        return images.float() / 255
+        return self._in_order(images).float() / 255
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augment a batch, (B, 3, h, w) and (B, h, w); see :func:`uctrans.data.augmentation.turn_flip_rotate`."""
         return turn_flip_rotate(images, masks, generator)
 
+    def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented network input and masks of the images at ``index``, int64 (B,), of the loaded ``data``."""
+        images, masks = data.batch(index)
+        return self.augment(self.to_input(images), masks, generator)
 
-PROTOCOLS = {protocol.name: protocol for protocol in (Protocol("uctransnet-224", (224, 224)),)}
+    def _in_order(self, images: Tensor) -> Tensor:
+        return images.flip(1) if self.channel_order == "bgr" else images
+
+
+@dataclass(frozen=True)
+class NativeProtocol(Protocol):
+    """Images and masks as the files have them: the network is trained on random crops and sees whole images in tiles.
+
+    Attributes:
+        crops_per_image: crops that an epoch takes of each image, every one at a place of its own. 16 crops of 256 x 256
+            have as many pixels as an image of 1000 x 1000.
+        augmentation: how strongly crops are changed.
+    """
+
+    keeps_resolution: ClassVar[bool] = True
+
+    crops_per_image: int = 16
+    augmentation: NativeAugmentation = field(default_factory=NativeAugmentation)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.crops_per_image < 1:
+            raise DataError(f"crops_per_image={self.crops_per_image}: an epoch takes 1 crop of each image or more.")
+
+    def resize_image(self, image: np.ndarray) -> np.ndarray:
+        """The image as it is."""
+        return image
+
+    def resize_mask(self, mask: np.ndarray, classes: int) -> np.ndarray:
+        """The mask as it is."""
+        return mask
+
+    def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented random crops of the images at ``index``, int64 (B,), of a :class:`uctrans.data.NativeImages`.
+
+        Returns:
+            float32 (B, 3, h, w) and uint8 (B, h, w).
+        """
+        size = self.image_size
+        top, left = data.random_corners(index, size, generator)
+        # A rotated crop shows pixels beyond its corners, so they are cut out with it.
+        margin = self.augmentation.margin(size)
+        wide = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
+        crops, labels = data.crops(index, top - margin[0], left - margin[1], wide)
+        images, labels = self.augment(crops.float() / 255, labels, generator)
+        return self._in_order(images), labels
+
+    def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Warp crops with their margins, (B, 3, H, W) RGB and (B, H, W), to ``image_size``; change their colours."""
+        maps = draw_warps(len(images), self.augmentation, images.device, generator)
+        images, masks = warp(images, masks, maps, self.image_size)
+        return change_colours(images, self.augmentation, generator), masks
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (Protocol("uctransnet-224", (224, 224)), NativeProtocol("native", (256, 256)))
+}
 
 
 def list_protocols() -> list[str]:
@@ -74,7 +140,10 @@ def list_protocols() -> list[str]:
 
 
 def get_protocol(
-    name: str = "uctransnet-224", image_size: int | Sequence[int] | None = None, channel_order: str = "rgb"
+    name: str = "uctransnet-224",
+    image_size: int | Sequence[int] | None = None,
+    channel_order: str = "rgb",
+    **options: Any,
 ) -> Protocol:
     """A protocol by name.
 
@@ -82,9 +151,10 @@ def get_protocol(
         name: one of :func:`list_protocols`.
         image_size: pixels, one number for a square or (height, width); None keeps the protocol's own.
         channel_order: "rgb" or "bgr".
+        options: further attributes of the protocol.
 
     Raises:
-        DataError: an unknown name or channel order, or a size that is not positive.
+        DataError: an unknown name, channel order or option, or a size that is not positive.
     """
     if name not in PROTOCOLS:
         raise DataError(f"Unknown protocol {name!r}: choose one of {', '.join(list_protocols())}.")
@@ -93,4 +163,7 @@ def get_protocol(
         image_size = protocol.image_size
     elif isinstance(image_size, int):
         image_size = (image_size, image_size)
-    return replace(protocol, image_size=tuple(image_size), channel_order=channel_order)
+    known = [attribute.name for attribute in fields(protocol)]
+    if unknown := [option for option in options if option not in known]:
+        raise DataError(f"The protocol {name} has no {unknown[0]}: leave it out, or choose another protocol.")
+    return replace(protocol, image_size=tuple(image_size), channel_order=channel_order, **options)

@@ -36,6 +36,19 @@ class SegmentationTensors:
         """Return the same data on another device."""
         return replace(self, images=self.images.to(device), masks=self.masks.to(device))
 
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and masks at ``index``, int64 (B,): (B, 3, h, w) and (B, h, w) uint8."""
+        return self.images.index_select(0, index), self.masks.index_select(0, index)
+
+
+def refuse_missing(samples: Sequence[Sample]) -> None:
+    """Raise DataError where there are no samples, or one has no mask."""
+    if not samples:
+        raise DataError("There are no samples to load: check the dataset folder and the split.")
+    unmasked = [sample.image for sample in samples if sample.mask is None]
+    if unmasked:
+        raise DataError(f"No mask for {shorten(unmasked)}: training and scores need one for each image.")
+
 
 def load_tensors(
     samples: Sequence[Sample],
@@ -57,11 +70,7 @@ def load_tensors(
         DataError: no samples, a sample without a mask, or a file that :func:`uctrans.data.read_image` or
             :func:`uctrans.data.read_mask` refuses.
     """
-    if not samples:
-        raise DataError("There are no samples to load: check the dataset folder and the split.")
-    unmasked = [sample.image for sample in samples if sample.mask is None]
-    if unmasked:
-        raise DataError(f"No mask for {shorten(unmasked)}: training and scores need one for each image.")
+    refuse_missing(samples)
     images = torch.empty(len(samples), 3, *protocol.image_size, dtype=torch.uint8)
     masks = torch.empty(len(samples), *protocol.image_size, dtype=torch.uint8)
     original_sizes = []

@@ -20,6 +20,7 @@ from uctrans.inference.files import (
     InferenceError,
     output_folder,
     progress_bar,
+    refuse_bad_instance_settings,
     refuse_existing,
     write_json,
 )
@@ -27,10 +28,9 @@ from uctrans.inference.instance_metrics import INSTANCE_METRICS, score_instances
 from uctrans.inference.instances import (
     SEED_DISTANCE,
     SMALLEST_OBJECT,
-    is_boundary_aware,
+    instances_of,
     mask_classes,
     mask_probabilities,
-    to_instances,
 )
 from uctrans.inference.metrics import METRICS, dice, hd95, iou, mean_and_deviation, mean_over_classes
 from uctrans.inference.overlays import class_colours
@@ -38,6 +38,7 @@ from uctrans.inference.predictor import Predictor, load_predictor, to_labels
 from uctrans.writing import written_atomically
 
 SIZES = ("protocol", "native")
+PROTOCOL_SETTINGS = ("name", "image_size", "channel_order")  # those that a score depends on
 WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
 
 
@@ -51,8 +52,10 @@ class EvaluateConfig:
         output: Folder for metrics.csv, summary.json and figure.png.
         split: train, val or test.
         size: protocol scores at the protocol's size, image and mask resized its way (the published convention); native
-            enlarges the probabilities to the mask's own size and scores there, against the mask as it is.
-        resolution: What the network sees when size is native: protocol, the resized image; native, tiles of its pixels.
+            enlarges the probabilities to the mask's own size and scores there, against the mask as it is. For models
+            of the protocol native the two are the same.
+        resolution: What the network sees when size is native: protocol, the image as the model's protocol prepares it;
+            native, tiles of its pixels.
         threshold: Probability above which a pixel is foreground, of binary models.
         smallest_object: Predicted nuclei of fewer pixels are left out of AJI and PQ, which are scored where size is
             native and a folder "instances" lies beside the masks.
@@ -125,18 +128,8 @@ def _compare_at_native_size(
         true = read_instances(instance_maps[sample.name], image.shape[:2]) if sample.name in instance_maps else None
         probabilities = predictor.probabilities_of_image(image)[None]
         labels = to_labels(mask_probabilities(predictor.model, probabilities), config.threshold)[0].cpu().numpy()
-        predicted = None if true is None else _to_instances(predictor.model, probabilities[0], labels, config)
+        predicted = None if true is None else instances_of(predictor.model, probabilities[0], labels, config)
         yield _Compared(sample.name, image, truth, labels, true, predicted)
-
-
-def _to_instances(
-    model: torch.nn.Module, probabilities: torch.Tensor, labels: np.ndarray, config: EvaluateConfig
-) -> np.ndarray:
-    """Instances of a boundary-aware model from its three probabilities, of any other from its foreground."""
-    if is_boundary_aware(model):
-        return to_instances(probabilities, config.threshold, config.smallest_object, config.seed_distance)
-    foreground = (labels > 0).astype(np.float32)
-    return to_instances(foreground, smallest_object=config.smallest_object, seed_distance=config.seed_distance)
 
 
 def _row(compared: _Compared, classes: int, class_names: list[str], with_instances: bool) -> dict[str, Any]:
@@ -195,11 +188,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         raise InferenceError("The network can only see native pixels where scores are native too: set size to native.")
     if not 0 < config.threshold < 1:
         raise InferenceError(f"threshold must lie between 0 and 1, got {config.threshold}.")
-    if config.smallest_object < 0 or config.seed_distance < 1:
-        raise InferenceError(
-            "smallest_object must be 0 or more pixels and seed_distance 1 or more, got "
-            f"{config.smallest_object} and {config.seed_distance}."
-        )
+    refuse_bad_instance_settings(config.smallest_object, config.seed_distance)
     for package in ("matplotlib", "monai"):  # a missing one is told before the work, not after it
         import_extra(package, "training")
     folder = output_folder(config.output)
@@ -222,9 +211,10 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     )
     model = predictor.model
     classes = mask_classes(model)
-    compare = _compare_at_protocol_size if config.size == "protocol" else _compare_at_native_size
+    is_native = config.size == "native" or predictor.protocol.keeps_resolution
+    compare = _compare_at_native_size if is_native else _compare_at_protocol_size
     class_names = _foreground_names(model.metadata, classes)
-    with_instances = bool(instance_maps) and config.size == "native"
+    with_instances = bool(instance_maps) and is_native
     compared = compare(predictor, samples, config, instance_maps)
     compared = progress_bar(compared, len(samples), "evaluate", config.progress)
     rows = [_row(item, classes, class_names, with_instances) for item in compared]
@@ -250,16 +240,16 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             "count": count,
             "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
             "settings": dataclasses.asdict(config),
-            "protocol": dataclasses.asdict(predictor.protocol),
+            "protocol": {name: getattr(predictor.protocol, name) for name in PROTOCOL_SETTINGS},
             "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
             "torch_version": torch.__version__,
         },
     )
     height, width = predictor.protocol.image_size
     scored_at = (
-        f"{height} x {width} pixels, as {predictor.protocol.name} resizes them"
-        if config.size == "protocol"
-        else "the size of their masks"
+        "the size of their masks"
+        if is_native
+        else f"{height} x {width} pixels, as {predictor.protocol.name} resizes them"
     )
     unscored = 0 if with_instances else len(instance_maps)
     return EvaluationResult(rows, mean, deviation, count, scored_at, folder, unscored)

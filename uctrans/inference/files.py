@@ -37,6 +37,15 @@ def output_folder(path: str | Path) -> Path:
     return folder
 
 
+def refuse_bad_instance_settings(smallest_object: int, seed_distance: int) -> None:
+    """Raise InferenceError where `uctrans.inference.instances.to_instances` could not work with these."""
+    if smallest_object < 0 or seed_distance < 1:
+        raise InferenceError(
+            "smallest_object must be 0 or more pixels and seed_distance 1 or more, got "
+            f"{smallest_object} and {seed_distance}."
+        )
+
+
 def refuse_existing(paths: list[Path], what: str) -> None:
     """Raise where any of the files about to be written exists.
 

@@ -1,18 +1,18 @@
-"""Single nuclei from probabilities by distance transform and watershed, and the boundary-aware target for training.
+"""Single nuclei from probabilities by distance transform and watershed.
 
-An instance map is int32 ``(H, W)``: 0 background, nuclei 1, 2, ... without gaps. A boundary-aware model has three
-classes, `BACKGROUND`, `INTERIOR` and `BORDER`; interior and border together are the nucleus, so a mask's foreground is
-the same with either kind of model.
+An instance map is int32 ``(H, W)``: 0 background, nuclei 1, 2, ... without gaps. A boundary-aware model has learned
+`uctrans.data.boundary_target`.
 """
+
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-BACKGROUND, INTERIOR, BORDER = 0, 1, 2
-BOUNDARY_CLASSES = 3
-BOUNDARY_TARGET = "boundary"  # metadata["target"] of a model that learned `boundary_target`
+from uctrans.data.boundary import BACKGROUND, BORDER, BOUNDARY_CLASSES, BOUNDARY_TARGET, INTERIOR
+
 # Chosen on the four annotated training images of MoNuSeg at 40x (nuclei of about 500 pixels, 25 across).
-SMALLEST_OBJECT, SEED_DISTANCE, BORDER_WIDTH = 30, 8, 3
+SMALLEST_OBJECT, SEED_DISTANCE = 30, 8
 # Outlines are uneven, and so is the distance to them: unsmoothed it has several peaks a nucleus.
 SMOOTHING_PER_SEED_DISTANCE = 0.25
 LEVEL_STEP = 0.1  # pixels of distance: less than that is rounding, and no peak
@@ -98,44 +98,22 @@ def to_instances(
     return _without_small(watershed(-height, seeds, mask=foreground), smallest_object)
 
 
-def boundary_target(instances: np.ndarray, border_width: int = BORDER_WIDTH) -> np.ndarray:
-    """What a boundary-aware model learns: `BACKGROUND`, `INTERIOR` and `BORDER` of every nucleus.
-
-    The border is the part of a nucleus within ``border_width`` pixels of its outline, towards the background as towards
-    other nuclei; where the image cuts a nucleus off there is none. A nucleus too thin for it keeps its innermost
-    pixels as interior, so that none is lost.
+def instances_of(model: nn.Module, probabilities: Tensor, labels: np.ndarray, config: Any) -> np.ndarray:
+    """Instances that a model predicts: of a boundary-aware one from its three probabilities, else of its foreground.
 
     Args:
-        instances: Integer instance map ``(H, W)``, 0 background.
-        border_width: Pixels, 1 or more.
+        model: decides which.
+        probabilities: its output for one image, ``(P, H, W)``.
+        labels: the mask made of them, ``(H, W)``, 0 background.
+        config: settings with ``threshold``, ``smallest_object`` and ``seed_distance`` of `to_instances`.
 
     Returns:
-        uint8 ``(H, W)``.
-
-    Raises:
-        ValueError: A map that is not two-dimensional, not of integers or has negative numbers, or a width below 1.
+        int32 ``(H, W)``, see `to_instances`.
     """
-    from scipy import ndimage
-    from skimage.segmentation import find_boundaries, relabel_sequential
-
-    instances = np.asarray(instances)
-    if instances.ndim != 2 or instances.dtype == bool or not np.issubdtype(instances.dtype, np.integer):
-        raise ValueError(
-            f"Instance maps are integers of the shape (H, W), got {instances.dtype} of the shape {instances.shape}."
-        )
-    if instances.size and instances.min() < 0:
-        raise ValueError(f"Instance maps hold 0 (background) and up, got {instances.min()}.")
-    if border_width < 1:
-        raise ValueError(f"border_width must be 1 pixel or more, got {border_width}.")
-    nuclei = instances > 0
-    rim = find_boundaries(instances, connectivity=1, mode="inner")
-    if not rim.any():
-        return np.where(nuclei, np.uint8(INTERIOR), np.uint8(BACKGROUND))
-    depth = ndimage.distance_transform_edt(~rim) + 1  # the rim itself is the first pixel of the border
-    labels = relabel_sequential(instances)[0]
-    deepest = ndimage.maximum(depth, labels, np.arange(labels.max() + 1))[labels]
-    border = nuclei & (depth <= border_width) & ((deepest > border_width) | (depth < deepest))
-    return np.where(border, np.uint8(BORDER), np.where(nuclei, np.uint8(INTERIOR), np.uint8(BACKGROUND)))
+    if is_boundary_aware(model):
+        return to_instances(probabilities, config.threshold, config.smallest_object, config.seed_distance)
+    foreground = (labels > 0).astype(np.float32)
+    return to_instances(foreground, smallest_object=config.smallest_object, seed_distance=config.seed_distance)
 
 
 def _checked_probabilities(probabilities: Tensor | np.ndarray) -> np.ndarray:

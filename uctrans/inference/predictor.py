@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import uctrans
 from uctrans.data import Protocol, get_protocol
-from uctrans.extras import import_extra
 from uctrans.inference.files import InferenceError
 from uctrans.kernels import resolve_backend
 from uctrans.layers.backend import layers_with_backend
+from uctrans.tiling import OVERLAP, tiled
 
 DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the weights' metadata name none
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
@@ -137,7 +137,8 @@ class Predictor:
             ``classes``, ``config`` and ``metadata``. It is moved to ``device`` and set to eval.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         resolution: ``"protocol"``: the network sees the image as its protocol resizes it, and the probabilities are
-            enlarged to the image. ``"native"``: it sees the pixels of the image.
+            enlarged to the image. ``"native"``: it sees the pixels of the image. Under a protocol that keeps the
+            resolution it sees them in either case.
         tile: Side in pixels of the square tiles that images at native resolution are cut into; None takes the
             model's image size. Smaller images are seen whole.
         overlap: Share of a tile that overlaps with the next, in 0 <= overlap < 1. Tiles are blended with a Gaussian.
@@ -158,7 +159,7 @@ class Predictor:
         device: str = "auto",
         resolution: str = "protocol",
         tile: int | None = None,
-        overlap: float = 0.25,
+        overlap: float = OVERLAP,
         tta: str = "none",
         amp: str = "no",
         batch_size: int = 4,
@@ -192,14 +193,7 @@ class Predictor:
         return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
     def _forward_tiled(self, inputs: Tensor) -> Tensor:
-        height, width = inputs.shape[-2:]
-        window = (min(self.tile[0], height), min(self.tile[1], width))
-        if window == (height, width):
-            return self._forward(inputs)
-        sliding_window_inference = import_extra("monai.inferers", "training").sliding_window_inference
-        return sliding_window_inference(
-            inputs, window, self.batch_size, self._forward, overlap=self.overlap, mode="gaussian"
-        )
+        return tiled(self._forward, inputs, self.tile, self.batch_size, self.overlap)
 
     def _averaged(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         transforms = TRANSFORMS[self.tta]
@@ -233,7 +227,7 @@ class Predictor:
         Returns:
             float32 ``(P, H, W)`` on the predictor's device.
         """
-        is_resized = self.resolution == "protocol"
+        is_resized = self.resolution == "protocol" and not self.protocol.keeps_resolution
         seen = self.protocol.resize_image(image) if is_resized else image
         pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).unsqueeze(0)
         return enlarge(self.probabilities(pixels, tiled=not is_resized), image.shape[:2])[0]

@@ -1,21 +1,27 @@
 """The parts of a run, each built from the configuration: data, network, optimizer, learning rate, seeds."""
 
+import functools
 import inspect
 import math
 import os
-from typing import Any
 
 import numpy as np
 import torch
 
 from uctrans.data import (
     DataError,
+    NativeAugmentation,
+    NativeImages,
+    Protocol,
     SegmentationTensors,
     find_development_samples,
     find_samples,
+    get_protocol,
     load_folds,
+    load_native,
     load_tensors,
 )
+from uctrans.data.native import MASK_TARGET
 from uctrans.kernels import resolve_backend
 from uctrans.models import SegmentationModel, load_model
 from uctrans.models.base import load_state
@@ -81,7 +87,7 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
         ConfigError: there is no such network, or it does not take these options.
     """
     kind = _kind(config)
-    options = {"in_channels": 3, "classes": config.classes, "base_channels": config.base_channels}
+    options = {"in_channels": 3, "classes": config.network_classes, "base_channels": config.base_channels}
     own = {"image_size": list(image_size), "backend": config.backend}
     taken = inspect.signature(kind).parameters
     options |= {name: value for name, value in own.items() if name in taken} | config.model_options
@@ -128,7 +134,29 @@ def start_from(model: SegmentationModel, path: str) -> None:
         )
 
 
-def load_data(config: TrainConfig, protocol: Any, group: Processes) -> tuple[SegmentationTensors, SegmentationTensors]:
+def build_protocol(config: TrainConfig) -> Protocol:
+    """Return the protocol that the configuration names, with its settings.
+
+    Raises:
+        DataError: there is no such protocol, or it does not take these settings.
+        ConfigError: the target needs another protocol.
+    """
+    options = {"channel_order": config.channel_order, "crops_per_image": config.crops_per_image}
+    options = {name: value for name, value in options.items() if value is not None}
+    if config.augmentation:
+        options["augmentation"] = NativeAugmentation.of(config.augmentation)
+    protocol = get_protocol(config.protocol, config.image_size, **options)
+    if config.target != MASK_TARGET and not protocol.keeps_resolution:
+        raise ConfigError(
+            f"target: {config.target} is learned at full resolution, and {config.protocol} resizes images; set "
+            "protocol to native"
+        )
+    return protocol
+
+
+def load_data(
+    config: TrainConfig, protocol: Protocol, group: Processes
+) -> tuple[SegmentationTensors, SegmentationTensors] | tuple[NativeImages, NativeImages]:
     """Return training and validation images on the device.
 
     Raises:
@@ -151,7 +179,11 @@ def load_data(config: TrainConfig, protocol: Any, group: Processes) -> tuple[Seg
                 f"{config.data}: {len(samples)} {name} images for {group.count} processes; "
                 "add images there, or start fewer processes"
             )
-    train, val = (load_tensors(part, protocol, config.classes, config.palette, group.device) for part in parts)
+    if protocol.keeps_resolution:
+        read = functools.partial(load_native, target=config.target)
+    else:
+        read = functools.partial(load_tensors, protocol=protocol)
+    train, val = (read(part, classes=config.classes, palette=config.palette, device=group.device) for part in parts)
     return train, val
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from uctrans.data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from uctrans.data.native import TARGETS
 from uctrans.extras import import_extra
 from uctrans.training.errors import ConfigError
 
@@ -32,6 +34,7 @@ _CHOICES = {
     "optimizer": ("adam", "adamw"),
     "amp": ("no", "bf16"),
     "channel_order": (None, "rgb", "bgr"),
+    "target": TARGETS,
 }
 _AT_LEAST = {
     "base_channels": 1,
@@ -42,6 +45,7 @@ _AT_LEAST = {
     "patience": 1,
     "first_best_epoch": 1,
     "val_every": 1,
+    "crops_per_image": 1,
     "save_minutes": 0,
     "threads": 1,
     "fold": 0,
@@ -63,13 +67,22 @@ class TrainConfig:
         output: Run folder: checkpoints, best weights, metrics and logs are written here.
         model: Name of the network, see ``uctrans.list_models()``.
         base_channels: Channels of the first encoder level.
-        image_size: Height and width in pixels that images are resized to; one number means square, none the protocol's.
+        image_size: Height and width in pixels that images are resized to, under the protocol native those of the
+            crops; one number means square, none the protocol's.
         classes: 1 for a binary mask, otherwise the number of labels including the background.
+        target: What the network learns: mask; or boundary, under the protocol native with classes 1, background,
+            interior and border of every nucleus, from instance maps in instances/ beside masks/. Its predicted masks
+            are interior and border together, and nuclei that touch come apart better.
         class_names: Names of the classes, kept with the weights.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         model_options: Further arguments of the network, as a mapping or as JSON.
         init_from: Weights to start from; a U-Net may start a UCTransNet.
-        protocol: Name of the resizing and augmentation protocol, see ``uctrans.data.list_protocols()``.
+        protocol: uctransnet-224, images resized; or native, random crops of full resolution, validated on whole images
+            in tiles (see ``uctrans.data.list_protocols()``).
+        crops_per_image: Crops that an epoch takes of each training image under the protocol native, each at a random
+            place of its own; none takes the protocol's, 16.
+        augmentation: Strengths of the changes to crops under the protocol native, as a mapping or as JSON:
+            {"rotation": 45, "stain_scale": 0.1}; names, ranges and defaults in ``uctrans.data.NativeAugmentation``.
         channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the protocol's.
         palette: Colours of the classes in colour-coded masks, background first: "#000000,#ff0000".
         folds: Cross-validation folds: a shipped name or a JSON file; none trains on the train split.
@@ -112,11 +125,14 @@ class TrainConfig:
     base_channels: int = 64
     image_size: int | tuple[int, int] | None = None
     classes: int = 1
+    target: str = "mask"
     class_names: tuple[str, ...] | None = None
     backend: str = "auto"
     model_options: dict[str, Any] | str = field(default_factory=dict)
     init_from: str | None = None
     protocol: str = "uctransnet-224"
+    crops_per_image: int | None = None
+    augmentation: dict[str, Any] | str = field(default_factory=dict)
     channel_order: str | None = None
     palette: str | tuple[Any, ...] | None = None
     folds: str | None = None
@@ -172,10 +188,19 @@ class TrainConfig:
             )
         if (self.fold is None) != (self.folds is None):
             raise ConfigError("fold: fold and folds belong together; give both (--folds monuseg --fold 0) or neither")
+        if self.target == BOUNDARY_TARGET and self.classes != 1:
+            raise ConfigError(
+                f"target: {BOUNDARY_TARGET} makes its own {BOUNDARY_CLASSES} classes of binary masks; set classes to 1"
+            )
         if self.class_names is not None and len(self.class_names) != self.classes:
             raise ConfigError(
                 f"class_names: {len(self.class_names)} names for {self.classes} classes; give one name for each class"
             )
+
+    @property
+    def network_classes(self) -> int:
+        """Classes of the network's output: those of the masks, or of the boundary-aware target."""
+        return BOUNDARY_CLASSES if self.target == BOUNDARY_TARGET else self.classes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as values that YAML, JSON and a checkpoint can hold (tuples become lists)."""
@@ -217,8 +242,12 @@ class TrainConfig:
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return 'field: before -> now' for each field that differs and may not differ in a resumed run."""
-    names = [name for name in {**before, **now} if name not in CHANGEABLE_ON_RESUME]
+    """Return 'field: before -> now' for each field that differs and may not differ in a resumed run.
+
+    A field that ``before`` lacks, because the run was begun before there was such a field, has its default.
+    """
+    before = TrainConfig(data=now["data"], output=now["output"]).to_dict() | before
+    names = [name for name in before | now if name not in CHANGEABLE_ON_RESUME]
     return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
 
 

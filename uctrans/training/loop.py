@@ -22,7 +22,7 @@ from uctrans.training.errors import CheckpointError, ConfigError, TrainingError
 from uctrans.training.logs import RunLog, SilentLog, writing
 from uctrans.training.run import Run
 from uctrans.training.signals import StopRequest
-from uctrans.training.step import validate
+from uctrans.training.step import validate, validation_batch_size
 
 RUN_FILES = ("last.pt", "best.pt", "best", "metrics.csv", "config.yaml")
 NAMES_SHOWN = 16
@@ -146,7 +146,7 @@ def validate_epoch(run: Run) -> tuple[float, float]:
     totals = validate(run.validated_model, run.val_data, run.protocol, run.config, run.group)
     for rank, step in enumerate(run.group.gather(totals.first_bad.item())):
         if step >= 0:
-            size = run.config.batch_size
+            size = validation_batch_size(run.protocol, run.config)
             names = run.val_data.names[rank :: run.group.count][step * size : (step + 1) * size]
             raise TrainingError(
                 f"epoch {run.epoch}: the validation loss is not finite for {_listed(names)}; look at these images, or "

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from uctrans import __version__
-from uctrans.data import get_protocol, parse_palette
+from uctrans.data import parse_palette
 from uctrans.models.base import load_state
 from uctrans.training.build import (
     build_model,
     build_optimizer,
+    build_protocol,
     check_backend_runs,
     derived_seed,
     fit_to_device,
@@ -39,7 +40,8 @@ class Run:
         epoch: complete epochs.
         best_epoch: the epoch with the best validation Dice so far, 0 while there is none.
         best_dice: its Dice, nan while there is none.
-        order: positions of the training images in the order of the present epoch, int64 (n,) on the device.
+        order: positions of the training images in the order of the present epoch, int64 (images_per_epoch,) on the
+            device.
         steps_done: steps of the present epoch that are done.
         model: the network that is trained.
         validated_model: the network that is validated and kept as best: the moving average where there is one.
@@ -49,8 +51,7 @@ class Run:
         self.config, self.group = config, group
         check_backend_runs(config, group.device)
         set_threads_and_determinism(config)
-        channel_order = {} if config.channel_order is None else {"channel_order": config.channel_order}
-        self.protocol = get_protocol(config.protocol, config.image_size, **channel_order)
+        self.protocol = build_protocol(config)
         self.train_data, self.val_data = load_data(config, self.protocol, group)
 
         torch.manual_seed(config.seed)
@@ -89,15 +90,20 @@ class Run:
         self.steps_done = 0
 
     @property
+    def images_per_epoch(self) -> int:
+        """Training images of an epoch; under a protocol of crops each image counts as often as it is cropped."""
+        return len(self.train_data) * self.protocol.crops_per_image
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps of an epoch; the last may have fewer images."""
-        whole, rest = divmod(len(self.train_data), self.config.batch_size * self.group.count)
+        whole, rest = divmod(self.images_per_epoch, self.config.batch_size * self.group.count)
         return whole + (rest >= self.group.count)
 
     def images_before(self, step: int) -> int:
         """Return how many images all processes together train on in the first steps of an epoch."""
         size, count = self.config.batch_size * self.group.count, self.group.count
-        return min(step * size, len(self.train_data) // count * count)
+        return min(step * size, self.images_per_epoch // count * count)
 
     @property
     def first_best_epoch(self) -> int:
@@ -115,9 +121,10 @@ class Run:
         self.model.train()
         if self.order is None:
             self.totals.reset()
-            self.order = torch.randperm(
-                len(self.train_data), generator=self.order_generator, device=self.train_data.images.device
+            order = torch.randperm(
+                self.images_per_epoch, generator=self.order_generator, device=self.order_generator.device
             )
+            self.order = order % len(self.train_data)
 
     def batch(self, step: int, rank: int | None = None) -> torch.Tensor:
         """Return the positions of the images that a process (this one) trains on in a step, int64 (B,)."""
@@ -145,6 +152,7 @@ class Run:
         config = self.config
         return {
             "protocol": self.protocol.name,
+            "target": config.target,
             "image_size": list(self.protocol.image_size),
             "channel_order": self.protocol.channel_order,
             "palette": None if config.palette is None else list(parse_palette(config.palette)),

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
+from uctrans.data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from uctrans.tiling import tiled
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
 from uctrans.training.ema import WeightAverage
 from uctrans.training.losses import BatchCounts, batch_counts, image_dice, segmentation_loss
+
+LEAST_PROBABILITY = 1e-6  # keeps the loss of blended probabilities finite
 
 
 class EpochTotals:
@@ -68,7 +72,7 @@ class TrainStep:
         optimizer: its optimizer.
         average: the moving average of its weights, if any.
         data: the training images on the device.
-        protocol: turns uint8 images into input and augments them.
+        protocol: makes augmented input of them.
         generator: random numbers for augmentation, on the device.
         totals: the sums of the epoch.
         group: the processes that train together.
@@ -88,9 +92,7 @@ class TrainStep:
 
     def __call__(self, index: torch.Tensor) -> None:
         """Train on the images at ``index``, int64 (B,) on the device."""
-        images = self.protocol.to_input(self.data.images.index_select(0, index))
-        masks = self.data.masks.index_select(0, index)
-        images, masks = self.protocol.augment(images, masks, self.generator)
+        images, masks = self.protocol.training_batch(self.data, index, self.generator)
         counts = BatchCounts(*self.group.mean_(torch.stack(batch_counts(masks))))
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -101,24 +103,57 @@ class TrainStep:
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
-        self.totals.add(loss.detach(), logits.detach(), masks)
+        self.totals.add(loss.detach(), scored_logits(logits.detach(), self.config), masks)
 
 
 @torch.no_grad()
 def validate(model: torch.nn.Module, data: Any, protocol: Any, config: TrainConfig, group: Processes) -> EpochTotals:
-    """Return the sums of loss and Dice over this process's share of ``data``: every ``group.count``-th image."""
+    """Return the sums of loss and Dice over this process's share of ``data``: every ``group.count``-th image.
+
+    Under a protocol that keeps the resolution whole images are predicted in tiles, one after the other.
+    """
     was_training = model.training
     model.eval()
-    totals = EpochTotals(data.images.device)
-    positions = torch.arange(group.rank, len(data), group.count, device=data.images.device)
-    for index in positions.split(config.batch_size):
-        images = protocol.to_input(data.images.index_select(0, index))
-        masks = data.masks.index_select(0, index)
-        with autocast(config, images.device):
-            logits = model(images)
-        totals.add(loss_of(logits, masks, config), logits, masks)
+    totals = EpochTotals(group.device)
+    positions = torch.arange(group.rank, len(data), group.count, device=group.device)
+    for index in positions.split(validation_batch_size(protocol, config)):
+        images, masks = data.batch(index)
+        logits = predict_logits(model, protocol.to_input(images), protocol, config)
+        totals.add(loss_of(logits, masks, config), scored_logits(logits, config), masks)
     model.train(was_training)
     return totals
+
+
+def validation_batch_size(protocol: Any, config: TrainConfig) -> int:
+    """Images of one validation step: one where they keep their own sizes."""
+    return 1 if protocol.keeps_resolution else config.batch_size
+
+
+def predict_logits(model: torch.nn.Module, images: torch.Tensor, protocol: Any, config: TrainConfig) -> torch.Tensor:
+    """Logits of network input (B, 3, H, W); of blended probabilities under a protocol that keeps the resolution."""
+
+    def probabilities(tiles: torch.Tensor) -> torch.Tensor:
+        with autocast(config, images.device):
+            logits = model(tiles).float()
+        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+    if not protocol.keeps_resolution:
+        with autocast(config, images.device):
+            return model(images)
+    blended = tiled(probabilities, images, protocol.image_size, config.batch_size)
+    return torch.logit(blended, LEAST_PROBABILITY) if blended.shape[1] == 1 else blended.clamp(LEAST_PROBABILITY).log()
+
+
+def scored_logits(logits: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """Logits of the masks that Dice is taken of: of nucleus, (B, 1, H, W), where the target is boundary-aware.
+
+    A nucleus is what is not background, and labels above 0 are its mask.
+    """
+    if config.target != BOUNDARY_TARGET:
+        return logits
+    logits = logits.float()
+    background, nucleus = logits.split([1, BOUNDARY_CLASSES - 1], dim=1)
+    return nucleus.logsumexp(1, keepdim=True) - background
 
 
 def loss_of(
