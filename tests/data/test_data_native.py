@@ -310,7 +310,7 @@ def test_the_protocol_keeps_images_and_masks():
     assert protocol.resize_mask(mask, 1) is mask
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_crops_are_made_on_the_gpu_without_waiting_for_it():
     protocol, data = get_protocol("native", 32), native_images(noise(40, 60), noise(20, 90)).to("cuda")
     index, on_gpu = torch.tensor([0, 1, 1], device="cuda"), torch.Generator("cuda").manual_seed(0)

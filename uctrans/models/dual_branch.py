@@ -3,19 +3,17 @@
 import math
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-
 from ..kernels import check_backend
-from ..layers import ChannelTransformer, DualBranchEncoder
+from ..layers import DualBranchEncoder
 from ..layers.checks import check_counts, check_probabilities, check_sequence
-from .base import SegmentationModel, check_image, pad_to_multiple
+from .base import SegmentationModel
+from .gated import TransformerSkips, check_patches
 from .registry import register_model
-from .uctransnet import GatedStage, check_patches
 from .unet import scale_widths
 
 
 @register_model("dual_branch_uctransnet")
-class DualBranchUCTransNet(SegmentationModel):
+class DualBranchUCTransNet(TransformerSkips, SegmentationModel):
     """UCTransNet with an encoder that sees further.
 
     Every down-sampling convolves the pooled map twice without and twice with dilation, side by side, and every level
@@ -95,57 +93,18 @@ class DualBranchUCTransNet(SegmentationModel):
         self.encoder = DualBranchEncoder(
             in_channels, channels, dilations, depths, _nested_widths(nested_channels, channels)
         )
-        self.transformer = ChannelTransformer(
+        self._build_skips_and_decoder(
             channels,
             patch_sizes,
-            grid=self.token_grid(image_size),
+            image_size,
+            backend,
             num_layers=num_layers,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
             embedding_dropout=embedding_dropout,
             attention_dropout=attention_dropout,
             mlp_dropout=mlp_dropout,
-            backend=backend,
         )
-        self.decoder = nn.ModuleList(
-            GatedStage(width, width, channels[max(scale - 1, 0)], backend) for scale, width in enumerate(channels)
-        )
-        self.head = nn.Conv2d(channels[0], classes, kernel_size=1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, in_channels, H, W) of any size -> logits (B, classes, H, W)."""
-        check_image(image, self.in_channels, self.head.weight)
-        features, deepest = self.encoder(pad_to_multiple(image, self.size_multiple))
-        tokens = self.transformer.token_maps(features)
-        return self._decode(features, tokens, deepest, image)
-
-    def forward_with_attention(self, image: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
-        """:meth:`forward`, and ``maps[layer][scale]``: (B, C, sum C), softmax maps before dropout, mean over heads."""
-        check_image(image, self.in_channels, self.head.weight)
-        features, deepest = self.encoder(pad_to_multiple(image, self.size_multiple))
-        tokens, maps = self.transformer.token_maps_with_attention(features)
-        return self._decode(features, tokens, deepest, image), maps
-
-    def _decode(self, features: list[Tensor], tokens: list[Tensor], deepest: Tensor, image: Tensor) -> Tensor:
-        decoded = deepest
-        for scale in reversed(range(len(features))):
-            decoded = self.decoder[scale](features[scale], tokens[scale], decoded)
-        return self.head(decoded)[..., : image.shape[-2], : image.shape[-1]]
-
-    def token_grid(self, image_size: int | Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of tokens of an image: a side, or (height, width), in pixels.
-
-        Raises:
-            ValueError: it is no size.
-        """
-        height, width = self._padded(image_size)
-        return height // self.patch_size, width // self.patch_size
-
-    def _padded(self, image_size: int | Sequence[int]) -> list[int]:
-        sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-        if len(sides) != 2 or min(sides) < 1:
-            raise ValueError(f"image_size must be a positive side, or height and width; got {image_size}")
-        return [side + -side % self.size_multiple for side in sides]
 
 
 def _even_widths(base_channels: int | Sequence[int], num_scales: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Variant:
 
 
 @dataclass
-class StudyConfig(TrainConfig):
+class StudyConfig(TrainConfig, ABC):
     """Settings that all studies share: those of a training, which hold for every run, and the seeds.
 
     The study sets ``model``, ``seed`` and ``resume`` in every run, and every run starts from fresh weights.
@@ -86,9 +87,9 @@ class StudyConfig(TrainConfig):
         """The seeds, in the order of the runs."""
         return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
 
+    @abstractmethod
     def variants(self) -> list[Variant]:
         """What the study compares, in the order of the table."""
-        raise NotImplementedError
 
     def run(self, variant: Variant, seed: int) -> TrainConfig:
         """The training of one variant with one seed."""
