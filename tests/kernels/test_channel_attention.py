@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import drawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uctrans.kernels import channel_attention, projected_attention_maps, projected_channel_attention, resolve_backend
@@ -84,14 +83,16 @@ def test_both_orders_stay_within_the_error_budget(shape, order, dtype):
     compare(run(order), run(reference.projected_channel_attention), inputs, dtype)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    batch=st.integers(0, 3),
-    heads=st.integers(1, 4),
-    tokens=st.integers(1, 40),
-    segments=st.lists(st.integers(1, 20), min_size=1, max_size=5),
-    key_channels=st.integers(2, 40),
-    seed=st.integers(0, 2**16),
+@drawn(
+    25,
+    lambda st: {
+        "batch": st.integers(0, 3),
+        "heads": st.integers(1, 4),
+        "tokens": st.integers(1, 40),
+        "segments": st.lists(st.integers(1, 20), min_size=1, max_size=5),
+        "key_channels": st.integers(2, 40),
+        "seed": st.integers(0, 2**16),
+    },
 )
 def test_any_shape_agrees_with_the_reference(batch, heads, tokens, segments, key_channels, seed):
     shape = AttentionShape(batch, heads, tokens, tuple(segments), key_channels)

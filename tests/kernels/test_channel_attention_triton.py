@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uctrans.kernels import channel_attention, projected_channel_attention
@@ -136,15 +135,17 @@ def test_token_tiles_cover_the_tokens(dtype, is_aligned):
         assert sum(tiles) - tokens < max(16, sum(tiles) / 2)
 
 
-@settings(max_examples=6, deadline=None)
-@given(
-    batch=st.integers(0, 2),
-    heads=st.integers(1, 3),
-    tokens=st.integers(1, 40),
-    segments=st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    key_channels=st.integers(2, 80),
-    dropout_p=st.sampled_from([0.0, 0.3]),
-    seed=st.integers(0, 2**16),
+@drawn(
+    6,
+    lambda st: {
+        "batch": st.integers(0, 2),
+        "heads": st.integers(1, 3),
+        "tokens": st.integers(1, 40),
+        "segments": st.lists(st.integers(1, 40), min_size=1, max_size=4),
+        "key_channels": st.integers(2, 80),
+        "dropout_p": st.sampled_from([0.0, 0.3]),
+        "seed": st.integers(0, 2**16),
+    },
 )
 def test_any_shape_agrees_with_the_reference(batch, heads, tokens, segments, key_channels, dropout_p, seed):
     shape = AttentionShape(batch, heads, tokens, tuple(segments), key_channels)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import drawn
 
 from uctrans.kernels import cross_layer_norm, packed_layer_norm
 from uctrans.kernels.packed_layer_norm import composed, reference
@@ -107,13 +106,15 @@ def test_constant_rows(name, value):
     assert gradient.isfinite().all()
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    name=st.sampled_from(NORMS),
-    batch=st.integers(0, 2),
-    tokens=st.integers(1, 4),
-    segments=st.lists(st.integers(2, 70), min_size=1, max_size=4),
-    seed=st.integers(0, 2**16),
+@drawn(
+    8,
+    lambda st: {
+        "name": st.sampled_from(NORMS),
+        "batch": st.integers(0, 2),
+        "tokens": st.integers(1, 4),
+        "segments": st.lists(st.integers(2, 70), min_size=1, max_size=4),
+        "seed": st.integers(0, 2**16),
+    },
 )
 def test_any_shape_agrees_with_the_reference(name, batch, tokens, segments, seed):
     inputs = norm_inputs(name, batch, tokens, segments, torch.float32, seed)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import drawn
 
 from uctrans.kernels import packed_linear
 from uctrans.kernels.packed_linear import composed, reference
@@ -106,14 +105,16 @@ def test_composed_stays_within_the_error_budget(shape, dtype):
     assert_agrees(flat(composed.packed_linear, shape), linear_inputs(shape, dtype), shape)
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    batch=st.integers(0, 2),
-    tokens=st.integers(1, 20),
-    heads=st.sampled_from([None, 1, 2, 3]),
-    widths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
-    has_biases=st.booleans(),
-    seed=st.integers(0, 2**16),
+@drawn(
+    8,
+    lambda st: {
+        "batch": st.integers(0, 2),
+        "tokens": st.integers(1, 20),
+        "heads": st.sampled_from([None, 1, 2, 3]),
+        "widths": st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
+        "has_biases": st.booleans(),
+        "seed": st.integers(0, 2**16),
+    },
 )
 def test_any_shape_agrees_with_the_reference(batch, tokens, heads, widths, has_biases, seed):
     shape = LinearShape(batch, tokens, heads, *zip(*widths, strict=True), has_biases)

@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import drawn
 
 from uctrans.kernels import skip_gate
 from uctrans.kernels.skip_gate import composed, reference
@@ -111,16 +110,18 @@ def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
         assert_as_exact_as_the_reference(composed.skip_gate, draws, concatenate=False)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    batch=st.integers(0, 2),
-    channels=st.integers(1, 6),
-    decoder_channels=st.none() | st.integers(1, 6),
-    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    patch=st.tuples(st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 6])),
-    has_tokens=st.booleans(),
-    concatenate=st.booleans(),
-    seed=st.integers(0, 2**16),
+@drawn(
+    25,
+    lambda st: {
+        "batch": st.integers(0, 2),
+        "channels": st.integers(1, 6),
+        "decoder_channels": st.none() | st.integers(1, 6),
+        "grid": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        "patch": st.tuples(st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 6])),
+        "has_tokens": st.booleans(),
+        "concatenate": st.booleans(),
+        "seed": st.integers(0, 2**16),
+    },
 )
 def test_any_shape_agrees_with_the_reference(
     batch, channels, decoder_channels, grid, patch, has_tokens, concatenate, seed

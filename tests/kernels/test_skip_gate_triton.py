@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import drawn
 from test_skip_gate import assert_as_exact_as_the_reference, gate_inputs, of_those_there
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -713,17 +712,19 @@ def test_channels_that_lie_far_apart():
     assert torch.equal(kernels(far, *inputs[1:]), kernels(*inputs))
 
 
-@settings(max_examples=6, deadline=None)
-@given(
-    batch=st.integers(0, 2),
-    channels=st.integers(1, 9),
-    decoder_channels=st.none() | st.integers(1, 9),
-    grid=st.tuples(st.integers(1, 2), st.integers(1, 4)),
-    patch=st.tuples(st.sampled_from([1, 2, 3]), st.integers(1, 5)),
-    has_tokens=st.booleans(),
-    whole_cells=st.tuples(st.booleans(), st.booleans()),
-    memory_format=st.sampled_from(FORMATS),
-    seed=st.integers(0, 2**16),
+@drawn(
+    6,
+    lambda st: {
+        "batch": st.integers(0, 2),
+        "channels": st.integers(1, 9),
+        "decoder_channels": st.none() | st.integers(1, 9),
+        "grid": st.tuples(st.integers(1, 2), st.integers(1, 4)),
+        "patch": st.tuples(st.sampled_from([1, 2, 3]), st.integers(1, 5)),
+        "has_tokens": st.booleans(),
+        "whole_cells": st.tuples(st.booleans(), st.booleans()),
+        "memory_format": st.sampled_from(FORMATS),
+        "seed": st.integers(0, 2**16),
+    },
 )
 def test_any_shape_agrees_with_the_reference(
     batch, channels, decoder_channels, grid, patch, has_tokens, whole_cells, memory_format, seed
