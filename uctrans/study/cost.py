@@ -14,7 +14,7 @@ from uctrans.training.build import build_model
 from uctrans.training.distributed import processes
 from uctrans.training.run import Run
 
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 4  # after two a step may be recorded as a CUDA graph, which takes longer than the step
 TIMED_STEPS = 7
 
 

@@ -28,6 +28,7 @@ CHANGEABLE_ON_RESUME = (
     "learning_rate",
     "min_learning_rate",
     "amp",
+    "graph",
 )
 
 _CHOICES = {
@@ -108,12 +109,15 @@ class TrainConfig:
         device: auto, cpu, cuda, cuda:1, mps.
         threads: CPU threads of PyTorch; none leaves its default.
         compile: Compile the network with torch.compile, once for each size of batch (on a CPU, minutes each).
+        graph: Record the training step and validation as CUDA graphs where that is possible, on CUDA in a single
+            process: the same computation, without the host between the kernels.
         deterministic: Use deterministic kernels only, for repeatable bits on a GPU too (slower).
         sync_batch_norm: Batch statistics over all processes (CUDA only).
         progress: Show a progress bar and a line an epoch; log.txt is written in any case.
         resume: Continue the run in the output folder. The command line takes the other settings from its config.yaml;
             in Python give them all (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
-            device, threads, progress, save_minutes, learning_rate, min_learning_rate and amp may differ from the run's.
+            device, threads, progress, save_minutes, learning_rate, min_learning_rate, amp and graph may differ from the
+            run's.
 
     Raises:
         ConfigError: a value has the wrong type or range; the message names the field and the remedy.
@@ -156,6 +160,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     compile: bool = False
+    graph: bool = True
     deterministic: bool = False
     sync_batch_norm: bool = False
     progress: bool = True

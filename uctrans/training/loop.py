@@ -143,7 +143,9 @@ def validate_epoch(run: Run) -> tuple[float, float]:
     """Return mean loss and mean Dice over the validation images; TrainingError names images with a non-finite loss."""
     if run.average:
         run.group.share_buffers(run.average.model)
-    totals = validate(run.validated_model, run.val_data, run.protocol, run.config, run.group)
+    totals = validate(
+        run.validated_model, run.val_data, run.protocol, run.config, run.group, forward=run.validation_forward
+    )
     for rank, step in enumerate(run.group.gather(totals.first_bad.item())):
         if step >= 0:
             size = validation_batch_size(run.protocol, run.config)
@@ -234,6 +236,9 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         f"{len(run.train_data)} images, validating on {len(run.val_data)}, {_devices(run.group)}, "
         f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
     )
+    if config.graph and run.group.device.type == "cuda":
+        obstacle = run.obstacle_to_capture
+        log.line("steps are replayed as CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
     if config.compile:
         log.line("compiling the network: the first step of each size of batch waits for it, on a CPU for minutes")
     return log

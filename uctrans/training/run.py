@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from uctrans import __version__
+from uctrans.capture import CapturedForward, CudaRecorder
 from uctrans.data import parse_palette
 from uctrans.models.base import load_state
 from uctrans.training.build import (
@@ -25,12 +26,13 @@ from uctrans.training.build import (
     set_threads_and_determinism,
     start_from,
 )
+from uctrans.training.captured_step import CapturedStep, obstacle_to_capture
 from uctrans.training.checkpoint import load_weights
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes, with_sync_batch_norm
 from uctrans.training.ema import WeightAverage
 from uctrans.training.errors import CheckpointError
-from uctrans.training.step import EpochTotals, TrainStep
+from uctrans.training.step import EpochTotals, TrainStep, plain_forward
 
 
 class Run:
@@ -45,6 +47,9 @@ class Run:
         steps_done: steps of the present epoch that are done.
         model: the network that is trained.
         validated_model: the network that is validated and kept as best: the moving average where there is one.
+        validation_forward: how it is called.
+        step: trains on one batch.
+        obstacle_to_capture: why no CUDA graphs are used, None where they are.
     """
 
     def __init__(self, config: TrainConfig, group: Processes):
@@ -84,6 +89,11 @@ class Run:
             group=group,
             config=config,
         )
+        self.validation_forward = plain_forward(self.validated_model, config)
+        self.obstacle_to_capture = obstacle_to_capture(config, group)
+        if self.obstacle_to_capture is None:
+            self.step = CapturedStep(self.step)
+            self.validation_forward = CapturedForward(self.validation_forward, CudaRecorder())
         self.epoch = 0
         self.best_epoch, self.best_dice = 0, math.nan
         self.order: torch.Tensor | None = None

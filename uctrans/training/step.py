@@ -5,6 +5,7 @@ there until the end of the epoch. That makes it fit for capture as a CUDA graph.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,18 +108,27 @@ class TrainStep:
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, data: Any, protocol: Any, config: TrainConfig, group: Processes) -> EpochTotals:
+def validate(
+    model: torch.nn.Module,
+    data: Any,
+    protocol: Any,
+    config: TrainConfig,
+    group: Processes,
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> EpochTotals:
     """Return the sums of loss and Dice over this process's share of ``data``: every ``group.count``-th image.
 
-    Under a protocol that keeps the resolution whole images are predicted in tiles, one after the other.
+    Under a protocol that keeps the resolution whole images are predicted in tiles, one after the other. ``forward`` is
+    how the network is called, plainly unless given.
     """
+    forward = forward or plain_forward(model, config)
     was_training = model.training
     model.eval()
     totals = EpochTotals(group.device)
     positions = torch.arange(group.rank, len(data), group.count, device=group.device)
     for index in positions.split(validation_batch_size(protocol, config)):
         images, masks = data.batch(index)
-        logits = predict_logits(model, protocol.to_input(images), protocol, config)
+        logits = predict_logits(forward, protocol.to_input(images), protocol, config)
         totals.add(loss_of(logits, masks, config), scored_logits(logits, config), masks)
     model.train(was_training)
     return totals
@@ -129,17 +139,27 @@ def validation_batch_size(protocol: Any, config: TrainConfig) -> int:
     return 1 if protocol.keeps_resolution else config.batch_size
 
 
-def predict_logits(model: torch.nn.Module, images: torch.Tensor, protocol: Any, config: TrainConfig) -> torch.Tensor:
+def plain_forward(model: torch.nn.Module, config: TrainConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return ``model`` as it is called: images to logits, in the precision of the configuration."""
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with autocast(config, images.device):
+            return model(images)
+
+    return forward
+
+
+def predict_logits(
+    forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, protocol: Any, config: TrainConfig
+) -> torch.Tensor:
     """Logits of network input (B, 3, H, W); of blended probabilities under a protocol that keeps the resolution."""
 
     def probabilities(tiles: torch.Tensor) -> torch.Tensor:
-        with autocast(config, images.device):
-            logits = model(tiles).float()
+        logits = forward(tiles).float()
         return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
     if not protocol.keeps_resolution:
-        with autocast(config, images.device):
-            return model(images)
+        return forward(images)
     blended = tiled(probabilities, images, protocol.image_size, config.batch_size)
     return torch.logit(blended, LEAST_PROBABILITY) if blended.shape[1] == 1 else blended.clamp(LEAST_PROBABILITY).log()
 
