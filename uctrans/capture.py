@@ -86,7 +86,11 @@ class CapturedForward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """The output for ``images``, in memory of its own."""
+        """The output for ``images``, in memory of its own.
+
+        Raises:
+            RuntimeError: the network cannot be recorded.
+        """
         key = (images.shape, images.stride(), images.dtype)
         if key not in self._shapes:
             output = self.recorder.warm_up(lambda: self.forward(images))
@@ -96,11 +100,19 @@ class CapturedForward:
             return output
         self._shapes.move_to_end(key)
         if self._shapes[key] is None:
-            # A tensor made under inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                static = torch.empty_strided(images.shape, images.stride(), dtype=images.dtype, device=images.device)
-            static.copy_(images)
-            self._shapes[key] = (self.recorder.record(lambda: self.forward(static)), static)
+            self._shapes[key] = self._record(images)
         recording, static = self._shapes[key]
         static.copy_(images)
         return recording.replay().clone()
+
+    def _record(self, images: Tensor) -> tuple[Recording, Tensor]:
+        # A tensor made under inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            static = torch.empty_strided(images.shape, images.stride(), dtype=images.dtype, device=images.device)
+        static.copy_(images)
+        try:
+            return self.recorder.record(lambda: self.forward(static)), static
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the network cannot be recorded as a CUDA graph ({error}); use it with graph off"
+            ) from error

@@ -1,0 +1,75 @@
+"""A stand-in for CUDA graphs on a CPU, as strict as they are: what Python decided while recording is frozen.
+
+Recording notes every operator that reaches the CPU with the very tensors it was given. A replay runs these operators
+again and writes their results into the tensors that the recording returned. So a learning rate that is a Python number,
+a batch that was counted on the host or a tensor that was replaced shows, as it would on a GPU.
+"""
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from uctrans.capture import Recording
+
+READS_A_VALUE = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal")
+
+
+class HostRecorder:
+    """Takes the place of ``CudaRecorder``; counts what it does."""
+
+    def __init__(self, generators=()):
+        self.generators = generators
+        self.warm_ups = self.recordings = self.replays = 0
+
+    def warm_up(self, work):
+        self.warm_ups += 1
+        return work()
+
+    def record(self, work):
+        """Record the work; it is done here already, and so the first replay does nothing."""
+        self.recordings += 1
+        with _Notes() as notes:
+            result = work()
+        is_done = True
+
+        def replay():
+            nonlocal is_done
+            self.replays += 1
+            if not is_done:
+                notes.replay()
+            is_done = False
+            return result
+
+        return Recording(replay)
+
+
+class _Notes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function.name() in READS_A_VALUE:
+            raise RuntimeError(f"operation not permitted when recording: {function.name()}")
+        results = function(*arguments, **options)
+        if not _only_views(function):
+            self.calls.append((function, arguments, options, results, torch.is_inference_mode_enabled()))
+        return results
+
+    @torch.no_grad()
+    def replay(self):
+        for function, arguments, options, results, is_inference in self.calls:
+            mode = torch.inference_mode() if is_inference else contextlib.nullcontext()
+            with mode, torch._C._AutoDispatchBelowAutograd():
+                again = function(*arguments, **options)
+                for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old is not new:
+                        old.copy_(new)
+
+
+def _only_views(function):
+    aliases = [result.alias_info for result in function._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)

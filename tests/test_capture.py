@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+import uctrans
+from tests.host_recorder import HostRecorder
+from uctrans.capture import SHAPES_KEPT, CapturedForward, CudaRecorder
+
+
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.GELU(), torch.nn.Conv2d(4, 2, 3)
+    return torch.nn.Sequential(*layers).eval()
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_outputs_are_those_of_the_network_call_after_call():
+    model, recorder = network(), HostRecorder()
+    forward = CapturedForward(model, recorder)
+    for seed in range(5):
+        batch = images(2, 3, 32, 48, seed=seed)
+        torch.testing.assert_close(forward(batch), model(batch).detach(), rtol=0, atol=0)
+    assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (1, 1, 4)
+
+
+def test_an_output_is_not_overwritten_by_the_next_call():
+    forward = CapturedForward(network(), HostRecorder())
+    outputs = [forward(images(1, 3, 32, 32, seed=seed)) for seed in range(4)]
+    kept = [output.clone() for output in outputs]
+    forward(images(1, 3, 32, 32, seed=9))
+    assert all(torch.equal(output, copy) for output, copy in zip(outputs, kept, strict=True))
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_weights_that_change_in_place_are_seen():
+    model = network()
+    forward = CapturedForward(model, HostRecorder())
+    batch = images(1, 3, 32, 32)
+    before = [forward(batch) for _ in range(3)][-1]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert not torch.equal(forward(batch), before)
+    torch.testing.assert_close(forward(batch), model(batch).detach(), rtol=0, atol=0)
+
+
+def test_a_shape_that_comes_once_is_not_recorded_and_few_are_kept():
+    recorder = HostRecorder()
+    forward = CapturedForward(network(), recorder)
+    for side in range(32, 32 + 16 * (SHAPES_KEPT + 3), 16):
+        forward(images(1, 3, side, 32))
+    assert recorder.recordings == 0
+    assert len(forward._shapes) == SHAPES_KEPT
+    for _ in range(2):  # the first of the sizes was forgotten
+        forward(images(1, 3, 32, 32))
+    assert (recorder.recordings, len(forward._shapes)) == (1, SHAPES_KEPT)
+
+
+def test_the_shape_that_was_used_last_stays():
+    recorder = HostRecorder()
+    forward = CapturedForward(network(), recorder)
+    for side in range(48, 48 + 16 * 2 * SHAPES_KEPT, 16):
+        forward(images(1, 3, 32, 32))
+        forward(images(1, 3, side, 32))
+    assert recorder.recordings == 1
+    assert recorder.replays == 2 * SHAPES_KEPT - 1
+
+
+def test_another_layout_or_dtype_is_another_recording():
+    recorder = HostRecorder()
+    forward = CapturedForward(lambda batch: batch * 2, recorder)
+    batch = images(1, 3, 32, 32)
+    for one in (batch, batch.to(memory_format=torch.channels_last), batch.half()) * 2:
+        assert torch.equal(forward(one), one * 2)
+    assert recorder.recordings == 3
+
+
+def test_a_recording_of_inference_mode_serves_outside_of_it():
+    forward = CapturedForward(network(), HostRecorder())
+    with torch.inference_mode():
+        for seed in range(3):
+            forward(images(1, 3, 32, 32, seed=seed))
+    output = forward(images(1, 3, 32, 32))
+    torch.testing.assert_close(output, network()(images(1, 3, 32, 32)).detach(), rtol=0, atol=0)
+
+
+def test_a_network_that_reads_a_value_cannot_be_recorded():
+    forward = CapturedForward(lambda batch: batch * batch.max().item(), HostRecorder())
+    forward(images(1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph .* graph off"):
+        forward(images(1, 3, 8, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+def test_on_a_gpu_outputs_are_those_of_the_network(name):
+    torch.manual_seed(0)
+    model = uctrans.create_model(name, base_channels=16).cuda().eval()
+    forward = CapturedForward(model, CudaRecorder())
+    with torch.inference_mode():
+        for seed in range(4):
+            for shape in ((2, 3, 224, 224), (1, 3, 96, 160)):
+                batch = images(*shape, seed=seed).cuda()
+                torch.testing.assert_close(forward(batch), model(batch), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_forward_that_reads_a_value_is_told():
+    forward = CapturedForward(lambda batch: batch * batch.max().item(), CudaRecorder())
+    batch = images(1, 3, 8, 8).cuda()
+    forward(batch)
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        forward(batch)

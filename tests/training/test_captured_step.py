@@ -1,0 +1,201 @@
+import dataclasses
+
+import pytest
+import torch
+
+from tests.host_recorder import HostRecorder
+from uctrans.training import TrainConfig, TrainingError, build, captured_step, train
+from uctrans.training import run as run_module
+from uctrans.training.captured_step import WARM_UP_STEPS, CapturedStep, obstacle_to_capture
+from uctrans.training.distributed import Processes
+from uctrans.training.logs import read_metrics
+from uctrans.training.run import Run
+
+CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
+STEPS = 50
+TINY_TRANSFORMER = {"model": "uctransnet", "image_size": 32, "model_options": {"num_layers": 1, "num_heads": 1}}
+NATIVE = {"protocol": "native", "crops_per_image": 2}
+SETTINGS = {
+    "unet": {},
+    "uctransnet": TINY_TRANSFORMER,
+    "dual-branch": {**TINY_TRANSFORMER, "model": "dual_branch_uctransnet", "image_size": 48},
+    "average": {"ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.01},
+    "bf16": {"amp": "bf16"},
+    "native": NATIVE,
+    "classes": {"classes": 3, "palette": "#000000,#ffffff,#ff0000"},
+}
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """Let runs on the CPU capture their steps, with what stands in for CUDA graphs; the list of all recorders."""
+    made = []
+
+    def make(generators=()):
+        made.append(HostRecorder(generators))
+        return made[-1]
+
+    monkeypatch.setattr(run_module, "obstacle_to_capture", lambda config, group: None if config.graph else "off")
+    monkeypatch.setattr(run_module, "CudaRecorder", make)
+    monkeypatch.setattr(captured_step, "CudaRecorder", make)
+    return made
+
+
+def with_rate_in_a_tensor(run):
+    """On CUDA the learning rate lies in a tensor; a number would be frozen in the recording."""
+    for parameters in run.optimizer.param_groups:
+        parameters["lr"] = torch.tensor(parameters["lr"])
+    return run
+
+
+def losses_of(run, steps=STEPS):
+    """The loss of each of so many steps, over as many epochs as it takes."""
+    losses, seen = [], 0.0
+    run.begin_epoch()
+    while len(losses) < steps:
+        if run.steps_done == run.steps_per_epoch:
+            run.end_epoch()
+            run.begin_epoch()
+            seen = 0.0
+        batch = run.batch(run.steps_done)
+        run.step(batch)
+        run.steps_done += 1
+        losses.append((run.totals.loss.item() - seen) / len(batch))
+        seen = run.totals.loss.item()
+    return losses
+
+
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_losses_of_fifty_steps_are_those_of_the_plain_step(make_config, recorders, changes):
+    plain = losses_of(with_rate_in_a_tensor(Run(make_config(graph=False, **changes), CPU)))
+    run = with_rate_in_a_tensor(Run(make_config(**changes), CPU))
+    captured = losses_of(run)
+    assert captured == plain
+    assert len(set(plain)) == STEPS
+    sizes = {len(run.batch(step)) for step in range(run.steps_per_epoch)}
+    recorder = run.step.recorder
+    assert recorder.recordings == len(sizes)
+    assert recorder.warm_ups == WARM_UP_STEPS * len(sizes)
+    assert recorder.replays == STEPS - recorder.warm_ups
+    assert recorder.generators == [run.augment_generator]
+
+
+def test_the_last_smaller_batch_has_a_recording_of_its_own(make_config, recorders):
+    run = Run(make_config(batch_size=4), CPU)
+    losses_of(run, 12)
+    assert {len(run.batch(step)) for step in range(run.steps_per_epoch)} == {3, 4}
+    assert sorted(run.step._recorded) == [3, 4]
+
+
+def test_a_learning_rate_that_is_a_number_would_show(make_config, recorders):
+    plain = losses_of(Run(make_config(graph=False), CPU))
+    assert losses_of(Run(make_config(), CPU)) != plain
+
+
+@pytest.mark.parametrize("changes", [{**TINY_TRANSFORMER, "ema_decay": 0.9}, NATIVE], ids=["uctransnet", "native"])
+def test_a_captured_run_ends_like_a_plain_one_also_where_it_is_resumed(
+    make_config, recorders, tmp_path, monkeypatch, changes
+):
+    def fit_to_device(optimizer, device):
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = torch.as_tensor(float(parameters["lr"]))
+
+    monkeypatch.setattr(build, "fit_to_device", fit_to_device)
+    monkeypatch.setattr(run_module, "fit_to_device", fit_to_device)
+    settings = {"epochs": 6, "restart_period": 3, **changes}
+    metrics = {}
+    for name, graph in {"plain": False, "captured": True}.items():
+        train(make_config(output=str(tmp_path / name), graph=graph, **settings))
+        metrics[name] = scores(tmp_path / name)
+    assert metrics["captured"] == metrics["plain"]
+    assert any(recorder.replays for recorder in recorders)
+    parts = make_config(output=str(tmp_path / "parts"), **(settings | {"epochs": 3}))
+    train(parts)
+    # A recording is no part of a run: what it began, plain steps may continue, and the other way round.
+    train(dataclasses.replace(parts, epochs=5, graph=False, resume=True))
+    train(dataclasses.replace(parts, epochs=6, resume=True))
+    assert scores(tmp_path / "parts") == metrics["plain"]
+
+
+def scores(folder):
+    kept = ("epoch", "learning_rate", "train_loss", "train_dice", "val_loss", "val_dice", "best_epoch")
+    return [[row[name] for name in kept] for row in read_metrics(folder / "metrics.csv")]
+
+
+def test_early_stopping_ends_a_captured_run(make_config, recorders):
+    result = train(make_config(epochs=30, patience=2, learning_rate=1e-8, min_learning_rate=0.0))
+    assert result.stopped_by == "early stopping"
+    assert any(recorder.replays for recorder in recorders)
+
+
+def test_a_loss_that_is_not_finite_is_told_of_a_captured_step_too(make_config, recorders):
+    run = Run(make_config(), CPU)
+    losses_of(run, 8)
+    assert run.totals.first_bad.item() == -1
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("nan"))
+    run.begin_epoch()
+    run.step(run.batch(0))
+    assert run.totals.first_bad.item() >= 0
+
+
+def test_a_step_that_waits_for_the_device_cannot_be_recorded(make_config):
+    run = Run(make_config(), CPU)
+    run.begin_epoch()
+    training_batch = run.protocol.training_batch
+
+    class Waiting:
+        def training_batch(self, data, index, generator):
+            index.max().item()
+            return training_batch(data, index, generator)
+
+    run.step.protocol = Waiting()
+    step = CapturedStep(run.step, HostRecorder())
+    for _ in range(WARM_UP_STEPS):
+        step(run.batch(0))
+    with pytest.raises(TrainingError, match="graph: the training step cannot be recorded .* resume with graph off"):
+        step(run.batch(0))
+
+
+@pytest.mark.parametrize(
+    ("graph", "device", "count", "obstacle"),
+    [
+        (False, "cuda", 1, "graph is off"),
+        (True, "cpu", 1, "not cpu"),
+        (True, "cuda", 2, "several processes"),
+        (True, "cuda", 1, None),
+    ],
+)
+def test_where_steps_are_captured(graph, device, count, obstacle):
+    config = TrainConfig(data="data", output="run", graph=graph)
+    found = obstacle_to_capture(config, Processes(0, count, torch.device(device)))
+    assert found is None if obstacle is None else obstacle in found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_on_a_gpu_the_losses_of_fifty_steps_are_those_of_the_plain_step(make_config, changes):
+    group = Processes(rank=0, count=1, device=torch.device("cuda", torch.cuda.current_device()))
+    settings = {"device": "cuda", "deterministic": True, **changes}
+    plain = losses_of(Run(make_config(graph=False, **settings), group))
+    run = Run(make_config(**settings), group)
+    assert isinstance(run.step, CapturedStep)
+    captured = losses_of(run)
+    torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-4)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_run_ends_like_a_plain_one(make_config, tmp_path):
+    settings = {"device": "cuda", "epochs": 6, **TINY_TRANSFORMER}
+    for name, graph in {"plain": False, "captured": True}.items():
+        train(make_config(output=str(tmp_path / name), graph=graph, **settings))
+    train(make_config(output=str(tmp_path / "parts"), **(settings | {"epochs": 3})))
+    train(make_config(output=str(tmp_path / "parts"), resume=True, **settings))
+    for name in ("captured", "parts"):
+        torch.testing.assert_close(
+            torch.tensor([[float(value) for value in row] for row in scores(tmp_path / name)]),
+            torch.tensor([[float(value) for value in row] for row in scores(tmp_path / "plain")]),
+            rtol=1e-2,
+            atol=1e-3,
+        )
