@@ -89,7 +89,7 @@ def test_a_recording_of_inference_mode_serves_outside_of_it():
 def test_a_network_that_reads_a_value_cannot_be_recorded():
     forward = CapturedForward(lambda batch: batch * batch.max().item(), HostRecorder())
     forward(images(1, 3, 8, 8))
-    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph .* graph off"):
+    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph .* graph off"):
         forward(images(1, 3, 8, 8))
 
 

@@ -153,7 +153,7 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded(make_config):
     step = CapturedStep(run.step, HostRecorder())
     for _ in range(WARM_UP_STEPS):
         step(run.batch(0))
-    with pytest.raises(TrainingError, match="graph: the training step cannot be recorded .* resume with graph off"):
+    with pytest.raises(TrainingError, match=r"graph: the training step cannot be recorded .* resume with graph off"):
         step(run.batch(0))
 
 

@@ -68,6 +68,7 @@ class EvaluateConfig:
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         device: auto, cpu, cuda, cuda:1.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
+        graph: Replay the network as a CUDA graph, on CUDA.
         overwrite: Replace an evaluation that the output folder already holds.
         progress: Show a progress bar.
     """
@@ -89,6 +90,7 @@ class EvaluateConfig:
     backend: str = "auto"
     device: str = "auto"
     amp: str = "no"
+    graph: bool = True
     overwrite: bool = False
     progress: bool = True
 
@@ -208,6 +210,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         amp=config.amp,
         batch_size=config.batch_size,
         channel_order=config.channel_order,
+        graph=config.graph,
     )
     model = predictor.model
     classes = mask_classes(model)

@@ -56,6 +56,7 @@ class PredictConfig:
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         device: auto, cpu, cuda, cuda:1.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
+        graph: Replay the network as a CUDA graph, on CUDA.
         overwrite: Replace files that exist.
         progress: Show a progress bar.
     """
@@ -77,6 +78,7 @@ class PredictConfig:
     backend: str = "auto"
     device: str = "auto"
     amp: str = "no"
+    graph: bool = True
     overwrite: bool = False
     progress: bool = True
 
@@ -199,6 +201,7 @@ def predict(config: PredictConfig) -> list[Path]:
         amp=config.amp,
         batch_size=config.batch_size,
         channel_order=config.channel_order,
+        graph=config.graph,
     )
     written: list[Path] = []
     failures: dict[Path, str] = {}
