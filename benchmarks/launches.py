@@ -3,9 +3,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.launches --model uctransnet
 
 Forward, loss and backward at full size on PyTorch's device "meta", which knows shapes alone, so it needs no GPU and
-little time. Views and allocations launch nothing and are left out. An operator of this project counts as one and launches one
-to a few kernels; autocast is off, and with it the casts of weights. What a GPU launches, ``benchmarks.profile_step``
-counts. TRITON_INTERPRET=1 stands in for a GPU: without one the backend triton would be refused.
+little time. Views and allocations launch nothing and are left out. An operator of this project counts as one and
+launches one to a few kernels; autocast is off, and with it the casts of weights. What a GPU launches,
+``benchmarks.profile_step`` counts. TRITON_INTERPRET=1 stands in for a GPU: without one the backend triton would be
+refused.
 """
 
 import argparse
