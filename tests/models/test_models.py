@@ -349,6 +349,10 @@ class TestRegistry:
     def test_near_names(self):
         with pytest.raises(ValueError, match="did you mean 'uctransnet'"):
             uctrans.create_model("uctransnt")
+        with pytest.raises(ValueError, match="did you mean 'unet'"):
+            uctrans.create_model("UNet")
+        with pytest.raises(ValueError, match="did you mean 'dual_branch_uctransnet'"):
+            uctrans.create_model("DualBranchUCTransNet")
         with pytest.raises(ValueError, match="choose one of dual_branch_uctransnet, uctransnet, unet"):
             uctrans.create_model("zzz")
 

@@ -54,5 +54,6 @@ def create_model(name: str, **options: Any) -> SegmentationModel:
 
 
 def _hint(name: str, known: list[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, known)
+    by_lower_case = {item.lower(): item for item in known}
+    near = [by_lower_case[item] for item in difflib.get_close_matches(name.lower(), by_lower_case)]
     return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise + ", ".join(known)
