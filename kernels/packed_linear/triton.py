@@ -1,8 +1,7 @@
 """Triton kernels of the block-diagonal linear map: all scales and heads in one launch, forward and both gradients.
 
-A scale's weight (H, O, I) is read as a matrix of H * O rows, which are the columns of its part of the output. The
-programs of a launch are numbered scale by scale; a scale's programs walk down groups of rows, column by column, so
-that the tokens of a group and the weights come from the L2 cache. Everything is summed in float32, in a fixed order.
+A scale's weight (H, O, I) is read as a matrix of H * O rows, which are the columns of its part of the output.
+Everything is summed in float32, in a fixed order.
 """
 
 import math
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..launching import SMALLEST_TILE, current_architecture, product_precision
 from ..partial_sums import add_parts
+from .triton_products import before_scale, locate, of_scale, projected, projected_back, row_offsets
 
 
 class Tile(NamedTuple):
@@ -46,55 +46,6 @@ FEWEST_ROWS_A_SPLIT = 128  # below, writing and adding the partial sums costs mo
 GROUP_ROWS = 8
 
 
-@triton.jit
-def _of_scale(values, scale):
-    """The entry of a tuple that belongs to a scale known at run time only."""
-    chosen = values[0]
-    for place in tl.static_range(1, len(values)):
-        chosen = tl.where(scale == place, values[place], chosen)
-    return chosen
-
-
-@triton.jit
-def _before_scale(values, scale):
-    """The sum of a tuple's entries that belong to earlier scales."""
-    total = scale * 0
-    for place in tl.static_range(len(values) - 1):
-        total += tl.where(scale > place, values[place], 0)
-    return total
-
-
-@triton.jit
-def _locate(tile, TILES: tl.constexpr, multiple):
-    """Scale and number within the scale of a tile, where each scale has ``multiple`` times ``TILES`` of them."""
-    scale = tile * 0
-    end = tile * 0
-    for place in tl.static_range(len(TILES) - 1):
-        end += TILES[place] * multiple
-        scale += (tile >= end).to(tl.int32)
-    return scale, tile - _before_scale(TILES, scale) * multiple
-
-
-@triton.jit
-def _locate_block(rows, COLUMN_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Scale, row block and column block of this program."""
-    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
-    # Backwards: the last scale, as a rule the widest, has the longest programs, and they start first.
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    scale, local = _locate(pid, COLUMN_BLOCKS, row_blocks)
-    group_programs = GROUP * _of_scale(COLUMN_BLOCKS, scale)
-    first_row_block = local // group_programs * GROUP
-    group_rows = tl.minimum(row_blocks - first_row_block, GROUP)
-    in_group = local % group_programs
-    return scale, first_row_block + in_group % group_rows, in_group // group_rows
-
-
-@triton.jit
-def _row_offsets(offs_row, tokens_per_sample, stride_sample, stride_token):
-    sample = offs_row // tokens_per_sample
-    return sample.to(tl.int64) * stride_sample + (offs_row % tokens_per_sample).to(tl.int64) * stride_token
-
-
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
 def _project(
     tokens_ptr,
@@ -117,33 +68,28 @@ def _project(
     GROUP: tl.constexpr,
 ):
     """output[row, head, start + o] = sum over i of tokens[row, start + i] weight[head, o, i] + bias[head, o]."""
-    scale, pid_row, pid_column = _locate_block(rows, COLUMN_BLOCKS, BLOCK_ROWS, GROUP)
-    in_width = _of_scale(IN_WIDTHS, scale)
-    out_width = _of_scale(OUT_WIDTHS, scale)
+    output, scale, offs_row, offs_column = projected(
+        tokens_ptr,
+        weights,
+        biases,
+        rows,
+        tokens_per_sample,
+        stride_sample,
+        stride_token,
+        HEADS,
+        IN_WIDTHS,
+        OUT_WIDTHS,
+        COLUMN_BLOCKS,
+        PRECISION,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_IN,
+        GROUP,
+    )
+    out_width = of_scale(OUT_WIDTHS, scale)
     columns = out_width * HEADS
-    offs_row = pid_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    offs_column = pid_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    offs_in = tl.arange(0, BLOCK_IN)
-    # Past the end the last row and column are computed once more, and not stored.
-    clamped_row = tl.minimum(offs_row, rows - 1)
-    clamped_column = tl.minimum(offs_column, columns - 1)
-    row_offsets = _row_offsets(clamped_row, tokens_per_sample, stride_sample, stride_token)
-    tokens_ptrs = tokens_ptr + _before_scale(IN_WIDTHS, scale) + row_offsets[:, None] + offs_in[None, :]
-    weight_ptrs = _of_scale(weights, scale) + clamped_column[None, :] * in_width + offs_in[:, None]
-
-    output = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    for first in range(0, in_width, BLOCK_IN):
-        mask_in = first + offs_in < in_width
-        tokens = tl.load(tokens_ptrs, mask=mask_in[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_IN]
-        weight = tl.load(weight_ptrs, mask=mask_in[:, None], other=0.0)  # [BLOCK_IN, BLOCK_COLUMNS]
-        output = tl.dot(tokens, weight, output, input_precision=PRECISION)
-        tokens_ptrs += BLOCK_IN
-        weight_ptrs += BLOCK_IN
-    if len(biases) > 0:
-        output += tl.load(_of_scale(biases, scale) + clamped_column).to(tl.float32)[None, :]
-
     head_offsets = offs_column // out_width * PACKED_OUT + offs_column % out_width
-    output_ptrs = output_ptr + _before_scale(OUT_WIDTHS, scale) + head_offsets[None, :]
+    output_ptrs = output_ptr + before_scale(OUT_WIDTHS, scale) + head_offsets[None, :]
     output_ptrs += offs_row.to(tl.int64)[:, None] * (HEADS * PACKED_OUT)
     mask = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
     tl.store(output_ptrs, output.to(output_ptr.dtype.element_ty), mask=mask)
@@ -171,32 +117,26 @@ def _project_back(
     GROUP: tl.constexpr,
 ):
     """d_tokens[row, start + i] = sum over head and o of gradient[row, head, start + o] weight[head, o, i]."""
-    scale, pid_row, pid_column = _locate_block(rows, COLUMN_BLOCKS, BLOCK_ROWS, GROUP)
-    in_width = _of_scale(IN_WIDTHS, scale)
-    out_width = _of_scale(OUT_WIDTHS, scale)
-    length = out_width * HEADS
-    offs_row = pid_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    offs_column = pid_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    # Past the end the last row is computed once more, and not stored. (Columns are masked: clamped ones would no longer
-    # be known to lie side by side in memory, and be loaded one by one.)
-    clamped_row = tl.minimum(offs_row, rows - 1)
-    mask_column = offs_column < in_width
-    row_offsets = _row_offsets(clamped_row, tokens_per_sample, stride_sample, stride_token)
-    gradient_ptrs = gradient_ptr + _before_scale(OUT_WIDTHS, scale) + row_offsets[:, None]
-    weight_ptrs = _of_scale(weights, scale) + offs_column[None, :]
-
-    d_tokens = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    for first in range(0, length, BLOCK_OUT):
-        offs_out = first + tl.arange(0, BLOCK_OUT)
-        mask_out = offs_out < length
-        head_offsets = offs_out // out_width * stride_head + offs_out % out_width
-        gradient = tl.load(gradient_ptrs + head_offsets[None, :], mask=mask_out[None, :], other=0.0)
-        mask_weight = mask_out[:, None] & mask_column[None, :]
-        weight = tl.load(weight_ptrs + offs_out[:, None] * in_width, mask=mask_weight, other=0.0)
-        # [BLOCK_ROWS, BLOCK_OUT] @ [BLOCK_OUT, BLOCK_COLUMNS]
-        d_tokens = tl.dot(gradient, weight, d_tokens, input_precision=PRECISION)
-
-    d_tokens_ptrs = d_tokens_ptr + _before_scale(IN_WIDTHS, scale) + offs_column[None, :]
+    d_tokens, scale, offs_row, offs_column = projected_back(
+        gradient_ptr,
+        weights,
+        rows,
+        tokens_per_sample,
+        stride_sample,
+        stride_token,
+        stride_head,
+        HEADS,
+        IN_WIDTHS,
+        OUT_WIDTHS,
+        COLUMN_BLOCKS,
+        PRECISION,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_OUT,
+        GROUP,
+    )
+    mask_column = offs_column < of_scale(IN_WIDTHS, scale)
+    d_tokens_ptrs = d_tokens_ptr + before_scale(IN_WIDTHS, scale) + offs_column[None, :]
     d_tokens_ptrs += offs_row.to(tl.int64)[:, None] * PACKED_IN
     mask = (offs_row < rows)[:, None] & mask_column[None, :]
     tl.store(d_tokens_ptrs, d_tokens.to(d_tokens_ptr.dtype.element_ty), mask=mask)
@@ -229,9 +169,9 @@ def _correlate(
 ):
     """sums[split]: over the split's rows, gradient[row, head, o] tokens[row, i]; behind it, gradient[row, head, o]."""
     pid_split = tl.program_id(1)
-    scale, tile = _locate(tl.num_programs(0) - 1 - tl.program_id(0), TILES, 1)
-    in_width = _of_scale(IN_WIDTHS, scale)
-    out_width = _of_scale(OUT_WIDTHS, scale)
+    scale, tile = locate(tl.num_programs(0) - 1 - tl.program_id(0), TILES, 1)
+    in_width = of_scale(IN_WIDTHS, scale)
+    out_width = of_scale(OUT_WIDTHS, scale)
     length = out_width * HEADS
     in_blocks = tl.cdiv(in_width, BLOCK_IN)
     pid_out = tile // in_blocks
@@ -241,8 +181,8 @@ def _correlate(
     mask_out = offs_out < length
     mask_in = offs_in < in_width
     head_offsets = offs_out // out_width * stride_gradient_head + offs_out % out_width
-    gradient_ptrs = gradient_ptr + _before_scale(OUT_WIDTHS, scale) + head_offsets[:, None]
-    tokens_ptrs = tokens_ptr + _before_scale(IN_WIDTHS, scale) + offs_in[None, :]
+    gradient_ptrs = gradient_ptr + before_scale(OUT_WIDTHS, scale) + head_offsets[:, None]
+    tokens_ptrs = tokens_ptr + before_scale(IN_WIDTHS, scale) + offs_in[None, :]
 
     end = tl.minimum((pid_split + 1) * rows_a_split, rows)
     d_weight = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)  # [BLOCK_OUT, BLOCK_IN]
@@ -250,8 +190,8 @@ def _correlate(
     for first in range(pid_split * rows_a_split, end, BLOCK_ROWS):
         offs_row = first + tl.arange(0, BLOCK_ROWS)
         mask_row = offs_row < end
-        gradient_rows = _row_offsets(offs_row, tokens_per_sample, stride_gradient_sample, stride_gradient_token)
-        tokens_rows = _row_offsets(offs_row, tokens_per_sample, stride_tokens_sample, stride_tokens_token)
+        gradient_rows = row_offsets(offs_row, tokens_per_sample, stride_gradient_sample, stride_gradient_token)
+        tokens_rows = row_offsets(offs_row, tokens_per_sample, stride_tokens_sample, stride_tokens_token)
         mask_gradient = mask_out[:, None] & mask_row[None, :]
         gradient = tl.load(gradient_ptrs + gradient_rows[None, :], mask=mask_gradient, other=0.0)
         mask_tokens = mask_row[:, None] & mask_in[None, :]
@@ -262,11 +202,11 @@ def _correlate(
             d_bias += tl.sum(gradient.to(tl.float32), axis=1)
 
     sums_ptr += pid_split.to(tl.int64) * TOTAL
-    d_weight_ptrs = sums_ptr + _before_scale(WEIGHT_SIZES, scale) + offs_out[:, None] * in_width + offs_in[None, :]
+    d_weight_ptrs = sums_ptr + before_scale(WEIGHT_SIZES, scale) + offs_out[:, None] * in_width + offs_in[None, :]
     mask = mask_out[:, None] & mask_in[None, :]
     tl.store(d_weight_ptrs, d_weight.to(sums_ptr.dtype.element_ty), mask=mask)
     if BIAS_START < TOTAL:
-        d_bias_ptrs = sums_ptr + BIAS_START + _before_scale(OUT_WIDTHS, scale) * HEADS + offs_out
+        d_bias_ptrs = sums_ptr + BIAS_START + before_scale(OUT_WIDTHS, scale) * HEADS + offs_out
         mask_bias = mask_out & (pid_in == 0)
         tl.store(d_bias_ptrs, d_bias.to(sums_ptr.dtype.element_ty), mask=mask_bias)
 
