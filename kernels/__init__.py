@@ -8,6 +8,7 @@ from .backend import BACKENDS, check_backend, resolve_backend
 from .channel_attention import channel_attention, projected_attention_maps, projected_channel_attention
 from .packed_layer_norm import cross_layer_norm, packed_layer_norm
 from .packed_linear import packed_linear
+from .packed_mlp import packed_mlp
 from .skip_gate import skip_gate
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "cross_layer_norm",
     "packed_layer_norm",
     "packed_linear",
+    "packed_mlp",
     "projected_attention_maps",
     "projected_channel_attention",
     "resolve_backend",

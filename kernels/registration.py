@@ -3,7 +3,7 @@
 Operators are functional (they write none of their inputs), so that ``torch.compile`` may put them into CUDA graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,11 @@ def refuse_double_backward(name: str, public_name: str) -> None:
     define_gradient(name, lambda ctx, inputs, output: None, backward)
 
 
-def cast_under_autocast(name: str) -> None:
-    """Under autocast, hand ``uctrans::name`` its floating-point tensors in autocast's dtype (float64 stays)."""
+def cast_under_autocast(name: str, left_alone: Sequence[int] = ()) -> None:
+    """Under autocast, hand ``uctrans::name`` its floating-point tensors in autocast's dtype (float64 stays).
+
+    The arguments at the positions ``left_alone`` keep theirs.
+    """
     operator = getattr(getattr(torch.ops, NAMESPACE), name)
     for device_type, key in AUTOCAST_KEYS.items():
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -57,7 +60,12 @@ def cast_under_autocast(name: str) -> None:
         def cast_and_call(*arguments: Any, device_type: str = device_type, excluded: Any = excluded) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return operator(*(_cast(argument, device_type, dtype) for argument in arguments))
+                return operator(
+                    *(
+                        argument if place in left_alone else _cast(argument, device_type, dtype)
+                        for place, argument in enumerate(arguments)
+                    )
+                )
 
         LIBRARY.impl(name, cast_and_call, key)
 

@@ -154,6 +154,26 @@ def _packed_linear(section: Section) -> Launches:
         yield f"packed linear, {name}, batch {batch}", functools.partial(launch, batch, *maps[name])
 
 
+def _packed_mlp(section: Section) -> Launches:
+    from .packed_mlp.triton import forward, hidden_gradient
+
+    def launch(batch: int, widths: Sequence[int], keeps_hidden: bool) -> None:
+        tokens = _empty(section, batch, 196, sum(widths))
+        # The residual of a network under autocast is float32.
+        residual = torch.empty(tokens.shape, device="meta")
+        expand = [_empty(section, 4 * width, width) for width in widths]
+        contract = [_empty(section, width, 4 * width) for width in widths]
+        biases = [[_empty(section, weight.shape[0]) for weight in weights] for weights in (expand, contract)]
+        _, hidden, _ = forward(tokens, residual, expand, biases[0], contract, biases[1], keeps_hidden)
+        if keeps_hidden:
+            hidden_gradient(tokens, contract, hidden)
+
+    batches = (1, 4, 32) if section.is_thorough else (32,)
+    for batch, keeps_hidden in itertools.product(batches, (True, False)):
+        words = f"packed MLP, batch {batch}, hidden layer {'kept' if keeps_hidden else 'not kept'}"
+        yield words, functools.partial(launch, batch, _widths(section), keeps_hidden)
+
+
 def _packed_layer_norm(section: Section) -> Launches:
     from .packed_layer_norm import triton
 
@@ -210,7 +230,7 @@ def _empty(section: Section, *shape: int) -> Tensor:
     return torch.empty(size, dtype=section.dtype, device="meta")[int(section.is_odd) :].view(shape)
 
 
-OPERATORS = (_channel_attention, _packed_linear, _packed_layer_norm, _skip_gate)
+OPERATORS = (_channel_attention, _packed_linear, _packed_mlp, _packed_layer_norm, _skip_gate)
 
 
 def compile_section(section: Section) -> dict[str, Any]:

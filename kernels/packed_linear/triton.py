@@ -213,14 +213,14 @@ def _correlate(
 
 def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """(B, N, sum I), [([H,] O, I)], [([H,] O)] or none -> (B, N, [H,] sum O)."""
-    heads, in_widths, out_widths = _sizes(weights)
+    heads, in_widths, out_widths = sizes_of(weights)
     lead = weights[0].shape[:-2]
     output = tokens.new_empty(*tokens.shape[:2], *lead, sum(out_widths))
     rows = tokens.shape[0] * tokens.shape[1]
     if rows == 0:
         return output
-    tokens = _with_contiguous_channels(tokens)
-    tile = _choose_tile(tokens.dtype, rows, [heads * width for width in out_widths], max(in_widths))
+    tokens = with_contiguous_channels(tokens)
+    tile = choose_tile(tokens.dtype, rows, [heads * width for width in out_widths], max(in_widths))
     column_blocks = tuple(triton.cdiv(heads * width, tile.columns) for width in out_widths)
     with torch.cuda.device_of(tokens):
         _project[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
@@ -249,13 +249,13 @@ def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
 
 def token_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """(B, N, [H,] sum O), [([H,] O, I)] -> (B, N, sum I)."""
-    heads, in_widths, out_widths = _sizes(weights)
+    heads, in_widths, out_widths = sizes_of(weights)
     d_tokens = gradient.new_empty(*gradient.shape[:2], sum(in_widths))
     rows = gradient.shape[0] * gradient.shape[1]
     if rows == 0:
         return d_tokens
-    gradient = _with_contiguous_channels(gradient)
-    tile = _choose_tile(gradient.dtype, rows, in_widths, heads * max(out_widths))
+    gradient = with_contiguous_channels(gradient)
+    tile = choose_tile(gradient.dtype, rows, in_widths, heads * max(out_widths))
     column_blocks = tuple(triton.cdiv(width, tile.columns) for width in in_widths)
     with torch.cuda.device_of(gradient):
         _project_back[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
@@ -291,7 +291,7 @@ def weight_gradient(
     rows = tokens.shape[0] * tokens.shape[1]
     if rows == 0:
         return tokens.new_zeros(total)
-    gradient, tokens = _with_contiguous_channels(gradient), _with_contiguous_channels(tokens)
+    gradient, tokens = with_contiguous_channels(gradient), with_contiguous_channels(tokens)
     tile, tiles, splits = _choose_split(tokens.dtype, rows, [heads * width for width in out_widths], in_widths)
     rows_a_split = triton.cdiv(triton.cdiv(rows, splits), tile.contraction) * tile.contraction
     splits = triton.cdiv(rows, rows_a_split)
@@ -324,12 +324,12 @@ def weight_gradient(
     return sums[0] if splits == 1 else add_parts(sums, tokens.dtype)
 
 
-def _sizes(weights: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def sizes_of(weights: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     heads = weights[0].shape[0] if weights[0].ndim == 3 else 1
     return heads, tuple(weight.shape[-1] for weight in weights), tuple(weight.shape[-2] for weight in weights)
 
 
-def _with_contiguous_channels(tensor: Tensor) -> Tensor:
+def with_contiguous_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -338,7 +338,7 @@ def _strides_with_head(gradient: Tensor) -> tuple[int, int, int]:
     return sample, token, gradient.stride(2) if gradient.ndim == 4 else 0
 
 
-def _choose_tile(dtype: torch.dtype, rows: int, columns: Sequence[int], contraction: int) -> Tile:
+def choose_tile(dtype: torch.dtype, rows: int, columns: Sequence[int], contraction: int) -> Tile:
     """The largest tile that still makes enough programs; the smallest where none does."""
     tiles = _tiles(dtype)
     for tile in tiles:

@@ -154,7 +154,7 @@ def test_tiles_and_splits_of_the_published_sizes():
 
     widths = (64, 128, 256, 512)
     for batch, expected in ((4, (128, 64)), (32, (128, 128))):
-        tile = kernels._choose_tile(torch.bfloat16, batch * 196, [4 * width for width in widths], 512)
+        tile = kernels.choose_tile(torch.bfloat16, batch * 196, [4 * width for width in widths], 512)
         assert tile[:2] == expected
     for batch in (4, 32):
         tile, tiles, splits = kernels._choose_split(torch.bfloat16, batch * 196, widths, widths)

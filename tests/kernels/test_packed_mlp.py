@@ -1,0 +1,327 @@
+"""The packed MLP: every form against the reference in float64, and what the public function refuses."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from drawn import drawn
+
+from uctrans.kernels import packed_mlp
+from uctrans.kernels.packed_mlp import explicit, reference
+from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients, poisoned_allocations
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Products of bfloat16 are wrong in Triton's interpreter.
+TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+
+
+@dataclass(frozen=True)
+class MlpShape:
+    """Sizes of one problem."""
+
+    batch: int
+    tokens: int
+    widths: tuple[int, ...]
+    hidden_widths: tuple[int, ...]
+
+
+SHAPES = (
+    MlpShape(2, 16, (8, 16, 32, 64), (32, 64, 128, 256)),
+    MlpShape(1, 1, (3,), (5,)),  # a single token, a single scale
+    MlpShape(2, 49, (5, 7), (9, 40)),  # odd everything
+    MlpShape(1, 225, (17, 33), (68, 1)),  # a 240-pixel image, a hidden layer of one channel
+    MlpShape(1, 300, (4, 8), (16, 12)),  # tokens enough to be summed in splits
+    MlpShape(0, 9, (4, 8), (16, 32)),  # an empty batch
+)
+SMALL = MlpShape(2, 9, (4, 8), (6, 5))
+
+
+def mlp_inputs(shape, dtype=torch.float64, seed=0):
+    """Tokens, residual, weights and biases in one list, standard normal; weights keep the size of what they map."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    pairs = list(zip(shape.widths, shape.hidden_widths, strict=True))
+    tensors = [normal(shape.batch, shape.tokens, sum(shape.widths)) for _ in range(2)]
+    tensors += [normal(hidden, width) / math.sqrt(width) for width, hidden in pairs]
+    tensors += [normal(hidden) for hidden in shape.hidden_widths]
+    tensors += [normal(width, hidden) / math.sqrt(hidden) for width, hidden in pairs]
+    tensors += [normal(width) for width in shape.widths]
+    return [tensor.to(DEVICE, dtype) for tensor in tensors]
+
+
+def lists_of(shape, tensors):
+    scales = len(shape.widths)
+    return [tensors[start : start + scales] for start in range(0, 4 * scales, scales)]
+
+
+def flat(function, shape, **options):
+    """``function`` of its six arguments as one of tensors."""
+    return lambda tokens, residual, *others: function(tokens, residual, *lists_of(shape, others), **options)
+
+
+def results(function, inputs, seed=7):
+    output = function(*(tensor.detach() for tensor in inputs))
+    weight = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return outputs_and_gradients(function, inputs, weight.to(DEVICE, inputs[0].dtype))
+
+
+def assert_agrees(function, inputs, shape):
+    """Output and every gradient are as near to float64 as the reference in the same dtype."""
+    oracle = flat(reference.packed_mlp, shape)
+    exact = [tensor.double() for tensor in inputs]
+    weight = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    weight = weight.to(DEVICE, inputs[0].dtype).double()
+    assert_within_budget(
+        outputs_and_gradients(function, inputs, weight),
+        outputs_and_gradients(oracle, inputs, weight),
+        outputs_and_gradients(oracle, exact, weight),
+    )
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_stays_within_the_error_budget(shape, dtype):
+    with poisoned_allocations():
+        assert_agrees(flat(packed_mlp, shape, backend="triton"), mlp_inputs(shape, dtype), shape)
+
+
+@drawn(
+    6,
+    lambda st: {
+        "batch": st.integers(0, 2),
+        "tokens": st.integers(1, 20),
+        "widths": st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
+        "seed": st.integers(0, 2**16),
+    },
+)
+def test_any_shape_agrees_with_the_reference(batch, tokens, widths, seed):
+    shape = MlpShape(batch, tokens, *zip(*widths, strict=True))
+    inputs = mlp_inputs(shape, torch.float32, seed)
+    expected = results(flat(reference.packed_mlp, shape), inputs)
+    torch.testing.assert_close(results(flat(packed_mlp, shape, backend="triton"), inputs), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "triton"])
+def test_written_out_by_hand(backend):
+    tokens, residual = torch.tensor([[[1.0, 2.0]]], device=DEVICE), torch.tensor([[[10.0, 20.0]]], device=DEVICE)
+    expand = [torch.tensor([[3.0]], device=DEVICE), torch.tensor([[-1.0], [1.0]], device=DEVICE)]
+    expand_biases = [torch.tensor([-1.0], device=DEVICE), torch.tensor([0.0, -2.0], device=DEVICE)]
+    contract = [torch.tensor([[5.0]], device=DEVICE), torch.tensor([[7.0, 9.0]], device=DEVICE)]
+    contract_biases = [torch.tensor([0.5], device=DEVICE), torch.tensor([0.25], device=DEVICE)]
+    output = packed_mlp(tokens, residual, expand, expand_biases, contract, contract_biases, backend=backend)
+
+    def gelu(value):
+        return value * (1 + math.erf(value / math.sqrt(2))) / 2
+
+    expected = [10 + 5 * gelu(2.0) + 0.5, 20 + 7 * gelu(-2.0) + 9 * gelu(0.0) + 0.25]
+    torch.testing.assert_close(output.flatten().tolist(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_gelu_far_from_zero(backend):
+    """Behind a large hidden value GELU is the identity, behind a very negative one nothing, and slopes are 1 and 0."""
+    ones = torch.ones(1, 1, device=DEVICE)
+    tokens = torch.tensor([[[-1e4], [-30.0], [30.0], [1e4]]], device=DEVICE, requires_grad=True)
+    layers = [[ones], [torch.zeros(1, device=DEVICE)], [ones], [torch.zeros(1, device=DEVICE)]]
+    output = packed_mlp(tokens, torch.zeros_like(tokens), *layers, backend=backend)
+    assert output.flatten().tolist() == [0, 0, 30, 1e4]
+    assert torch.autograd.grad(output.sum(), tokens)[0].flatten().tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_every_tile_of_the_table(dtype, monkeypatch):
+    """Each tile in turn, on a problem larger than any."""
+    from uctrans.kernels.packed_linear import triton as kernels
+
+    shape = MlpShape(2, 65, (66,), (130,))
+    inputs = mlp_inputs(shape, dtype)
+    for tile in kernels._tiles(dtype):
+        monkeypatch.setattr(kernels, "_tiles", lambda dtype, tile=tile: (tile,))
+        assert_agrees(flat(packed_mlp, shape, backend="triton"), inputs, shape)
+
+
+def test_strides_as_they_come():
+    """Tokens, residuals, weights and gradients that are views: expanded, sliced, transposed, channels apart."""
+    tokens, residual, *others = mlp_inputs(SMALL, torch.float32)
+    width = sum(SMALL.widths)
+    wide = torch.randn(2, 9, width + 3, device=DEVICE)
+    views = {
+        "expanded": tokens[:1, :1].expand(2, 9, width),
+        "sliced": wide[..., 1 : width + 1],
+        "transposed": torch.randn(9, 2, width, device=DEVICE).transpose(0, 1),
+        "channels apart": torch.randn(2, width, 9, device=DEVICE).transpose(1, 2),
+    }
+    layers = lists_of(SMALL, others)
+    for name, view in views.items():
+        for pair in ((view, residual), (tokens, view)):
+            output = packed_mlp(*pair, *layers, backend="triton")
+            assert output.is_contiguous()
+            torch.testing.assert_close(output, reference.packed_mlp(*pair, *layers), msg=name)
+    leaves = [tensor.requires_grad_() for tensor in (tokens, residual, *others)]
+    apart = torch.randn(2, width, 9, device=DEVICE).transpose(1, 2)
+    for gradient in (torch.ones((), device=DEVICE).expand(2, 9, width), wide[..., :width], apart):
+        expected, actual = (
+            torch.autograd.grad(packed_mlp(tokens, residual, *layers, backend=backend), leaves, gradient)
+            for backend in ("reference", "triton")
+        )
+        torch.testing.assert_close(actual, expected)
+    transposed = [weight.detach().t().contiguous().t() for weight in layers[0]]
+    torch.testing.assert_close(
+        packed_mlp(tokens, residual, transposed, *layers[1:], backend="triton"),
+        packed_mlp(tokens, residual, *layers, backend="triton"),
+    )
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_bitwise_repeatable(dtype):
+    shape = MlpShape(2, 40, (5, 20), (9, 16))
+    inputs = mlp_inputs(shape, dtype)
+    function = flat(packed_mlp, shape, backend="triton")
+    for first, second in zip(results(function, inputs), results(function, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_only_the_gradients_asked_for():
+    inputs = mlp_inputs(SMALL, torch.float32)
+    function = flat(packed_mlp, SMALL, backend="triton")
+    expected = results(function, inputs)[1:]
+    weight = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).float()
+    for place, wanted in enumerate(expected):
+        leaves = [tensor.detach() for tensor in inputs]
+        leaf = leaves[place].requires_grad_()
+        (gradient,) = torch.autograd.grad(function(*leaves), leaf, weight.to(DEVICE))
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_the_hidden_layer_is_kept_for_backward_only():
+    inputs = mlp_inputs(SMALL, torch.float32)
+    layers = lists_of(SMALL, inputs[2:])
+    output, hidden, activation = torch.ops.uctrans.packed_mlp(*inputs[:2], *layers, False)
+    assert hidden.shape == (0,) and activation.shape == (2, 9, 11)
+    kept = torch.ops.uctrans.packed_mlp(*inputs[:2], *layers, True)
+    assert kept[1].shape == (2, 9, 11) and torch.equal(kept[0], output) and torch.equal(kept[2], activation)
+    torch.testing.assert_close(torch.nn.functional.gelu(kept[1]), activation)
+
+
+def test_opcheck():
+    tokens, residual, *others = (tensor.requires_grad_() for tensor in mlp_inputs(SMALL, torch.float32))
+    layers = lists_of(SMALL, others)
+    torch.library.opcheck(torch.ops.uctrans.packed_mlp, (tokens, residual, *layers, True))
+    frozen = [[tensor.detach() for tensor in tensors] for tensors in layers]
+    torch.library.opcheck(torch.ops.uctrans.packed_mlp, (tokens.detach(), residual.detach(), *frozen, False))
+    hidden = torch.randn(2, 9, sum(SMALL.hidden_widths), device=DEVICE)
+    arguments = (torch.randn_like(tokens), [weight.detach() for weight in layers[2]], hidden)
+    torch.library.opcheck(torch.ops.uctrans.packed_mlp_hidden_gradient, arguments)
+
+
+def test_gradients_written_out_for_the_cpu():
+    """What the operator does on a CPU without the interpreter."""
+    for shape in SHAPES:
+        inputs = mlp_inputs(shape)
+        layers = lists_of(shape, inputs[2:])
+        output, hidden, activation = explicit.forward(*inputs[:2], *layers, True)
+        torch.testing.assert_close(output, reference.packed_mlp(*inputs[:2], *layers))
+        leaf = hidden.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(torch.nn.functional.gelu(leaf), leaf, torch.ones_like(leaf))
+        torch.testing.assert_close(explicit.gelu_slope(hidden), expected)
+        torch.testing.assert_close(activation, torch.nn.functional.gelu(hidden))
+
+
+def test_compiles_in_one_graph():
+    inputs = mlp_inputs(SMALL, torch.float32)
+    function = flat(packed_mlp, SMALL, backend="triton")
+    torch.compiler.reset()  # a limit on compilations counts those of other tests
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(results(compiled, inputs), results(function, inputs))
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast_leaves_the_residual_as_it_is(residual_dtype):
+    inputs = mlp_inputs(SMALL, torch.float32)
+    inputs[1] = inputs[1].to(residual_dtype)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    outputs = {}
+    for backend in ("reference", "triton"):
+        with torch.autocast(DEVICE, torch.float16):
+            outputs[backend] = flat(packed_mlp, SMALL, backend=backend)(*leaves)
+    assert {output.dtype for output in outputs.values()} == {residual_dtype}
+    torch.testing.assert_close(outputs["triton"], outputs["reference"], atol=4e-3, rtol=4e-3)
+    expected, gradients = (torch.autograd.grad(output.float().square().sum(), leaves) for output in outputs.values())
+    assert [gradient.dtype for gradient in gradients] == [leaf.dtype for leaf in leaves]
+    torch.testing.assert_close(gradients, expected, atol=0.05, rtol=0.02)
+
+
+def test_a_residual_in_float32_beside_half_precision():
+    inputs = mlp_inputs(SMALL, torch.float16)
+    inputs[1] = inputs[1].float() + 1e-4
+    for backend in ("reference", "composed", "triton"):
+        output = flat(packed_mlp, SMALL, backend=backend)(*inputs)
+        assert output.dtype == torch.float32
+        exact = flat(reference.packed_mlp, SMALL)(*(tensor.double() for tensor in inputs))
+        assert (output - exact).abs().max() < 5e-3
+
+
+def test_gradcheck():
+    inputs = [tensor.requires_grad_() for tensor in mlp_inputs(SMALL)]
+    assert torch.autograd.gradcheck(flat(packed_mlp, SMALL, backend="composed"), inputs)
+    assert torch.autograd.gradgradcheck(flat(packed_mlp, SMALL, backend="composed"), inputs)
+
+
+class TestBadInput:
+    def test_shapes(self):
+        tokens, residual, *others = mlp_inputs(SMALL)
+        expand, expand_biases, contract, contract_biases = lists_of(SMALL, others)
+        layers = (expand, expand_biases, contract, contract_biases)
+        with pytest.raises(ValueError, match=r"tokens must be \(B, N, 12\).*got \(2, 9, 11\)"):
+            packed_mlp(tokens[..., 1:], residual, *layers)
+        with pytest.raises(ValueError, match=r"residual must be \(B, N, 12\).*got \(2, 8, 12\)"):
+            packed_mlp(tokens, residual[:, 1:], *layers)
+        with pytest.raises(ValueError, match=r"expand_weights\[1\] must be \(R, C\), not empty; got \(5,\)"):
+            packed_mlp(tokens, residual, [expand[0], expand[1][:, 0]], *layers[1:])
+        with pytest.raises(ValueError, match=r"contract_weights\[0\] must be \(4, 6\) beside .*; got \(4, 5\)"):
+            packed_mlp(tokens, residual, expand, expand_biases, [contract[0][:, 1:], contract[1]], contract_biases)
+        with pytest.raises(ValueError, match=r"contract_biases must hold one tensor a scale; got 1 for 2"):
+            packed_mlp(tokens, residual, expand, expand_biases, contract, contract_biases[:1])
+        with pytest.raises(ValueError, match="got none"):
+            packed_mlp(tokens, residual, [], [], [], [])
+
+    def test_types_and_devices(self):
+        tokens, residual, *others = mlp_inputs(SMALL, torch.float32)
+        layers = lists_of(SMALL, others)
+        with pytest.raises(TypeError, match="expand_weights must be a list of tensors, one a scale; got a tensor"):
+            packed_mlp(tokens, residual, layers[0][0], *layers[1:])
+        with pytest.raises(TypeError, match="residual must be a tensor; got NoneType"):
+            packed_mlp(tokens, None, *layers)
+        with pytest.raises(TypeError, match=r"share one dtype; got tokens torch\.float32, residual torch\.float16"):
+            packed_mlp(tokens, residual.half(), *layers)
+        with pytest.raises(TypeError, match="share one dtype"):
+            packed_mlp(tokens.half(), residual, *layers)
+        with pytest.raises(ValueError, match="on one device"):
+            half = [[tensor.half() for tensor in tensors] for tensors in layers]
+            packed_mlp(tokens.half(), residual.to("meta"), *half)
+        with pytest.raises(ValueError, match="unknown backend"):
+            packed_mlp(tokens, residual, *layers, backend="fastest")
+
+    def test_float64_is_not_for_triton(self, monkeypatch):
+        tokens, residual, *others = mlp_inputs(SMALL)
+        layers = lists_of(SMALL, others)
+        with pytest.raises(NotImplementedError, match="float32; use backend='composed'"):
+            packed_mlp(tokens, residual, *layers, backend="triton")
+        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
+        torch.testing.assert_close(
+            packed_mlp(tokens, residual, *layers), packed_mlp(tokens, residual, *layers, backend="reference")
+        )
+
+    def test_no_second_derivative(self):
+        leaves = [tensor.requires_grad_() for tensor in mlp_inputs(SMALL, torch.float32)]
+        output = flat(packed_mlp, SMALL, backend="triton")(*leaves)
+        for leaf in (leaves[0], leaves[2], leaves[-1]):
+            (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+            with pytest.raises(NotImplementedError, match="has no second derivative"):
+                gradient.sum().backward()
