@@ -2,7 +2,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format benchmark benchmark-gpu resources clean
+.PHONY: help demo test lint format benchmark benchmark-gpu gpu resources clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python test` chooses another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
@@ -44,6 +44,9 @@ benchmark-gpu: ## time the operators on a CUDA GPU: make benchmark-gpu PYTHON=py
 	  "and '$(PYTHON)' has none: make benchmark-gpu PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m pytest benchmarks -m gpu --benchmark-only --minutes $(MINUTES) --record $(RECORD) $(MISSING)
 	$(PYTHON) -m benchmarks.report $(RECORD)
+
+gpu: ## all evidence from a CUDA GPU, in nine minutes: make gpu PYTHON=python ARGUMENTS="--minutes 20"
+	$(PYTHON) -m benchmarks.gpu_evidence $(ARGUMENTS)
 
 # What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.
 resources: $(VENV)/.dev ## compile every kernel offline: docs/kernel-resources.md

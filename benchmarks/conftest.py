@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from .evidence.machine import State, cool_down, gpu_answers, gpu_state
 from .records import Budget, Record
 
 WARMUP_ROUNDS = 1
 NOISE = 0.03  # what a median of a few pairs moves by between runs on a machine at rest
 DEFAULT_RECORD = ".benchmarks/record.jsonl"
 LAST = 1_000_000
+COOL_DOWN_SECONDS = 3.0  # at most, before a test on a GPU
 
 _budget = pytest.StashKey[Budget]()
+_rest = pytest.StashKey[State | None]()
 _record = pytest.StashKey[Record]()
 
 
@@ -30,7 +33,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Start the clock, and make the marker of the order known."""
     config.addinivalue_line("markers", "priority(place): where a GPU test stands in the order, the smallest first")
-    config.stash[_budget] = Budget(config.getoption("--minutes"))
+    minutes = config.getoption("--minutes")
+    stop_at = config.getoption("--stop-at", None)  # of benchmarks.evidence.outcomes, where it is loaded
+    if stop_at is not None:
+        minutes = min((stop_at - time.time()) / 60, float("inf") if minutes is None else minutes)
+    config.stash[_budget] = Budget(minutes)
 
 
 def pytest_collection_modifyitems(items):
@@ -56,18 +63,8 @@ def pytest_runtest_makereport(item, call):
     if not already_there:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext[-2000:]
         record.unmeasured_test(item.name, report.outcome, reason)
-    if report.failed and not _gpu_answers():
+    if report.failed and not gpu_answers():
         item.session.shouldstop = f"the GPU is unusable after {item.name}"
-
-
-def _gpu_answers() -> bool:
-    """Whether the GPU still works: after an illegal access nothing does in this process."""
-    if not torch.cuda.is_available():
-        return True
-    try:
-        return torch.ones(2, device="cuda").sum().item() == 2
-    except RuntimeError:
-        return False
 
 
 @pytest.fixture
@@ -86,12 +83,23 @@ def in_budget(request, record):
     if request.config.getoption("--missing") and request.node.name in record.finished:
         pytest.skip("already in the record")
     budget = request.config.stash[_budget]
-    kind = f"{request.node.originalname} {request.node.callspec.params.get('candidate', '')}"
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    kind = f"{request.node.originalname} {parameters.get('candidate', '')}"
     if (obstacle := budget.obstacle(kind)) is not None:
         pytest.skip(obstacle)
     start = time.monotonic()
+    if request.node.get_closest_marker("gpu"):
+        record.gpu_before = _cooled(request.config)
     yield
     budget.spent(kind, time.monotonic() - start)
+
+
+def _cooled(config: pytest.Config) -> State | None:
+    """The state of the GPU once it is about as cool as before the first test."""
+    if _rest not in config.stash:
+        config.stash[_rest] = gpu_state()
+        return config.stash[_rest]
+    return cool_down(config.stash[_rest], COOL_DOWN_SECONDS)
 
 
 @pytest.fixture

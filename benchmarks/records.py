@@ -4,19 +4,27 @@ The first line of a run describes the machine (``{"environment": ...}``); every 
 and, where it was measured, all its samples. Several runs may follow each other in a file.
 """
 
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .evidence.machine import State
 from .roofline import Ceilings, known_ceilings, measured_ceilings
 
+ROOT = Path(__file__).parents[1]
+SOURCE_FOLDERS = ("kernels", "uctrans", "benchmarks", "tests")
+PACKAGES = ("numpy", "pytest", "pytest-benchmark", "hypothesis")
 FIRST_GUESS = {"compiled": 90.0, "sdpa": 60.0}  # seconds of a first test whose name holds the word: it compiles
 FIRST_GUESS_OF_OTHERS = 15.0
+OUT_OF_BUDGET = "of the budget are left"  # in the reason of a test that was skipped for want of time
 
 
 class Record:
@@ -27,7 +35,8 @@ class Record:
         self.known = known_ceilings(torch.cuda.get_device_name()) if device.type == "cuda" else None
         self.measured = measured_ceilings() if device.type == "cuda" else None
         self.finished = {line["test"] for line in read_lines(path) if line.get("outcome") in ("measured", "failed")}
-        self._append({"environment": environment(device) | self._ceilings_as_json()})
+        self.gpu_before: State | None = None
+        self._append({"environment": environment(device) | ceilings_as_json(self.known, self.measured)})
 
     @property
     def ceilings(self) -> Ceilings | None:
@@ -35,22 +44,16 @@ class Record:
         return self.known or self.measured
 
     def measured_test(self, test: str, group: str, info: dict[str, Any], seconds: list[float]) -> None:
-        """Add a measured test."""
-        self._append({"test": test, "group": group, "outcome": "measured", "info": info, "seconds": seconds})
+        """Add a measured test, with the state that the GPU was in before it where that is known."""
+        state = {} if self.gpu_before is None else {"gpu_before": self.gpu_before}
+        self._append({"test": test, "group": group, "outcome": "measured", "info": info, "seconds": seconds} | state)
 
     def unmeasured_test(self, test: str, outcome: str, reason: str) -> None:
         """Add a test that was skipped or failed."""
         self._append({"test": test, "outcome": outcome, "reason": reason})
 
-    def _ceilings_as_json(self) -> dict[str, Any]:
-        named = {"known_ceilings": self.known, "measured_ceilings": self.measured}
-        return {name: ceilings.as_json() for name, ceilings in named.items() if ceilings is not None}
-
     def _append(self, line: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_short = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * cut_short + json.dumps(line) + "\n")
+        append_line(self.path, line)
 
 
 class Budget:
@@ -68,13 +71,23 @@ class Budget:
         guesses = (seconds for word, seconds in FIRST_GUESS.items() if word in kind)
         needed = self.longest.get(kind, next(guesses, FIRST_GUESS_OF_OTHERS))
         left = self.seconds - (time.monotonic() - self.started)
-        return (
-            None if needed <= left else f"needs about {needed:.0f} s, and {max(left, 0):.0f} s of the budget are left"
-        )
+        return None if needed <= left else f"needs about {needed:.0f} s, and {max(left, 0):.0f} s {OUT_OF_BUDGET}"
 
     def spent(self, kind: str, seconds: float) -> None:
         """Remember how long a test of ``kind`` took."""
         self.longest[kind] = max(seconds, self.longest.get(kind, 0.0))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add ``line`` to JSON lines, in one write, so that processes may share the file; half a line before it stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        cut_short = False
+        if size:
+            file.seek(size - 1)
+            cut_short = file.read(1) != b"\n"
+        file.write(b"\n" * cut_short + json.dumps(line).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -90,6 +103,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def ceilings_as_json(known: Ceilings | None, measured: Ceilings | None) -> dict[str, Any]:
+    """The ceilings that there are, under plain names."""
+    named = {"known_ceilings": known, "measured_ceilings": measured}
+    return {name: ceilings.as_json() for name, ceilings in named.items() if ceilings is not None}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What was measured on, with what."""
     described = {
@@ -98,7 +117,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": _version("triton"),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "sources": sources(),
         "cuda": torch.version.cuda,
         "device": platform.processor() or platform.machine(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -118,11 +139,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _triton_version() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
+def sources() -> str:
+    """A hash of all code that is measured and measures: it tells a checkout, also one without .git, from another."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
+
+def _version(package: str) -> str | None:
     try:
-        return version("triton")
+        return version(package)
     except PackageNotFoundError:
         return None
 
@@ -141,3 +168,16 @@ def _output(command: list[str]) -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def main() -> None:
+    """Print what this machine is, with the ceilings of its GPU, as JSON."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = environment(device)
+    if device.type == "cuda":
+        described |= ceilings_as_json(known_ceilings(torch.cuda.get_device_name()), measured_ceilings())
+    print(json.dumps(described))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,213 +1,114 @@
-"""Records as Markdown: ``python -m benchmarks.report benchmarks/results/NAME.json`` (or ``NAME.jsonl``).
+"""Records as tables and pictures.
 
-A ``.json`` is that of ``make benchmark``, a ``.jsonl`` that of ``make benchmark-gpu`` (:mod:`benchmarks.records`).
+    python -m benchmarks.report                     the newest records: README's tables, and docs/figures/
+    python -m benchmarks.report FILE ...            print the tables of each record
+
+A record is ``make benchmark``'s (``.json``), ``make benchmark-gpu``'s (``.jsonl``), or the ``evidence.json`` of ``make
+gpu``. Of a CPU, each group of benchmarks is taken from the newest record that has it; of a GPU, all from the newest.
 """
 
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from uctrans.writing import written_atomically
+
+from .readme_blocks import Found, cpu_block, draw_cpu, draw_gpu, gpu_block
 from .records import read_lines
+from .tables import device_report, machine, table
 
-MILLISECONDS = 1e3
-MICROSECONDS = 1e6
-MEBIBYTE = 2**20
-OPERATOR = "operator"
-BASELINES = ("reference compiled", "sdpa", "reference", "composed")
-
-
-def table(record: dict[str, Any]) -> str:
-    """Medians and paired ratios of a pytest-benchmark record, one row a race, then the memory rows."""
-    races = [bench for bench in record["benchmarks"] if "ratio" in bench["extra_info"]]
-    memories = [bench for bench in record["benchmarks"] if "peak_mib" in bench["extra_info"]]
-    lines = [
-        "| what | images | reference, ms | composed, ms | ratio (median of pairs) | range |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for bench in races:
-        notes = bench["extra_info"]
-        low, high = notes["ratio_range"]
-        lines.append(
-            f"| {_workload(bench)} | {notes['batch']} x {notes['pixels']}² "
-            f"| {_milliseconds(notes['baseline_median'])} | {_milliseconds(bench['stats']['median'])} "
-            f"| {notes['ratio']:.2f} | {low:.2f} to {high:.2f} |"
-        )
-    if memories:
-        lines += ["", "| peak memory | images | reference, MiB | composed, MiB |", "| --- | --- | --- | --- |"]
-    for bench in memories:
-        notes = bench["extra_info"]
-        lines.append(
-            f"| training step, {notes['base_channels']} base channels | {notes['batch']} x {notes['pixels']}² "
-            f"| {notes['reference_peak_mib']:.0f} | {notes['peak_mib']:.0f} |"
-        )
-    return "\n".join(lines)
+ROOT = Path(__file__).parents[1]
+RESULTS = "benchmarks/results"
+README = "README.md"
+CPU, GPU = "results:cpu", "results:gpu"
 
 
-def _milliseconds(seconds: float) -> str:
-    milliseconds = seconds * MILLISECONDS
-    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"
+class ReportError(Exception):
+    """There is nothing to report, or no place for it; the message says what would help."""
 
 
-def machine(record: dict[str, Any]) -> str:
-    """The processor, threads and versions of a record, in one line."""
-    threads = {bench["extra_info"]["threads"] for bench in record["benchmarks"] if "threads" in bench["extra_info"]}
-    versions = {bench["extra_info"]["torch"] for bench in record["benchmarks"] if "torch" in bench["extra_info"]}
-    processor = record["machine_info"].get("cpu", {}).get("brand_raw", "unknown processor")
-    return f"{processor}, {', '.join(map(str, sorted(threads)))} threads, torch {', '.join(sorted(versions))}, float32"
+def main(words: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Print the records named, or bring README and figures up to date; returns the exit status."""
+    words = sys.argv[1:] if words is None else words
+    for path in map(Path, words):
+        print(printed(path), end="\n\n")
+    if words:
+        return 0
+    try:
+        written = update(root)
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(str(path) for path in written))
+    return 0
 
 
-def _workload(bench: dict[str, Any]) -> str:
-    width = bench["extra_info"].get("base_channels")
-    return bench["group"] if width is None else f"{bench['group']}, {width} base channels"
+def printed(path: Path) -> str:
+    """The tables of one record."""
+    if path.suffix == ".jsonl":
+        return device_report(read_lines(path))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("what") == "evidence":
+        return device_report(record["benchmarks"])
+    return f"{machine(record)}\n\n{table(record)}"
 
 
-def device_report(lines: list[dict[str, Any]]) -> str:
-    """Tables of a record of JSON lines: the machine, one table a group, memory, targets, and what was not measured.
+def update(root: Path) -> list[Path]:
+    """Write README's tables from the newest records, and the pictures; returns the files that were written.
 
-    Of a test that was measured more than once, the latest counts.
+    Raises:
+        ReportError: there is no record, or README has no place for one.
     """
-    environments = [line["environment"] for line in lines if "environment" in line]
-    tests = {line["test"]: line for line in lines if line.get("outcome") == "measured"}
-    unmeasured = {line["test"]: line for line in lines if line.get("outcome") in ("failed", "skipped")}
-    parts = [_device(environment) for environment in environments[-1:]]
-    for group in dict.fromkeys(line["group"] for line in tests.values()):
-        infos = [line["info"] for line in tests.values() if line["group"] == group]
-        parts.append(f"### {group}\n\n{_table_of(infos)(infos)}")
-    parts.append("### Targets\n\n" + _target_table(tests.values()))
-    missing = [line for name, line in unmeasured.items() if name not in tests]
-    if missing:
-        parts.append("### Not measured\n\n" + _missing_table(missing))
-    return "\n\n".join(parts)
+    on_cpu, on_gpu = find_records(root / RESULTS)
+    if not on_cpu and not on_gpu:
+        raise ReportError(f"{root / RESULTS} has no record; make benchmark or make gpu takes one")
+    blocks = {}
+    pictures: list[Path] = []
+    if on_cpu:
+        pictures += draw_cpu(on_cpu, root)
+        blocks[CPU] = cpu_block(on_cpu, root)
+    if on_gpu:
+        drawn = draw_gpu(on_gpu[-1], root)
+        blocks[GPU] = gpu_block(on_gpu[-1], drawn, root)
+        pictures += drawn
+    readme = root / README
+    text = readme.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        text = replace_block(text, name, block)
+    with written_atomically(readme) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return [readme, *pictures]
 
 
-def _table_of(infos: list[dict[str, Any]]) -> Callable[[list[dict[str, Any]]], str]:
-    if "peak_bytes" in infos[0]:
-        return _memory_table
-    return _baseline_table if "times_baseline" in infos[0] else _race_table
+def replace_block(text: str, name: str, block: str) -> str:
+    """``text`` with ``block`` between the comments that mark its place."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ReportError(f"{README} needs one place for the results: the lines {start} and {end}")
+    return pattern.sub(lambda _: f"{start}\n{block}\n{end}", text)
 
 
-def _baseline_table(infos: list[dict[str, Any]]) -> str:
-    """One row a candidate: its time, as a multiple of the baseline's and of the least at the bandwidth of a copy."""
-    rows = ["| workload | candidate | ms | times the baseline | times the least |", "| --- | --- | --- | --- | --- |"]
-    for info in infos:
-        low, high = info["times_baseline_quartiles"]
-        least = info["median_seconds"] / info["least_seconds"]
-        rows.append(
-            f"| {_device_workload(info)} | {info['candidate']} | {info['median_seconds'] * MILLISECONDS:.2f} "
-            f"| {info['times_baseline']:.2f} ({low:.2f} to {high:.2f}) | {least:.1f} |"
-        )
-    return "\n".join(rows)
-
-
-def _race_table(infos: list[dict[str, Any]]) -> str:
-    """One row a workload: the operator's time, work and roofline, then every other candidate's time and ratio."""
-    by_workload: dict[str, dict[str, dict[str, Any]]] = {}
-    for info in infos:
-        by_workload.setdefault(_device_workload(info), {})[info["candidate"]] = info
-    present = [name for name in BASELINES if any(name in candidates for candidates in by_workload.values())]
-    head = ["workload", "operator, µs (cold / warm)", "GFLOP", "GB", "% of roofline", "noise of pairs", *present]
-    rows = [head, ["---"] * len(head)]
-    for workload, candidates in by_workload.items():
-        own = candidates.get(OPERATOR)
-        work = own or next(iter(candidates.values()))
-        row = [workload, _times(own), f"{work['gflop']:.1f}", f"{work['gigabytes']:.3f}", _fraction(own), _spread(own)]
-        rows.append(row + [_against(candidates.get(name)) for name in present])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _memory_table(infos: list[dict[str, Any]]) -> str:
-    """One row a workload: peak of a forward and a backward pass, for each candidate."""
-    candidates = list(dict.fromkeys(info["candidate"] for info in infos))
-    rows = [["workload", *(f"{name}, MiB" for name in candidates)], ["---"] * (len(candidates) + 1)]
-    for workload in dict.fromkeys(_device_workload(info) for info in infos):
-        peaks = {info["candidate"]: info["peak_bytes"] for info in infos if _device_workload(info) == workload}
-        rows.append([workload, *(f"{peaks[name] / MEBIBYTE:.0f}" if name in peaks else "-" for name in candidates)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _target_table(tests: Any) -> str:
-    rows = ["| group | workload | of | target | value | met |", "| --- | --- | --- | --- | --- | --- |"]
-    for line in tests:
-        info = line["info"]
-        if "target" in info:
-            of = {"peak memory": "share of the reference"}.get(line["group"], "share of the roofline")
-            of = of if info["candidate"] == OPERATOR else f"times as fast as {info['candidate']}"
-            verdict = "yes" if info["met"] else f"**no**, {info['target_value'] / info['target'] - 1:+.0%}"
-            numbers = f"{info['target']:.2f} | {info['target_value']:.2f}"
-            rows.append(f"| {line['group']} | {_device_workload(info)} | {of} | {numbers} | {verdict} |")
-    return "\n".join(rows)
-
-
-def _missing_table(lines: list[dict[str, Any]]) -> str:
-    counted: dict[tuple[str, str], int] = {}
-    for line in lines:
-        # The last line of a traceback names the error.
-        reason = line["reason"].strip().splitlines()[-1] if line["reason"].strip() else ""
-        place = line["test"] if line["outcome"] == "failed" else line["test"].partition("[")[0]
-        key = (f"{place}: {line['outcome']}", reason if line["outcome"] == "failed" else "out of time or not there")
-        counted[key] = counted.get(key, 0) + 1
-    rows = ["| tests | number | reason |", "| --- | --- | --- |"]
-    return "\n".join([*rows, *(f"| {what} | {number} | {why} |" for (what, why), number in counted.items())])
-
-
-def _device(environment: dict[str, Any]) -> str:
-    ceilings = [
-        f"{name.replace('_', ' ')}: {ceiling['bandwidth'] / 1e12:.2f} TB/s, "
-        + ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in ceiling["flop_rates"].items())
-        + f" ({ceiling['source']})"
-        for name, ceiling in environment.items()
-        if name.endswith("_ceilings")
-    ]
-    versions = f"torch {environment['torch']}, triton {environment['triton']}, CUDA {environment['cuda']}"
-    return "\n\n".join([f"{environment['device']}, {versions}, {environment['time']}", *ceilings])
-
-
-def _device_workload(info: dict[str, Any]) -> str:
-    dropout = f", dropout {info['dropout_p']:g}" if info.get("dropout_p") else ""
-    detail = f", {info['detail']}" if "detail" in info else ""
-    return f"{info['batch']} x {info['pixels']}², {info['dtype']}{dropout}{detail}"
-
-
-def _times(info: dict[str, Any] | None) -> str:
-    if info is None:
-        return "-"
-    warm = info.get("warm_median_seconds")
-    cold = f"{info['median_seconds'] * MICROSECONDS:.1f}"
-    return cold if warm is None else f"{cold} / {warm * MICROSECONDS:.1f}"
-
-
-def _fraction(info: dict[str, Any] | None) -> str:
-    if info is None or "roofline_fraction" not in info:
-        return "-"
-    return f"{info['roofline_fraction']:.0%} ({info['bound']})"
-
-
-def _spread(info: dict[str, Any] | None) -> str:
-    return "-" if info is None or "ratio" not in info else "{:.3f} to {:.3f}".format(*info["ratio_quartiles"])
-
-
-def _against(info: dict[str, Any] | None) -> str:
-    if info is None:
-        return "-"
-    time = f"{info['median_seconds'] * MICROSECONDS:.1f} µs"
-    if "ratio" not in info:
-        return time
-    low, high = info["ratio_quartiles"]
-    variant = f" [{info['variant']}]" if info["candidate"] == "sdpa" else ""
-    return f"{time}, {info['ratio']:.2f}x ({low:.2f} to {high:.2f}){variant}"
-
-
-def main() -> None:
-    """Print the tables of each record named on the command line."""
-    for path in map(Path, sys.argv[1:]):
+def find_records(folder: Path) -> tuple[list[Found], list[Found]]:
+    """Records of CPUs and of GPUs, the oldest first; dry runs are none."""
+    on_cpu, on_gpu = [], []
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.jsonl"), *folder.glob("*/evidence.json")]):
         if path.suffix == ".jsonl":
-            print(device_report(read_lines(path)), end="\n\n")
+            lines = read_lines(path)
+            about = next((line["environment"] for line in reversed(lines) if "environment" in line), {})
+            content = {"environment": about, "parts": {}, "tests": [], "benchmarks": lines}
         else:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            print(machine(record), table(record), sep="\n\n", end="\n\n")
+            content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("dry_run"):
+            continue
+        if "machine_info" in content:
+            on_cpu.append(Found(path, content["datetime"], content))
+        elif content.get("environment", {}).get("cuda") and "capability" in content["environment"]:
+            on_gpu.append(Found(path, content["environment"]["time"], content))
+    return tuple(sorted(found, key=lambda record: record.time) for found in (on_cpu, on_gpu))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.records import Budget, Record, read_lines
-from benchmarks.report import device_report
+from benchmarks.tables import device_report
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

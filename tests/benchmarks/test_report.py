@@ -1,6 +1,6 @@
 """The Markdown table of a benchmark record."""
 
-from benchmarks.report import device_report, machine, table
+from benchmarks.tables import device_report, machine, table
 
 RECORD = {
     "machine_info": {"cpu": {"brand_raw": "A Processor"}},
