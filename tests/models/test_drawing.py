@@ -84,16 +84,18 @@ class TestTrace:
         returned, taken = {}, {}
 
         def keep(path):
-            def hook(module, inputs, output):
+            def hook(module, inputs, named_inputs, output):
                 output = output[0] if isinstance(output, tuple) else output
                 returned[path] = tuple(output.shape[1:])
-                taken[path] = [tuple(value.shape[1:]) for value in inputs if value is not None]
+                taken[path] = [
+                    tuple(value.shape[1:]) for value in [*inputs, *named_inputs.values()] if value is not None
+                ]
 
             return hook
 
         boxes = {path: node for path, node in trace.nodes.items() if node.module}
         for path in boxes:
-            model.get_submodule(path).register_forward_hook(keep(path))
+            model.get_submodule(path).register_forward_hook(keep(path), with_kwargs=True)
         with torch.no_grad():
             logits = model(torch.rand(trace.image)[None])
         assert len(boxes) > 9

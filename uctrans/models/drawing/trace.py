@@ -179,7 +179,7 @@ class _Recorder(TorchDispatchMode):
             module.register_forward_pre_hook(lambda module, inputs, path=path: self._running.append(path))
             module.register_forward_hook(lambda module, inputs, output: self._leave_group())
         for path, module in _blocks(model):
-            module.register_forward_pre_hook(lambda module, inputs: self._enter(inputs))
+            module.register_forward_pre_hook(lambda module, *inputs: self._enter(inputs), with_kwargs=True)
             module.register_forward_hook(lambda module, inputs, output, path=path: self._leave(path, module, output))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
