@@ -1,0 +1,269 @@
+"""The race of training steps: every candidate's losses are checked, what is wrong or cannot run does not race."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import network_race, training_step
+from benchmarks.network_race import Worker, fastest
+from benchmarks.networks import CANDIDATES, MODELS, OURS, NetworkProblem, Variant, batch, in_a_row, network
+from benchmarks.records import Record, read_lines
+from benchmarks.training_step import (
+    CHECKED_STEPS,
+    GPU_PROBLEMS,
+    ProjectTraining,
+    Replayed,
+    Training,
+    exact_losses,
+    target,
+    training,
+)
+from tests.host_recorder import HostRecorder
+
+SMALL = NetworkProblem("uctransnet", 4, pixels=32, base_channels=4, device="cpu")
+UNCOMPILED = [name for name, variant in CANDIDATES.items() if variant.compile_mode is None]
+
+
+class Benchmark:
+    """As much of pytest-benchmark as a race needs."""
+
+    def __init__(self):
+        self.group, self.extra_info = None, {}
+
+    def pedantic(self, run, setup, rounds, iterations, warmup_rounds):
+        for _ in range(rounds):
+            setup()
+            run()
+
+
+@pytest.fixture
+def arena():
+    arena = network_race.Arena("training step", training)
+    yield arena
+    arena.close()
+
+
+@pytest.fixture
+def record(tmp_path):
+    return Record(tmp_path / "record.jsonl", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("candidate", UNCOMPILED)
+def test_losses_of_every_candidate_are_right(candidate):
+    work = training(SMALL, CANDIDATES[candidate].on("cpu"))
+    notes = work.check()
+    assert notes["losses_checked"] == "without dropout"
+    assert len(notes["losses"]) == len(notes["exact_losses"]) == CHECKED_STEPS
+    assert 0 <= notes["largest_loss_error"] <= 0.04
+    sample = work.sampler()
+    assert sample() > 0
+    assert isinstance(work, ProjectTraining) == (candidate == OURS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_loss_falls_so_that_a_wrong_gradient_would_show(model):
+    losses = exact_losses(NetworkProblem(model, 4, pixels=48, base_channels=8, device="cpu"))
+    assert losses[0] > losses[-1] * 1.1
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_step_that_learns_nothing_is_refused(monkeypatch):
+    exact_losses(SMALL)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    with pytest.raises(RuntimeError, match=r"published cannot run .* off by"):
+        fastest("published", SMALL, training)
+
+
+def test_a_nan_is_refused(monkeypatch):
+    monkeypatch.setattr(training_step, "exact_losses", lambda problem: [float("nan")] * CHECKED_STEPS)
+    with pytest.raises(AssertionError, match="off by"):
+        training(SMALL, CANDIDATES["published"]).check()
+
+
+def test_a_compiled_step_is_compiled_with_its_loss_and_checked_as_it_races(monkeypatch):
+    compiled = []
+
+    def compile_nothing(function, **settings):
+        compiled.append((function, settings))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    exact = exact_losses(SMALL)
+    monkeypatch.setattr(training_step, "exact_losses", lambda problem: exact)
+    work = training(SMALL, CANDIDATES["compiled"].on("cpu"))
+    ((function, settings),) = compiled
+    assert function == work._loss_of_batch
+    assert settings == {"mode": "max-autotune-no-cudagraphs", "fullgraph": True, "dynamic": False}
+    assert work.check()["losses_checked"] == "with dropout"
+    assert len(compiled) == 1  # not a second time for the check
+    assert ProjectTraining(SMALL, Variant("composed", compile_mode="default", is_project=True)).step.forward
+    assert compiled[1][0].training
+
+
+def test_a_captured_step_is_the_plain_one(monkeypatch):
+    monkeypatch.setattr(training_step, "CudaRecorder", HostRecorder)
+    monkeypatch.setattr("uctrans.training.captured_step.CudaRecorder", HostRecorder)
+    for variant in (Variant("composed"), Variant("composed", is_project=True)):
+        losses = {}
+        for graphed in (False, True):
+            work = training(SMALL, replace(variant, graphed=graphed), dropout=False)
+            run = work.runner()
+            losses[graphed] = []
+            for _ in range(CHECKED_STEPS):
+                run()
+                losses[graphed].append(work.loss())
+        assert losses[True] == losses[False]
+        assert len(set(losses[True])) == CHECKED_STEPS
+
+
+def test_replayed_work_is_recorded_once():
+    recorder = HostRecorder()
+    total = torch.zeros(())
+    work = Replayed(lambda: total.add_(1), recorder)
+    assert [work().item() for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (2, 1, 3)
+
+
+def test_the_published_step_is_as_the_script_has_it():
+    work = Training(SMALL, CANDIDATES["published"])
+    assert work.optimizer.defaults["fused"] is None
+    assert work.images.is_contiguous()
+    assert not work.images.is_contiguous(memory_format=torch.channels_last)
+    assert {module.backend for module in work.model.modules() if hasattr(module, "backend")} == {"reference"}
+    ours = Training(SMALL, CANDIDATES["reference bf16"].on("cpu"))
+    assert ours.optimizer.defaults["fused"] is True
+    assert ours.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_all_variants_have_the_same_weights_and_images():
+    variants = [variant.on("cpu") for variant in CANDIDATES.values()]
+    states = [network(SMALL, variant).state_dict() for variant in variants]
+    batches = [batch(SMALL, variant) for variant in variants]
+    for state, (images, masks) in zip(states, batches, strict=True):
+        assert all(torch.equal(state[key], value) for key, value in states[0].items())
+        assert torch.equal(images, batches[0][0])
+        assert torch.equal(masks, batches[0][1])
+    share = batches[0][1].float().mean().item()
+    assert 0.1 < share < 0.9
+
+
+def test_a_race_goes_into_the_record(arena, record):
+    arena.race(Benchmark(), record, "first", SMALL, "published", 8.0)
+    arena.race(Benchmark(), record, "second", SMALL, OURS, None)
+    _, first, second = read_lines(record.path)
+    info = first["info"]
+    assert (first["test"], first["group"], first["outcome"]) == ("first", "training step", "measured")
+    assert info["candidate"] == "published"
+    assert info["target_value"] == info["ratio"]
+    assert info["met"] == (info["ratio"] >= 8.0)
+    assert info["variant"] == "reference, float32, contiguous, eager"
+    assert "composed" in info["against"] or "auto" in info["against"]
+    assert info["images_per_second"] == pytest.approx(4 / info["median_seconds"])
+    assert len(first["seconds"]) == len(info["operator_seconds"]) == 2
+    assert second["info"]["candidate"] == OURS
+    json.dumps(info)
+
+
+def test_others_are_timed_alone_where_ours_cannot_run(arena, record, monkeypatch):
+    def refuse(*arguments):
+        raise NotImplementedError("no kernels here")
+
+    monkeypatch.setattr(training_step, "ProjectTraining", refuse)
+    arena.race(Benchmark(), record, "alone", SMALL, "published", 8.0)
+    info = read_lines(record.path)[-1]["info"]
+    assert "no kernels here" in info["ours_cannot_run"]
+    assert "ratio" not in info
+    assert "met" not in info
+    with pytest.raises(RuntimeError, match="no kernels here"):
+        arena.race(Benchmark(), record, "ours", SMALL, OURS, None)
+
+
+def test_all_race_against_the_faster_of_ours(arena, record, monkeypatch):
+    seconds = {OURS: 2.0, "ours compiled": 1.0, "published": 3.0}
+
+    def enter(candidate, problem, make):
+        worker = Worker(False)
+        value = seconds[candidate]
+        return network_race.Contender(lambda: value, value, worker, {"variant": candidate, "cudnn": "off"})
+
+    monkeypatch.setattr(network_race, "fastest", enter)
+    for candidate in ("published", "ours compiled", "published"):
+        arena.race(Benchmark(), record, candidate, SMALL, candidate, None)
+    infos = [line["info"] for line in read_lines(record.path)[1:]]
+    assert [info["against"] for info in infos] == ["ours, off", "ours, off", "ours compiled, off"]
+    assert [info["ratio"] for info in infos] == [1.5, 0.5, 3.0]
+    arena.race(Benchmark(), record, "another", replace(SMALL, batch=1), "published", None)
+    assert read_lines(record.path)[-1]["info"]["against"] == "ours, off"
+
+
+def test_a_variant_is_tried_with_both_settings_of_cudnn(monkeypatch):
+    monkeypatch.setattr(network_race, "_cudnn_settings", lambda variant, device: (False, True))
+    seen = []
+
+    class Work:
+        def check(self):
+            seen.append("check")
+            return {}
+
+        def sampler(self):
+            tuned = torch.backends.cudnn.benchmark
+            seen.append(tuned)
+            return lambda: 1.0 if tuned else 2.0
+
+    before = torch.backends.cudnn.benchmark
+    contender = fastest("published", SMALL, lambda problem, variant: Work())
+    assert seen == ["check", False, True]
+    assert contender.notes["cudnn"] == "cudnn.benchmark on"
+    assert contender.notes["settings_seconds"] == {"cudnn.benchmark off": 2.0, "cudnn.benchmark on": 1.0}
+    assert torch.backends.cudnn.benchmark == before
+
+
+def test_settings_of_cudnn():
+    assert network_race._cudnn_settings(CANDIDATES[OURS], "cuda") == (False, True)
+    assert network_race._cudnn_settings(CANDIDATES["compiled, own graphs"], "cuda") == (True,)
+    assert network_race._cudnn_settings(CANDIDATES[OURS], "cpu") == (False,)
+
+
+def test_a_worker_does_its_backward_passes_itself():
+    import threading
+
+    seen = []
+
+    def differentiate():
+        leaf = torch.ones(1, requires_grad=True)
+        product = leaf * 2
+        product.register_hook(lambda gradient: seen.append(threading.get_ident()))
+        product.backward()
+        return threading.get_ident()
+
+    own = Worker(False)
+    assert seen == [own(differentiate)]
+    assert not own(torch._C._is_multithreading_enabled)
+    assert seen[0] != threading.get_ident()
+    here = Worker(False, in_own_thread=False)
+    assert here(threading.get_ident) == threading.get_ident()
+    own.close()
+    here.close()
+
+
+def test_time_is_that_of_one_call():
+    calls = []
+    sample = in_a_row(lambda: calls.append(1), "cpu", 4)
+    before = len(calls)
+    assert 0 < sample() < 1
+    assert len(calls) == before + 4
+
+
+def test_targets_are_those_of_the_claims():
+    assert [(problem.model, problem.batch) for problem in GPU_PROBLEMS] == [
+        (model, size) for model in MODELS for size in (4, 32)
+    ]
+    for problem in GPU_PROBLEMS:
+        assert (problem.pixels, problem.base_channels) == (224, 64)
+        assert target(problem, "published") == {4: 8.0, 32: 5.0}[problem.batch]
+        assert target(problem, "compiled") == target(problem, "compiled, own graphs")
+        assert target(problem, "compiled") == {4: 1.5, 32: 1.25}[problem.batch]
+        assert target(problem, OURS) is None
+    assert target(SMALL, "published") is None
