@@ -1,5 +1,6 @@
 """A part that is a run of pytest: in several processes at once, started again where one dies, within its time."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..records import OUT_OF_BUDGET, append_line, read_lines
-from .children import TAIL_LINES, Ended, python
+from .children import ROOT, TAIL_LINES, Ended, python
 from .parts import DONE, FAILED, OUT_OF_TIME, OUTCOMES_FILE, Context, Result
 
 PLUGIN = "benchmarks.evidence.outcomes"
 GRACE_SECONDS = 5.0  # a run stops by itself after the test at hand, and is stopped if that takes longer
+STACK_DUMP = re.compile(r"Fatal Python error:|Timeout \(\d")
 MOST_DEATHS = 8  # of a process, before its other tests are given up
 
 
@@ -38,9 +40,10 @@ def result_of(outcomes: Sequence[dict[str, Any]], problem: str | None) -> Result
         reasons.append(problem)
     if not outcomes and not reasons:
         reasons.append("there is no test to run")
-    outcome = FAILED if bad or not outcomes or problem not in (None, OUT_OF_TIME) else DONE
-    if is_late and outcome == DONE:
-        outcome = OUT_OF_TIME
+    if bad or problem not in (None, OUT_OF_TIME) or not (outcomes or is_late):
+        outcome = FAILED
+    else:
+        outcome = OUT_OF_TIME if is_late else DONE
     return Result(outcome, not is_late, dict(counts), "; ".join(reasons) or None)
 
 
@@ -62,7 +65,9 @@ def _run_shard(
 ) -> str | None:
     """Run the tests of one process, in as many processes as it takes; returns why not all of them ran."""
     path, shard = context.folder / OUTCOMES_FILE, f"{place}/{shards}"
-    options = ["-p", PLUGIN, "-p", "no:cacheprovider", "-q", "--continue-on-collection-errors"]
+    # Left to itself, pytest may take the folder of the outcomes for a part of its root, and name tests after that.
+    options = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
+    options += ["-p", PLUGIN, "-p", "no:cacheprovider", "-q", "--continue-on-collection-errors"]
     options += ["--outcomes", path, "--part", name, "--shard", shard, "--stall", stall]
     for _ in range(MOST_DEATHS):
         if context.seconds_left <= 0:
@@ -89,5 +94,15 @@ def _note_death(path: Path, about: dict[str, Any], lines: Sequence[dict[str, Any
     over = {line["test"] for line in lines if line.get("outcome") not in (None, "started")}
     for line in lines:
         if line.get("outcome") == "started" and line["test"] not in over:
-            tail = "\n".join((ended.reason or "it ended without a word").splitlines()[: TAIL_LINES + 1])
-            append_line(path, about | {"test": line["test"], "outcome": "crashed", "seconds": 0.0, "reason": tail})
+            crash = {"test": line["test"], "outcome": "crashed", "seconds": 0.0, "reason": _last_words(ended)}
+            append_line(path, about | crash)
+
+
+def _last_words(ended: Ended) -> str:
+    """How the process died; where Python wrote the stack, the innermost calls of it, which it writes first."""
+    reason = ended.reason or "it ended without a word"
+    dumps = list(STACK_DUMP.finditer(ended.output))
+    if not dumps:
+        return reason
+    stack = ended.output[dumps[-1].start() :].splitlines()[:TAIL_LINES]
+    return "\n".join([reason.splitlines()[0], *stack])
