@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import check_backend, packed_layer_norm, packed_linear, resolve_backend
+from ..kernels import check_backend, packed_layer_norm, packed_linear, packed_mlp, resolve_backend
 
 LAYER_NORM_EPS = 1e-6
+NAMES = ("weight", "bias")  # of a linear map's parameters
 
 
 class PackedLayerNorm(nn.Module):
@@ -59,27 +60,31 @@ class Mlp(nn.Module):
 
 
 class PackedMlp(nn.ModuleList):
-    """An :class:`Mlp` for each scale: (B, N, sum C) -> (B, N, sum C)."""
+    """An :class:`Mlp` for each scale, with a residual: two (B, N, sum C) -> (B, N, sum C)."""
 
     def __init__(self, channels: Sequence[int], ratio: int, dropout: float, backend: str = "auto"):
         super().__init__(Mlp(width, ratio, dropout) for width in channels)
         self.backend = check_backend(backend)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Apply each scale's MLP to its own channels."""
+    def forward(self, tokens: Tensor, residual: Tensor) -> Tensor:
+        """Apply each scale's MLP to its own channels, and add the residual."""
         if resolve_backend(self.backend, tokens.device) == "triton":
-            return self._mix_packed(tokens)
+            return self._mix_packed(tokens, residual)
         # Scale by scale: a packed hidden layer would be a concatenation here, of ``ratio`` times the tokens' size.
         scales = tokens.split([mlp.expand.in_features for mlp in self], dim=-1)
-        return torch.cat([mlp(scale) for mlp, scale in zip(self, scales, strict=True)], dim=-1)
+        return residual + torch.cat([mlp(scale) for mlp, scale in zip(self, scales, strict=True)], dim=-1)
 
-    def _mix_packed(self, tokens: Tensor) -> Tensor:
+    def _mix_packed(self, tokens: Tensor, residual: Tensor) -> Tensor:
+        expand, contract = ([getattr(mlp, name) for mlp in self] for name in ("expand", "contract"))
         dropout = self[0].dropout  # all scales drop with one probability
-        hidden = self._map_packed(tokens, [mlp.expand for mlp in self])
-        return dropout(self._map_packed(dropout(F.gelu(hidden)), [mlp.contract for mlp in self]))
+        if dropout.training and dropout.p > 0:
+            hidden = self._map_packed(tokens, expand)
+            return residual + dropout(self._map_packed(dropout(F.gelu(hidden)), contract))
+        layers = [[getattr(linear, name) for linear in linears] for linears in (expand, contract) for name in NAMES]
+        return packed_mlp(tokens, residual, *layers, backend=self.backend)
 
     def _map_packed(self, tokens: Tensor, linears: list[nn.Linear]) -> Tensor:
-        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        weights, biases = ([getattr(linear, name) for linear in linears] for name in NAMES)
         return packed_linear(tokens, weights, biases, backend=self.backend)
 
 

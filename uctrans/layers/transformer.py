@@ -37,7 +37,7 @@ class TransformerLayer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Attend, then mix within each scale."""
         tokens = tokens + self.attention(*self._normalise(tokens))
-        return tokens + self.mlp(self.mlp_norm(tokens))
+        return self.mlp(self.mlp_norm(tokens), residual=tokens)
 
     def attention_maps(self, tokens: Tensor) -> list[Tensor]:
         """One (B, C, sum C) a scale, for the tokens this layer receives."""
