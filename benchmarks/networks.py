@@ -98,6 +98,11 @@ CANDIDATES = {
 }
 
 
+def is_compiled(candidate: str) -> bool:
+    """Whether ``torch.compile`` is part of it, which takes minutes."""
+    return CANDIDATES[candidate].compile_mode is not None
+
+
 def network(problem: NetworkProblem, variant: Variant, dropout: bool = True) -> nn.Module:
     """The network of ``problem``, of the same weights for every variant."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ of a few steps are compared with exact ones first. :mod:`benchmarks.training_ste
 
 import pytest
 
-from .networks import CANDIDATES, MODELS, OURS, OURS_COMPILED, NetworkProblem
+from .networks import CANDIDATES, MODELS, OURS, NetworkProblem, is_compiled
 from .race import CLOCK
 from .training_step import ARENA, GPU_PROBLEMS, target
 
@@ -28,8 +28,7 @@ def races() -> list:
 
 def on_gpu(problem: NetworkProblem, candidate: str):
     """One race, with its place in the order."""
-    is_compiled = candidate == OURS_COMPILED or candidate.startswith("compiled")
-    place = (FIRST_PLACES_OF_COMPILED if is_compiled else FIRST_PLACES)[problem.batch]
+    place = (FIRST_PLACES_OF_COMPILED if is_compiled(candidate) else FIRST_PLACES)[problem.batch]
     place += PLACES_BETWEEN_MODELS * MODELS.index(problem.model)
     marks = [pytest.mark.gpu, pytest.mark.priority(place)]
     return pytest.param(problem, candidate, marks=marks, id=f"{problem}-{candidate}")
