@@ -19,15 +19,18 @@ EQUATIONS = {
     "Conv2d": (r"W x + b", UNET),
     "PatchEmbedding": (r"T_i = \mathrm{patches}(e_i)\, W_i + b_i + P_i", f"{CCT}, patch embedding"),
     "TransformerLayer": (
-        r"T'_i = T_i + A_i W_{O_i}, \quad T''_i = T'_i + F_i(\overline{T'_i})",
-        f"{CCT}, residuals; the weights are those of the norms before the attention",
+        r"T'_i = T_i + A_i W_{O_i}",
+        f"{CCT}, residual of the attention; the weights are those of the norms before the attention",
     ),
     "ChannelAttention": (
         r"A_i^\top = \frac{1}{H} \sum_h \mathrm{softmax}\left(\psi\left(Q_{ih}^\top K_h / \sqrt{C_\Sigma}\right)\right)"
         r" V_h^\top",
         f"{CCT}, attention, equations 1 to 3",
     ),
-    "PackedMlp": (r"F_i(x) = \mathrm{GELU}(x W_{1i} + b_{1i})\, W_{2i} + b_{2i}", f"{CCT}, MLP"),
+    "PackedMlp": (
+        r"T'_i + F_i(\overline{T'_i}), \quad F_i(x) = \mathrm{GELU}(x W_{1i} + b_{1i})\, W_{2i} + b_{2i}",
+        f"{CCT}, MLP and its residual",
+    ),
     "PackedLayerNorm": (r"\overline{T_i}", f"{CCT}, norms"),
     "Reconstruct": (r"r_i = \mathrm{relu}(\mathrm{BN}(W_i\, \mathrm{up}(T_i) + b_i))", f"{CCT}, reconstruction"),
     "ChannelGate": (
