@@ -73,18 +73,21 @@ COMMANDS = {
         examples=("uctrans demo -o demo",),
     ),
     "prepare monuseg": Command(
-        summary="turn MoNuSeg annotations into binary and instance masks",
+        summary="turn MoNuSeg annotations into masks and instance maps",
         module="uctrans.cli",
         settings="PrepareMonusegConfig",
         function="_prepare_monuseg",
         report=lambda images: (
-            f"Wrote the masks of {len(images)} images, {sum(image.nuclei for image in images)} nuclei"
+            f"Wrote the instance maps of {len(images)} images, {sum(image.nuclei for image in images)} nuclei"
         ),
         paths={
             "annotations": ("input", "folder of XML annotations, or one of them"),
-            "output": ("output", "folder for masks/ and instances/; the parent of the images makes a dataset"),
+            "output": ("output", "dataset with masks, which gets instance maps; or, with --images, folder for both"),
         },
-        examples=("uctrans prepare monuseg -i monuseg/annotations --images monuseg/images -o monuseg",),
+        examples=(
+            "uctrans prepare monuseg -i data/annotations -o data",
+            "uctrans prepare monuseg -i monuseg/annotations --images monuseg/images -o monuseg",
+        ),
     ),
     "train": Command(
         summary="train a model on a folder of images and masks",
@@ -111,7 +114,7 @@ COMMANDS = {
         report=lambda result: f"{result.table()}\nEverything is in {result.output}",
         paths={
             "data": ("input", "dataset: {train,val,test}/{images,masks}, or images and masks side by side"),
-            "output": ("output", "folder for metrics.csv, summary.json and figure.png"),
+            "output": ("output", "folder for metrics.csv, summary.json and pictures"),
         },
         examples=("uctrans evaluate -i data -o scores --model runs/first",),
     ),
@@ -250,20 +253,24 @@ class PrepareMonusegConfig:
 
     Attributes:
         annotations: Folder of XML annotations, or one of them.
-        images: Folder of the images that the annotations belong to.
-        output: Folder for masks/ (0 and 255) and instances/ (one number a nucleus).
-        overwrite: Replace masks and instance maps that the output folder already holds.
+        output: A dataset with masks, split into train, val and test or not: every annotated image gets an instance map
+            (one number a nucleus) in instances/ beside masks/, and the masks stay as they are. Where images are given:
+            the folder for masks/ (0 and 255) and instances/, both made of the outlines.
+        images: Folder of the images that the annotations belong to, to have masks made as well.
+        overwrite: Replace what would be written and is there already.
     """
 
     annotations: str
-    images: str
     output: str
+    images: str | None = None
     overwrite: bool = False
 
 
 def _prepare_monuseg(config: PrepareMonusegConfig) -> Any:
-    from uctrans.data import prepare_monuseg
+    from uctrans.data import prepare_instances, prepare_monuseg
 
+    if config.images is None:
+        return prepare_instances(config.annotations, config.output, overwrite=config.overwrite)
     return prepare_monuseg(config.annotations, config.images, config.output, overwrite=config.overwrite)
 
 

@@ -76,6 +76,14 @@ def test_whole_images_are_batches():
     np.testing.assert_array_equal(images[0, 1], second)
 
 
+def test_images_of_different_sizes_are_no_batch():
+    data = native_images(noise(9, 14), noise(5, 4), noise(9, 14))
+    _, labels = data.batch(torch.tensor([2, 0]))
+    assert labels.shape == (2, 9, 14)
+    with pytest.raises(DataError, match=r"0 \(9 x 14\), 1 \(5 x 4\) pixels .*Take one at a time"):
+        data.batch(torch.tensor([0, 1]))
+
+
 def test_random_crops_reach_every_place_and_no_other():
     """The image of 7 x 12 is larger than the crop of 4 x 9 by 3 each way; that of 2 x 10 is 2 rows smaller."""
     data = native_images(noise(7, 12), noise(2, 10))
@@ -153,6 +161,34 @@ def test_warps_turn_and_magnify_as_documented():
     assert 0.45 < (len(upright) / len(maps)) < 0.55
 
 
+def test_as_many_crops_are_warped_as_asked():
+    shares = []
+    for probability in (0, 0.3, 1):
+        strengths = NativeAugmentation(**NONE | {"warp_probability": probability, "rotation": 30, "scale": 0.5})
+        maps = draw_warps(4000, strengths, torch.device("cpu"), generator())
+        shares.append((torch.linalg.det(maps).abs() - 1).abs().gt(1e-4).float().mean().item())
+    assert shares == pytest.approx([0, 0.3, 1], abs=0.03)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (18, 30), (30, 18)])
+@pytest.mark.parametrize(("rotation", "scale"), [(0, 0.0), (0, 0.5), (1, 0.0), (10, 0.25), (45, 0.25), (120, 0.0)])
+def test_the_margin_is_what_the_strongest_warp_reaches(size, rotation, scale):
+    """Corners of the crop, at the largest magnification and every angle in range, quarter turns included."""
+    degrees = np.radians(np.concatenate([quarter * 90 + np.linspace(-rotation, rotation, 481) for quarter in range(4)]))
+    half_height, half_width = np.array(size) / 2 * (1 + scale)
+    rows = np.abs(np.cos(degrees) * half_height) + np.abs(np.sin(degrees) * half_width)
+    columns = np.abs(np.sin(degrees) * half_height) + np.abs(np.cos(degrees) * half_width)
+    reached = rows.max() - size[0] / 2, columns.max() - size[1] / 2
+    strengths = NativeAugmentation(**NONE | {"warp_probability": 1, "rotation": rotation, "scale": scale})
+    assert strengths.margin(size) == tuple(math.ceil(length - 1e-3) for length in reached)
+
+
+def test_a_small_rotation_needs_a_small_margin():
+    strengths = NativeAugmentation(warp_probability=1, rotation=1, scale=0)
+    assert strengths.margin((256, 256)) == (3, 3)
+    assert NativeAugmentation(warp_probability=0, rotation=45).margin((256, 256)) == (0, 0)
+
+
 def test_a_warp_samples_what_its_map_says():
     image = torch.arange(49.0).view(1, 1, 7, 7)
     turn = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]])
@@ -211,6 +247,29 @@ def test_stain_jitter_moves_the_stains():
     per_stain = moved.mean((2, 3))
     assert per_stain.abs().max() <= 0.0101
     torch.testing.assert_close(moved, per_stain[:, :, None, None].expand_as(moved), atol=1e-5, rtol=0)
+
+
+def test_stain_scale_enlarges_each_stain_by_up_to_its_share():
+    images = 0.4 + 0.4 * torch.rand(1, 3, 4, 4, generator=generator())
+    images = images.expand(400, -1, -1, -1)
+    strengths = NativeAugmentation(**NONE | {"stain_scale": 0.2})
+    ratios = rgb_to_stains(change_colours(images, strengths, generator())) / rgb_to_stains(images)
+    per_stain = ratios.flatten(2).median(2).values  # (400, 3)
+    assert 0.799 < per_stain.min() < 0.81
+    assert 1.19 < per_stain.max() < 1.201
+    assert (per_stain[:, 0] - per_stain[:, 1]).abs().max() > 0.3  # each stain has its own draw
+    torch.testing.assert_close(ratios, per_stain[:, :, None, None].expand_as(ratios), atol=1e-3, rtol=0)
+
+
+def test_as_many_crops_are_blurred_as_asked():
+    images = torch.rand(1, 3, 6, 6, generator=generator()).expand(1000, -1, -1, -1)
+    shares = []
+    for probability in (0, 0.2, 1):
+        strengths = NativeAugmentation(**NONE | {"blur_probability": probability, "blur": 2.0})
+        change = (change_colours(images, strengths, generator()) - images).abs().flatten(1).amax(1)
+        shares.append((change > 1e-3).float().mean().item())
+    assert shares[:2] == pytest.approx([0, 0.2], abs=0.04)
+    assert shares[2] > 0.8  # the narrowest Gaussians change nothing
 
 
 def test_blur_is_a_gaussian_of_each_samples_own_width():
@@ -288,9 +347,20 @@ def test_boundary_target_is_that_of_the_whole_map(dataset):
         assert set(np.unique(expected)) == {0, 1, 2}
 
 
+def test_a_mask_of_0_and_1_taken_for_a_map_is_told(dataset):
+    parts = imageio.v3.imread(dataset / "instances/a.png")
+    parts[:, 12:14] = 0
+    write(dataset / "instances/a.png", (parts > 0).astype(np.uint16))
+    with pytest.warns(UserWarning, match=r"^1 instance maps hold one number alone, in several places.*a\.png"):
+        load_native(find_samples(dataset), 1, target="boundary")
+
+
 def test_data_that_cannot_be_loaded(dataset):
     with pytest.raises(DataError, match="choose one of mask, boundary"):
         load_native(find_samples(dataset), 1, target="border")
+    write(dataset / "instances/b.png", np.eye(16, 18, dtype=np.uint16))
+    with pytest.raises(DataError, match=r"instances/b\.png is not that of its image"):
+        load_native(find_samples(dataset), 1, target="boundary")
     write(dataset / "instances/b.png", np.ones((4, 4), np.uint16))
     with pytest.raises(DataError, match=r"b\.png is 4 x 4 pixels .*image is 16 x 18"):
         load_native(find_samples(dataset), 1, target="boundary")

@@ -1,6 +1,7 @@
 """Evaluation on data whose scores are known."""
 
 import csv
+import importlib
 import json
 import math
 
@@ -12,6 +13,8 @@ import uctrans
 from uctrans.data import DataError
 from uctrans.data.instances import write_instances
 from uctrans.inference import EvaluateConfig, InferenceError, evaluate
+
+evaluate_module = importlib.import_module("uctrans.inference.evaluate")  # the package's attribute is the function
 
 
 def config(dataset, tmp_path, **settings):
@@ -140,6 +143,39 @@ def test_instance_maps_beside_the_masks_are_scored(brightness_model, use_model, 
     assert lines[2].split() == ["half", "0.6667", "0.5000", "4.00", "0.5000", "0.6667", "1.0000", "0.6667"]
     assert lines[-2] == "AJI, PQ, SQ and RQ are of the 2 of 3 images with an instance map"
     assert lines[-1] == "SQ is undefined for 1 of 2 images: no nucleus was matched"
+
+
+def test_the_picture_of_nuclei_is_that_of_this_evaluation(brightness_model, use_model, dataset, tmp_path, monkeypatch):
+    use_model(brightness_model())
+    instances, rows = two_nuclei(dataset), []
+    draw = evaluate_module.instance_figure
+    monkeypatch.setattr(
+        evaluate_module, "instance_figure", lambda path, chosen: (rows.extend(chosen), draw(path, chosen))
+    )
+    result = evaluate(config(dataset, tmp_path, size="native", smallest_object=33))
+    assert imread(result.output / "instances.png").shape[2] >= 3
+    assert [(row.name, row.aji) for row in rows] == [("all", 0.5), ("half", 0)]
+    np.testing.assert_array_equal(rows[0].truth, instances)
+    np.testing.assert_array_equal(rows[0].prediction, instances > 0)
+    assert not rows[1].prediction.any()
+    np.testing.assert_array_equal(rows[1].image, imread(dataset / "test/images/half.png"))
+    evaluate(config(dataset, tmp_path, overwrite=True))  # at the protocol's size nuclei are not scored
+    assert {path.name for path in result.output.iterdir()} == {"metrics.csv", "summary.json", "figure.png"}
+
+
+@pytest.mark.parametrize("broken", ["instances", "masks"])
+def test_all_truth_is_checked_before_the_first_image_is_predicted(
+    broken, brightness_model, use_model, dataset, tmp_path
+):
+    model = use_model(brightness_model())
+    instances = two_nuclei(dataset)
+    if broken == "instances":
+        write_instances(dataset / "test/instances/none.png", np.roll(instances, 8, axis=1))
+    else:
+        imsave(dataset / "test/masks/none.png", np.zeros((8, 16), dtype=np.uint8), check_contrast=False)
+    with pytest.raises(DataError, match=rf"{broken}.none\.png is"):
+        evaluate(config(dataset, tmp_path, size="native"))
+    assert not model.seen
 
 
 def test_settings_of_the_watershed_are_used(brightness_model, use_model, dataset, tmp_path):

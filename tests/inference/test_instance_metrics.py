@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from uctrans.inference.instance_metrics import (
-    InstanceScores,
     aggregated_jaccard_index,
-    mean_scores,
     object_f1,
     panoptic_quality,
     score_instances,
@@ -265,12 +263,6 @@ def test_a_large_map_takes_well_under_a_second():
         score_instances(prediction, truth)
         durations.append(time.process_time() - start)
     assert min(durations) < 0.5
-
-
-def test_mean_leaves_undefined_scores_out():
-    scores = [InstanceScores(0.5, 0.4, 0.8, 0.5, 0.5), InstanceScores(0.0, 0.0, NAN, 0.0, 0.0)]
-    assert tuple(mean_scores(scores)) == pytest.approx((0.25, 0.2, 0.8, 0.25, 0.25))
-    assert all(math.isnan(score) for score in mean_scores([]))
 
 
 @pytest.mark.parametrize(

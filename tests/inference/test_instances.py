@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from uctrans.data.boundary import BACKGROUND, BORDER, INTERIOR, boundary_target
 from uctrans.inference.instance_metrics import score_instances
-from uctrans.inference.instances import nucleus_probability, to_instances
+from uctrans.inference.instances import SMALLEST_OBJECT, SMALLEST_SEED, nucleus_probability, to_instances
 
 
 def disks(*centres, radius=10, size=(60, 60)):
@@ -111,6 +111,16 @@ def test_the_boundary_parts_what_distance_cannot():
     np.testing.assert_array_equal(nucleus_probability(probabilities) > 0.5, labels > 0)
 
 
+def test_a_small_nucleus_does_not_merge_into_its_neighbour():
+    """The interior of the second has fewer pixels than the smallest object, as its border is taken off."""
+    rows, columns = np.mgrid[:60, :60]
+    small = np.hypot(rows - 30, columns - 38) <= 5.6
+    labels = np.where(np.hypot(rows - 30, columns - 20) <= 12, 1, 2 * small)
+    target = boundary_target(labels)
+    assert ((target == INTERIOR) & (labels == 2)).sum() < SMALLEST_OBJECT < (labels == 2).sum()
+    assert score_instances(to_instances(one_hot(target)), labels).aji == 1
+
+
 def test_a_boundary_model_without_interior_still_finds_nuclei():
     probabilities = one_hot(np.where(TOUCHING > 0, BORDER, BACKGROUND))
     instances = to_instances(probabilities)
@@ -121,6 +131,7 @@ def test_a_boundary_model_without_interior_still_finds_nuclei():
 def test_specks_of_interior_are_no_seeds():
     target = boundary_target(disks((30, 30)))
     target[30, 21] = INTERIOR
+    assert SMALLEST_SEED > 1
     assert to_instances(one_hot(target)).max() == 1
     assert to_instances(one_hot(target), smallest_object=1).max() == 2
 

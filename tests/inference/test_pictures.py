@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.io import imread
 
-from uctrans.inference.figures import ComparisonRow, choose_rows, comparison_figure
+from uctrans.inference.figures import ComparisonRow, InstanceRow, choose_rows, comparison_figure, instance_figure
 from uctrans.inference.overlays import (
     CLASS_COLOURS,
     DIFFERENCES,
@@ -97,15 +97,22 @@ def test_instance_outlines_widen_with_the_image():
     assert np.flatnonzero(drawn(instance_overlay(image, instances), image)[500]).tolist() == [300, 301, 698, 699]
 
 
-def test_truth_is_left_and_prediction_right():
+def test_a_nucleus_of_one_pixel_has_no_outline():
+    image = np.full((5, 5, 3), 7, dtype=np.uint8)
+    assert not drawn(instance_overlay(image, np.eye(5, dtype=np.int32) * np.arange(5)), image).any()
+
+
+def test_image_truth_and_prediction_stand_side_by_side():
     image = np.zeros((20, 30, 3), dtype=np.uint8)
     truth, prediction = np.zeros((20, 30), dtype=np.int32), np.zeros((20, 30), dtype=np.int32)
     truth[5:10, 5:10], prediction[12:18, 20:28] = 1, 1
     picture = instance_comparison(image, prediction, truth)
-    assert picture.shape == (20, 2 * 30 + PANEL_GAP, 3)
-    np.testing.assert_array_equal(picture[:, :30], instance_overlay(image, truth))
-    np.testing.assert_array_equal(picture[:, 30 + PANEL_GAP :], instance_overlay(image, prediction))
-    assert drawn(picture[:, :30], image).any()
+    assert picture.shape == (20, 3 * 30 + 2 * PANEL_GAP, 3)
+    left, middle, right = (picture[:, start : start + 30] for start in (0, 30 + PANEL_GAP, 60 + 2 * PANEL_GAP))
+    np.testing.assert_array_equal(left, image)
+    np.testing.assert_array_equal(middle, instance_overlay(image, truth))
+    np.testing.assert_array_equal(right, instance_overlay(image, prediction))
+    assert drawn(middle, image).any()
     np.testing.assert_array_equal(instance_overlay(image, 0 * truth), image)
 
 
@@ -120,6 +127,8 @@ def test_rows_are_the_best_the_median_and_the_worst():
     assert choose_rows([0.1, 0.9, 0.5]) == [(1, "best"), (2, "median"), (0, "worst")]
     assert choose_rows([0.3]) == [(0, "")]
     assert [position for position, _ in choose_rows([0.5] * 4)] == [0, 1, 2, 3]
+    assert choose_rows(dice, 3) == [(8, "best"), (4, "median"), (0, "worst")]
+    assert choose_rows([]) == []
 
 
 def row(height=20, width=30, **values):
@@ -140,3 +149,21 @@ def test_figure(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
     with pytest.raises(ValueError, match="at least one row"):
         comparison_figure(tmp_path / "none.png", [], class_colours(1))
+
+
+def test_figure_of_nuclei(tmp_path):
+    image = np.full((40, 60, 3), 200, dtype=np.uint8)
+    truth, prediction = np.zeros((40, 60), dtype=np.int32), np.zeros((40, 60), dtype=np.int32)
+    truth[5:35, 5:25], prediction[5:35, 35:55] = 1, 1
+    rows = [InstanceRow("name" * 20, image, truth, prediction, 0.5, "best")]
+    rows.append(rows[0]._replace(image=image[:, :30], truth=truth[:, :30], prediction=prediction[:, :30]))
+    instance_figure(tmp_path / "nuclei.png", rows[:1])
+    single = imread(tmp_path / "nuclei.png")[..., :3]
+    columns = np.flatnonzero((single == INSTANCE_COLOURS[1]).all(-1).any(0)) / single.shape[1]
+    assert len(columns) > 50
+    assert columns.min() > 0.33  # nothing is drawn into the image, the truth's outline lies left in the second panel
+    assert columns[np.diff(columns, prepend=columns[0]).argmax()] > 0.75  # and the prediction's right in the third
+    instance_figure(tmp_path / "nuclei.png", rows)
+    assert imread(tmp_path / "nuclei.png").shape[0] > 1.9 * single.shape[0]
+    with pytest.raises(ValueError, match="at least one row"):
+        instance_figure(tmp_path / "none.png", [])

@@ -1,12 +1,13 @@
 """Datasets: find, read, resize, augment, and prepare images and masks."""
 
+from uctrans.data.aperio import Annotation, fill_polygons, read_annotation
 from uctrans.data.boundary import boundary_target
 from uctrans.data.demo import write_demo_dataset
 from uctrans.data.errors import DataError
 from uctrans.data.files import Sample, find_development_samples, find_images, find_samples
 from uctrans.data.folds import load_folds, make_folds
 from uctrans.data.images import read_image, read_mask
-from uctrans.data.monuseg import Annotation, PreparedImage, fill_polygons, prepare_monuseg, read_annotation
+from uctrans.data.monuseg import PreparedImage, prepare_instances, prepare_monuseg
 from uctrans.data.native import NativeImages, load_native
 from uctrans.data.native_augmentation import NativeAugmentation
 from uctrans.data.palettes import colours_to_labels, labels_to_colours, parse_palette
@@ -37,6 +38,7 @@ __all__ = [
     "load_tensors",
     "make_folds",
     "parse_palette",
+    "prepare_instances",
     "prepare_monuseg",
     "read_annotation",
     "read_image",

@@ -1,7 +1,9 @@
 """The boundary-aware target: background, interior and border of every nucleus, computed from an instance map.
 
-Interior and border together are the nucleus, so the foreground is that of the binary mask. A border keeps nuclei apart
-that touch.
+Interior and border together are the nucleus, so the foreground is that of the instance map. Masks that were not made of
+the same outlines differ from it: on MoNuSeg those that come with the authors' split have a mean Dice of 0.938 with the
+filled XML outlines. Scores of masks and of nuclei (AJI, PQ) have two truths there. A border keeps nuclei apart that
+touch.
 """
 
 import numpy as np

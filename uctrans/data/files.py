@@ -10,6 +10,7 @@ Three layouts are understood::
 import os
 import random
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,8 +110,22 @@ def find_development_samples(
         if len(test) == len(samples):
             raise DataError(f"{root} has {len(samples)} images, all of them for testing: add images.")
         return [sample for sample in samples if sample.name not in test]
+    return _of_several_splits(root, ("train", "val"))
+
+
+def find_all_samples(root: str | os.PathLike) -> list[Sample]:
+    """All samples of a dataset folder, of whatever splits it has, sorted by name.
+
+    Raises:
+        DataError: as :func:`find_samples`, or a name that is in two splits.
+    """
+    folders = _split_folders(Path(root)) if Path(root).is_dir() else {}
+    return _of_several_splits(root, folders) if folders else find_samples(root)
+
+
+def _of_several_splits(root: str | os.PathLike, splits: Iterable[str]) -> list[Sample]:
     by_name: dict[str, Sample] = {}
-    for split in ("train", "val"):
+    for split in splits:
         for sample in find_samples(root, split):
             if sample.name in by_name:
                 raise DataError(f"{by_name[sample.name].image} and {sample.image} share a name: rename one.")

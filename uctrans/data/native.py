@@ -15,7 +15,7 @@ from uctrans.data.boundary import BOUNDARY_TARGET, boundary_target
 from uctrans.data.errors import DataError, shorten
 from uctrans.data.files import Sample
 from uctrans.data.images import decode_mask, read_image, warn_of_doubts
-from uctrans.data.instances import find_instances, read_instances
+from uctrans.data.instances import INSTANCES, find_instances, is_scattered, read_instances, warn_of_scattered
 from uctrans.data.tensors import refuse_missing
 
 MASK_TARGET = "mask"
@@ -50,8 +50,23 @@ class NativeImages:
         )
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole images and labels at ``index``, int64 (B,), all of one size: (B, 3, H, W) and (B, H, W) uint8."""
-        size = self.sizes[:, index[0]].tolist()
+        """Whole images and labels at ``index``, int64 (B,), all of one size: (B, 3, H, W) and (B, H, W) uint8.
+
+        Unlike crops, whole images wait for the device, which holds their sizes.
+
+        Raises:
+            DataError: the images differ in size.
+        """
+        size, *others = sizes = self.sizes.index_select(1, index).T.tolist()
+        if any(other != size for other in others):
+            images = [
+                f"{self.names[position]} ({height} x {width})"
+                for position, (height, width) in zip(index.tolist(), sizes, strict=True)
+            ]
+            raise DataError(
+                f"Images of different sizes are no batch: {shorten(images)} pixels (height x width). Take one at a "
+                "time, or crops."
+            )
         corner = torch.zeros_like(index)
         return self.crops(index, corner, corner, size)
 
@@ -115,11 +130,12 @@ def load_native(
         palette: colours of colour-coded masks, see :func:`uctrans.data.read_mask`.
         device: where the tensors live.
         target: "mask": the labels are those of the masks. "boundary": they are
-            :func:`uctrans.data.boundary_target` of the whole instance map in ``instances`` beside ``masks``.
+            :func:`uctrans.data.boundary_target` of the whole instance map in ``instances`` beside ``masks``, which is
+            held against the mask (see :func:`uctrans.data.instances.read_instances`).
 
     Raises:
         DataError: no samples, a sample without a mask or, for "boundary", without an instance map, an unknown target,
-            or a file that cannot be used.
+            an instance map of another image, or a file that cannot be used.
     """
     if target not in TARGETS:
         raise DataError(f"target={target!r}: choose one of {', '.join(TARGETS)}.")
@@ -127,25 +143,30 @@ def load_native(
     instance_maps = find_instances(samples) if target == BOUNDARY_TARGET else {}
     without = [sample.name for sample in samples if target == BOUNDARY_TARGET and sample.name not in instance_maps]
     if without:
-        folder = samples[0].mask.parent.parent / "instances"
+        folder = samples[0].mask.parent.parent / INSTANCES
         raise DataError(
             f"The target {BOUNDARY_TARGET} needs an instance map, one number a nucleus, for every image; none for "
-            f"{shorten(without)} in {folder}: put them there (uctrans prepare makes them), or train with target mask."
+            f"{shorten(without)} in {folder}: put them there (uctrans prepare monuseg makes them of outlines in XML), "
+            "or train with target mask."
         )
     pixels, labels, sizes = [], [], []
     paths_by_doubt: dict[str, list[str | os.PathLike]] = {}
+    scattered = []
     for sample in samples:
         image = read_image(sample.image)
+        label, doubt = decode_mask(sample.mask, classes, palette, image.shape[:2])
+        if doubt is not None:
+            paths_by_doubt.setdefault(doubt, []).append(sample.mask)
         if target == BOUNDARY_TARGET:
-            label = boundary_target(read_instances(instance_maps[sample.name], image.shape[:2]))
-        else:
-            label, doubt = decode_mask(sample.mask, classes, palette, image.shape[:2])
-            if doubt is not None:
-                paths_by_doubt.setdefault(doubt, []).append(sample.mask)
+            instances = read_instances(instance_maps[sample.name], label)
+            if is_scattered(instances):
+                scattered.append(instance_maps[sample.name])
+            label = boundary_target(instances)
         pixels.append(torch.from_numpy(np.array(image)).flatten(0, 1).T)
         labels.append(torch.from_numpy(label).flatten())
         sizes.append(image.shape[:2])
     warn_of_doubts(paths_by_doubt)
+    warn_of_scattered(scattered)
     counts = torch.tensor([len(label) for label in labels])
     return NativeImages(
         names=[sample.name for sample in samples],

@@ -84,8 +84,16 @@ class NativeAugmentation:
     def margin(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns beyond each side of a crop of ``size`` that the strongest warp may bring into it."""
         rotation, scale = (self.rotation, self.scale) if self.warp_probability > 0 else (0, 0)
-        reach = (1 + scale) * (math.hypot(*size) if rotation > 0 else max(size))
-        return tuple(max(math.ceil((reach - side) / 2), 0) for side in size)
+        # Quarter turns come on top, so what a rotated crop spans in one direction it may span in the other.
+        span = (1 + scale) * max(rotated_span(*size, rotation), rotated_span(*size[::-1], rotation))
+        return tuple(max(math.ceil((span - side) / 2), 0) for side in size)
+
+
+def rotated_span(along: float, across: float, rotation: float) -> float:
+    """Largest extent of a rectangle in the direction of its side ``along``, rotated by up to ``rotation`` degrees."""
+    widest = math.atan2(across, along)  # here the extent is the diagonal
+    angle = min(math.radians(rotation), widest)
+    return along * math.cos(angle) + across * math.sin(angle)
 
 
 def draw_warps(batch: int, strengths: NativeAugmentation, device: torch.device, generator: torch.Generator) -> Tensor:

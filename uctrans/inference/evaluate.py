@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from uctrans.data import Sample, find_samples, load_tensors, read_image, read_mask
-from uctrans.data.instances import find_instances, read_instances
+from uctrans.data.instances import check_truth, find_instances, read_instances
 from uctrans.extras import import_extra
 from uctrans.inference.evaluation_result import EvaluationResult
-from uctrans.inference.figures import ComparisonRow, choose_rows, comparison_figure
+from uctrans.inference.figures import ComparisonRow, InstanceRow, choose_rows, comparison_figure, instance_figure
 from uctrans.inference.files import (
     InferenceError,
     output_folder,
@@ -38,6 +38,7 @@ from uctrans.inference.predictor import Predictor, load_predictor, to_labels
 from uctrans.writing import written_atomically
 
 SIZES = ("protocol", "native")
+INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
 PROTOCOL_SETTINGS = ("name", "image_size", "channel_order")  # those that a score depends on
 WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
 
@@ -49,7 +50,7 @@ class EvaluateConfig:
     Args:
         model: Run folder, folder of save_pretrained, checkpoint (.pt), or a published .pth.tar.
         data: Folder of the data set, in any layout that uctrans.data.find_samples knows.
-        output: Folder for metrics.csv, summary.json and figure.png.
+        output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
         split: train, val or test.
         size: protocol scores at the protocol's size, image and mask resized its way (the published convention); native
             enlarges the probabilities to the mask's own size and scores there, against the mask as it is. For models
@@ -127,7 +128,7 @@ def _compare_at_native_size(
     for sample in samples:
         image = read_image(sample.image)
         truth = read_mask(sample.mask, classes, palette, shape=image.shape[:2])
-        true = read_instances(instance_maps[sample.name], image.shape[:2]) if sample.name in instance_maps else None
+        true = read_instances(instance_maps[sample.name], truth) if sample.name in instance_maps else None
         probabilities = predictor.probabilities_of_image(image)[None]
         labels = to_labels(mask_probabilities(predictor.model, probabilities), config.threshold)[0].cpu().numpy()
         predicted = None if true is None else instances_of(predictor.model, probabilities[0], labels, config)
@@ -147,6 +148,23 @@ def _row(compared: _Compared, classes: int, class_names: list[str], with_instanc
     if len(class_names) > 1:
         row |= {f"{key}_{name}": scores[key][i].item() for key in METRICS for i, name in enumerate(class_names)}
     return row
+
+
+def _choose_by_aji(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Positions of the rows whose nuclei are shown, and their ranks; none where no instance map was scored."""
+    scored = [position for position, row in enumerate(rows) if not math.isnan(row.get("aji", math.nan))]
+    chosen = choose_rows([rows[position]["aji"] for position in scored], INSTANCE_ROWS)
+    return [(scored[place], rank) for place, rank in chosen]
+
+
+def _comparison_row(compared: _Compared, scores: dict[str, Any], rank: str) -> ComparisonRow:
+    return ComparisonRow(compared.name, compared.image, compared.truth, compared.prediction, scores["dice"], rank)
+
+
+def _instance_row(compared: _Compared, scores: dict[str, Any], rank: str) -> InstanceRow:
+    return InstanceRow(
+        compared.name, compared.image, compared.true_instances, compared.predicted_instances, scores["aji"], rank
+    )
 
 
 def _foreground_names(metadata: dict[str, Any], classes: int) -> list[str]:
@@ -173,12 +191,14 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     deviation and count of every score, the settings, the model's metadata) and ``figure.png`` (image, truth, prediction
     and differences of the best, median and worst images). The scores are defined in `uctrans.inference.metrics`. At
     size native, instance maps beside the masks (see `uctrans.data.instances.find_instances`) bring those of
-    `uctrans.inference.instance_metrics`, for the images that have one.
+    `uctrans.inference.instance_metrics`, for the images that have one, and ``instances.png``: the image and the
+    outlines of true and predicted nuclei where AJI is best, median and worst. Masks and maps are all read and checked
+    before the first image is predicted then.
 
     Raises:
         InferenceError: A setting out of its range, or an evaluation in the output folder and ``overwrite`` not set.
         DataError: The data set cannot be read, has no masks, holds labels the model has no class for, or an instance
-            map that is none or of another size than its image.
+            map that is none or not that of its image.
         ModelFileError: ``config.model`` is no model file.
         ValueError: There is no such backend, or one is named and the model has none.
         NotImplementedError: The backend cannot run on the device.
@@ -194,7 +214,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     for package in ("matplotlib", "monai"):  # a missing one is told before the work, not after it
         import_extra(package, "training")
     folder = output_folder(config.output)
-    files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png")}
+    files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png", INSTANCE_PICTURE)}
     if not config.overwrite:
         refuse_existing(list(files.values()), "an evaluation")
     samples = find_samples(config.data, config.split)
@@ -218,22 +238,30 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     compare = _compare_at_native_size if is_native else _compare_at_protocol_size
     class_names = _foreground_names(model.metadata, classes)
     with_instances = bool(instance_maps) and is_native
+    if is_native:
+        check_truth(samples, instance_maps, classes, model.metadata.get("palette"))
     compared = compare(predictor, samples, config, instance_maps)
     compared = progress_bar(compared, len(samples), "evaluate", config.progress)
     rows = [_row(item, classes, class_names, with_instances) for item in compared]
 
     statistics = {key: mean_and_deviation([row[key] for row in rows]) for key in rows[0] if key != "name"}
     mean, deviation, count = ({key: values[i] for key, values in statistics.items()} for i in range(3))
-    chosen = choose_rows([row["dice"] for row in rows])
-    pictures = compare(predictor, [samples[position] for position, _ in chosen], config, {})
-    figure_rows = [
-        ComparisonRow(item.name, item.image, item.truth, item.prediction, rows[position]["dice"], rank)
-        for item, (position, rank) in zip(pictures, chosen, strict=True)
-    ]
+    by_dice = choose_rows([row["dice"] for row in rows])
+    by_aji = _choose_by_aji(rows)
+    shown = sorted({position for position, _ in (*by_dice, *by_aji)})
+    shown_maps = {rows[position]["name"]: instance_maps[rows[position]["name"]] for position, _ in by_aji}
+    again = compare(predictor, [samples[position] for position in shown], config, shown_maps)
+    pictures = dict(zip(shown, again, strict=True))
+    figure_rows = [_comparison_row(pictures[position], rows[position], rank) for position, rank in by_dice]
+    instance_rows = [_instance_row(pictures[position], rows[position], rank) for position, rank in by_aji]
     palette = model.metadata.get("palette")
     colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
     _write_csv(files["metrics.csv"], rows)
     comparison_figure(files["figure.png"], figure_rows, colours, class_names if classes > 1 else None)
+    if instance_rows:
+        instance_figure(files[INSTANCE_PICTURE], instance_rows)
+    else:  # one of the evaluation that is replaced would not be of these scores
+        files[INSTANCE_PICTURE].unlink(missing_ok=True)
     write_json(
         files["summary.json"],
         {

@@ -22,7 +22,8 @@ class EvaluationResult:
         deviation: Sample standard deviation over the images by score.
         count: Number of images with a defined score, by score.
         scored_at: The pixels that were counted, in words.
-        output: The folder that holds metrics.csv, summary.json and figure.png.
+        output: The folder that holds metrics.csv, summary.json, figure.png and, where instance maps were scored,
+            instances.png.
         unscored_instance_maps: Number of instance maps that lie beside the masks and belong to another size than that
             which was scored.
     """

@@ -1,4 +1,4 @@
-"""The comparison figure: one row an image; columns image, truth, prediction and differences."""
+"""Figures of an evaluation, one row an image: masks and their differences, and outlines of single nuclei."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,11 +6,14 @@ from typing import NamedTuple
 import numpy as np
 
 from uctrans.extras import import_extra
-from uctrans.inference.overlays import DIFFERENCES, colour_labels, differences
+from uctrans.inference.overlays import DIFFERENCES, PANEL_GAP, colour_labels, differences, instance_comparison
 from uctrans.writing import written_atomically
 
 COLUMNS = ("Image", "Truth", "Prediction", "Differences")
 PANEL_INCHES = 2.1
+INSTANCE_COLUMNS = ("Image", "True nuclei", "Predicted nuclei")
+INSTANCE_PANEL_INCHES = 5.0  # outlines are thin
+DPI = 150
 LABEL_INCHES, TITLE_INCHES, LEGEND_INCHES = 0.5, 0.45, 0.25
 LEGEND_COLUMNS = 4
 TITLE_LENGTH = 28
@@ -27,14 +30,25 @@ class ComparisonRow(NamedTuple):
     rank: str = ""
 
 
-def choose_rows(dice: list[float], count: int = 6) -> list[tuple[int, str]]:
-    """Which images to show: up to two each of the best, the median and the worst, best first.
+class InstanceRow(NamedTuple):
+    """One row of the figure of nuclei: uint8 image ``(H, W, 3)``, instance maps int ``(H, W)``, AJI in 0..1."""
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    aji: float
+    rank: str = ""
+
+
+def choose_rows(scores: list[float], count: int = 6) -> list[tuple[int, str]]:
+    """Which images to show: up to ``count / 3`` each of the best, the median and the worst, best first.
 
     Returns:
-        Pairs of position in ``dice`` and ``"best"``, ``"median"`` or ``"worst"``; with no more than ``count`` images
+        Pairs of position in ``scores`` and ``"best"``, ``"median"`` or ``"worst"``; with no more than ``count`` images
         all of them, ranked ``""`` where they are neither first, middle nor last.
     """
-    order = sorted(range(len(dice)), key=lambda position: -dice[position])
+    order = sorted(range(len(scores)), key=lambda position: -scores[position])
     if len(order) <= count:
         ranks = {len(order) // 2: "median", len(order) - 1: "worst", 0: "best"} if len(order) > 2 else {}
         return [(position, ranks.get(place, "")) for place, position in enumerate(order)]
@@ -49,6 +63,10 @@ def choose_rows(dice: list[float], count: int = 6) -> list[tuple[int, str]]:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= TITLE_LENGTH else f"{name[: TITLE_LENGTH - 1]}…"
+
+
+def _label(name: str, score: str, rank: str) -> str:
+    return f"{_shortened(name)}\n{score}" + (f" ({rank})" if rank else "")
 
 
 def comparison_figure(
@@ -83,8 +101,7 @@ def comparison_figure(
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_color("0.6")
-        label = [_shortened(row.name), f"Dice {row.dice:.3f}" + (f" ({row.rank})" if row.rank else "")]
-        row_axes[0].set_ylabel("\n".join(label), fontsize=8)
+        row_axes[0].set_ylabel(_label(row.name, f"Dice {row.dice:.3f}", row.rank), fontsize=8)
     for axis, title in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(title, fontsize=11)
     entries = [(name, colours[label]) for label, name in enumerate(class_names or (), start=1)]
@@ -101,4 +118,37 @@ def comparison_figure(
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     figure.set_figheight(row_inches * len(rows) + TITLE_INCHES + LEGEND_INCHES * len(lines))
     with written_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=DPI)
+
+
+def instance_figure(path: Path, rows: list[InstanceRow]) -> None:
+    """Write images beside the outlines of their true and predicted nuclei as a PNG, atomically.
+
+    Args:
+        path: Of the PNG.
+        rows: At least one, top to bottom.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: No row was given, or an image and a map of it differ in size.
+    """
+    if not rows:
+        raise ValueError("A figure of nuclei needs at least one row.")
+    pictures = [instance_comparison(row.image, row.prediction, row.truth) for row in rows]
+    figure_inches = INSTANCE_PANEL_INCHES * len(INSTANCE_COLUMNS)
+    heights = [figure_inches * picture.shape[0] / picture.shape[1] for picture in pictures]
+    figure = import_extra("matplotlib.figure", "training").Figure(layout="constrained")
+    figure.set_size_inches(figure_inches + LABEL_INCHES, sum(heights) + TITLE_INCHES)
+    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, row, picture in zip(axes, rows, pictures, strict=True):
+        axis.imshow(picture, interpolation="antialiased")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(_label(row.name, f"AJI {row.aji:.3f}", row.rank), fontsize=11)
+    width = rows[0].image.shape[1]
+    centres = [column * (width + PANEL_GAP) + width / 2 for column in range(len(INSTANCE_COLUMNS))]
+    axes[0].set_xticks(centres, INSTANCE_COLUMNS, fontsize=13)
+    axes[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=DPI)

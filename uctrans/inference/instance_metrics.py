@@ -11,10 +11,9 @@ one of them empty     0     0   nan     0     0
 no object matched         0   nan     0     0
 ================= ===== ===== ===== ===== =====
 
-SQ is the mean overlap of matched objects, so where there are none it is undefined (nan); `mean_scores` leaves it out.
+SQ is the mean overlap of matched objects, so where there are none it is undefined (nan) and left out of means.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ INSTANCE_METRICS = ("aji", "pq", "sq", "rq", "f1")
 
 
 class InstanceScores(NamedTuple):
-    """Scores of one image, or their mean, each in 0..1; nan where undefined.
+    """Scores of one image, each in 0..1; nan where undefined.
 
     Attributes:
         aji: Aggregated Jaccard index, see `aggregated_jaccard_index`.
@@ -186,10 +185,3 @@ def score_instances(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray)
     """All scores of one image at the cost of one; see `aggregated_jaccard_index` for the arguments and errors."""
     overlaps = _overlaps(prediction, truth)
     return InstanceScores(_aji(overlaps), *_panoptic_quality(overlaps), _f1(overlaps, MATCH_IOU))
-
-
-def mean_scores(scores: Iterable[InstanceScores]) -> InstanceScores:
-    """Mean of each score over images, undefined (nan) ones left out; nan where no image has the score."""
-    columns = np.array([*scores], dtype=np.float64).reshape(-1, len(INSTANCE_METRICS)).T
-    defined = [column[~np.isnan(column)] for column in columns]
-    return InstanceScores(*(float(column.mean()) if column.size else float("nan") for column in defined))

@@ -93,7 +93,9 @@ def differences(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def instance_overlay(image: np.ndarray, instances: np.ndarray) -> np.ndarray:
-    """The image with the outline of every nucleus inside its own pixels, nuclei that touch in different colours.
+    """The image with the outlines of its nuclei, each inside its own pixels, those that touch in different colours.
+
+    A nucleus too thin for the line keeps its innermost pixels without it, so one of a single pixel has no outline.
 
     Args:
         image: uint8 ``(H, W, 3)``.
@@ -113,7 +115,7 @@ def instance_overlay(image: np.ndarray, instances: np.ndarray) -> np.ndarray:
 
 
 def instance_comparison(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Two `instance_overlay` side by side: the truth on the left, the prediction on the right.
+    """The image, and beside it the `instance_overlay` of the truth and that of the prediction.
 
     Args:
         image: uint8 ``(H, W, 3)``.
@@ -121,10 +123,14 @@ def instance_comparison(image: np.ndarray, prediction: np.ndarray, truth: np.nda
         truth: Integer instance map ``(H, W)``.
 
     Returns:
-        uint8 ``(H, 2 W + PANEL_GAP, 3)``.
+        uint8 ``(H, 3 W + 2 PANEL_GAP, 3)``.
+
+    Raises:
+        ValueError: as `instance_overlay`.
     """
     gap = np.full((len(image), PANEL_GAP, 3), 255, dtype=np.uint8)
-    return np.concatenate([instance_overlay(image, truth), gap, instance_overlay(image, prediction)], axis=1)
+    panels = [image, gap, instance_overlay(image, truth), gap, instance_overlay(image, prediction)]
+    return np.concatenate(panels, axis=1)
 
 
 def _alternating(instances: np.ndarray) -> np.ndarray:

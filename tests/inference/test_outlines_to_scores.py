@@ -1,0 +1,146 @@
+"""From outlines in XML over instance maps to AJI and PQ, on made-up nuclei."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from skimage.io import imread, imsave
+
+from uctrans.data import DataError, boundary_target, fill_polygons, prepare_instances
+from uctrans.inference import EvaluateConfig, evaluate
+from uctrans.inference.instance_metrics import score_instances
+from uctrans.inference.instances import to_instances
+
+SIZE = 96
+
+
+def circle(row, column, radius):
+    """The outline of a nucleus, (vertices, 2) of (x, y)."""
+    angles = np.linspace(0, 2 * np.pi, 40)[:-1]
+    return np.stack([column + radius * np.cos(angles), row + radius * np.sin(angles)], axis=1)
+
+
+# Two nuclei that touch, one that the image cuts off, and one alone.
+OUTLINES = [circle(30, 20, 11), circle(30, 41, 11), circle(95, 60, 12), circle(60, 75, 9)]
+
+
+def write_image(folder, name, outlines=OUTLINES):
+    """An image that is bright in its nuclei, and its mask, a row lower than the outlines say."""
+    foreground = fill_polygons([outline + np.array([0, 1]) for outline in outlines], (SIZE, SIZE)) > 0
+    pixels = foreground * np.uint8(255)
+    for kind, content in (("images", pixels[..., None].repeat(3, -1)), ("masks", pixels)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        imsave(folder / kind / f"{name}.png", content, check_contrast=False)
+
+
+def write_annotation(path, outlines=OUTLINES):
+    vertices = ("".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in outline) for outline in outlines)
+    regions = "".join(f"<Region><Vertices>{inner}</Vertices></Region>" for inner in vertices)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<Annotations><Annotation><Regions>{regions}</Regions></Annotation></Annotations>")
+
+
+@pytest.fixture
+def split(tmp_path):
+    """A dataset that comes split; one of two training images, none for validation and the test image have outlines."""
+    for folder, name in (("train", "a"), ("train", "b"), ("val", "c"), ("test", "d")):
+        write_image(tmp_path / folder, name)
+    for name in ("b", "d"):
+        write_annotation(tmp_path / "annotations" / f"{name}.xml")
+    return tmp_path
+
+
+def content(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.*")}
+
+
+def test_outlines_become_scores(split, brightness_model, use_model, tmp_path):
+    before = content(split)
+    prepared = prepare_instances(split / "annotations", split)
+    assert [(item.name, item.nuclei) for item in prepared] == [("b", 4), ("d", 4)]
+    after = content(split)
+    assert before.items() <= after.items()  # masks above all
+    assert set(after) - set(before) == {"train/instances/b.png", "test/instances/d.png", "annotations.json"}
+    np.testing.assert_array_equal(imread(split / "test/instances/d.png"), fill_polygons(OUTLINES, (SIZE, SIZE)))
+
+    use_model(brightness_model(image_size=SIZE))
+    settings = {"device": "cpu", "progress": False, "size": "native"}
+    scores = evaluate(EvaluateConfig("model", str(split), str(tmp_path / "scores"), **settings))
+    assert scores.mean["dice"] == 1
+    # every nucleus is found, one row too low
+    assert 0.85 < scores.mean["aji"] < 0.95
+    assert scores.mean["rq"] == 1
+    assert (scores.output / "instances.png").is_file()
+
+
+def test_outlines_are_sorted_to_their_splits_or_refused(split):
+    write_annotation(split / "annotations" / "e.xml")
+    with pytest.raises(DataError, match=r"No image of the same stem in .* for the annotations e\.xml: add the images"):
+        prepare_instances(split / "annotations", split)
+    write_image(split / "val", "d")
+    with pytest.raises(DataError, match=r"images/d\.png and .*images/d\.png share a name"):
+        prepare_instances(split / "annotations" / "d.xml", split)
+    assert not list(split.rglob("instances"))
+
+
+def test_outlines_of_another_picture_of_the_same_name(split):
+    write_annotation(split / "annotations" / "d.xml", [outline[:, ::-1] for outline in OUTLINES])
+    with pytest.raises(DataError, match=r"d\.xml do not fit the mask .*test.masks.d\.png \(Dice 0\.\d\d, below 0\.5\)"):
+        prepare_instances(split / "annotations", split)
+    assert not list(split.rglob("instances"))
+
+
+def test_instance_maps_are_replaced_only_when_asked_and_masks_never(split):
+    prepare_instances(split / "annotations", split)
+    made = content(split)
+    with pytest.raises(DataError, match=r"3 of the files to write exist already: .*b\.png.*; masks stay as they are"):
+        prepare_instances(split / "annotations", split)
+    write_annotation(split / "annotations" / "d.xml", OUTLINES[:3])
+    prepare_instances(split / "annotations", split, overwrite=True)
+    changed = {name for name, inside in content(split).items() if inside != made[name]}
+    assert changed == {"annotations/d.xml", "test/instances/d.png", "annotations.json"}
+    imsave(split / "test/instances/d.tif", imread(split / "test/instances/d.png"), check_contrast=False)
+    (split / "test/instances/d.png").unlink()
+    with pytest.raises(DataError, match=r"no PNG files are there already: .*d\.tif\. Remove them first"):
+        prepare_instances(split / "annotations", split, overwrite=True)
+
+
+def test_a_flat_dataset_with_masks(tmp_path):
+    write_image(tmp_path, "a")
+    write_annotation(tmp_path / "a.xml")
+    mask = (tmp_path / "masks/a.png").read_bytes()
+    prepare_instances(tmp_path / "a.xml", tmp_path)
+    assert imread(tmp_path / "instances/a.png").max() == 4
+    assert (tmp_path / "masks/a.png").read_bytes() == mask
+
+
+def test_folders_without_masks(tmp_path):
+    write_image(tmp_path, "a")
+    write_annotation(tmp_path / "a.xml")
+    (tmp_path / "masks").rename(tmp_path / "labels")
+    with pytest.raises(DataError, match="has images and no masks: to have masks made of the outlines, give images"):
+        prepare_instances(tmp_path / "a.xml", tmp_path)
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        prepare_instances(tmp_path / "a.xml", tmp_path / "nowhere")
+
+
+def crowded_nuclei(seed, size=240, pitch=20):
+    """Uneven nuclei of about 60 to 500 pixels, most of which touch others or lie a little under them."""
+    generator = np.random.default_rng(seed)
+    angles = np.linspace(0, 2 * np.pi, 60)[:-1]
+    outlines = []
+    for place in np.ndindex(size // pitch, size // pitch):
+        row, column = (np.array(place) + 0.5) * pitch + generator.uniform(-3, 3, 2)
+        radius = generator.uniform(5, 12.5) * (1 + 0.1 * np.cos(3 * angles + generator.uniform(0, 6)))
+        outlines.append(np.stack([column + radius * np.cos(angles), row + radius * np.sin(angles)], axis=1))
+    return fill_polygons(outlines, (size, size)).astype(np.int32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_perfect_boundary_target_gives_the_nuclei_back(seed):
+    truth = crowded_nuclei(seed)
+    assert ndimage.label(truth)[1] < 0.6 * truth.max()  # they touch
+    target = boundary_target(truth)
+    one_hot = np.stack([(target == label).astype(np.float32) for label in range(3)])
+    scores = score_instances(to_instances(one_hot), truth)
+    assert min(scores.aji, scores.pq) > 0.99, scores
+    assert score_instances(to_instances((truth > 0).astype(np.float32)), truth).aji < 0.9  # which the mask does not
