@@ -17,6 +17,7 @@ import uctrans
 from uctrans.capture import CapturedForward, CudaRecorder
 from uctrans.data import Protocol, get_protocol
 from uctrans.inference.files import InferenceError
+from uctrans.inference.precision import keep_weights_cast
 from uctrans.kernels import resolve_backend
 from uctrans.layers.backend import layers_with_backend
 from uctrans.tiling import OVERLAP, tiled
@@ -260,4 +261,6 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
     if backend != "auto" or layers_with_backend(model):
         resolve_backend(backend, device)  # it raises here, and not in the midst of the images
         uctrans.set_backend(model, backend)
+    if settings.get("amp") == "bf16":
+        keep_weights_cast(model, torch.bfloat16)
     return Predictor(model, **settings)
