@@ -12,7 +12,6 @@ from typing import Any
 from uctrans.extras import import_extra
 from uctrans.writing import written_atomically
 
-OPERATOR = "operator"
 BAR_INCHES = 0.3
 MARGIN_INCHES = 1.2
 WIDTH_INCHES = 8.0

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plots import OPERATOR, Speedup, draw_roofline, draw_scaling, draw_speedups, scales
+from .plots import Speedup, draw_roofline, draw_scaling, draw_speedups, scales
 from .race import quartiles
-from .tables import machine, target_table, workload_of
+from .tables import OPERATOR, OWN, machine, ratio_of, target_table, workload_of
 
 FIGURES = "docs/figures"
 PAGE = "evidence.md"
@@ -73,13 +73,14 @@ def draw_cpu(records: Sequence[Found], root: Path) -> list[Path]:
 def draw_gpu(record: Found, root: Path) -> list[Path]:
     """Bars, roofline and scaling, each where the record has what it shows."""
     about = record.content["environment"]
-    infos = [line["info"] for line in _measured(record.content).values()]
-    raced = [info for info in infos if "ratio_quartiles" in info and info.get("candidate", OPERATOR) != OPERATOR]
-    bars = [
-        Speedup(f"{workload_of(info)}, {info.get('passes', '')}", info["candidate"], info["ratio"], tuple(spread))
-        for info in raced
-        if len(spread := info["ratio_quartiles"]) == 2 and _is_headline(info)
-    ]
+    lines = list(_measured(record.content).values())
+    infos = [line["info"] for line in lines]
+    bars = []
+    for line in lines:
+        info = line["info"]
+        if _is_headline(info) and info["candidate"] not in OWN:
+            what, spread = f"{line['group']}: {workload_of(info)}", tuple(info["ratio_quartiles"])
+            bars.append(Speedup(what, info["candidate"], info["ratio"], spread))
     written = []
     if bars:
         written.append(root / FIGURES / "speedup-gpu.svg")
@@ -89,7 +90,7 @@ def draw_gpu(record: Found, root: Path) -> list[Path]:
     if own and ceilings:
         written.append(root / FIGURES / "roofline-gpu.svg")
         draw_roofline(own, ceilings, f"Operators on an {about['device']} ({ceilings['source']})", written[-1])
-    both = [info for info in raced + own if info.get("passes") == "both" and _is_plain(info)]
+    both = [info for info in infos if info.get("passes") == "both" and _is_plain(info) and "median_seconds" in info]
     if scales(both):
         written.append(root / FIGURES / "scaling-gpu.svg")
         draw_scaling(both, f"Channel attention, forward and backward, on an {about['device']}", written[-1])
@@ -108,18 +109,19 @@ def gpu_block(record: Found, pictures: Sequence[Path], root: Path) -> str:
     counted = Counter(line["outcome"] for line in content["tests"] if line["part"] not in RECORDED_PARTS)
     if counted:
         parts.append("Tests on it: " + ", ".join(f"{number} {what}" for what, number in counted.items()) + ".")
-    tests = _measured(content)
-    parts.append(_headline_table([line["info"] for line in tests.values()], [line["group"] for line in tests.values()]))
-    if any("target" in line["info"] for line in tests.values()):
-        parts.append(target_table(tests.values()))
+    lines = list(_measured(content).values())
+    for is_network in (True, False):
+        parts.append(_headline_table([line for line in lines if ("model" in line["info"]) == is_network]))
+    if any("target" in line["info"] for line in lines):
+        parts.append(target_table(lines))
     parts += [f"![{TITLES[path.stem]}]({path.relative_to(root).as_posix()})" for path in pictures]
     return "\n\n".join(filter(None, parts))
 
 
-def _headline_table(infos: Sequence[dict[str, Any]], groups: Sequence[str]) -> str:
+def _headline_table(tests: Sequence[dict[str, Any]]) -> str:
     """One row a race that a claim is made of: the time of ours, and how many times as fast it is as each other."""
-    chosen = [(group, info) for group, info in zip(groups, infos, strict=True) if _is_headline(info)]
-    opponents = list(dict.fromkeys(info["candidate"] for _, info in chosen if info["candidate"] != OPERATOR))
+    chosen = [(line["group"], line["info"]) for line in tests if _is_headline(line["info"])]
+    opponents = list(dict.fromkeys(info["candidate"] for _, info in chosen if info["candidate"] not in OWN))
     if not opponents:
         return ""
     head = ["what", "images", "ours, ms", *(f"against {name}" for name in opponents)]
@@ -128,20 +130,18 @@ def _headline_table(infos: Sequence[dict[str, Any]], groups: Sequence[str]) -> s
         rows.setdefault((group, workload_of(info)), {})[info["candidate"]] = info
     lines = [head, ["---"] * len(head)]
     for (group, workload), candidates in rows.items():
-        own = [info["median_seconds"] for name, info in candidates.items() if name == OPERATOR]
+        own = [info["median_seconds"] for name, info in candidates.items() if name in OWN]
         own += [info["operator_median_seconds"] for info in candidates.values() if "operator_median_seconds" in info]
         cells = [group, workload, f"{own[0] * 1e3:.3f}" if own else "-"]
         for name in opponents:
-            info = candidates.get(name, {})
-            low_high = info.get("ratio_quartiles")
-            cells.append(f"{info['ratio']:.2f}x ({low_high[0]:.2f} to {low_high[1]:.2f})" if low_high else "-")
+            cells.append(ratio_of(candidates[name]) if name in candidates else "-")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def _is_headline(info: dict[str, Any]) -> bool:
     """Whether a claim is made of it: half precision at the published size, or a whole network."""
-    if "candidate" not in info or "median_seconds" not in info or "pixels" not in info:
+    if not {"candidate", "median_seconds", "pixels", "ratio_quartiles"} <= set(info):
         return False
     return "model" in info or (info["pixels"] == 224 and info.get("dtype") == "bfloat16" and not info.get("dropout_p"))
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .networks import OURS
 from .profile_step import profile_table
 
 MILLISECONDS = 1e3
 MICROSECONDS = 1e6
 MEBIBYTE = 2**20
 OPERATOR = "operator"
+OWN = (OPERATOR, OURS)  # what the others are compared with
 # What the plain table has in columns or words of their own.
 SHOWN = ("pixels", "batch", "dropout_p", "median_seconds", "ratio", "calls_a_sample", "tokens", "heads", "threads")
 BASELINES = ("reference compiled", "sdpa", "reference", "composed")
@@ -85,7 +87,7 @@ def _table_of(infos: list[dict[str, Any]]) -> Callable[[list[dict[str, Any]]], s
     def is_known(*names: str) -> bool:
         return all(name in info for info in infos for name in names)
 
-    if is_known("profile", "launches", "model", "backend", "pixels"):
+    if is_known("profile", "launches", "model", "backend", "dtype", "pixels"):
         return _profiles
     if is_known("peak_bytes", "candidate", "pixels"):
         return _memory_table
@@ -93,12 +95,16 @@ def _table_of(infos: list[dict[str, Any]]) -> Callable[[list[dict[str, Any]]], s
         return _baseline_table
     if is_known("candidate", "gflop", "gigabytes", "median_seconds", "pixels"):
         return _race_table
+    if is_known("model", "candidate", "median_seconds", "pixels"):
+        return _network_table
     return _plain_table
 
 
 def _profiles(infos: list[dict[str, Any]]) -> str:
     """One table a profiled step."""
-    return "\n\n".join(f"{workload_of(info)}, {info['backend']}\n\n{profile_table(info)}" for info in infos)
+    return "\n\n".join(
+        f"{workload_of(info)}, {info['dtype']}, {info['backend']}\n\n{profile_table(info)}" for info in infos
+    )
 
 
 def _plain_table(infos: list[dict[str, Any]]) -> str:
@@ -112,7 +118,7 @@ def _plain_table(infos: list[dict[str, Any]]) -> str:
         what = ", ".join([*words, *([workload_of(info)] if "pixels" in info else [])])
         seconds = f"{info['median_seconds'] * MILLISECONDS:.3f}" if "median_seconds" in info else "-"
         numbers = [f"{info[name]:.4g}" if _is_number(info.get(name)) else "-" for name in extra]
-        rows.append([what, seconds, _ratio_of(info), *numbers])
+        rows.append([what, seconds, ratio_of(info), *numbers])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -120,11 +126,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _ratio_of(info: dict[str, Any]) -> str:
+def ratio_of(info: dict[str, Any]) -> str:
+    """How many times as fast ours is: median of pairs and its quartiles."""
     if "ratio" not in info:
         return "-"
     spread = info.get("ratio_quartiles")
-    return f"{info['ratio']:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
+    return f"{info['ratio']:.2f}x" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
 
 
 def _baseline_table(infos: list[dict[str, Any]]) -> str:
@@ -156,6 +163,24 @@ def _race_table(infos: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _network_table(infos: list[dict[str, Any]]) -> str:
+    """One row a workload: the time of ours and the noise of its pairs, then every other candidate's time and ratio."""
+    by_workload: dict[str, dict[str, dict[str, Any]]] = {}
+    for info in infos:
+        by_workload.setdefault(workload_of(info), {})[info["candidate"]] = info
+    others = [name for name in dict.fromkeys(info["candidate"] for info in infos) if name != OURS]
+    head = ["workload", "ours, ms", "noise of pairs", *(f"{name}, ms" for name in others)]
+    rows = [head, ["---"] * len(head)]
+    for workload, candidates in by_workload.items():
+        own = candidates.get(OURS)
+        row = [workload, "-" if own is None else f"{own['median_seconds'] * MILLISECONDS:.3f}", _spread(own)]
+        for name in others:
+            info = candidates.get(name)
+            row.append("-" if info is None else f"{info['median_seconds'] * MILLISECONDS:.3f}, {ratio_of(info)}")
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _memory_table(infos: list[dict[str, Any]]) -> str:
     """One row a workload: peak of a forward and a backward pass, for each candidate."""
     candidates = list(dict.fromkeys(info["candidate"] for info in infos))
@@ -172,7 +197,7 @@ def target_table(tests: Iterable[dict[str, Any]]) -> str:
         info = line["info"]
         if "target" in info:
             of = {"peak memory": "share of the reference"}.get(line["group"], "share of the roofline")
-            of = of if info.get("candidate", OPERATOR) == OPERATOR else f"times as fast as {info['candidate']}"
+            of = of if info.get("candidate", OPERATOR) in OWN else f"times as fast as {info['candidate']}"
             verdict = "yes" if info["met"] else f"**no**, {info['target_value'] / info['target'] - 1:+.0%}"
             numbers = f"{info['target']:.2f} | {info['target_value']:.2f}"
             rows.append(f"| {line['group']} | {workload_of(info)} | {of} | {numbers} | {verdict} |")
@@ -204,11 +229,13 @@ def _device(environment: dict[str, Any]) -> str:
 
 
 def workload_of(info: dict[str, Any]) -> str:
-    """What a test worked on, in words."""
-    model = f"{info['model']}, " if "model" in info else ""
+    """What a test worked on, in words. Candidates of a network differ in dtype, so that it is not named there."""
+    sizes = f"{info.get('batch', '?')} x {info['pixels']}²"
+    if "model" in info:
+        return f"{info['model']}, {info.get('base_channels', '?')} base channels, {sizes}"
     dropout = f", dropout {info['dropout_p']:g}" if info.get("dropout_p") else ""
     detail = f", {info['detail']}" if "detail" in info else ""
-    return f"{model}{info.get('batch', '?')} x {info['pixels']}², {info.get('dtype', '?')}{dropout}{detail}"
+    return f"{sizes}, {info.get('dtype', '?')}{dropout}{detail}"
 
 
 def _times(info: dict[str, Any] | None) -> str:
