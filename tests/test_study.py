@@ -3,9 +3,13 @@
 import csv
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uctrans
 from uctrans import cli
+from uctrans.data import DataError
+from uctrans.data.instances import write_instances
 from uctrans.data.writing import write_png
 from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, cost, runs, study_models, study_skips
 from uctrans.study.cost import Cost
 from uctrans.study.report import Row, Table
-from uctrans.training import ConfigError, TrainConfig
+from uctrans.training import ConfigError, TrainConfig, TrainingError, load_checkpoint
 from uctrans.training import loop as training_loop
+from uctrans.training.checkpoint import save_checkpoint
 
 SIZE = 32
 MODELS = ("unet", "uctransnet")
@@ -221,6 +228,41 @@ def test_a_stopped_study_goes_on_and_ends_like_an_undisturbed_one(settings, tmp_
     assert results_of(tmp_path / "study") == results_of(undisturbed)
 
 
+def test_a_killed_study_goes_on_and_ends_like_an_undisturbed_one(settings, tmp_path, undisturbed):
+    script = """
+        import json, os, signal, sys
+        from uctrans.study import ModelStudyConfig, cost, study_models
+        from uctrans.training import loop
+
+        cost.WARM_UP_STEPS, cost.TIMED_STEPS = 1, 1
+        complete_epoch, epochs = loop.complete_epoch, []
+
+        def killed(run, *rest):
+            epochs.append(run.epoch)
+            if len(epochs) == 4:  # in the second epoch of the second run
+                os.kill(os.getpid(), signal.SIGKILL)
+            return complete_epoch(run, *rest)
+
+        loop.complete_epoch = killed
+        study_models(ModelStudyConfig(**json.loads(sys.argv[1])))
+    """
+    own = settings | {"output": str(tmp_path / "study")}
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), json.dumps(own)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=120,
+    )
+    assert process.returncode == -signal.SIGKILL
+    killed = tmp_path / "study" / "runs" / "uctransnet" / "seed_0"
+    assert load_checkpoint(killed / "last.pt")["epoch"] == 1
+    assert not (killed / "result.json").exists()
+    result = study_models(ModelStudyConfig(**own))
+    assert (result.finished, result.failed, result.total) == (4, 0, 4)
+    assert results_of(tmp_path / "study") == results_of(undisturbed)
+    assert not [path for path in (tmp_path / "study").rglob(".*") if path.is_file()], "temporary files are left"
+
+
 def test_a_trained_run_without_scores_is_only_scored(finished, undisturbed):
     run = Path(finished.run(finished.variants()[0], 1).output)
     before = (run / "metrics.csv").read_text()
@@ -259,19 +301,243 @@ def test_results_of_other_settings_are_refused(changes, named, finished, no_trai
 @pytest.mark.parametrize("kept", ["last.pt", "cost.json"])
 def test_an_unfinished_run_of_other_settings_is_refused(kept, finished, no_training):
     folder = Path(finished.output) / "runs"
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != kept:
+    for path in folder.glob("*/seed_*/*"):
+        if path.name != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if kept != "cost.json":
+        for path in folder.glob("*/cost.json"):
             path.unlink()
     with pytest.raises(StudyError, match=r"weight_decay: 0\.0 -> 0\.1"):
         study_models(replace(finished, weight_decay=0.1))
 
 
-@pytest.mark.parametrize("content", ['{"scores"', "[]", "{}"])
-def test_a_damaged_result_is_named(content, finished, no_training):
-    path = Path(finished.run(finished.variants()[0], 0).output) / "result.json"
-    path.write_text(content)
-    with pytest.raises(StudyError, match=r"unet/seed_0/result\.json: .*delete it"):
+def test_settings_that_change_no_result_may_change(finished, no_training, undisturbed):
+    changes = {"device": "auto", "threads": 2, "graph": False, "compile": True, "save_minutes": 0, "progress": True}
+    result = study_models(replace(finished, **changes))
+    assert table_of(result.output) == table_of(undisturbed)
+    assert "on cpu, 1 thread." in result.table.markdown(), "the time is of the device it was measured on"
+
+
+def test_results_from_before_there_was_a_setting_count(finished, no_training, undisturbed):
+    folder = Path(finished.output) / "runs"
+    for path in folder.glob("*/cost.json"):
+        content = json.loads(path.read_text())
+        del content["settings"]["ema_decay"]
+        path.write_text(json.dumps(content))
+    for path in folder.glob("*/*/config.yaml"):
+        path.write_text(path.read_text().replace("ema_decay: 0.0\n", ""))
+    checkpoint = load_checkpoint(folder / "unet" / "seed_0" / "last.pt")
+    del checkpoint["train_config"]["ema_decay"]
+    save_checkpoint(folder / "unet" / "seed_0" / "last.pt", checkpoint)
+    (folder / "unet" / "seed_0" / "config.yaml").unlink()
+    assert table_of(study_models(finished).output) == table_of(undisturbed)
+    with pytest.raises(StudyError, match=r"ema_decay: 0\.0 -> 0\.5"):
+        study_models(replace(finished, ema_decay=0.5))
+
+
+def test_the_data_may_move_but_not_change(finished, data, tmp_path, undisturbed):
+    shutil.copytree(data, tmp_path / "moved")
+    moved = replace(finished, data=str(tmp_path / "moved"))
+    run = Path(finished.output) / "runs" / "unet" / "seed_1"
+    before = (run / "metrics.csv").read_text()
+    (run / "result.json").unlink()  # a run that goes on, as last.pt says, with the data in their former place
+    study_models(moved)
+    assert (run / "metrics.csv").read_text() == before
+    assert results_of(Path(finished.output)) == results_of(undisturbed)
+
+    mask = tmp_path / "moved" / "train" / "masks" / "train0.png"
+    write_png(mask, np.eye(SIZE, dtype=np.uint8))
+    with pytest.raises(StudyError, match=r"data: its images or masks are not those .* name another output folder"):
+        study_models(moved)
+    (Path(finished.output) / "study.json").write_text('{"study": "models"}')  # begun before images were compared
+    with pytest.raises(StudyError, match=r"data: '.*squares0' -> '.*moved'"):
+        study_models(moved)
+
+
+RESULT_OF_ANOTHER_KIND = '{"scores": {}, "scored": {}, "seconds": 1, "variant": "unet", "seed": 0, "images": 2, "epochs": 2, "scored_at": "", "best_epoch": 1, "stopped_by": ""}'  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("runs/unet/seed_0/result.json", '{"scores"'),
+        ("runs/unet/seed_0/result.json", "[]"),
+        ("runs/unet/seed_0/result.json", "{}"),
+        ("runs/unet/seed_0/result.json", RESULT_OF_ANOTHER_KIND),
+        ("runs/unet/seed_0/result.json", RESULT_OF_ANOTHER_KIND.replace("{}", '{"dice": "high", "iou": 0.5}', 1)),
+        ("runs/unet/cost.json", "{"),
+        ("runs/unet/cost.json", '{"settings": {}, "cost": {}}'),
+        ("runs/unet/cost.json", '{"settings": [], "cost": {}}'),
+        ("runs/unet/cost.json", '{"settings": {}, "cost": null}'),
+    ],
+)
+def test_a_damaged_file_is_named(name, content, finished, no_training):
+    (Path(finished.output) / name).write_text(content)
+    with pytest.raises(StudyError, match=rf"{name}: is damaged .*delete it, and the same command makes it anew"):
         study_models(finished)
+
+
+@pytest.mark.parametrize("content", ['{"study"', '{"study": 3}'])
+def test_a_damaged_marker_is_mended_as_the_message_says(content, finished, no_training):
+    marker = Path(finished.output) / "study.json"
+    marker.write_text(content)
+    with pytest.raises(StudyError, match=r"study\.json: is damaged; write") as refused:
+        study_models(finished)
+    marker.write_text(str(refused.value).partition("write ")[2].partition(" into")[0])
+    assert study_models(finished).finished == 4
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "finding"),
+    [(truncate, r"its last\.pt cannot be used"), (Path.unlink, r"last\.pt is lost")],
+)
+def test_a_run_beyond_repair_is_told_before_anything_is_trained(damage, finding, finished, no_training):
+    run = Path(finished.output) / "runs" / "uctransnet" / "seed_1"
+    (run / "result.json").unlink()
+    damage(run / "last.pt")
+    with pytest.raises(StudyError, match=rf"uctransnet/seed_1.*{finding}; delete the folder {run}, and the same"):
+        study_models(finished)
+
+
+def test_a_damaged_configuration_of_a_finished_run_is_named(finished, no_training):
+    file = Path(finished.output) / "runs" / "unet" / "seed_0" / "config.yaml"
+    file.write_text("data: data\noutput: out\nepochs: many")
+    with pytest.raises(StudyError, match=rf"{file}: is damaged \(epochs: .*delete it"):
+        study_models(finished)
+    file.unlink()
+    assert study_models(finished).finished == 4
+
+
+def test_a_run_whose_best_weights_are_damaged_is_named(finished):
+    run = Path(finished.output) / "runs" / "unet" / "seed_0"
+    (run / "result.json").unlink()
+    truncate(run / "best" / "model.safetensors")
+    with pytest.raises(StudyError, match=rf"{run}: its best weights cannot be read; delete the folder {run}"):
+        study_models(finished)
+
+
+def nan_in_training(forward):
+    return lambda self, image: forward(self, image) * (math.nan if self.training else 1)
+
+
+def test_a_run_that_diverges_fails_alone(finished, undisturbed, monkeypatch, capsys):
+    runs_folder = Path(finished.output) / "runs"
+    shutil.rmtree(runs_folder / "unet" / "seed_1")
+    (runs_folder / "uctransnet" / "seed_1" / "result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(uctrans.UNet, "forward", nan_in_training(uctrans.UNet.forward))
+        result = study_models(finished)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert lines[2].startswith("run 3 of 4: unet, seed 1: failed, epoch 1, step 1: the loss is not finite")
+    assert f"to try it again, delete {runs_folder / 'unet' / 'seed_1'}" in lines[2]
+    assert lines[3].startswith("run 4 of 4: uctransnet, seed 1: Dice")
+    assert (result.finished, result.failed, result.total) == (3, 1, 4)
+    row, other = table_of(Path(finished.output)).values()
+    assert (row["runs"], row["seeds"], row["failed_seeds"], row["dice_deviation"]) == ("1", "0", "1", "")
+    assert (other["runs"], other["seeds"], other["failed_seeds"]) == ("2", "0 1", "")
+    assert float(row["dice_mean"]) == results_of(undisturbed)["unet", 0]["dice"]
+    text = result.table.markdown()
+    assert "| single run of 2 |" in text
+    assert "Failed, in no score: unet, seed 1: epoch 1, step 1: the loss is not finite" in text
+
+    with monkeypatch.context() as patch:  # the same command does not try it again
+        patch.setattr(runs, "train", None)
+        study_models(finished)
+    assert "unet, seed 1: failed before, epoch 1" in capsys.readouterr().out
+
+    shutil.rmtree(runs_folder / "unet" / "seed_1")  # unless its folder is deleted
+    study_models(finished)
+    assert results_of(Path(finished.output)) == results_of(undisturbed)
+
+
+def test_a_study_of_which_every_run_fails_says_so(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(uctrans.UNet, "forward", nan_in_training(uctrans.UNet.forward))
+    monkeypatch.setattr(runs, "measure", lambda config: Cost(1, 1, 1.0, None, "cpu"))
+    config = ModelStudyConfig(**settings | {"models": ("unet",), "model_options": {}}, output=str(tmp_path / "study"))
+    with pytest.raises(StudyError, match="all runs failed, the first, unet, seed 0: epoch 1, step 1: the loss"):
+        study_models(config)
+
+
+def test_a_full_disk_stops_the_study_and_fails_no_run(finished, monkeypatch):
+    run = Path(finished.output) / "runs" / "unet" / "seed_0"
+    (run / "result.json").unlink()
+
+    def train(config):
+        raise TrainingError("metrics.csv: cannot be written") from OSError("no space")
+
+    monkeypatch.setattr(runs, "train", train)
+    with pytest.raises(TrainingError, match="cannot be written"):
+        study_models(finished)
+    assert not (run / "failed.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("images/test1.png", b"", "test1.png cannot be read"),
+        ("masks/test1.png", np.zeros((SIZE, SIZE + 1), np.uint8), "test1.png is 32 x 33 pixels"),
+        ("instances/test1.png", np.ones((SIZE + 1, SIZE), np.int32), "instance map .*test1.png is 33 x 32 pixels"),
+    ],
+)
+def test_bad_test_data_are_told_before_anything_is_trained(
+    file, content, message, settings, data, tmp_path, no_training
+):
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / "test" / file
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif "instances" in file:
+        write_instances(path, content)
+    else:
+        write_png(path, content)
+    own = settings | {"data": str(tmp_path / "data"), "score_size": "native"}
+    with pytest.raises(DataError, match=message):
+        study_models(ModelStudyConfig(**own, output=str(tmp_path / "study")))
+    assert not (tmp_path / "study").exists()
+    if "instances" in file:  # at the protocol's size it is not scored
+        with pytest.raises(AssertionError, match="something was trained"):
+            study_models(ModelStudyConfig(**own | {"score_size": "protocol"}, output=str(tmp_path / "study")))
+
+
+def test_the_table_says_over_how_many_images_the_instance_scores_go(settings, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    mask = uctrans.data.read_mask(data / "test" / "masks" / "test0.png")
+    write_instances(tmp_path / "data" / "test" / "instances" / "test0.png", mask.astype(np.int32))
+    own = settings | {"data": str(tmp_path / "data"), "score_size": "native", "epochs": 1, "models": ("unet",)}
+    config = ModelStudyConfig(**own | {"seeds": 1, "model_options": {}}, output=str(tmp_path / "study"))
+    result = study_models(config)
+    assert "aji" in result.table.scores
+    remark = "AJI and PQ: each run's is the mean over the test images with an instance map, {}."
+    assert remark.format("1 of 2") in result.table.markdown()
+    path = tmp_path / "study" / "runs" / "unet" / "seed_0" / "result.json"
+    content = json.loads(path.read_text())
+    assert content.pop("counts")["aji"] == 1
+    path.write_text(json.dumps(content))
+    assert remark.format("their number was not kept") in study_models(config).table.markdown()
+    content["counts"] = {"dice": 2, "iou": 2, "aji": 2, "pq": 2}
+    path.write_text(json.dumps(content))
+    assert "AJI and PQ:" not in study_models(config).table.markdown()
+
+
+@pytest.mark.parametrize(
+    ("study", "config", "message"),
+    [
+        (study_skips, SkipStudyConfig, "unet has no num_layers"),
+        (study_models, ModelStudyConfig, "dual_branch_uctransnet cannot be built"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_told_before_anything_is_written(
+    study, config, message, settings, tmp_path, no_training
+):
+    own = {name: value for name, value in settings.items() if name != "models"}
+    own["model_options"] = {"num_layers": 1} if study is study_skips else {"depths": [9, 9, 9, 9]}
+    with pytest.raises(ConfigError, match=message):
+        study(config(**own, output=str(tmp_path / "study")))
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_folder_of_something_else_is_refused(finished, settings, tmp_path, no_training):
@@ -304,6 +570,8 @@ def test_a_folder_of_something_else_is_refused(finished, settings, tmp_path, no_
         ("--cross-validation monuseg --folds monuseg --fold 0", "leave out folds and fold"),
         ("--model-options {\"layers\":2}", "none of unet, uctransnet, dual_branch_uctransnet takes layers"),
         ("--epochs 0", "epochs: 0 is too small"),
+        ("--device cuda:99", "device: cuda:99 is not there"),
+        ("--models UNet", "models: unknown model 'UNet'; did you mean 'unet'?"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_is_trained(words, message, data, tmp_path, no_training, capsys):
@@ -410,6 +678,34 @@ def test_the_table_of_a_gpu():
     assert "the most PyTorch held on the GPU" in text
     without = replace(rows[1], scores={"dice": [0.8] * 3, "iou": [0.7] * 3})
     assert "AJI" not in Table([rows[0], without], "", "", (224, 224)).markdown()
+
+
+def test_the_table_of_failed_runs_and_several_devices(tmp_path):
+    """A network without a run has no scores and no bar; times of different devices are told apart."""
+    on_gpu = Cost(1_000_000, 2_000_000_000, 0.01, 2**30, "NVIDIA H200")
+    scores = {"dice": [0.7, 0.8], "iou": [0.5, 0.6]}
+    rows = [
+        Row("unet", "unet", [0, 2], scores, on_gpu, {1: "epoch 3"}),
+        Row("other", "uctransnet", [], {}, replace(on_gpu, device="cpu, 1 thread", peak_memory=None), {0: "epoch 1"}),
+    ]
+    table = Table(rows, "the 14 test images", "batch 4, bf16", (224, 224))
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.markdown().splitlines()]
+    assert cells[2][1:5] == ["unet", "2 of 3", "0.7500 ± 0.0707", "0.5500 ± 0.0707"]
+    assert cells[3][1:5] == ["other", "0 of 1", "n/a", "n/a"]
+    assert "Failed, in no score: unet, seed 1: epoch 3; other, seed 0: epoch 1." in table.markdown()
+    assert "do not compare: unet on NVIDIA H200; other on cpu, 1 thread." in table.markdown()
+    assert "n/a on a CPU" in table.markdown()
+    assert "the most PyTorch held on the GPU" in table.markdown()
+    table.write_csv(tmp_path / "table.csv")
+    assert table_of(tmp_path)["other"]["dice_mean"] == ""
+    table.draw(tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_the_cost_says_what_is_unusual_about_it(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    config = ModelStudyConfig(**settings, output=str(tmp_path / "study"), compile=True)
+    assert cost.measure(config.run(config.variants()[0], 0)).device == "cpu, 1 thread, compiled"
 
 
 @pytest.mark.gpu

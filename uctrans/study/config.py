@@ -1,4 +1,4 @@
-"""What a study compares, over which seeds, and the training configuration of each of its runs."""
+"""What a study compares, over which seeds, and its runs with the training configuration of each."""
 
 import dataclasses
 import inspect
@@ -33,6 +33,20 @@ class Variant:
     name: str
     model: str
     options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training of a study: of a variant, with a seed."""
+
+    variant: Variant
+    seed: int
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return Path(self.config.output)
 
 
 @dataclass
@@ -90,6 +104,12 @@ class StudyConfig(TrainConfig, ABC):
     @abstractmethod
     def variants(self) -> list[Variant]:
         """What the study compares, in the order of the table."""
+
+    def plan(self) -> list[PlannedRun]:
+        """The runs, seed by seed: where a study is stopped, its networks have had about the same number of runs."""
+        return [
+            PlannedRun(variant, seed, self.run(variant, seed)) for seed in self.seed_list for variant in self.variants()
+        ]
 
     def run(self, variant: Variant, seed: int) -> TrainConfig:
         """The training of one variant with one seed."""

@@ -28,7 +28,7 @@ class Cost:
         seconds_a_step: median over ``TIMED_STEPS`` training steps.
         peak_memory: bytes PyTorch held at most on the GPU in these steps, data set included; None on a CPU, where
             PyTorch keeps no count and the size of the process would tell of everything it ever did.
-        device: what it was measured on.
+        device: what it was measured on, and how where that is not as usual there.
     """
 
     parameters: int
@@ -76,9 +76,11 @@ def measure(config: TrainConfig) -> Cost:
         seconds = [_seconds(run, batch) for _ in range(WARM_UP_STEPS + TIMED_STEPS)][WARM_UP_STEPS:]
         peak_memory = torch.cuda.max_memory_allocated(group.device) if is_cuda else None
         device = torch.cuda.get_device_name(group.device) if is_cuda else str(group.device)
+        device += ", no CUDA graphs" if is_cuda and run.obstacle_to_capture is not None else ""
     if not is_cuda:
         threads = torch.get_num_threads()
         device += f", {threads} thread{'s' if threads > 1 else ''}"
+    device += ", compiled" if config.compile else ""
     return Cost(parameters, flop, statistics.median(seconds), peak_memory, device)
 
 

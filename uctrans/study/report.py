@@ -1,7 +1,7 @@
 """The table of a study, as CSV and Markdown, and its bar chart."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ class Row:
     Attributes:
         variant: its name.
         model: registry name of the network.
-        seeds: of its runs.
-        scores: for each score the mean over the test images, one number a run.
+        seeds: of the runs that count.
+        scores: for each score the mean over the test images, one number for each run that counts.
         cost: of the network.
+        failed: why the training of other seeds diverged; these runs have no scores.
     """
 
     variant: str
@@ -32,33 +33,42 @@ class Row:
     seeds: list[int]
     scores: dict[str, list[float]]
     cost: Cost
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows, and in words what the scores are of and how a step was timed."""
+    """The rows, at least one of them with scores, and in words what these are of and how a step was timed."""
 
     rows: list[Row]
     scored_on: str
     step: str
     image_size: tuple[int, int]
+    remark: str = ""
 
     @property
     def scores(self) -> list[str]:
         """Dice and IoU, and the scores of instances where every run has them."""
-        everywhere = set.intersection(*(set(row.scores) for row in self.rows))
+        everywhere = set.intersection(*(set(row.scores) for row in self.rows if row.seeds))
         return [name for name in TITLES if name in ALWAYS or name in everywhere]
 
     def records(self) -> list[dict[str, Any]]:
-        """One mapping a row, numbers in full: scores 0..1, deviations of samples (None for a single run), bytes."""
+        """One mapping a row, numbers in full: scores 0..1, deviations of samples, bytes; None where there is none.
+
+        There is no mean without a run, and no deviation with less than two.
+        """
         return [self._record(row) for row in self.rows]
 
     def _record(self, row: Row) -> dict[str, Any]:
-        record = {"variant": row.variant, "model": row.model, "runs": len(row.seeds)}
-        record["seeds"] = " ".join(map(str, row.seeds))
+        runs = len(row.seeds)
+        record = {"variant": row.variant, "model": row.model, "runs": runs, "seeds": " ".join(map(str, row.seeds))}
+        record["failed_seeds"] = " ".join(map(str, row.failed))
         for name in self.scores:
-            mean, deviation, _ = mean_and_deviation(row.scores[name])
-            record |= {f"{name}_mean": mean, f"{name}_deviation": None if len(row.seeds) == 1 else deviation}
+            mean, deviation, _ = mean_and_deviation(row.scores.get(name, []))
+            record |= {
+                f"{name}_mean": mean if runs else None,
+                f"{name}_deviation": deviation if runs > 1 else None,
+            }
         return record | {
             "parameters": row.cost.parameters,
             "gflop": row.cost.flop / 1e9,
@@ -71,7 +81,7 @@ class Table:
         """The table in Markdown, with a note on what its columns are."""
         titles = [TITLES[name] for name in self.scores]
         lines = [["variant", "runs", *titles, "parameters (M)", "GFLOP", "s/step", "peak memory (GiB)"]]
-        lines += [self._cells(record) for record in self.records()]
+        lines += [self._cells(row, record) for row, record in zip(self.rows, self.records(), strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
         table = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines]
@@ -79,15 +89,12 @@ class Table:
             table[number] = table[number].replace(line[0].rjust(widths[0]), line[0].ljust(widths[0]), 1)
         return "\n".join([*table, "", *self._notes()])
 
-    def _cells(self, record: dict[str, Any]) -> list[str]:
-        is_single, memory = record["runs"] == 1, record["peak_memory_bytes"]
+    def _cells(self, row: Row, record: dict[str, Any]) -> list[str]:
+        runs, memory = record["runs"], record["peak_memory_bytes"]
         return [
             record["variant"],
-            SINGLE_RUN if is_single else str(record["runs"]),
-            *(
-                f"{record[f'{name}_mean']:.4f}" + ("" if is_single else f" ± {record[f'{name}_deviation']:.4f}")
-                for name in self.scores
-            ),
+            (SINGLE_RUN if runs == 1 else str(runs)) + (f" of {runs + len(row.failed)}" if row.failed else ""),
+            *(_score_cell(record[f"{name}_mean"], record[f"{name}_deviation"]) for name in self.scores),
             f"{record['parameters'] / 1e6:.3f}",
             f"{record['gflop']:.3g}" if record["gflop"] < 10 else f"{record['gflop']:.1f}",
             f"{record['seconds_a_step']:.3g}",
@@ -95,23 +102,36 @@ class Table:
         ]
 
     def _notes(self) -> list[str]:
-        devices = "; ".join(dict.fromkeys(row.cost.device for row in self.rows))
         height, width = self.image_size
         spread = (
-            "a single run each, which has no deviation"
-            if all(len(row.seeds) == 1 for row in self.rows)
-            else "mean ± sample standard deviation over the seeds"
+            "mean ± sample standard deviation over the seeds"
+            if any(len(row.seeds) > 1 for row in self.rows)
+            else "a single run each, which has no deviation"
         )
-        notes = [
+        failed = [f"{row.variant}, seed {seed}: {reason}" for row in self.rows for seed, reason in row.failed.items()]
+        return [
             f"Scores: {spread}; each run's is the mean over {self.scored_on}.",
+            *([self.remark] if self.remark else []),
+            *([f"Failed, in no score: {'; '.join(failed)}."] if failed else []),
             f"GFLOP: forward pass of one image of {height} x {width} pixels, by PyTorch's FlopCounterMode.",
-            f"s/step: median of {TIMED_STEPS} training steps, {self.step}, on {devices}.",
+            f"s/step: median of {TIMED_STEPS} training steps, {self.step}, {self._measured_on()}.",
+            *self._notes_on_memory(),
         ]
-        if any(row.cost.peak_memory is None for row in self.rows):
-            notes.append("Peak memory: n/a on a CPU, where PyTorch keeps no count.")
-        else:
-            notes.append("Peak memory: the most PyTorch held on the GPU in these steps, data set included.")
-        return notes
+
+    def _measured_on(self) -> str:
+        devices = {row.cost.device for row in self.rows}
+        if len(devices) == 1:
+            return f"on {devices.pop()}"
+        each = "; ".join(f"{row.variant} on {row.cost.device}" for row in self.rows)
+        return f"measured on different devices, so they do not compare: {each}"
+
+    def _notes_on_memory(self) -> list[str]:
+        has_memory = {row.cost.peak_memory is not None for row in self.rows}
+        notes = {
+            False: "Peak memory: n/a on a CPU, where PyTorch keeps no count.",
+            True: "Peak memory: the most PyTorch held on the GPU in these steps, data set included.",
+        }
+        return [note for kind, note in notes.items() if kind in has_memory]
 
     def write_csv(self, path: Path) -> None:
         """Write the records, atomically; what does not exist is left empty."""
@@ -133,24 +153,39 @@ class Table:
         figure = import_extra("matplotlib.figure", "training").Figure(layout="constrained")
         figure.set_size_inches(max(4.0, 1.5 + 0.6 * len(records)) * len(scores), 4.5)
         for axis, name in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
-            axis.bar(positions, [record[f"{name}_mean"] for record in records], color="tab:blue", alpha=0.6)
+            means = [record[f"{name}_mean"] or 0.0 for record in records]  # no bar where every run failed
+            axis.bar(positions, means, color="tab:blue", alpha=0.6)
             spread = [at for at in positions if records[at][f"{name}_deviation"] is not None]
             axis.errorbar(
                 spread,
-                [records[at][f"{name}_mean"] for at in spread],
+                [means[at] for at in spread],
                 [records[at][f"{name}_deviation"] for at in spread],
                 fmt="none",
                 ecolor="black",
                 capsize=4,
             )
-            points = [(at, value) for at in positions for value in self.rows[at].scores[name]]
+            points = [(at, value) for at in positions for value in self.rows[at].scores.get(name, [])]
             axis.plot(*zip(*points, strict=True), ".", color="tab:orange", markersize=5)
             axis.set_xticks(list(positions), [record["variant"] for record in records], rotation=45, ha="right")
             axis.set(ylabel=TITLES[name], ylim=(0, None))
             axis.grid(axis="y", alpha=0.3)
-        runs = records[0]["runs"]
+        runs = [record["runs"] for record in records]
         figure.suptitle(
-            f"A {SINGLE_RUN} each" if runs == 1 else f"Mean and standard deviation over {runs} runs (points)"
+            f"A {SINGLE_RUN} each"
+            if max(runs) == 1
+            else f"Mean and standard deviation over {between(runs)} runs (points)"
         )
         with written_atomically(path) as temporary:
             figure.savefig(temporary, dpi=150)
+
+
+def between(numbers: list[int]) -> str:
+    """The smallest and the largest of some numbers in words, or the one number that all are."""
+    lowest, highest = min(numbers), max(numbers)
+    return str(lowest) if lowest == highest else f"{lowest} to {highest}"
+
+
+def _score_cell(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return "n/a"
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"

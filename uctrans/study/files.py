@@ -1,0 +1,168 @@
+"""The files of a study beside its run folders, and how they are read again.
+
+    OUTPUT/study.json                       which study this is, and of which images
+    OUTPUT/table.csv  table.md  chart.png   written at the end
+    OUTPUT/runs/VARIANT/cost.json           parameters, operations, time and memory of a training step
+    OUTPUT/runs/VARIANT/seed_N/             a run folder of uctrans train, beside it
+                        test/               the evaluation of its best weights on the test images
+                        result.json         the mean scores; there once the run is finished
+                        failed.json         in its place where training diverged: why
+
+A damaged file is named with the remedy.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from uctrans.inference.files import write_json
+from uctrans.study.config import StudyError
+from uctrans.study.cost import Cost
+from uctrans.study.report import ALWAYS
+
+MARKER, RESULT, FAILURE, COST = "study.json", "result.json", "failed.json", "cost.json"
+TABLE, MARKDOWN, CHART = "table.csv", "table.md", "chart.png"
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What says that a folder holds a study.
+
+    Attributes:
+        study: its kind, models or skips.
+        images: fingerprint of its images, see `uctrans.study.checks.fingerprint`; None of a study begun before it was
+            kept.
+    """
+
+    study: str
+    images: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        variant: which network.
+        seed: of the run.
+        scores: mean over the test images by score; None where it is defined for none.
+        images: number of test images.
+        scored_at: the pixels that were counted, in words.
+        scored: the settings of scoring.
+        best_epoch: the epoch whose weights were scored.
+        epochs: complete epochs.
+        stopped_by: what ended the training.
+        seconds: of training and scoring.
+        counts: test images over which each mean goes; empty of a run that was scored before they were kept.
+    """
+
+    variant: str
+    seed: int
+    scores: dict[str, float | None]
+    images: int
+    scored_at: str
+    scored: dict[str, str]
+    best_epoch: int
+    epochs: int
+    stopped_by: str
+    seconds: float
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ALWAYS:
+            if self.scores.get(name) is None:
+                raise ValueError(f"scores lack {name}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no scores: its training diverged.
+
+    Attributes:
+        variant: which network.
+        seed: of the run.
+        reason: what training said.
+    """
+
+    variant: str
+    seed: int
+    reason: str
+
+    @property
+    def finding(self) -> str:
+        """The reason without the advice after it, which is for a run on its own."""
+        return self.reason.partition(";")[0]
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """A cost, and the settings of the run that it was measured with."""
+
+    cost: Cost
+    settings: dict[str, Any]
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write one of the records above to ``path``, atomically."""
+    write_json(path, asdict(record))
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read a record from ``path``; fields that have a default may be missing.
+
+    Raises:
+        StudyError: it is damaged.
+    """
+    try:
+        return _built(kind, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise StudyError(f"{path}: is damaged ({error}); delete it, and the same command makes it anew") from error
+
+
+def outcome(folder: Path) -> Result | Failure | None:
+    """How the run in ``folder`` ended, None where it has not.
+
+    Raises:
+        StudyError: the file that says so is damaged.
+    """
+    for name, kind in ((RESULT, Result), (FAILURE, Failure)):
+        if (folder / name).exists():
+            return read_record(folder / name, kind)
+    return None
+
+
+def _built(kind: type[Record], content: Any) -> Record:
+    """A dataclass of what its file holds; ValueError says what does not fit."""
+    if not isinstance(content, dict):
+        raise ValueError("it holds no names with values")
+    values = {}
+    for item, hint in zip(dataclasses.fields(kind), typing.get_type_hints(kind).values(), strict=True):
+        if item.name not in content:
+            if item.default is MISSING and item.default_factory is MISSING:
+                raise ValueError(f"it lacks {item.name}")
+        elif dataclasses.is_dataclass(hint):
+            values[item.name] = _built(hint, content[item.name])
+        elif _fits(content[item.name], hint):
+            values[item.name] = content[item.name]
+        else:
+            raise ValueError(f"{item.name} is {content[item.name]!r}")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value out of a JSON file has the type of an annotation."""
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(item, typing.get_args(hint)[1]) for item in value.values())
+    if hint is float:
+        hint = int | float
+    return isinstance(value, hint) and not isinstance(value, bool)
