@@ -1,5 +1,6 @@
 """README's blocks of results, and their pictures, from records of a CPU and of a GPU."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from .plots import Speedup, draw_roofline, draw_scaling, draw_speedups, scales
 from .race import quartiles
 from .tables import OPERATOR, OWN, machine, ratio_of, target_table, workload_of
 
+LINE_LENGTH = 120
 FIGURES = "docs/figures"
 PAGE = "evidence.md"
 RECORDED_PARTS = ("benchmarks", "profile")  # of evidence; the others are tests
@@ -38,12 +40,12 @@ def cpu_block(records: Sequence[Found], root: Path) -> str:
     parts = []
     chosen = newest_with(records, NETWORK_GROUPS)
     if chosen is not None:
-        parts += [_machine_of(chosen, root), _network_table(chosen.content), _memory(chosen.content)]
+        parts += [_wrapped(_machine_of(chosen, root)), _network_table(chosen.content), _memory(chosen.content)]
         parts.append(f"![Times as fast, with quartiles]({FIGURES}/speedup-cpu.svg)")
     gate = newest_with(records, (GATE_GROUP,))
     if gate is not None:
-        parts += [f"`skip_gate`, finest scale first, {'/'.join(LAYOUTS)}. {_machine_of(gate, root)}"]
-        parts.append(_gate_table(gate.content))
+        what = f"`skip_gate` with its tokens and its concatenation, finest scale first, {'/'.join(LAYOUTS)}."
+        parts += [_wrapped(f"{what} {_machine_of(gate, root)}"), _gate_table(gate.content)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -105,7 +107,7 @@ def gpu_block(record: Found, pictures: Sequence[Path], root: Path) -> str:
     link = f"[all of it]({page.relative_to(root).as_posix()})" if page.exists() else f"[{place}]({place})"
     versions = f"torch {about['torch']}, triton {about['triton']}, CUDA {about['cuda']}"
     commit = f" at commit {about['commit'][:7]}" if about.get("commit") else ""
-    parts = [f"On an {about['device']}, {versions}, {about['time'][:10]}{commit}; {link}."]
+    parts = [_wrapped(f"On an {about['device']}, {versions}, {about['time'][:10]}{commit}; {link}.")]
     counted = Counter(line["outcome"] for line in content["tests"] if line["part"] not in RECORDED_PARTS)
     if counted:
         parts.append("Tests on it: " + ", ".join(f"{number} {what}" for what, number in counted.items()) + ".")
@@ -170,9 +172,13 @@ def _machine_of(record: Found, root: Path) -> str:
     )
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, LINE_LENGTH, break_long_words=False, break_on_hyphens=False)
+
+
 def _named(bench: dict[str, Any]) -> str:
     width = bench["extra_info"].get("base_channels")
-    return "attention block" if width is None else f"UCTransNet, {width} base channels"
+    return "attention block with its projections" if width is None else f"UCTransNet, {width} base channels"
 
 
 def _network_table(record: dict[str, Any]) -> str:
