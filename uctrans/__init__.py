@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         load_upstream,
         register_model,
         resize_positions,
+        set_checkpointing,
         to_upstream,
     )
 
@@ -39,6 +40,7 @@ __all__ = [
     "register_model",
     "resize_positions",
     "set_backend",
+    "set_checkpointing",
     "to_upstream",
 ]
 

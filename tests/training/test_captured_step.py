@@ -21,6 +21,7 @@ SETTINGS = {
     "dual-branch": {**TINY_TRANSFORMER, "model": "dual_branch_uctransnet", "image_size": 48},
     "average": {"ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.01},
     "bf16": {"amp": "bf16"},
+    "checkpointing": {**TINY_TRANSFORMER, "checkpointing": True},
     "native": NATIVE,
     "classes": {"classes": 3, "palette": "#000000,#ffffff,#ff0000"},
 }

@@ -90,6 +90,11 @@ def test_unusable_values_are_refused_by_name(field, value):
         TrainConfig(**{"data": "d", "output": "o", field: value})
 
 
+def test_checkpointing_is_refused_with_compile():
+    with pytest.raises(ConfigError, match=r"^checkpointing: .* give up one"):
+        TrainConfig(data="d", output="o", checkpointing=True, compile=True)
+
+
 def test_loss_weights_that_are_both_zero_are_refused():
     with pytest.raises(ConfigError, match="dice_weight"):
         TrainConfig(data="d", output="o", dice_weight=0, cross_entropy_weight=0)

@@ -421,3 +421,16 @@ def test_images_of_bad_content_are_named(make_config, image_folder, tmp_path):
     )
     with pytest.raises(DataError, match=r"train3\.png"):
         train(make_config(data=str(data)))
+
+
+@pytest.mark.parametrize("model", ["unet", "uctransnet"])
+def test_a_run_with_checkpointing_ends_with_the_same_weights(make_config, tmp_path, model):
+    folders = {}
+    for checkpointing in (False, True):
+        folders[checkpointing] = tmp_path / str(checkpointing)
+        size = {} if model == "unet" else {"image_size": 32, "model_options": {"num_layers": 1, "num_heads": 1}}
+        output = str(folders[checkpointing])
+        train(make_config(output=output, model=model, checkpointing=checkpointing, epochs=2, **size))
+    plain, checkpointed = (load_checkpoint(folder / "last.pt")["model"]["state"] for folder in folders.values())
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(value, checkpointed[name]) for name, value in plain.items())

@@ -2,6 +2,7 @@
 
 from .base import ModelFileError, SegmentationModel
 from .checkpoint import read_checkpoint
+from .checkpointing import set_checkpointing
 from .dual_branch import DualBranchUCTransNet
 from .files import load_model
 from .registry import create_model, list_models, register_model
@@ -22,5 +23,6 @@ __all__ = [
     "read_checkpoint",
     "register_model",
     "resize_positions",
+    "set_checkpointing",
     "to_upstream",
 ]

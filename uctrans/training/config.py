@@ -29,6 +29,7 @@ CHANGEABLE_ON_RESUME = (
     "min_learning_rate",
     "amp",
     "graph",
+    "checkpointing",
 )
 
 _CHOICES = {
@@ -111,13 +112,15 @@ class TrainConfig:
         compile: Compile the network with torch.compile, once for each size of batch (on a CPU, minutes each).
         graph: Record the training step and validation as CUDA graphs where that is possible, on CUDA in a single
             process: the same computation, without the host between the kernels.
+        checkpointing: Keep fewer maps for the backward pass and compute the others again: less memory, slower, the same
+            results. Not with compile.
         deterministic: Use deterministic kernels only, for repeatable bits on a GPU too (slower).
         sync_batch_norm: Batch statistics over all processes (CUDA only).
         progress: Show a progress bar and a line an epoch; log.txt is written in any case.
         resume: Continue the run in the output folder. The command line takes the other settings from its config.yaml;
             in Python give them all (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
-            device, threads, progress, save_minutes, learning_rate, min_learning_rate, amp and graph may differ from the
-            run's.
+            device, threads, progress, save_minutes, learning_rate, min_learning_rate, amp, graph and checkpointing may
+            differ from the run's.
 
     Raises:
         ConfigError: a value has the wrong type or range; the message names the field and the remedy.
@@ -161,6 +164,7 @@ class TrainConfig:
     threads: int | None = None
     compile: bool = False
     graph: bool = True
+    checkpointing: bool = False
     deterministic: bool = False
     sync_batch_norm: bool = False
     progress: bool = True
@@ -191,6 +195,8 @@ class TrainConfig:
             raise ConfigError(
                 f"ema_decay: {self.ema_decay} never moves; give a value below 1 such as 0.999, or 0 for off"
             )
+        if self.checkpointing and self.compile:
+            raise ConfigError("checkpointing: torch.compile does not take it; give up one of checkpointing and compile")
         if (self.fold is None) != (self.folds is None):
             raise ConfigError("fold: fold and folds belong together; give both (--folds monuseg --fold 0) or neither")
         if self.target == BOUNDARY_TARGET and self.classes != 1:

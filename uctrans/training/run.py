@@ -12,6 +12,7 @@ import torch
 from uctrans import __version__
 from uctrans.capture import CapturedForward, CudaRecorder
 from uctrans.data import parse_palette
+from uctrans.models import set_checkpointing
 from uctrans.models.base import load_state
 from uctrans.training.build import (
     build_model,
@@ -67,6 +68,8 @@ class Run:
             start_from(self.model, config.init_from)
         if config.sync_batch_norm:
             self.model = with_sync_batch_norm(self.model, group.device)
+        if config.checkpointing:
+            set_checkpointing(self.model)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.validated_model = self.average.model if self.average else self.model
         self.optimizer = build_optimizer(config, self.model, group.device)

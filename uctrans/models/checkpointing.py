@@ -1,0 +1,77 @@
+"""Activation checkpointing: stages whose maps are computed again in the backward pass instead of being kept.
+
+What draws random numbers is never computed twice, as a CUDA graph that is being recorded cannot turn its generator
+back. So the stages of encoder and decoder are checkpointed, and transformer layers without dropout.
+"""
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..layers.transformer import TransformerLayer
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def set_checkpointing(model: nn.Module, on: bool = True) -> nn.Module:
+    """Let ``model``, one of :func:`uctrans.list_models`, keep less for its backward pass, or as much again; returns it.
+
+    Each stage then keeps its inputs alone, and computes the rest once more when its gradient is due. Results, gradients
+    and running statistics are the same; weights keep their names. Passes without gradients are as they were.
+
+    Args:
+        model: the network; ``torch.compile`` does not take it with checkpointing on.
+        on: whether to checkpoint.
+
+    Raises:
+        ValueError: ``model`` has no encoder and decoder.
+    """
+    for stage in _stages(model):
+        stage.__dict__.pop("forward", None)
+        if on:
+            stage.forward = types.MethodType(_forward, stage)  # copies of the model bind it to their own stage
+    return model
+
+
+def _forward(stage: nn.Module, *inputs: torch.Tensor) -> Any:
+    plain = type(stage).forward
+    if not torch.is_grad_enabled():
+        return plain(stage, *inputs)
+    contexts = (contextlib.nullcontext(), _throwaway_statistics(stage))
+    return checkpoint(plain, stage, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
+
+
+@contextlib.contextmanager
+def _throwaway_statistics(stage: nn.Module) -> Iterator[None]:
+    """Give batch norms copies of their running statistics, as this batch has been counted in."""
+    norms = [module for module in stage.modules() if isinstance(module, _BatchNorm) and module.training]
+    kept = [{name: getattr(norm, name) for name in STATISTICS} for norm in norms]
+    for norm, statistics in zip(norms, kept, strict=True):
+        for name, value in statistics.items():
+            setattr(norm, name, None if value is None else value.clone())
+    try:
+        yield
+    finally:
+        for norm, statistics in zip(norms, kept, strict=True):
+            for name, value in statistics.items():
+                setattr(norm, name, value)
+
+
+def _stages(model: nn.Module) -> list[nn.Module]:
+    encoder, decoder = getattr(model, "encoder", None), getattr(model, "decoder", None)
+    if encoder is None or decoder is None:
+        raise ValueError(f"{type(model).__name__} has no encoder and decoder: give a model of uctrans.list_models()")
+    stages = [encoder.stem, *encoder.stages, *getattr(encoder, "nested", ()), *decoder]
+    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    return [*stages, *(layer for layer in layers if not _drops(layer))]
+
+
+def _drops(layer: TransformerLayer) -> bool:
+    dropouts = [module.p for module in layer.modules() if isinstance(module, nn.Dropout)]
+    return any(probability > 0 for probability in [*dropouts, layer.attention.map_dropout])
