@@ -313,6 +313,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(kept, finished, no_train
 
 def test_settings_that_change_no_result_may_change(finished, no_training, undisturbed):
     changes = {"device": "auto", "threads": 2, "graph": False, "compile": True, "save_minutes": 0, "progress": True}
+    study_models(replace(finished, checkpointing=True))
     result = study_models(replace(finished, **changes))
     assert table_of(result.output) == table_of(undisturbed)
     assert "on cpu, 1 thread." in result.table.markdown(), "the time is of the device it was measured on"
@@ -704,8 +705,9 @@ def test_the_table_of_failed_runs_and_several_devices(tmp_path):
 
 def test_the_cost_says_what_is_unusual_about_it(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    config = ModelStudyConfig(**settings, output=str(tmp_path / "study"), compile=True)
-    assert cost.measure(config.run(config.variants()[0], 0)).device == "cpu, 1 thread, compiled"
+    for setting, said in (("compile", "compiled"), ("checkpointing", "checkpointing")):
+        config = ModelStudyConfig(**settings, output=str(tmp_path / "study"), **{setting: True})
+        assert cost.measure(config.plan()[0].config).device == f"cpu, 1 thread, {said}"
 
 
 @pytest.mark.gpu

@@ -17,7 +17,18 @@ from uctrans.training.distributed import choose_device
 from uctrans.training.loop import RUN_FILES
 
 # Settings that change no result. Another data folder must hold the same images.
-FREE = ("output", "resume", "progress", "save_minutes", "device", "threads", "graph", "compile", "data")
+FREE = (
+    "output",
+    "resume",
+    "progress",
+    "save_minutes",
+    "device",
+    "threads",
+    "graph",
+    "compile",
+    "checkpointing",
+    "data",
+)
 
 
 def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> Marker:

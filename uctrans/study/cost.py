@@ -80,7 +80,7 @@ def measure(config: TrainConfig) -> Cost:
     if not is_cuda:
         threads = torch.get_num_threads()
         device += f", {threads} thread{'s' if threads > 1 else ''}"
-    device += ", compiled" if config.compile else ""
+    device += ", compiled" if config.compile else ", checkpointing" if config.checkpointing else ""
     return Cost(parameters, flop, statistics.median(seconds), peak_memory, device)
 
 
