@@ -167,6 +167,7 @@ def test_a_bad_config_file(content, named, tmp_path, capsys):
         ("predict -i nowhere -o masks --model nowhere", "nowhere"),
         ("export --model nowhere -o exported", "nowhere"),
         ("prepare monuseg -i nowhere --images nowhere -o out", "nowhere"),
+        ("prepare monuseg -i nowhere -o data", "nowhere does not exist: give an XML file"),
         ("benchmark --device tpu", "tpu"),
     ],
 )

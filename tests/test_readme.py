@@ -1,5 +1,6 @@
 """README.md cannot go stale: its Python runs, its commands parse, its links and make targets exist."""
 
+import csv
 import re
 import runpy
 import shlex
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from skimage.io import imread
 
 from uctrans import UCTransNet, cli, to_upstream
 from uctrans.data import find_development_samples, load_folds
@@ -82,16 +84,43 @@ def put_image(path, seed):
     write_png(path, np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 
 
-def test_the_monuseg_recipe_runs(folder):
+def put_annotation(path):
     vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in ((5, 5), (30, 5), (30, 30), (5, 30)))
-    annotation = f"<Annotations><Region><Vertices>{vertices}</Vertices></Region></Annotations>"
-    Path("monuseg/annotations").mkdir(parents=True)
-    for number in range(5):
-        put_image(Path(f"monuseg/images/{number}.png"), number)
-        Path(f"monuseg/annotations/{number}.xml").write_text(annotation)
-    (recipe,) = (block for block in blocks("sh") if "prepare monuseg" in block)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<Annotations><Region><Vertices>{vertices}</Vertices></Region></Annotations>")
+
+
+def run_monuseg_recipe(makes_masks):
+    (recipe,) = (block for block in blocks("sh") if "prepare monuseg" in block and ("--images" in block) == makes_masks)
     for command in recipe.splitlines():
         run_command(command)
+
+
+def test_the_monuseg_recipe_with_the_authors_split_ends_in_scores_of_nuclei(folder):
+    mask = np.zeros((40, 48), dtype=np.uint8)
+    mask[6:30, 6:30] = 255
+    for seed, place in enumerate(("train/{}/a", "train/{}/b", "val/{}/c", "test/{}/d", "test/{}/e")):
+        put_image(Path(f"data/{place.format('images')}.png"), seed)
+        write_png(Path(f"data/{place.format('masks')}.png"), mask)
+    for name in "bde":
+        put_annotation(Path(f"data/annotations/{name}.xml"))
+    run_monuseg_recipe(makes_masks=False)
+    maps = sorted(path.relative_to("data").as_posix() for path in Path("data").rglob("instances/*"))
+    assert maps == ["test/instances/d.png", "test/instances/e.png", "train/instances/b.png"]
+    for path in Path("data").rglob("masks/*"):
+        np.testing.assert_array_equal(imread(path), mask)
+    with Path("scores/split/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["d", "e"]
+    assert all(0 <= float(row[score]) <= 1 for row in rows for score in ("dice", "aji", "pq"))
+    assert Path("scores/split/instances.png").is_file()
+
+
+def test_the_monuseg_recipe_without_masks_runs(folder):
+    for number in range(5):
+        put_image(Path(f"monuseg/images/{number}.png"), number)
+        put_annotation(Path(f"monuseg/annotations/{number}.xml"))
+    run_monuseg_recipe(makes_masks=True)
     assert sorted(path.name for path in Path("monuseg").iterdir()) == [
         "annotations",
         "annotations.json",

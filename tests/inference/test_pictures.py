@@ -159,6 +159,8 @@ def test_figure_of_nuclei(tmp_path):
     rows.append(rows[0]._replace(image=image[:, :30], truth=truth[:, :30], prediction=prediction[:, :30]))
     instance_figure(tmp_path / "nuclei.png", rows[:1])
     single = imread(tmp_path / "nuclei.png")[..., :3]
+    assert (single[:, :5] == 255).all()  # the label is not cut off
+    assert (single[:, :80] < 128).any()
     columns = np.flatnonzero((single == INSTANCE_COLOURS[1]).all(-1).any(0)) / single.shape[1]
     assert len(columns) > 50
     assert columns.min() > 0.33  # nothing is drawn into the image, the truth's outline lies left in the second panel

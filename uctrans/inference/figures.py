@@ -12,7 +12,7 @@ from uctrans.writing import written_atomically
 COLUMNS = ("Image", "Truth", "Prediction", "Differences")
 PANEL_INCHES = 2.1
 INSTANCE_COLUMNS = ("Image", "True nuclei", "Predicted nuclei")
-INSTANCE_PANEL_INCHES = 5.0  # outlines are thin
+INSTANCE_PANEL_INCHES = 3.5  # outlines are thin
 DPI = 150
 LABEL_INCHES, TITLE_INCHES, LEGEND_INCHES = 0.5, 0.45, 0.25
 LEGEND_COLUMNS = 4
@@ -144,11 +144,11 @@ def instance_figure(path: Path, rows: list[InstanceRow]) -> None:
         axis.imshow(picture, interpolation="antialiased")
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-        axis.set_ylabel(_label(row.name, f"AJI {row.aji:.3f}", row.rank), fontsize=11)
+        axis.spines[:].set_color("none")
+        axis.set_ylabel(_label(row.name, f"AJI {row.aji:.3f}", row.rank), fontsize=9)
     width = rows[0].image.shape[1]
     centres = [column * (width + PANEL_GAP) + width / 2 for column in range(len(INSTANCE_COLUMNS))]
-    axes[0].set_xticks(centres, INSTANCE_COLUMNS, fontsize=13)
+    axes[0].set_xticks(centres, INSTANCE_COLUMNS, fontsize=11)
     axes[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     with written_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=DPI)
+        figure.savefig(temporary, dpi=DPI, bbox_inches="tight")  # the layout alone cuts labels off
