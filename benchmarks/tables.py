@@ -232,11 +232,10 @@ def _device(environment: dict[str, Any]) -> str:
 def workload_of(info: dict[str, Any]) -> str:
     """What a test worked on, in words. Candidates of a network differ in dtype, so that it is not named there."""
     sizes = f"{info.get('batch', '?')} x {info['pixels']}²"
-    if "model" in info:
-        checkpointing = ", checkpointing" if info.get("checkpointing") else ""
-        return f"{info['model']}, {info.get('base_channels', '?')} base channels, {sizes}{checkpointing}"
-    dropout = f", dropout {info['dropout_p']:g}" if info.get("dropout_p") else ""
     detail = f", {info['detail']}" if "detail" in info else ""
+    if "model" in info:
+        return f"{info['model']}, {info.get('base_channels', '?')} base channels, {sizes}{detail}"
+    dropout = f", dropout {info['dropout_p']:g}" if info.get("dropout_p") else ""
     return f"{sizes}, {info.get('dtype', '?')}{dropout}{detail}"
 
 

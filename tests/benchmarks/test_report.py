@@ -286,7 +286,7 @@ def test_peaks_of_networks_tell_checkpointing_apart_and_name_their_targets():
     lines = device_report(
         [
             measured("a", "peak memory of a training step", network | {"peak_bytes": 2**30} | goal),
-            measured("b", "peak memory of a training step", network | {"peak_bytes": 2**29, "checkpointing": True}),
+            measured("b", "peak memory of a training step", network | {"peak_bytes": 2**29, "detail": "checkpointing"}),
         ]
     ).splitlines()
     assert "| unet, 64 base channels, 4 x 224² | 1024 |" in lines
