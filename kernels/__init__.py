@@ -9,6 +9,7 @@ from .channel_attention import channel_attention, projected_attention_maps, proj
 from .packed_layer_norm import cross_layer_norm, packed_layer_norm
 from .packed_linear import packed_linear
 from .packed_mlp import packed_mlp
+from .segmentation_sums import segmentation_scores, segmentation_sums
 from .skip_gate import skip_gate
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "projected_attention_maps",
     "projected_channel_attention",
     "resolve_backend",
+    "segmentation_scores",
+    "segmentation_sums",
     "skip_gate",
 ]
