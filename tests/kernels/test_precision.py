@@ -1,4 +1,4 @@
-"""Dtypes under autocast, also where the functions that ask for them are compiled: PyTorch 2.11 traces less than 2.13."""
+"""Dtypes under autocast, also where what asks for them is compiled: PyTorch 2.11 traces less than 2.13."""
 
 import pytest
 import torch
