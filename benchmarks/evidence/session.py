@@ -19,11 +19,13 @@ LEAST_SECONDS = 1.0  # a part that has less is not started
 class Session:
     """Runs what is left of the parts, in ``minutes``.
 
-    A part may take what is left of the time, less the shares of the parts after it.
+    A part may take what is left of the time, less the shares of the parts after it. Parts that are complete, or were
+    not chosen, leave their shares to the others.
     """
 
     def __init__(self, parts: Sequence[Part], record: EvidenceRecord, minutes: float, sources: str | None = None):
         self._parts = parts
+        self._shares = shares([part for part in parts if not record.is_complete(part.name)])
         self._record = record
         self._seconds = 60 * minutes
         self._sources = sources
@@ -47,8 +49,8 @@ class Session:
 
     def _run_part(self, part: Part, later: Sequence[Part], heading: str) -> None:
         before = None if self._record.is_dry_run else cool_down(self._rest, min(COOL_DOWN_SECONDS, self._left / 10))
-        reserved = sum(other.share * self._seconds for other in later if not self._record.is_complete(other.name))
-        limit = max(self._left - reserved, min(self._left, part.share * self._seconds))
+        reserved = sum(self._shares.get(other.name, 0.0) * self._seconds for other in later)
+        limit = max(self._left - reserved, min(self._left, self._shares[part.name] * self._seconds))
         print(f"{heading}: up to {limit:.0f} s of {self._left:.0f} s left ...", end=" ", flush=True)
         self._record.start_part(part, gpu_before=before, sources=self._sources)
         started = time.monotonic()
@@ -100,11 +102,17 @@ def _in_words(result: Result, seconds: float, after: State | None) -> str:
     return "; ".join(words)
 
 
+def shares(parts: Sequence[Part]) -> dict[str, float]:
+    """The share of the time that each of ``parts`` may take, where only these run; they add up to 1."""
+    total = sum(part.share for part in parts)
+    return {part.name: part.share / total for part in parts}
+
+
 def listing(parts: Sequence[Part], minutes: float, folder: Path) -> str:
     """The parts with what each may cost."""
     width = max(len(part.name) for part in parts)
+    seconds = {name: share * 60 * minutes for name, share in shares(parts).items()}
     lines = [
-        f"{part.name:<{width}}  {part.share * 60 * minutes:4.0f} s, and what is left before it  {part.title}"
-        for part in parts
+        f"{part.name:<{width}}  {seconds[part.name]:4.0f} s, and what is left before it  {part.title}" for part in parts
     ]
     return "\n".join([f"Parts of {minutes:g} minutes, into {folder}:", *lines])

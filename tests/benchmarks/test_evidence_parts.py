@@ -11,12 +11,13 @@ import torch
 from benchmarks.evidence import machine, sanitizer_part
 from benchmarks.evidence.children import Children, Ended, environment
 from benchmarks.evidence.machine import cool_down, gpu_state, in_words
+from benchmarks.evidence.outcomes import finished_tests
 from benchmarks.evidence.parts import DONE, FAILED, NOT_THERE, OUT_OF_TIME, Context
 from benchmarks.evidence.pytest_part import outcomes_of, result_of, run_pytest
 from benchmarks.evidence.sanitizer_part import result_of as sanitizer_result
 from benchmarks.evidence.sanitizer_part import run_sanitizer
 from benchmarks.profile_step import PROFILED_STEPS, profile_table, shares
-from benchmarks.records import OUT_OF_BUDGET, append_line, read_lines
+from benchmarks.records import OUT_OF_BUDGET, append_line, read_lines, sources
 
 TESTS = """
 import os, signal, time
@@ -61,6 +62,56 @@ def test_crashes_hangs_and_files_that_cannot_be_imported_do_not_stop_the_other_t
     assert "in test_hangs" in outcomes["test_suite.py::test_hangs"]["reason"]
     assert "no second GPU" in outcomes["test_suite.py::test_skipped"]["reason"]
     assert "test_suite.py" in (context.folder / "log.txt").read_text()
+
+
+CRASHES = """
+import os, signal, time
+
+def test_crashes_once_compiled():
+    time.sleep(3)
+    if not os.path.exists(NOTE):
+        open(NOTE, "w").close()
+        os.kill(os.getpid(), signal.SIGSEGV)
+def test_passes(): pass
+"""
+
+
+def test_what_a_process_died_in_is_tried_again_in_a_later_session(context, tmp_path):
+    path = tmp_path / "tests" / "test_crashes.py"
+    path.parent.mkdir()
+    path.write_text(CRASHES.replace("NOTE", repr(str(tmp_path / "note"))))
+    arguments = [path, "--compiled-stall", 60]  # longer than the stall of others, which the first test takes
+    first, second = (run_pytest(context, "part", arguments, shards=1, stall=2.0, tries=2) for _ in range(2))
+    assert (first.outcome, first.is_complete, first.counts) == (FAILED, False, {"passed": 1, "crashed": 1})
+    assert first.reason == "1 failed or crashed; 1 to be tried once more"
+    assert (second.outcome, second.is_complete, second.counts) == (DONE, True, {"passed": 2})
+    started = [line["test"].rpartition("::")[2] for line in read_lines(tmp_path / "outcomes.jsonl") if "test" in line]
+    assert (started.count("test_crashes_once_compiled"), started.count("test_passes")) == (4, 2)
+    assert all(len(line["sources"]) == len(sources()) for line in outcomes_of(tmp_path, "part"))
+
+
+def test_a_crash_is_final_in_its_session_and_after_all_tries():
+    crash = {"test": "a", "outcome": "crashed", "time": 100.0, "try": 1}
+    assert finished_tests([crash], tries=2, session=50.0) == {"a"}
+    assert finished_tests([crash], tries=2, session=150.0) == set()
+    assert finished_tests([crash, crash | {"try": 2}], tries=2, session=150.0) == {"a"}
+    assert finished_tests([crash], tries=1, session=150.0) == {"a"}
+    assert finished_tests([{"test": "a", "outcome": "failed"}], 2, 150.0) == {"a"}
+    assert finished_tests([{"test": "a", "outcome": "skipped"}, {"ended": True}], 2, 150.0) == set()
+
+
+def test_a_test_that_took_all_of_a_session_comes_last_in_the_next(context, suite):
+    (suite / "test_broken.py").unlink()
+    for name in ("test_passes", "test_fails", "test_crashes", "test_hangs"):
+        line = {"part": "part", "shard": "0/1", "test": f"test_suite.py::{name}", "outcome": "passed", "seconds": 1.0}
+        append_line(context.folder / "outcomes.jsonl", line)
+    line = {"part": "part", "shard": "0/1", "test": "test_suite.py::test_after[0]", "outcome": "started"}
+    append_line(context.folder / "outcomes.jsonl", line)
+    before = len(read_lines(context.folder / "outcomes.jsonl"))
+    run_pytest(context, "part", [suite], shards=1, stall=4.0)
+    lines = read_lines(context.folder / "outcomes.jsonl")[before:]
+    started = [line["test"].rpartition("::")[2] for line in lines if line.get("outcome") == "started"]
+    assert started == ["test_skipped", "test_after[1]", "test_after[2]", "test_after[0]"]
 
 
 def test_a_run_goes_on_after_a_half_written_line_and_runs_nothing_twice(context, suite):

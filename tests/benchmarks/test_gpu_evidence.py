@@ -15,7 +15,7 @@ from benchmarks import gpu_evidence
 from benchmarks.evidence.children import Children, python
 from benchmarks.evidence.parts import DONE, FAILED, INTERRUPTED, OUT_OF_TIME, RUNNING, Part, Result
 from benchmarks.evidence.plan import NEEDS_NO_GPU, dry_parts, gpu_parts, gpu_tests, operator_tests
-from benchmarks.records import append_line, read_lines
+from benchmarks.records import FIRST_GUESS, append_line, read_lines
 
 ROOT = Path(__file__).parents[2]
 DRY_RUN = ["--dry-run", "--output"]
@@ -137,6 +137,23 @@ def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path):
     assert limits == pytest.approx([270, 378, 540], abs=5)
 
 
+def test_shares_of_parts_that_do_not_run_go_to_the_others(tmp_path):
+    limits = {}
+
+    def note(name, is_complete=True):
+        def run(context):
+            limits[name] = context.seconds_left
+            return Result(DONE if is_complete else OUT_OF_TIME, is_complete)
+
+        return part(name, run, {"a": 0.1, "b": 0.2, "c": 0.2, "d": 0.5}[name])
+
+    parts = [note("a"), note("b", is_complete=False), note("c", is_complete=False), note("d")]
+    take(tmp_path, *parts, words=["--minutes", "10", "--parts", "a,b,c"])
+    assert limits == pytest.approx({"a": 120, "b": 360, "c": 600}, abs=5)
+    take(tmp_path, *parts[:3], words=["--minutes", "10"])
+    assert limits == pytest.approx({"a": 120, "b": 300, "c": 600}, abs=5)
+
+
 def test_again_forgets_the_lines_of_one_part_alone(tmp_path, counted):
     take(tmp_path, part("first", counted), part("second", counted))
     for name in ("first", "second"):
@@ -160,7 +177,7 @@ def test_the_list_names_every_part_and_its_cost(tmp_path, capsys):
     assert gpu_evidence.main(["--list", "--minutes", "10", "--output", str(tmp_path / "new")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(gpu_parts())
-    assert next(line for line in lines if line.startswith("benchmarks")).split()[1] == "180"
+    assert next(line for line in lines if line.startswith("benchmarks")).split()[1] == "276"
     assert not (tmp_path / "new").exists()
 
 
@@ -251,6 +268,8 @@ def is_alive(process):
 
 def test_the_plan_takes_all_of_the_time_and_finds_its_tests():
     assert sum(part.share for part in gpu_parts()) == pytest.approx(1)
+    share = next(part.share for part in gpu_parts() if part.name == "benchmarks")
+    assert max(FIRST_GUESS.values()) < share * 60 * gpu_evidence.MINUTES  # or no session would start it
     assert [part.name for part in dry_parts()] == [part.name for part in gpu_parts() if part.name != "racecheck"]
     assert "tests/kernels/test_gpu.py" in gpu_tests()
     assert gpu_tests()[0].startswith("tests/kernels") and all((ROOT / path).exists() for path in gpu_tests())
