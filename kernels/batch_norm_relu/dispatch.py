@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..backend import is_interpreting
+from ..layout import empty_map
 from ..precision import statistics_dtype
 from ..registration import define_gradient, define_operator, refuse_double_backward
-from ..skip_gate.layout import empty_map
 from . import explicit
 
 MOST_PIXELS = 2**31 - 2**16  # of all images: kernels count them in 32 bits

@@ -6,8 +6,8 @@ It takes and returns what the launchers in ``triton.py`` do, on any device and i
 import torch
 from torch import Tensor
 
+from ..layout import memory_format_of
 from ..precision import statistics_dtype
-from ..skip_gate.layout import memory_format_of
 
 
 def forward(

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..skip_gate.layout import empty_map, memory_format_of
+from ..layout import empty_map, memory_format_of
 from . import triton_channels, triton_maps
 from .triton_maps import Cut, Map
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..backend import is_interpreting
+from ..layout import empty_map
 from ..precision import statistics_dtype
 from ..registration import define_gradient, define_operator, refuse_double_backward
-from ..skip_gate.layout import empty_map
 from . import explicit, scores
 from .explicit import BINARY_SUMS, CLASS_SUMS, COUNTS
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backend import is_interpreting
+from ..layout import empty_map
 from ..precision import statistics_dtype
 from ..registration import define_gradient, define_operator, refuse_double_backward
 from . import explicit
-from .layout import empty_map
 
 MOST_IMAGES = 65535  # of a batch: the grid's limit
 

@@ -11,8 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..layout import empty_map, memory_format_of
 from . import triton_gate, triton_maps
-from .layout import empty_map, memory_format_of
 from .triton_maps import Grid, Map
 
 NUM_WARPS = 4
