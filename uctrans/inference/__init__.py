@@ -1,5 +1,6 @@
 """Scores, prediction on image files, and export of trained models."""
 
+from uctrans.inference.ensemble import Ensemble
 from uctrans.inference.evaluate import EvaluateConfig, EvaluationResult, evaluate
 from uctrans.inference.export import ExportConfig, ExportError, export
 from uctrans.inference.figures import comparison_figure
@@ -10,6 +11,7 @@ from uctrans.inference.predict import PredictConfig, PredictionError, predict
 from uctrans.inference.predictor import Predictor, load_predictor
 
 __all__ = [
+    "Ensemble",
     "EvaluateConfig",
     "EvaluationResult",
     "ExportConfig",
