@@ -24,7 +24,7 @@ class StopRequest:
 
     @property
     def name(self) -> str | None:
-        """ "SIGINT", "SIGTERM", "time" where the time is up, or None."""
+        """Which signal came, "time" where the time is up, or None."""
         if self._signal is None and self._stop_at is not None and time.time() >= self._stop_at:
             return TIME_IS_UP
         return self._signal
