@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import uctrans
-from uctrans.study import ModelStudyConfig, StudyError, study_models
+from uctrans.study import ModelStudyConfig, StudyError, single, study_models
 from uctrans.training import load_checkpoint
 from uctrans.training import loop as training_loop
 
@@ -100,6 +100,18 @@ def test_the_weights_that_training_replaces_are_kept(config, tmp_path):
     assert result_of(tmp_path / "study", 3)["best_epoch"] == 5
 
 
+def test_a_finished_run_needs_no_checkpoints(config, both, tmp_path, table_of, monkeypatch):
+    config = replace(config, keep_checkpoints=False, output=str(tmp_path / "study"))
+    study_models(config)
+    run = tmp_path / "study" / "runs" / "unet" / "seed_0"
+    assert not list(run.glob("*.pt"))
+    monkeypatch.setattr(single, "train", None)
+    study_models(config)
+    assert table_of(tmp_path / "study")["unet", 3]["dice_mean"] == table_of(both)["unet", 3]["dice_mean"]
+    with pytest.raises(StudyError, match=r"last\.pt is lost; delete the folder .*trains this run anew"):
+        study_models(replace(config, patience=(1, 3, 5)))
+
+
 def test_a_run_that_diverges_late_keeps_its_score_at_the_smaller_patience(config, tmp_path, monkeypatch, table_of):
     config = replace(config, patience=1, output=str(tmp_path / "study"))
     study_models(config)
@@ -112,3 +124,4 @@ def test_a_run_that_diverges_late_keeps_its_score_at_the_smaller_patience(config
     table = table_of(tmp_path / "study")
     assert (table["unet", 1]["runs"], table["unet", 1]["failed"]) == ("1", "")
     assert (table["unet", 3]["runs"], table["unet", 3]["failed"]) == ("0", "seed 0")
+    assert study_models(config).failed == 0, "the larger patience is not asked for"

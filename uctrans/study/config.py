@@ -39,8 +39,11 @@ class StudyConfig(TrainConfig, ABC):
         score_size: Size at which the test images are scored: protocol or native, see uctrans evaluate.
         score_resolution: What the network sees when score_size is native: protocol, the resized image, or native tiles.
         processes: Runs at a time, each in a process of its own, on the same device; 1 runs them in this process.
+            On a CPU they share its threads, where threads is none.
         minutes: Time for this call: no run is begun that would not fit, and what still runs then is saved and stopped.
             The table tells what there is; the same command goes on. None takes as long as it takes.
+        keep_checkpoints: Keep last.pt and best.pt of finished runs, which take several times the room of the weights.
+            Without them a finished run cannot go on to a larger patience.
         progress: Show the bar and the lines of every epoch too, beside the line of every run.
 
     Raises:
@@ -55,6 +58,7 @@ class StudyConfig(TrainConfig, ABC):
     score_resolution: str = "protocol"
     processes: int = 1
     minutes: float | None = None
+    keep_checkpoints: bool = True
     progress: bool = False
 
     def __post_init__(self):

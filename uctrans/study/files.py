@@ -170,9 +170,11 @@ def outcome(run: PlannedRun) -> Outcome:
     """
     paths = {patience: run.at(patience) / RESULT for patience in run.patiences}
     results = {patience: read_record(path, Result) for patience, path in paths.items() if path.exists()}
+    if len(results) == len(paths):  # where the training diverged later, on the way to a patience not asked for
+        return Outcome(results, None, is_over=True)
     path = run.folder / FAILURE
     failure = read_record(path, Failure) if path.exists() else None
-    return Outcome(results, failure, failure is not None or len(results) == len(paths))
+    return Outcome(results, failure, is_over=failure is not None)
 
 
 def _built(kind: type[Record], content: Any) -> Record:

@@ -18,10 +18,11 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from uctrans.study.config import StudyConfig
+from uctrans.study.config import StudyConfig, StudyError
 from uctrans.study.plan import PlannedRun
 from uctrans.study.schedule import Schedule
 from uctrans.study.single import train_and_score
+from uctrans.training.distributed import choose_device
 from uctrans.training.signals import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.2  # at the signals that have come
@@ -45,7 +46,13 @@ def run_here(schedule: Schedule, config: StudyConfig) -> str:
 
 
 def run_in_processes(schedule: Schedule, config: StudyConfig) -> str:
-    """Do ``config.processes`` runs at a time; return "", or the name of the signal that stopped them."""
+    """Do ``config.processes`` runs at a time; return "", or the name of the signal that stopped them.
+
+    Raises:
+        StudyError: the system has no process groups.
+    """
+    if os.name != "posix":
+        raise StudyError("processes: several at a time need Linux or macOS; leave it at 1")
     workers: list[_Worker] = []
     was_asked = False
     with StopRequest() as stop:
@@ -108,7 +115,7 @@ def _work(run: PlannedRun, config: StudyConfig, stop_at: float | None, answers: 
     os.setpgrp()
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_leave_with_the_study, daemon=True).start()
-    if run.config.threads is None and run.config.device == "cpu":
+    if run.config.threads is None and choose_device(run.config.device).type == "cpu":
         threads = max(1, torch.get_num_threads() // config.processes)
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, threads=threads))
     try:

@@ -19,6 +19,7 @@ from uctrans.training import RunResult, TrainConfig, TrainingError, load_checkpo
 from uctrans.training.checkpoint import save_checkpoint
 from uctrans.training.logs import read_metrics
 
+CHECKPOINTS = ("last.pt", "best.pt")
 ENDS = ("epochs", "early stopping")
 PLACED_BY_THE_STUDY = ("data", "compile", "folds", "init_from")  # free in a study, though train keeps them
 
@@ -52,6 +53,9 @@ def train_and_score(run: PlannedRun, config: StudyConfig, stop_at: float | None 
             return trained.stopped_by
         _keep_best_weights(run, patience)
         write_record(run.at(patience) / RESULT, _result(run, patience, config, trained))
+    if not config.keep_checkpoints:
+        for name in CHECKPOINTS:
+            (run.folder / name).unlink(missing_ok=True)
     return ""
 
 
