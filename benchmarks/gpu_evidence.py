@@ -12,13 +12,14 @@ printed, and the lines that a session started again goes on from: the same comma
 import argparse
 import difflib
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .evidence.children import ROOT
+from .evidence.children import ROOT, environment, python
 from .evidence.parts import Part
 from .evidence.plan import dry_parts, gpu_parts
 from .evidence.record import PAGE_FILE, EvidenceError, EvidenceRecord
@@ -26,6 +27,7 @@ from .evidence.session import Session, listing
 from .records import sources
 
 MINUTES = 9.0
+ASK = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 RESULTS = ROOT / "benchmarks" / "results"
 DRY_OUTPUT = ROOT / ".benchmarks" / "dry-run"
 
@@ -39,7 +41,7 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] | None = None
         again = [part.name for part in _chosen(parts, arguments.again)] if arguments.again else []
         gpu = None
         if not arguments.list and not arguments.dry_run:
-            gpu = _gpu()
+            gpu = gpu_name()
         folder = arguments.output or (DRY_OUTPUT if arguments.dry_run else RESULTS / _folder_name(gpu or "GPU"))
         if arguments.list:
             print(listing(parts, arguments.minutes, folder))
@@ -102,14 +104,17 @@ def _chosen(parts: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
     return [part for part in parts if not names or part.name in names]
 
 
-def _gpu() -> str:
-    """The name of the GPU."""
-    if not torch.cuda.is_available():
-        raise EvidenceError(
-            f"No CUDA GPU: torch {torch.__version__} of {sys.executable} sees none. Run it where there is one, with "
-            "the Python that has torch for it (make gpu PYTHON=/path/to/python); --dry-run tries the parts here."
-        )
-    return torch.cuda.get_device_name()
+def gpu_name() -> str:
+    """The name of the GPU, asked for in a process of its own: this one takes nothing of the GPU."""
+    asked = subprocess.run(python("-c", ASK), env=environment(), capture_output=True, text=True)
+    if asked.returncode == 0 and asked.stdout.strip():
+        return asked.stdout.strip()
+    words = asked.stderr.strip().splitlines()
+    why = f"torch {torch.__version__} of {sys.executable} " + (f"says: {words[-1]}" if words else "sees none")
+    raise EvidenceError(
+        f"No CUDA GPU: {why}. Run it where there is one, with the Python that has torch for it "
+        "(make gpu PYTHON=/path/to/python); --dry-run tries the parts here."
+    )
 
 
 def _folder_name(gpu: str) -> str:

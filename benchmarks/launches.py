@@ -56,7 +56,7 @@ def count(model_name: str, backend: str, batch: int = 4, pixels: int = 224, base
     # The loss switches autocast off, which this device does not have.
     without_autocast = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with without_autocast, _Launched() as launched:
-        segmentation_loss(model(images), masks).backward()
+        segmentation_loss(model(images), masks, backend=backend).backward()
     return launched.operators
 
 

@@ -198,6 +198,7 @@ def target_table(tests: Iterable[dict[str, Any]]) -> str:
         if "target" in info:
             of = {"peak memory": "share of the reference"}.get(line["group"], "share of the roofline")
             of = of if info.get("candidate", OPERATOR) in OWN else f"times as fast as {info['candidate']}"
+            of = info.get("target_of", of)
             verdict = "yes" if info["met"] else f"**no**, {info['target_value'] / info['target'] - 1:+.0%}"
             numbers = f"{info['target']:.2f} | {info['target_value']:.2f}"
             rows.append(f"| {line['group']} | {workload_of(info)} | {of} | {numbers} | {verdict} |")
@@ -231,10 +232,10 @@ def _device(environment: dict[str, Any]) -> str:
 def workload_of(info: dict[str, Any]) -> str:
     """What a test worked on, in words. Candidates of a network differ in dtype, so that it is not named there."""
     sizes = f"{info.get('batch', '?')} x {info['pixels']}²"
-    if "model" in info:
-        return f"{info['model']}, {info.get('base_channels', '?')} base channels, {sizes}"
-    dropout = f", dropout {info['dropout_p']:g}" if info.get("dropout_p") else ""
     detail = f", {info['detail']}" if "detail" in info else ""
+    if "model" in info:
+        return f"{info['model']}, {info.get('base_channels', '?')} base channels, {sizes}{detail}"
+    dropout = f", dropout {info['dropout_p']:g}" if info.get("dropout_p") else ""
     return f"{sizes}, {info.get('dtype', '?')}{dropout}{detail}"
 
 

@@ -1,9 +1,9 @@
 """A training step of a whole network as it is timed: forward, published loss, backward, Adam, on a batch at hand.
 
-Ours is the training step of the project itself (:mod:`uctrans.training`), its sums of loss and Dice included, which
-the others do without; nothing is augmented. The candidate ``published`` has what the published script has: eager
-float32, TF32 as PyTorch sets it (in convolutions alone), Adam as PyTorch makes it by default. All others have the fused
-Adam, and a compiled one has the loss compiled with the network.
+Ours is the training step of the project itself (:mod:`uctrans.training`), its loss and its sums of loss and Dice
+included; the others have the loss in plain PyTorch and no sums. Nothing is augmented. The candidate ``published`` has
+what the published script has: eager float32, TF32 as PyTorch sets it (in convolutions alone), Adam as PyTorch makes it
+by default. All others have the fused Adam, and a compiled one has the loss compiled with the network.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from uctrans.capture import CudaRecorder, Recording
 from uctrans.training.build import build_optimizer
 from uctrans.training.captured_step import CapturedStep
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
-from uctrans.training.losses import segmentation_loss
 from uctrans.training.step import EpochTotals, TrainStep
 
 from .network_race import Arena
@@ -37,6 +37,7 @@ from .networks import (
 )
 
 LEARNING_RATE = 1e-3
+DICE_SMOOTHING = 1e-5
 STEPS_A_SAMPLE = {"cuda": 3, "cpu": 1}
 # A few steps from fresh weights, during which the loss falls by a third: two plain, then the captured ones.
 CHECKED_STEPS = 5
@@ -120,7 +121,7 @@ class Training:
         return {"lr": rate, "fused": True, "capturable": on_cuda}
 
     def _loss_of_batch(self, images: Tensor, masks: Tensor) -> Tensor:
-        return segmentation_loss(self.model(images), masks)
+        return published_loss(self.model(images), masks)
 
     def _step(self) -> Tensor:
         if self.variant.makes_own_graphs:
@@ -183,6 +184,18 @@ class SameBatch:
 def training(problem: NetworkProblem, variant: Variant, dropout: bool = True) -> Training:
     """``variant`` ready to be trained."""
     return (ProjectTraining if variant.is_project else Training)(problem, variant, dropout)
+
+
+def published_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """``0.5 Dice + 0.5 BCE`` as the published code has it, of binary masks (B, h, w): a scalar."""
+    logits, target = logits.float(), masks.unsqueeze(1).float()
+    probability = torch.sigmoid(logits)
+    overlap = (probability * target).flatten(1).sum(1)
+    area = (probability.square() + target.square()).flatten(1).sum(1)
+    dice = 1 - (2 * overlap / 4 + DICE_SMOOTHING) / (area / 4 + DICE_SMOOTHING)  # of halved probabilities and masks
+    positive = (target * F.softplus(-logits)).sum() / target.sum()
+    negative = ((1 - target) * F.softplus(logits)).sum() / (1 - target).sum()
+    return 0.5 * dice.mean() + 0.5 * (0.5 * positive + 0.5 * negative)
 
 
 def check_losses(work: Training) -> dict[str, Any]:

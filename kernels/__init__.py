@@ -5,14 +5,17 @@ uctrans.kernels.channel_attention import reference``.
 """
 
 from .backend import BACKENDS, check_backend, resolve_backend
+from .batch_norm_relu import batch_norm_relu
 from .channel_attention import channel_attention, projected_attention_maps, projected_channel_attention
 from .packed_layer_norm import cross_layer_norm, packed_layer_norm
 from .packed_linear import packed_linear
 from .packed_mlp import packed_mlp
+from .segmentation_sums import segmentation_scores, segmentation_sums
 from .skip_gate import skip_gate
 
 __all__ = [
     "BACKENDS",
+    "batch_norm_relu",
     "channel_attention",
     "check_backend",
     "cross_layer_norm",
@@ -22,5 +25,7 @@ __all__ = [
     "projected_attention_maps",
     "projected_channel_attention",
     "resolve_backend",
+    "segmentation_scores",
+    "segmentation_sums",
     "skip_gate",
 ]

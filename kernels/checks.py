@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .precision import is_autocast_on
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REMEDY = "convert them with .to(dtype), or run under torch.autocast"
 
@@ -30,7 +32,7 @@ def check_dtypes_and_devices(**tensors: Tensor) -> None:
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     if len(set(dtypes.values())) == 1:
         return
-    if not _is_autocast_on(next(iter(devices.values())).type):
+    if not is_autocast_on(next(iter(devices.values())).type):
         raise TypeError(f"all tensors must share one dtype; got {_listed(dtypes)}: {REMEDY}")
     if torch.float64 in dtypes.values():
         raise TypeError(f"autocast leaves float64 as it is, so all tensors or none must be; got {_listed(dtypes)}")
@@ -59,10 +61,6 @@ def check_numbers_type(**values: float) -> None:
 
 def _is_integer(number: object) -> bool:
     return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
-
-
-def _is_autocast_on(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _listed(named: dict[str, object]) -> str:

@@ -12,5 +12,11 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
 def output_dtype(tensor: Tensor) -> torch.dtype:
     """Autocast's where it is on and ``tensor`` is not float64, which autocast leaves alone; else the tensor's own."""
     device_type = tensor.device.type
-    is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_cast and tensor.dtype != torch.float64 else tensor.dtype
+    is_cast = is_autocast_on(device_type) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if is_cast else tensor.dtype
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device."""
+    # Of "meta" one may not ask. torch.amp.is_autocast_available knows, and PyTorch 2.11 cannot compile a call of it.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)

@@ -29,6 +29,7 @@ ODD_WIDTHS = (17, 33, 65)
 HEADS = 4
 BATCH = 32
 EPS = 1e-5
+MOMENTUM = 0.1
 
 
 class Section(NamedTuple):
@@ -220,6 +221,57 @@ def _skip_gate(section: Section) -> Launches:
         yield words, functools.partial(launch, pixels, channels, patch, memory_format)
 
 
+def _segmentation_sums(section: Section) -> Launches:
+    from .segmentation_sums import triton, triton_scores
+
+    def launch(batch: int, classes: int, pixels: int, memory_format: torch.memory_format) -> None:
+        if memory_format == torch.channels_last:
+            logits = _empty(section, batch, pixels, pixels, classes).permute(0, 3, 1, 2)
+        else:
+            logits = _empty(section, batch, classes, pixels, pixels)
+        masks = torch.empty(batch, pixels, pixels, dtype=torch.uint8, device="meta")
+        sums, counts = triton.forward(logits, masks)
+        for totals in (None, torch.empty(3, device="meta")):
+            _, _, slopes = triton_scores.segmentation_scores(sums, counts, totals, pixels**2, 0.5, 0.5)
+        triton.backward(slopes, logits, masks)
+
+    cases = list(itertools.product((4, 32), (1, 2, 3, 16, 64), (224,), (torch.channels_last, torch.contiguous_format)))
+    if section.is_odd:
+        cases = [(3, classes, 225, torch.contiguous_format) for classes in (1, 3)]
+    elif not section.is_thorough:
+        cases = [(32, classes, 224, torch.channels_last) for classes in (1, 3)]
+    for batch, classes, pixels, memory_format in cases:
+        words = f"sums of {batch} x {classes} x {pixels} x {pixels}, {memory_format}"
+        yield words, functools.partial(launch, batch, classes, pixels, memory_format)
+
+
+def _batch_norm_relu(section: Section) -> Launches:
+    from .batch_norm_relu import triton
+
+    def launch(batch: int, channels: int, pixels: int, memory_format: torch.memory_format) -> None:
+        if memory_format == torch.channels_last:
+            feature = _empty(section, batch, pixels, pixels, channels).permute(0, 3, 1, 2)
+        else:
+            feature = _empty(section, batch, channels, pixels, pixels)
+        weight, bias, running_mean, running_var = (torch.empty(channels, device="meta") for _ in range(4))
+        for running in ((running_mean, running_var), (None, None)):
+            output, mean, variance, _ = triton.forward(feature, weight, bias, *running, MOMENTUM, EPS)
+        for is_of_batch in (True, False):
+            triton.backward(output, feature, weight, bias, mean, variance, EPS, is_of_batch)
+
+    scales = [(width, 224 >> scale) for scale, width in enumerate(PUBLISHED_WIDTHS)]
+    cases = list(itertools.product((4, BATCH), scales, (torch.channels_last, torch.contiguous_format)))
+    if section.is_odd:
+        cases = [(3, (ODD_WIDTHS[0], 45), memory_format) for _, _, memory_format in cases[:2]]
+    elif not section.is_thorough:
+        cases = cases[-2:-1] if section.is_brief else [cases[0], cases[-1]]
+    else:
+        cases.append((BATCH, (40, 24), torch.channels_last))  # channels that are a multiple of 8 and not of 16
+    for batch, (channels, pixels), memory_format in cases:
+        words = f"batch norm of {batch} x {channels} x {pixels} x {pixels}, {memory_format}"
+        yield words, functools.partial(launch, batch, channels, pixels, memory_format)
+
+
 def _widths(section: Section) -> tuple[int, ...]:
     return ODD_WIDTHS if section.is_odd else PUBLISHED_WIDTHS
 
@@ -230,7 +282,15 @@ def _empty(section: Section, *shape: int) -> Tensor:
     return torch.empty(size, dtype=section.dtype, device="meta")[int(section.is_odd) :].view(shape)
 
 
-OPERATORS = (_channel_attention, _packed_linear, _packed_mlp, _packed_layer_norm, _skip_gate)
+OPERATORS = (
+    _channel_attention,
+    _packed_linear,
+    _packed_mlp,
+    _packed_layer_norm,
+    _skip_gate,
+    _segmentation_sums,
+    _batch_norm_relu,
+)
 
 
 def compile_section(section: Section) -> dict[str, Any]:

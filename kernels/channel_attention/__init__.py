@@ -3,8 +3,15 @@
 from .operator import (
     channel_attention,
     correlating_is_cheaper,
+    fewest_tokens_to_correlate,
     projected_attention_maps,
     projected_channel_attention,
 )
 
-__all__ = ["channel_attention", "correlating_is_cheaper", "projected_attention_maps", "projected_channel_attention"]
+__all__ = [
+    "channel_attention",
+    "correlating_is_cheaper",
+    "fewest_tokens_to_correlate",
+    "projected_attention_maps",
+    "projected_channel_attention",
+]

@@ -96,6 +96,9 @@ def projected_channel_attention(
 ) -> Tensor:
     """:func:`channel_attention` with its three projections, free to multiply in the cheaper order.
 
+    A program that ``torch.export`` traces (``strict=False``) with an open number of tokens holds one order for all of
+    them, that of long sequences: its cost beyond the other's is bounded, where the other's grows with the tokens.
+
     Args:
         tokens: (B, N, sum C), normalised tokens of all scales, packed; the queries come from them.
         context: (B, N, S), the normalised concatenation; keys and values come from it.
@@ -123,7 +126,8 @@ def projected_channel_attention(
     if chosen == "reference":
         return reference.projected_channel_attention(*operands)
     segments = [weight.shape[-1] for weight in query_weights]
-    if correlating_is_cheaper(tokens.shape[1], key_value_weight.shape[1], segments, context.shape[-1]):
+    token_count, heads = tokens.shape[1], key_value_weight.shape[1]
+    if _is_open(token_count) or correlating_is_cheaper(token_count, heads, segments, context.shape[-1]):
         return composed.correlate_then_attend(*operands)
     if chosen == "composed":
         return composed.project_then_attend(*operands)
@@ -156,7 +160,12 @@ def projected_attention_maps(
 
 
 def correlating_is_cheaper(tokens: int, heads: int, segments: Sequence[int], key_channels: int) -> bool:
-    """Whether multiplying the tokens with each other first takes fewer multiplications than projecting them first.
+    """Whether multiplying the tokens with each other first takes fewer multiplications than projecting them first."""
+    return tokens >= fewest_tokens_to_correlate(heads, segments, key_channels)
+
+
+def fewest_tokens_to_correlate(heads: int, segments: Sequence[int], key_channels: int) -> int:
+    """The number of tokens from which on it is cheaper to multiply them with each other before anything else.
 
     Both orders hold the same maps, so only matrix products count. With 4 heads and channels (64, 128, 256, 512) the
     balance tips at 589 tokens, a 400-pixel image under 16-pixel patches.
@@ -165,13 +174,22 @@ def correlating_is_cheaper(tokens: int, heads: int, segments: Sequence[int], key
     query_projection = heads * sum(width * width for width in segments)
     key_projection = heads * key_channels * key_channels
     score_product = heads * query_channels * key_channels
-    project_first = tokens * (query_projection + 2 * key_projection + 2 * score_product)
-    correlate_first = (
-        2 * tokens * query_channels * key_channels  # the correlation, and the last product with the tokens
-        + query_projection * key_channels
+    projecting_a_token = query_projection + 2 * key_projection + 2 * score_product
+    correlating_a_token = 2 * query_channels * key_channels  # the correlation, and the last product with the tokens
+    correlating_at_all = (
+        query_projection * key_channels
         + 2 * score_product * key_channels  # key weights before the softmax, value weights after it
     )
-    return correlate_first < project_first
+    return correlating_at_all // (projecting_a_token - correlating_a_token) + 1
+
+
+def _is_open(size: int | torch.SymInt) -> bool:
+    """Whether a program is being exported that is to run for several values of ``size``.
+
+    A comparison would become its condition. ``torch.compile`` compiles again where one no longer holds; an exported
+    program cannot, and fails.
+    """
+    return torch.compiler.is_exporting() and isinstance(size, torch.SymInt)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | None:

@@ -325,11 +325,13 @@ def weight_gradient(
 
 
 def sizes_of(weights: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Heads, and the widths in and out of each scale, of ([H,] O, I)."""
     heads = weights[0].shape[0] if weights[0].ndim == 3 else 1
     return heads, tuple(weight.shape[-1] for weight in weights), tuple(weight.shape[-2] for weight in weights)
 
 
 def with_contiguous_channels(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy of it where its last axis does not lie side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

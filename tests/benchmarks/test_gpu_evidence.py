@@ -71,7 +71,7 @@ def test_a_dry_run_leaves_every_kind_of_evidence_and_runs_nothing_again(tmp_path
 
 
 def test_without_a_gpu_it_says_so_and_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu_evidence.main(["--output", str(tmp_path / "new")]) == 2
     message = capsys.readouterr().err
     assert "No CUDA GPU" in message and "make gpu PYTHON=" in message and "--dry-run" in message
@@ -179,14 +179,13 @@ def test_half_a_record_is_kept_aside_and_the_lines_beside_it_are_used(tmp_path, 
 
 def test_records_of_a_gpu_a_dry_run_and_another_gpu_do_not_mix(tmp_path, monkeypatch, capsys):
     take(tmp_path / "dry", part("a"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU one")
+    monkeypatch.setattr(gpu_evidence, "gpu_name", lambda: "GPU one")
     assert gpu_evidence.main(["--output", str(tmp_path / "dry")], [part("a")]) == 2
     assert "holds the record of a dry run; choose another --output" in capsys.readouterr().err
     monkeypatch.setattr(gpu_evidence, "RESULTS", tmp_path)
     assert gpu_evidence.main([], [part("a")]) == 0
     assert (tmp_path / "gpu-one" / "evidence.json").exists()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU two")
+    monkeypatch.setattr(gpu_evidence, "gpu_name", lambda: "GPU two")
     assert gpu_evidence.main(["--output", str(tmp_path / "gpu-one")], [part("b")]) == 2
     assert "holds evidence of GPU one, and this is GPU two" in capsys.readouterr().err
 

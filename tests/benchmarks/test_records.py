@@ -62,6 +62,7 @@ def test_budget_takes_the_longest_so_far_and_a_guess_before_that():
     assert unlimited.obstacle("reference compiled") is None
     assert hour.obstacle("reference compiled") is None
     assert "needs about 90 s" in seconds.obstacle("reference compiled")
+    assert "needs about 240 s" in seconds.obstacle("test_training_step compiled, own graphs")
     assert "needs about 15 s" in seconds.obstacle("operator")
     seconds.spent("operator", 2.0)
     seconds.spent("operator", 1.0)

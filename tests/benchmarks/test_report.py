@@ -278,3 +278,17 @@ def test_what_has_no_table_of_its_own_is_shown_with_all_its_numbers():
     lines = device_report([measured("a", "seconds to a Dice", info)]).splitlines()
     assert "| what | ms | ratio (quartiles) | seconds to dice | epochs |" in lines
     assert "| ours, 4 x 224², bfloat16 | - | - | 41.5 | 120 |" in lines
+
+
+def test_peaks_of_networks_tell_checkpointing_apart_and_name_their_targets():
+    network = {"model": "unet", "base_channels": 64, "batch": 4, "pixels": 224, "candidate": "published"}
+    goal = {"target": 0.4, "target_value": 0.3, "met": True, "target_of": "share of the peak of published"}
+    lines = device_report(
+        [
+            measured("a", "peak memory of a training step", network | {"peak_bytes": 2**30} | goal),
+            measured("b", "peak memory of a training step", network | {"peak_bytes": 2**29, "detail": "checkpointing"}),
+        ]
+    ).splitlines()
+    assert "| unet, 64 base channels, 4 x 224² | 1024 |" in lines
+    assert "| unet, 64 base channels, 4 x 224², checkpointing | 512 |" in lines
+    assert any("| share of the peak of published | 0.40 | 0.30 | yes |" in line for line in lines)

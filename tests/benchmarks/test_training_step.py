@@ -17,10 +17,12 @@ from benchmarks.training_step import (
     Replayed,
     Training,
     exact_losses,
+    published_loss,
     target,
     training,
 )
 from tests.host_recorder import HostRecorder
+from uctrans.training.losses import segmentation_loss
 
 SMALL = NetworkProblem("uctransnet", 4, pixels=32, base_channels=4, device="cpu")
 UNCOMPILED = [name for name, variant in CANDIDATES.items() if variant.compile_mode is None]
@@ -116,6 +118,13 @@ def test_a_captured_step_is_the_plain_one(monkeypatch):
                 losses[graphed].append(work.loss())
         assert losses[True] == losses[False]
         assert len(set(losses[True])) == CHECKED_STEPS
+
+
+def test_the_loss_of_baselines_is_the_projects():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 1, 16, 16, generator=generator)
+    masks = (torch.rand(3, 16, 16, generator=generator) > 0.7).to(torch.uint8)
+    torch.testing.assert_close(published_loss(logits, masks), segmentation_loss(logits, masks))
 
 
 def test_replayed_work_is_recorded_once():

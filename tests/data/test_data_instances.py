@@ -152,6 +152,13 @@ def test_a_mask_of_0_and_1_taken_for_a_map_is_told(pairs):
     assert len(caught) == 1
 
 
+def test_a_map_that_fits_loosely_is_told(pairs):
+    write_instances(pairs / "instances/a.png", nuclei(1))
+    write_instances(pairs / "instances/b.png", nuclei(3))
+    with pytest.warns(UserWarning, match=r"^1 instance maps fit their masks with a Dice below 0\.8: .*b\.png"):
+        check(pairs)
+
+
 @pytest.mark.parametrize("name", ["b.npy", "B.png", "b.TXT"])
 def test_files_that_may_be_meant_for_a_sample_without_a_map_are_told(pairs, name):
     (pairs / "instances/b.png").rename(pairs / "instances" / name)

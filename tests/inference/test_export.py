@@ -8,6 +8,9 @@ import torch
 
 import uctrans
 from uctrans.inference import ExportConfig, ExportError, InferenceError, export
+from uctrans.kernels.channel_attention import composed, fewest_tokens_to_correlate, operator
+
+TWO_SCALES = {"base_channels": 8, "image_size": 24, "num_layers": 1, "num_heads": 2, "patch_sizes": (4, 2)}
 
 export_module = importlib.import_module("uctrans.inference.export")
 
@@ -25,7 +28,8 @@ def torch_run(path, image):
 def assert_agrees(run, path, model, *shape):
     image = torch.rand(*shape, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
-        torch.testing.assert_close(run(path, image), model(image), atol=1e-4, rtol=1e-4)
+        expected = model(image)
+        torch.testing.assert_close(run(path, image), expected, atol=1e-4 * max(1, expected.abs().max()), rtol=1e-4)
 
 
 def test_both_formats_with_a_dynamic_batch(uctransnet_folder, tmp_path):
@@ -54,6 +58,79 @@ def test_dynamic_size_in_torch(uctransnet_folder, tmp_path):
     for height, width in ((32, 32), (48, 80)):
         assert_agrees(torch_run, written[0], model, 2, 3, height, width)
     assert json.loads(written[1].read_text())["input"]["shape"][2:] == ["16 * rows", "16 * columns"]
+
+
+def two_scales(name, folder):
+    """A model that changes the order of its products at 18 tokens of 4 x 4 pixels, its weights large enough to show."""
+    options = {"depths": (1, 1), "dilations": 1} if name == "dual_branch_uctransnet" else {}
+    model = uctrans.create_model(name, **(TWO_SCALES | options))
+    generator = torch.Generator().manual_seed(4)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and "norm" not in key:
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+    return model.eval(), model.save_pretrained(folder / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "image_size"), [("uctransnet", (12, 20)), ("dual_branch_uctransnet", (24, 24))], ids=["below", "above"]
+)
+def test_dynamic_size_on_both_sides_of_the_change_of_order(name, image_size, tmp_path):
+    """The model multiplies in one order up to 17 tokens, and in the other from 18 on; the program in one."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, folder = two_scales(name, tmp_path)
+    assert fewest_tokens_to_correlate(heads=2, segments=(8, 16), key_channels=24) == 18
+    settings = {"dynamic": "size", "image_size": image_size}
+    program, onnx, description = export(ExportConfig(str(folder), str(tmp_path / "out"), **settings))
+    run = torch.export.load(program).module()
+    for height, width in ((8, 8), (8, 32), (8, 36), (40, 36), (80, 100)):  # 4, 16, 18, 90 and 500 tokens
+        assert_agrees(lambda _, image: run(image), program, model, 2, 3, height, width)
+        assert_agrees(onnx_run, onnx, model, 2, 3, height, width)
+    checked = [check["input"] for check in json.loads(description.read_text())["formats"]["onnx"]["checks"]]
+    assert checked == [[1, 3, *image_size], [3, 3, *image_size], [1, 3, 8, 12], [1, 3, 16, 20]]
+
+
+def test_one_order_costs_what_is_documented():
+    """The default model at 224 pixels: 4 layers of 196 tokens."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        widths, tokens = (64, 128, 256, 512), torch.empty(1, 196, 960)
+        weights = [torch.empty(4, width, width) for width in widths], torch.empty(2, 4, 960, 960)
+    gflop = []
+    for order in (composed.project_then_attend, composed.correlate_then_attend):
+        with FlopCounterMode(display=False) as counter:
+            order(tokens, tokens, *weights, 0.0, 1e-5, None)
+        gflop.append(4 * counter.get_total_flops() / 1e9)
+    assert gflop[1] - gflop[0] == pytest.approx(45, abs=0.5)
+
+
+@pytest.mark.slow
+def test_a_program_with_a_condition_on_the_size_is_not_written(tmp_path, monkeypatch):
+    """Without one order for all sizes, the comparison of costs becomes a condition of the program."""
+    _, folder = two_scales("uctransnet", tmp_path)
+    monkeypatch.setattr(operator, "_is_open", lambda size: False)
+    with pytest.raises(
+        ExportError, match=r"torch export cannot run input \(1, 3, 16, 20\) .*Guard.* Set dynamic to batch"
+    ):
+        export(
+            ExportConfig(str(folder), str(tmp_path / "out"), formats=("torch",), dynamic="size", image_size=(12, 20))
+        )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_that_cannot_be_traced(use_model, tmp_path):
+    class Branching(torch.nn.Module):
+        name, in_channels, classes, config, metadata = "branching", 3, 1, {"image_size": 16}, {}
+
+        def forward(self, image):
+            return image[:, :1] if image.sum() > 0 else image[:, 1:2]
+
+    use_model(Branching())
+    with pytest.raises(ExportError, match=r"cannot be traced \(.*\): nothing was written. Set dynamic to none"):
+        export(ExportConfig("model", str(tmp_path / "out"), formats=("torch",)))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_dynamic_size_in_onnx(unet_folder, tmp_path):

@@ -262,7 +262,7 @@ class TestChannelTransformer:
             ({"patch_sizes": (4, 2)}, ValueError, "3 scales need as many patch sizes"),
             ({"channels": (None,) * 3}, ValueError, "at least one scale"),
             ({"channels": (4, 0, 12)}, ValueError, r"channels\[1\] must be at least 1; got 0"),
-            ({"channels": (4, 8.0, 12)}, TypeError, r"channels\[1\] must be an int; got 8.0"),
+            ({"channels": (4, 8.0, 12)}, TypeError, r"channels\[1\] must be an int, such as 4; got 8.0"),
             ({"channels": 12}, TypeError, "channels must be a list or tuple, one width a scale, .*; got int"),
             ({"patch_sizes": 8}, TypeError, "patch_sizes must be a list or tuple, one side a scale; got int"),
             ({"patch_sizes": (8, 4, 0)}, ValueError, r"patch_sizes\[2\] must be at least 1"),

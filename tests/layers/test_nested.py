@@ -132,7 +132,7 @@ class TestDualBranchDown:
             ((3, 5), ValueError, "out_channels must be even, as each branch gives half of them; got 5"),
             ((0, 4), ValueError, "in_channels must be at least 1; got 0"),
             ((3, 4, 0), ValueError, "dilation must be at least 1; got 0"),
-            ((3, 4, 1.5), TypeError, "dilation must be an int; got 1.5"),
+            ((3, 4, 1.5), TypeError, "dilation must be an int, such as 4; got 1.5"),
         ],
         ids=str,
     )

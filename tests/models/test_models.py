@@ -171,6 +171,12 @@ class TestEveryModel:
         assert build(name).push_to_hub("someone/something") == "address of the commit"
         assert uploaded == {"someone/something": [CONFIG_FILE, WEIGHTS_FILE]}
 
+    def test_takes_arrays_for_lists(self, name):
+        widths = (4, 6, 8, 10)
+        model = build(name, base_channels=np.array(widths), classes=np.int64(2))
+        assert model.config == build(name, base_channels=widths, classes=2).config
+        json.dumps(model.config)
+
     def test_refuses_images_of_another_kind(self, name):
         model = build(name)
         with pytest.raises(ValueError, match=r"the image must be \(B, 3, height, width\); got \(2, 1, 32, 32\)"):
@@ -200,6 +206,39 @@ class TestEveryModel:
             build(name).save_pretrained(tmp_path)
         assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
         assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("in_channels", None, "in_channels must be an int, such as 4; got None"),
+        ("classes", True, "classes must be an int, .* got True"),
+        (
+            "base_channels",
+            None,
+            r"base_channels must be a whole number, such as 64, or .* \(64, 128, 256, 512\); got None",
+        ),
+        ("base_channels", 64.0, "base_channels must be a whole number, .* got 64.0"),
+        ("base_channels", "64", "base_channels must be a whole number, .* got '64'"),
+        ("base_channels", (4, 8, 16, 32.0), r"base_channels must be a whole number, .* got \[4, 8, 16, 32.0\]"),
+        ("skips", 3, r"skips must be a list of numbers of 1 to 4, such as \(1, 2\), .* got 3"),
+        ("skips", (1, "2"), r"skips must be a list .* got \[1, '2'\]"),
+        ("image_size", None, r"image_size must be .* such as 224, or height and width: \(224, 320\); got None"),
+        ("image_size", 224.5, "image_size must be .* got 224.5"),
+        ("image_size", (32.0, 32.0), r"image_size must be .* got \[32.0, 32.0\]"),
+        ("patch_sizes", 16, r"patch_sizes must be a list of whole numbers, .* such as \(16, 8, 4, 2\); got 16"),
+        ("patch_sizes", (16.0, 8.0, 4.0, 2.0), "patch_sizes must be a list of whole numbers"),
+        ("num_heads", 2.0, "num_heads must be an int"),
+        ("mlp_dropout", "0.1", "mlp_dropout must be a number, such as 0.1; got '0.1'"),
+    ],
+    ids=str,
+)
+def test_refuses_options_of_another_type(option, value, message):
+    names = [name for name in NAMES if option in build(name).config]
+    assert names
+    for name in names:
+        with pytest.raises(TypeError, match=message):
+            build(name, **{option: value})
 
 
 class TestUCTransNet:

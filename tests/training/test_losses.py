@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import one_hot, softplus
 
-from uctrans.training.losses import batch_counts, image_dice, segmentation_loss
+from uctrans.training.losses import BatchCounts, batch_counts, image_dice, loss_and_dice, segmentation_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def written_out_loss(logits, masks):
@@ -140,3 +143,66 @@ def test_image_dice_agrees_with_the_metric_of_evaluation(classes):
     labels = (logits[:, 0] > 0).long() if classes == 1 else logits.argmax(1)
     expected = metrics.dice(labels, masks.long(), classes).mean(-1)
     torch.testing.assert_close(image_dice(logits, masks).double(), expected, rtol=1e-6, atol=0)
+
+
+def present_loss_and_dice(logits, masks):
+    """Loss and Dice in the words of their definition, a step at a time over whole maps."""
+    classes = logits.shape[1]
+    target = masks[:, None].double() if classes == 1 else one_hot(masks.long(), classes).movedim(-1, 1).double()
+    if classes == 1:
+        probability = logits.double().sigmoid()
+        positive, negative = softplus(-logits.double())[target == 1], softplus(logits.double())[target == 0]
+        cross_entropy = 0.5 * positive.mean() + 0.5 * negative.mean()
+        predicted, actual = logits > 0, target > 0
+    else:
+        probability = logits.double().softmax(1)
+        cross_entropy = -logits.double().log_softmax(1)[target == 1].mean()
+        predicted = one_hot(logits.argmax(1), classes).movedim(-1, 1)[:, 1:].bool()
+        actual = target[:, 1:] > 0
+    overlap, area = (probability * target).sum((2, 3)), (probability**2 + target**2).sum((2, 3))
+    dice_loss = 1 - (overlap / 2 + 1e-5) / (area / 4 + 1e-5)
+    hits, areas = (predicted & actual).sum((2, 3)), predicted.sum((2, 3)) + actual.sum((2, 3))
+    return 0.5 * dice_loss.mean() + 0.5 * cross_entropy, (2 * hits / areas).mean(1).float()
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "composed", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_loss_dice_and_gradient_on_every_backend(classes, dtype, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    logits, masks = random_case(classes=classes, dtype=dtype)
+    logits, masks = logits.to(DEVICE), masks.to(DEVICE)
+    leaf = logits.clone().requires_grad_()
+    loss, dice = loss_and_dice(leaf, masks, backend=backend)
+    loss.backward()
+    assert loss.dtype == dice.dtype == torch.float32
+    exact = logits.double().requires_grad_()
+    expected, expected_dice = present_loss_and_dice(exact, masks)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected)
+    torch.testing.assert_close(dice, expected_dice)
+    tolerances = {} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-6}
+    torch.testing.assert_close(leaf.grad, exact.grad.to(dtype), **tolerances)
+    assert not dice.requires_grad
+    torch.testing.assert_close(segmentation_loss(leaf, masks, backend=backend), loss, rtol=0, atol=0)
+    torch.testing.assert_close(image_dice(leaf, masks, backend=backend), dice, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_mean_over_shares_on_every_backend(classes, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    logits, masks = random_case(batch=4, classes=classes, dtype=torch.float32)
+    logits, masks = logits.to(DEVICE), masks.to(DEVICE)
+    shares = [slice(0, 1), slice(1, 4)]
+    mean = BatchCounts(*torch.stack([torch.stack(batch_counts(masks[share])) for share in shares]).mean(0))
+    losses = [segmentation_loss(logits[share], masks[share], counts=mean, backend=backend) for share in shares]
+    torch.testing.assert_close(torch.stack(losses).mean(), segmentation_loss(logits, masks, backend="reference"))
+
+
+def test_masks_of_numbers_between_labels_are_refused():
+    logits, masks = random_case()
+    with pytest.raises(TypeError, match=r"masks must be a tensor of bool or integers; got torch.float32"):
+        segmentation_loss(logits, masks.float())

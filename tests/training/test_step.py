@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from uctrans.training import TrainConfig
 from uctrans.training.build import build_optimizer, learning_rate
 from uctrans.training.distributed import Processes
 from uctrans.training.ema import WeightAverage
+from uctrans.training.losses import image_dice, segmentation_loss
 from uctrans.training.run import Run
-from uctrans.training.step import EpochTotals, validate
+from uctrans.training.step import EpochTotals, scores_of, validate
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 TINY_TRANSFORMER = {"model": "uctransnet", "image_size": 32, "model_options": {"num_layers": 1, "num_heads": 1}}
@@ -56,6 +58,27 @@ def test_step_of_several_classes_never_waits_for_the_device(make_config):
     assert not [name for name in called.names if any(word in name for word in WAITING)]
 
 
+@pytest.mark.parametrize("target", ["mask", "boundary"])
+def test_loss_and_dice_share_one_read_of_the_logits(target):
+    """Where they are of the same logits: nuclei are scored whole, but learned as interior and border."""
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = TrainConfig(data="data", output="run", protocol="native", target=target, backend="triton")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, config.network_classes, 6, 5, generator=generator).to(device).requires_grad_()
+    masks = torch.randint(0, max(config.network_classes, 2), (2, 6, 5), generator=generator).to(device)
+    with CalledOperators() as called:
+        loss, dice = scores_of(logits, masks, config)
+        loss.backward()
+    reads = 1 if target == "mask" else 2
+    own = [name.removesuffix(".default") for name in called.names if name.startswith("uctrans.")]
+    assert own.count("uctrans.segmentation_sums") == own.count("uctrans.segmentation_scores") == reads
+    assert own.count("uctrans.segmentation_sums_backward") == 1
+    expected = (logits if target == "mask" else logits[:, 1:].logsumexp(1, keepdim=True) - logits[:, :1]).detach()
+    torch.testing.assert_close(dice, image_dice(expected, (masks > 0).long(), backend="reference"))
+    torch.testing.assert_close(loss, segmentation_loss(logits, masks, backend="reference"))
+
+
 def test_the_check_for_waiting_sees_a_value_being_read():
     with CalledOperators() as called:
         torch.ones(()).item()
@@ -99,16 +122,15 @@ def test_bfloat16_autocast_trains_in_float32(make_config):
 
 def test_totals_remember_the_first_step_that_was_not_finite():
     totals = EpochTotals(torch.device("cpu"))
-    masks = torch.ones(2, 4, 4, dtype=torch.uint8)
     for loss in (1.0, float("inf"), 1.0, float("nan")):
-        totals.add(torch.tensor(loss), torch.zeros(2, 1, 4, 4), masks)
+        totals.add(torch.tensor(loss), torch.zeros(2))
     assert totals.first_bad.item() == 1
     again = EpochTotals(torch.device("cpu"))
     again.load_state_dict(totals.state_dict())
     assert again.first_bad.item() == 1
     totals.reset()
     assert totals.first_bad.item() == -1
-    totals.add(torch.tensor(0.5), torch.ones(2, 1, 4, 4), masks)
+    totals.add(torch.tensor(0.5), torch.ones(2))
     assert totals.read(CPU) == (0.5, 1.0)
 
 

@@ -6,6 +6,7 @@ An image of 1000 x 1000 pixels takes 4 MB.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,13 @@ from uctrans.data.boundary import BOUNDARY_TARGET, boundary_target
 from uctrans.data.errors import DataError, shorten
 from uctrans.data.files import Sample
 from uctrans.data.images import decode_mask, read_image, warn_of_doubts
-from uctrans.data.instances import INSTANCES, find_instances, is_scattered, read_instances, warn_of_scattered
+from uctrans.data.instances import (
+    INSTANCES,
+    doubt_of,
+    find_instances,
+    read_instances,
+    warn_of_doubtful_instances,
+)
 from uctrans.data.tensors import refuse_missing
 
 MASK_TARGET = "mask"
@@ -141,17 +148,17 @@ def load_native(
         raise DataError(f"target={target!r}: choose one of {', '.join(TARGETS)}.")
     refuse_missing(samples)
     instance_maps = find_instances(samples) if target == BOUNDARY_TARGET else {}
-    without = [sample.name for sample in samples if target == BOUNDARY_TARGET and sample.name not in instance_maps]
+    without = [sample for sample in samples if target == BOUNDARY_TARGET and sample.name not in instance_maps]
     if without:
-        folder = samples[0].mask.parent.parent / INSTANCES
+        folders = sorted({sample.mask.parent.parent / INSTANCES for sample in without})
         raise DataError(
             f"The target {BOUNDARY_TARGET} needs an instance map, one number a nucleus, for every image; none for "
-            f"{shorten(without)} in {folder}: put them there (uctrans prepare monuseg makes them of outlines in XML), "
-            "or train with target mask."
+            f"{shorten([sample.name for sample in without])} in {shorten(folders)}: put them there (uctrans prepare "
+            "monuseg makes them of outlines in XML), or train with target mask."
         )
     pixels, labels, sizes = [], [], []
     paths_by_doubt: dict[str, list[str | os.PathLike]] = {}
-    scattered = []
+    maps_by_doubt: dict[str, list[Path]] = {}
     for sample in samples:
         image = read_image(sample.image)
         label, doubt = decode_mask(sample.mask, classes, palette, image.shape[:2])
@@ -159,14 +166,14 @@ def load_native(
             paths_by_doubt.setdefault(doubt, []).append(sample.mask)
         if target == BOUNDARY_TARGET:
             instances = read_instances(instance_maps[sample.name], label)
-            if is_scattered(instances):
-                scattered.append(instance_maps[sample.name])
+            if map_doubt := doubt_of(instances, label):
+                maps_by_doubt.setdefault(map_doubt, []).append(instance_maps[sample.name])
             label = boundary_target(instances)
         pixels.append(torch.from_numpy(np.array(image)).flatten(0, 1).T)
         labels.append(torch.from_numpy(label).flatten())
         sizes.append(image.shape[:2])
     warn_of_doubts(paths_by_doubt)
-    warn_of_scattered(scattered)
+    warn_of_doubtful_instances(maps_by_doubt)
     counts = torch.tensor([len(label) for label in labels])
     return NativeImages(
         names=[sample.name for sample in samples],

@@ -2,7 +2,8 @@
 
 from uctrans.inference.ensemble import Ensemble
 from uctrans.inference.evaluate import EvaluateConfig, EvaluationResult, evaluate
-from uctrans.inference.export import ExportConfig, ExportError, export
+from uctrans.inference.export import ExportConfig, export
+from uctrans.inference.export_checks import ExportError
 from uctrans.inference.figures import comparison_figure
 from uctrans.inference.files import InferenceError
 from uctrans.inference.metrics import dice, hd95, iou, mean_and_deviation, mean_over_classes

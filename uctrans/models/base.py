@@ -178,12 +178,12 @@ def check_image(image: Tensor, in_channels: int, weight: Tensor) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON holds it: sequences as new lists, numpy's numbers as Python's."""
+    """``value`` as JSON holds it: sequences and arrays as new lists, numpy's numbers as Python's."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
         return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _hub() -> Any:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 from ..kernels import check_backend
 from ..layers import DualBranchEncoder
-from ..layers.checks import check_counts, check_probabilities, check_sequence
+from ..layers.checks import check_counts, check_probabilities, check_whole_numbers, is_whole_number
 from .base import SegmentationModel
 from .gated import TransformerSkips, check_patches
 from .registry import register_model
 from .unet import scale_widths
+
+SINGLE = {"dilations": "a whole number, such as 2, or ", "nested_channels": "a whole number, such as 32, or None, or "}
 
 
 @register_model("dual_branch_uctransnet")
@@ -79,16 +81,17 @@ class DualBranchUCTransNet(TransformerSkips, SegmentationModel):
         )
         num_scales = len(patch_sizes)
         channels = _even_widths(base_channels, num_scales)
-        dilations = [dilations] * num_scales if isinstance(dilations, int) else dilations
+        dilations = [dilations] * num_scales if is_whole_number(dilations) else dilations
         _check_per_scale("dilations", dilations, num_scales, at_least=1)
         _check_per_scale("depths", depths, num_scales, at_least=0)
 
         self.in_channels, self.classes = in_channels, classes
         self.patch_size = patch_sizes[0]
         self.size_multiple = math.lcm(patch_sizes[0], 2**num_scales)
-        _check_maps(self._padded(image_size), image_size, dilations, depths)
+        _check_depths(depths, self._padded(image_size), image_size)
         # From here on images are padded until the nested U of every level can halve its map.
         self.size_multiple = math.lcm(self.size_multiple, *(2 ** (scale + depth) for scale, depth in enumerate(depths)))
+        _check_dilations(dilations, self._padded(image_size), image_size)
 
         self.encoder = DualBranchEncoder(
             in_channels, channels, dilations, depths, _nested_widths(nested_channels, channels)
@@ -122,30 +125,28 @@ def _even_widths(base_channels: int | Sequence[int], num_scales: int) -> tuple[i
 def _nested_widths(nested_channels: int | Sequence[int] | None, channels: Sequence[int]) -> list[int]:
     if nested_channels is None:
         return [max(width // 2, 1) for width in channels]
-    if isinstance(nested_channels, int):
+    if is_whole_number(nested_channels):
         nested_channels = [nested_channels * 2**scale for scale in range(len(channels))]
     _check_per_scale("nested_channels", nested_channels, len(channels), at_least=1)
     return list(nested_channels)
 
 
 def _check_per_scale(name: str, values: Sequence[int], num_scales: int, at_least: int) -> None:
-    check_sequence(name, values, "one number a scale")
+    example = tuple(range(num_scales, 0, -1))
+    what = f"{SINGLE.get(name, '')}a list of whole numbers, one for each of {num_scales} scales, such as {example}"
+    check_whole_numbers(name, values, what)
     if len(values) != num_scales:
         raise ValueError(
             f"{name} needs one number for each of the {num_scales} scales of patch_sizes; got {len(values)}: "
             f"{list(values)}"
         )
-    if any(not isinstance(value, int) for value in values):
-        raise TypeError(f"{name} must be whole numbers; got {list(values)}")
     if min(values) < at_least:
         raise ValueError(f"{name} must be at least {at_least} each; got {list(values)}")
 
 
-def _check_maps(
-    padded: Sequence[int], image_size: int | Sequence[int], dilations: Sequence[int], depths: Sequence[int]
-) -> None:
-    """Refuse a depth that halves a map below a pixel, and a dilation whose taps all miss the map but the middle one."""
-    for scale, (depth, dilation) in enumerate(zip(depths, dilations, strict=True)):
+def _check_depths(depths: Sequence[int], padded: Sequence[int], image_size: int | Sequence[int]) -> None:
+    """Refuse a depth that halves a map below a pixel, of an image padded as without nested Us."""
+    for scale, depth in enumerate(depths):
         height, width = (side >> scale for side in padded)
         most = min(height, width).bit_length() - 1
         if depth > most:
@@ -153,10 +154,16 @@ def _check_maps(
                 f"depths: {depth} at scale {scale + 1}, whose map is {height}x{width} for image_size {image_size} and "
                 f"can be halved {most} times; give at most {most} there, or a larger image_size"
             )
-        most = max(1, min(height, width) // 2 - 1)
+
+
+def _check_dilations(dilations: Sequence[int], padded: Sequence[int], image_size: int | Sequence[int]) -> None:
+    """Refuse a dilation whose taps all miss the map but the middle one."""
+    for stage, dilation in enumerate(dilations, start=1):
+        height, width = (side >> stage for side in padded)
+        most = max(1, min(height, width) - 1)
         if dilation > most:
             raise ValueError(
-                f"dilations: {dilation} at down-sampling {scale + 1}, whose map is {height // 2}x{width // 2} for "
-                f"image_size {image_size}: all taps but the middle one would miss it; give at most {most} there, or a "
-                f"larger image_size"
+                f"dilations: {dilation} at down-sampling {stage}, whose map is {height}x{width} for image_size "
+                f"{image_size}: all taps but the middle one would miss it; give at most {most} there, or a larger "
+                f"image_size"
             )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import ChannelGate, ChannelTransformer, DoubleConv
-from ..layers.checks import check_sequence
+from ..layers.checks import check_whole_numbers, is_whole_number
 from .base import check_image, pad_to_multiple
 
 
@@ -68,6 +68,7 @@ class TransformerSkips:
 
         Raises:
             ValueError: it is no size.
+            TypeError: it is not of whole numbers.
         """
         height, width = self._padded(image_size)
         return height // self.patch_size, width // self.patch_size
@@ -79,15 +80,16 @@ class TransformerSkips:
         return self.head(decoded)[..., : image.shape[-2], : image.shape[-1]]
 
     def _padded(self, image_size: int | Sequence[int]) -> list[int]:
-        sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+        sides = [image_size] * 2 if is_whole_number(image_size) else image_size
+        check_whole_numbers("image_size", sides, "a side in pixels, such as 224, or height and width: (224, 320)")
         if len(sides) != 2 or min(sides) < 1:
             raise ValueError(f"image_size must be a positive side, or height and width; got {image_size}")
         return [side + -side % self.size_multiple for side in sides]
 
 
 def check_patches(patch_sizes: Sequence[int]) -> None:
-    """Raise unless each patch is half as wide as the one before; ``ValueError`` says what is wrong."""
-    check_sequence("patch_sizes", patch_sizes, "one side a scale")
+    """Raise unless each patch is half as wide as the one before; ``ValueError`` or ``TypeError`` says what is wrong."""
+    check_whole_numbers("patch_sizes", patch_sizes, "a list of whole numbers, one side a scale, such as (16, 8, 4, 2)")
     if not patch_sizes or any(patch < 1 for patch in patch_sizes):
         raise ValueError(f"patch_sizes needs one positive size a scale; got {list(patch_sizes)}")
     if any(fine != 2 * coarse for fine, coarse in itertools.pairwise(patch_sizes)):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import DoubleConv, Encoder
+from ..layers.checks import check_counts, check_whole_numbers, is_whole_number
 from .base import SegmentationModel, check_image, pad_to_multiple
 from .registry import register_model
 
@@ -45,8 +46,8 @@ class UNet(SegmentationModel):
         skips: Sequence[int] = (1, 2, 3, 4),
     ):
         super().__init__()
-        if in_channels < 1 or classes < 1:
-            raise ValueError(f"in_channels and classes must be at least 1; got {in_channels} and {classes}")
+        check_counts(in_channels=in_channels, classes=classes)
+        check_whole_numbers("skips", skips, f"a list of numbers of 1 to {NUM_SCALES}, such as (1, 2), or ()")
         if not set(skips) <= set(range(1, NUM_SCALES + 1)) or len(set(skips)) != len(list(skips)):
             raise ValueError(f"skips must be different numbers of 1 to {NUM_SCALES}; got {list(skips)}")
         self.in_channels, self.classes = in_channels, classes
@@ -72,8 +73,11 @@ class UNet(SegmentationModel):
 
 def scale_widths(base_channels: int | Sequence[int], num_scales: int) -> tuple[int, ...]:
     """Widths of the scales: one number doubles from scale to scale, a sequence gives each."""
-    if isinstance(base_channels, int):
+    if is_whole_number(base_channels):
         base_channels = [base_channels * 2**scale for scale in range(num_scales)]
+    example = tuple(64 * 2**scale for scale in range(num_scales))
+    what = f"a whole number, such as 64, or a list of one for each of {num_scales} scales, such as {example}"
+    check_whole_numbers("base_channels", base_channels, what)
     if len(base_channels) != num_scales or min(base_channels) < 1:
         raise ValueError(f"base_channels must be one width, or {num_scales}, at least 1 each; got {base_channels}")
     return tuple(base_channels)

@@ -16,7 +16,7 @@ from uctrans.tiling import tiled
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
 from uctrans.training.ema import WeightAverage
-from uctrans.training.losses import BatchCounts, batch_counts, image_dice, segmentation_loss
+from uctrans.training.losses import BatchCounts, batch_counts, image_dice, loss_and_dice
 
 LEAST_PROBABILITY = 1e-6  # keeps the loss of blended probabilities finite
 
@@ -34,11 +34,11 @@ class EpochTotals:
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, masks: torch.Tensor) -> None:
-        """Count one step in: its mean loss (scalar), logits (B, classes, h, w) and masks (B, h, w)."""
-        self.loss.add_(loss, alpha=len(masks))
-        self.dice.add_(image_dice(logits, masks).sum())
-        self.images.add_(len(masks))
+    def add(self, loss: torch.Tensor, dice: torch.Tensor) -> None:
+        """Count one step in: its mean loss (scalar) and the Dice of each image (B,)."""
+        self.loss.add_(loss, alpha=len(dice))
+        self.dice.add_(dice.sum())
+        self.images.add_(len(dice))
         is_first_bad = (self.first_bad < 0) & ~torch.isfinite(loss)
         self.first_bad.copy_(torch.where(is_first_bad, self.steps, self.first_bad))
         self.steps.add_(1)
@@ -94,17 +94,19 @@ class TrainStep:
     def __call__(self, index: torch.Tensor) -> None:
         """Train on the images at ``index``, int64 (B,) on the device."""
         images, masks = self.protocol.training_batch(self.data, index, self.generator)
-        counts = BatchCounts(*self.group.mean_(torch.stack(batch_counts(masks))))
+        counts = None  # one process counts what its loss is averaged over on the way
+        if self.group.count > 1:
+            counts = BatchCounts(*self.group.mean_(torch.stack(batch_counts(masks))))
 
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.config, images.device):
             logits = self.forward(images)
-        loss = loss_of(logits, masks, self.config, counts)
+        loss, dice = scores_of(logits, masks, self.config, counts)
         loss.backward()
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
-        self.totals.add(loss.detach(), scored_logits(logits.detach(), self.config), masks)
+        self.totals.add(loss.detach(), dice)
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def validate(
     for index in positions.split(validation_batch_size(protocol, config)):
         images, masks = data.batch(index)
         logits = predict_logits(forward, protocol.to_input(images), protocol, config)
-        totals.add(loss_of(logits, masks, config), scored_logits(logits, config), masks)
+        totals.add(*scores_of(logits, masks, config))
     model.train(was_training)
     return totals
 
@@ -176,17 +178,21 @@ def scored_logits(logits: torch.Tensor, config: TrainConfig) -> torch.Tensor:
     return nucleus.logsumexp(1, keepdim=True) - background
 
 
-def loss_of(
+def scores_of(
     logits: torch.Tensor, masks: torch.Tensor, config: TrainConfig, counts: BatchCounts | None = None
-) -> torch.Tensor:
-    """Return the loss with the weights of the configuration."""
-    return segmentation_loss(
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss with the weights of the configuration, a scalar, and the Dice of each image (B,)."""
+    loss, dice = loss_and_dice(
         logits,
         masks,
         dice_weight=config.dice_weight,
         cross_entropy_weight=config.cross_entropy_weight,
         counts=counts,
+        backend=config.backend,
     )
+    if config.target == BOUNDARY_TARGET:
+        dice = image_dice(scored_logits(logits.detach(), config), masks, backend=config.backend)
+    return loss, dice
 
 
 def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:

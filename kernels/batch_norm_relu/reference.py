@@ -1,0 +1,18 @@
+"""Batch norm and ReLU as published, one PyTorch operation a step: the specification, oracle and baseline."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def batch_norm_relu(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """(B, C, H, W), four (C,) -> (B, C, H, W); in training the running statistics are updated in place."""
+    return F.relu(F.batch_norm(feature, running_mean, running_var, weight, bias, training, momentum, eps))

@@ -1,0 +1,112 @@
+"""Triton kernels of the channels: what the parts of a map found is put together, always in the same order.
+
+A program has a block of channels, and walks along the parts [BLOCK_PARTS, BLOCK_C]. All arithmetic is float32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _pixels_of_parts(cut, parts):
+    """How many pixels of all images each part has."""
+    images = cut.images - parts // cut.chunks * cut.images_a_part
+    pixels = cut.pixels - parts % cut.chunks * cut.pixels_a_part
+    images = tl.maximum(tl.minimum(images, cut.images_a_part), 0)
+    return images.to(tl.float32) * tl.minimum(pixels, cut.pixels_a_part).to(tl.float32)
+
+
+@triton.jit
+def combine_statistics_kernel(
+    parts_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    mean_ptr,
+    variance_ptr,
+    running_ptr,
+    momentum,
+    cut,
+    parts,
+    UNIT: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and biased variance of the batch (C,), and the running statistics after it (2, C).
+
+    The mean of the parts comes first, as seen from a value of the first one, then the squares around it: parts that lie
+    apart add what lies between them.
+    """
+    channels = cut.channel_units * UNIT
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    origin = tl.load(parts_ptr + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
+    count = 1.0 * cut.images * cut.pixels
+
+    total = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
+    for first in range(0, parts, BLOCK_PARTS):
+        offs_part = first + tl.arange(0, BLOCK_PARTS)
+        mask = (offs_part < parts)[:, None] & mask_c[None, :]
+        ptrs = parts_ptr + offs_part.to(tl.int64)[:, None] * (3 * channels) + offs_c[None, :]
+        part_origin = tl.load(ptrs, mask=mask, other=0.0)  # [BLOCK_PARTS, BLOCK_C]
+        part_mean = tl.load(ptrs + channels, mask=mask, other=0.0)
+        offset = tl.where(mask, (part_origin - origin[None, :]) + part_mean, 0.0)
+        total += _pixels_of_parts(cut, offs_part)[:, None] * offset
+    mean = tl.sum(total, axis=0) / count
+
+    squares = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
+    for first in range(0, parts, BLOCK_PARTS):
+        offs_part = first + tl.arange(0, BLOCK_PARTS)
+        mask = (offs_part < parts)[:, None] & mask_c[None, :]
+        ptrs = parts_ptr + offs_part.to(tl.int64)[:, None] * (3 * channels) + offs_c[None, :]
+        part_origin = tl.load(ptrs, mask=mask, other=0.0)
+        part_mean = tl.load(ptrs + channels, mask=mask, other=0.0)
+        around_mean = tl.load(ptrs + 2 * channels, mask=mask, other=0.0)
+        apart = tl.where(mask, (part_origin - origin[None, :]) + part_mean - mean[None, :], 0.0)
+        squares += around_mean + _pixels_of_parts(cut, offs_part)[:, None] * apart * apart
+    around_mean_of_all = tl.sum(squares, axis=0)
+
+    mean += origin
+    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+    tl.store(variance_ptr + offs_c, around_mean_of_all / count, mask=mask_c)
+    if running_mean_ptr is not None:
+        running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        running_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        unbiased = around_mean_of_all / (count - 1.0)
+        running_mean = momentum * mean + (1.0 - momentum) * running_mean
+        running_var = momentum * unbiased + (1.0 - momentum) * running_var
+        tl.store(running_ptr + offs_c, running_mean.to(running_ptr.dtype.element_ty), mask=mask_c)
+        tl.store(running_ptr + channels + offs_c, running_var.to(running_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def add_gradient_sums_kernel(
+    parts_ptr,
+    variance_ptr,
+    sums_ptr,
+    d_weight_ptr,
+    d_bias_ptr,
+    eps,
+    channels,
+    parts,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sums of all parts (2, C), and the gradients by weight and bias that they are."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    total = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
+    weighted = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
+    for first in range(0, parts, BLOCK_PARTS):
+        offs_part = first + tl.arange(0, BLOCK_PARTS)
+        mask = (offs_part < parts)[:, None] & mask_c[None, :]
+        ptrs = parts_ptr + offs_part.to(tl.int64)[:, None] * (2 * channels) + offs_c[None, :]
+        total += tl.load(ptrs, mask=mask, other=0.0)  # [BLOCK_PARTS, BLOCK_C]
+        weighted += tl.load(ptrs + channels, mask=mask, other=0.0)
+    sum_of_gradients = tl.sum(total, axis=0)
+    sum_of_weighted = tl.sum(weighted, axis=0)
+    variance = tl.load(variance_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    d_weight = sum_of_weighted * tl.rsqrt(variance + eps)
+    tl.store(sums_ptr + offs_c, sum_of_gradients, mask=mask_c)
+    tl.store(sums_ptr + channels + offs_c, sum_of_weighted, mask=mask_c)
+    tl.store(d_weight_ptr + offs_c, d_weight.to(d_weight_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(d_bias_ptr + offs_c, sum_of_gradients.to(d_bias_ptr.dtype.element_ty), mask=mask_c)

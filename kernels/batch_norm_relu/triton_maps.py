@@ -1,0 +1,287 @@
+"""Triton kernels that read and write whole maps: statistics, the normalised map, and gradients.
+
+A program has a block of channels, and walks along pixels of one image or of several, [BLOCK_PIXELS, BLOCK_C] at a time.
+Maps are read through their strides: one kernel serves contiguous and channels-last memory, and only block sizes know
+the difference. In channels-last memory the pixels of all images are those of one. All arithmetic is float32.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Map(NamedTuple):
+    """A map (B, C, H, W); pixels follow each other at one distance, row after row."""
+
+    ptr: Tensor
+    stride_image: int
+    stride_channel: int
+    pixel_units: int  # stride of a pixel, in UNIT elements: the compiler sees what divides it, and loads whole vectors
+
+
+class Cut(NamedTuple):
+    """How a map is cut into parts, one for a program and block of channels: a few images, and a chunk of each."""
+
+    images: int
+    pixels: int  # of an image
+    channel_units: int  # of UNIT channels
+    images_a_part: int
+    pixels_a_part: int  # a chunk; the last one may be shorter
+    chunks: int  # of an image
+
+
+@triton.jit
+def _place(pid, cut, channels, BLOCK_C: tl.constexpr):
+    """Which part and which first channel are a program's, and where the part begins and ends."""
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    first_channel = pid % channel_blocks * BLOCK_C
+    part = pid // channel_blocks
+    first_image = part // cut.chunks * cut.images_a_part
+    end_image = tl.minimum(first_image + cut.images_a_part, cut.images)
+    first_pixel = part % cut.chunks * cut.pixels_a_part
+    end_pixel = tl.minimum(first_pixel + cut.pixels_a_part, cut.pixels)
+    return part, first_channel, first_image, end_image, first_pixel, end_pixel
+
+
+@triton.jit
+def _at(map, image, first_channel, first_pixel, UNIT: tl.constexpr):
+    """Where the channels and pixels of a program begin."""
+    ptr = map.ptr + image.to(tl.int64) * map.stride_image + first_channel.to(tl.int64) * map.stride_channel
+    return ptr + first_pixel.to(tl.int64) * (map.pixel_units * UNIT)
+
+
+@triton.jit
+def _offsets(map, UNIT: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    offs_pixel = tl.arange(0, BLOCK_PIXELS)
+    offs_c = tl.arange(0, BLOCK_C)
+    return offs_pixel[:, None] * (map.pixel_units * UNIT) + offs_c[None, :] * map.stride_channel
+
+
+@triton.jit
+def _channel(ptr, offs_c, mask_c):
+    """A number of each channel, beside its pixels: [1, BLOCK_C]."""
+    return tl.load(ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def statistics_kernel(
+    feature,
+    parts_ptr,
+    cut,
+    UNIT: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Of each part (parts, 3, C): one of its values, their mean as seen from there, and the sum of squares around it.
+
+    Values of a lane are taken from the first one that it meets, so that no common offset is squared: that one is among
+    them, and their sum of squares around it is at most one plus their number times that around their mean.
+    """
+    channels = cut.channel_units * UNIT
+    part, first_channel, first_image, end_image, first_pixel, end_pixel = _place(
+        tl.program_id(0), cut, channels, BLOCK_C
+    )
+    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = first_channel + offs_c < channels
+    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
+    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
+    origin = tl.load(ptr + offs_c * feature.stride_channel, mask=mask_c, other=0.0).to(tl.float32)  # [BLOCK_C]
+    mask = (offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+    first = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_PIXELS, BLOCK_C]
+    total = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
+    for _ in range(first_image, end_image):
+        pixel_ptr = ptr
+        for start in range(0, end_pixel - first_pixel, STEPS * BLOCK_PIXELS):
+            tiles = ()  # all loads first, so that they are under way at once
+            for step in tl.static_range(STEPS):
+                mask = (start + step * BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+                tiles = tiles + (tl.load(pixel_ptr + offs, mask=mask, other=0.0),)
+                pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
+            for step in tl.static_range(STEPS):
+                mask = (start + step * BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+                centred = tl.where(mask, tiles[step].to(tl.float32) - first, 0.0)  # [BLOCK_PIXELS, BLOCK_C]
+                total += centred
+                squares += centred * centred
+        ptr += feature.stride_image
+
+    images = end_image - first_image
+    lane_pixels = tl.cdiv(tl.maximum(end_pixel - offs_pixel, 0), BLOCK_PIXELS)
+    counts = (images * lane_pixels).to(tl.float32)[:, None]
+    lane_means = total / tl.maximum(counts, 1.0)
+    lane_squares = squares - total * lane_means
+    offsets = tl.where(counts > 0.0, (first - origin[None, :]) + lane_means, 0.0)  # [BLOCK_PIXELS, BLOCK_C]
+    mean = tl.sum(counts * offsets, axis=0) / (images * (end_pixel - first_pixel))  # [BLOCK_C]
+    apart = offsets - mean[None, :]
+    around_mean = tl.sum(lane_squares + counts * apart * apart, axis=0)
+
+    parts_ptr += part.to(tl.int64) * (3 * channels) + first_channel
+    tl.store(parts_ptr + offs_c, origin, mask=mask_c)
+    tl.store(parts_ptr + channels + offs_c, mean, mask=mask_c)
+    tl.store(parts_ptr + 2 * channels + offs_c, around_mean, mask=mask_c)
+
+
+@triton.jit
+def normalise_kernel(
+    feature,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    output,
+    eps,
+    cut,
+    UNIT: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The output: the map with mean 0 and variance 1, scaled, shifted, and no less than zero."""
+    channels = cut.channel_units * UNIT
+    # Last to first: what the statistics were taken of last is still in the cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    _, first_channel, first_image, end_image, first_pixel, end_pixel = _place(pid, cut, channels, BLOCK_C)
+    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    mean = _channel(mean_ptr, offs_c, mask_c)
+    bias = _channel(bias_ptr, offs_c, mask_c)
+    scale = _channel(weight_ptr, offs_c, mask_c) * tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
+    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
+    output_offs = _offsets(output, UNIT, BLOCK_PIXELS, BLOCK_C)
+    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
+    output_ptr = _at(output, first_image, first_channel, first_pixel, UNIT)
+    for _ in range(first_image, end_image):
+        pixel_ptr = ptr
+        output_pixel_ptr = output_ptr
+        for start in range(0, end_pixel - first_pixel, BLOCK_PIXELS):
+            mask = (start + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+            values = tl.load(pixel_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_PIXELS, BLOCK_C]
+            normalised = (values - mean) * scale + bias
+            # What is no number must not become zero.
+            activated = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(output_pixel_ptr + output_offs, activated.to(output.ptr.dtype.element_ty), mask=mask)
+            pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
+            output_pixel_ptr += BLOCK_PIXELS * (output.pixel_units * UNIT)
+        ptr += feature.stride_image
+        output_ptr += output.stride_image
+
+
+@triton.jit
+def gradient_sums_kernel(
+    gradient,
+    feature,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    parts_ptr,
+    eps,
+    cut,
+    UNIT: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Of each part (parts, 2, C): the sums of ``g`` and of ``g (x - mean)``, with ``g`` what passes the ReLU."""
+    channels = cut.channel_units * UNIT
+    part, first_channel, first_image, end_image, first_pixel, end_pixel = _place(
+        tl.program_id(0), cut, channels, BLOCK_C
+    )
+    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    mean = _channel(mean_ptr, offs_c, mask_c)
+    bias = _channel(bias_ptr, offs_c, mask_c)
+    scale = _channel(weight_ptr, offs_c, mask_c) * tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
+    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
+    gradient_offs = _offsets(gradient, UNIT, BLOCK_PIXELS, BLOCK_C)
+    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
+    gradient_ptr = _at(gradient, first_image, first_channel, first_pixel, UNIT)
+    total = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
+    weighted = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
+    for _ in range(first_image, end_image):
+        pixel_ptr = ptr
+        gradient_pixel_ptr = gradient_ptr
+        for start in range(0, end_pixel - first_pixel, STEPS * BLOCK_PIXELS):
+            tiles = ()  # all loads first, so that they are under way at once
+            upstream = ()
+            for step in tl.static_range(STEPS):
+                mask = (start + step * BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+                tiles = tiles + (tl.load(pixel_ptr + offs, mask=mask, other=0.0),)
+                upstream = upstream + (tl.load(gradient_pixel_ptr + gradient_offs, mask=mask, other=0.0),)
+                pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
+                gradient_pixel_ptr += BLOCK_PIXELS * (gradient.pixel_units * UNIT)
+            for step in tl.static_range(STEPS):
+                centred = tiles[step].to(tl.float32) - mean  # [BLOCK_PIXELS, BLOCK_C]
+                passed = tl.where(centred * scale + bias <= 0.0, 0.0, upstream[step].to(tl.float32))
+                total += passed
+                weighted += passed * centred
+        ptr += feature.stride_image
+        gradient_ptr += gradient.stride_image
+    parts_ptr += part.to(tl.int64) * (2 * channels)
+    tl.store(parts_ptr + offs_c, tl.sum(total, axis=0), mask=mask_c)
+    tl.store(parts_ptr + channels + offs_c, tl.sum(weighted, axis=0), mask=mask_c)
+
+
+@triton.jit
+def gradient_kernel(
+    gradient,
+    feature,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    sums_ptr,
+    d_feature,
+    inverse_count,
+    eps,
+    cut,
+    UNIT: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The gradient by the feature; without sums, of statistics that do not depend on it."""
+    channels = cut.channel_units * UNIT
+    # Last to first: what the gradients were summed of last is still in the cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    _, first_channel, first_image, end_image, first_pixel, end_pixel = _place(pid, cut, channels, BLOCK_C)
+    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    mean = _channel(mean_ptr, offs_c, mask_c)
+    bias = _channel(bias_ptr, offs_c, mask_c)
+    inverse_deviation = tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
+    scale = _channel(weight_ptr, offs_c, mask_c) * inverse_deviation
+    if sums_ptr is not None:
+        mean_gradient = _channel(sums_ptr, offs_c, mask_c) * inverse_count
+        # One deviation after the other: the square of a large one may be infinite.
+        slope = _channel(sums_ptr + channels, offs_c, mask_c) * inverse_count * inverse_deviation * inverse_deviation
+    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
+    gradient_offs = _offsets(gradient, UNIT, BLOCK_PIXELS, BLOCK_C)
+    d_offs = _offsets(d_feature, UNIT, BLOCK_PIXELS, BLOCK_C)
+    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
+    gradient_ptr = _at(gradient, first_image, first_channel, first_pixel, UNIT)
+    d_ptr = _at(d_feature, first_image, first_channel, first_pixel, UNIT)
+    for _ in range(first_image, end_image):
+        pixel_ptr = ptr
+        gradient_pixel_ptr = gradient_ptr
+        d_pixel_ptr = d_ptr
+        for start in range(0, end_pixel - first_pixel, BLOCK_PIXELS):
+            mask = (start + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+            values = tl.load(pixel_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_PIXELS, BLOCK_C]
+            upstream = tl.load(gradient_pixel_ptr + gradient_offs, mask=mask, other=0.0).to(tl.float32)
+            centred = values - mean
+            d_values = tl.where(centred * scale + bias <= 0.0, 0.0, upstream)
+            if sums_ptr is not None:
+                d_values = d_values - mean_gradient - centred * slope
+            tl.store(d_pixel_ptr + d_offs, (scale * d_values).to(d_feature.ptr.dtype.element_ty), mask=mask)
+            pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
+            gradient_pixel_ptr += BLOCK_PIXELS * (gradient.pixel_units * UNIT)
+            d_pixel_ptr += BLOCK_PIXELS * (d_feature.pixel_units * UNIT)
+        ptr += feature.stride_image
+        gradient_ptr += gradient.stride_image
+        d_ptr += d_feature.stride_image

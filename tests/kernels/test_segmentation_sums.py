@@ -1,0 +1,300 @@
+"""The sums of segmentation losses and what is made of them in plain PyTorch, and what the public functions refuse.
+
+What the Triton operators compute is in ``test_segmentation_sums_triton.py``.
+"""
+
+import math
+
+import pytest
+import torch
+from drawn import drawn
+from torch.nn import functional as F
+
+from uctrans.kernels import segmentation_scores, segmentation_sums
+from uctrans.kernels.segmentation_sums import explicit, reference, scores
+from uctrans.kernels.testing import assert_within_budget
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["reference", "composed", "triton"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+# batch, classes, height, width
+SHAPES = {
+    "one class": (3, 1, 9, 14),
+    "one pixel": (8, 1, 1, 1),
+    "one row": (2, 1, 1, 37),
+    "one column": (2, 1, 37, 1),
+    "two classes": (3, 2, 7, 5),
+    "three classes, odd sides": (2, 3, 11, 13),
+    "five classes, one pixel": (8, 5, 1, 1),
+    "seventeen classes": (1, 17, 6, 3),
+    "empty batch": (0, 1, 4, 4),
+    "empty batch of classes": (0, 3, 4, 4),
+    "no pixels": (2, 1, 0, 5),
+    "no pixels of classes": (2, 3, 4, 0),
+}
+
+
+def sums_inputs(batch, classes, height, width, dtype=torch.float64, memory_format=torch.contiguous_format, seed=0):
+    """Logits, three times standard normal, and masks with every label."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(batch, classes, height, width, generator=generator, dtype=torch.float64)
+    masks = torch.randint(0, max(classes, 2), (batch, height, width), generator=generator, dtype=torch.uint8)
+    return logits.to(DEVICE, dtype).contiguous(memory_format=memory_format), masks.to(DEVICE)
+
+
+def upstream_of(logits, seed=7):
+    """A gradient of the sums."""
+    batch, classes = logits.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(4 if classes == 1 else 3, batch, classes, generator=generator, dtype=torch.float64)
+    return gradient.to(DEVICE)
+
+
+def results(function, logits, masks, gradient=None, **options):
+    """Each row of the sums, the gradient by the logits, and the counts."""
+    leaf = logits.detach().requires_grad_()
+    sums, counts = function(leaf, masks, **options)
+    gradient = upstream_of(logits) if gradient is None else gradient
+    (d_logits,) = torch.autograd.grad(sums, leaf, gradient.to(sums.dtype))
+    return [*sums.detach().unbind(), d_logits], counts
+
+
+def assert_as_exact_as_the_reference(function, draws, **options):
+    """Sums and gradient against the reference in float64, over several draws; the counts are the reference's."""
+    runs = {"function": [], "baseline": [], "oracle": []}
+    for logits, masks in draws:
+        found, counts = results(function, logits, masks, **options)
+        runs["function"].append(found)
+        baseline, expected = results(reference.segmentation_sums, logits, masks)
+        runs["baseline"].append(baseline)
+        runs["oracle"].append(results(reference.segmentation_sums, logits.double(), masks)[0])
+        assert torch.equal(counts, expected)
+        assert counts.dtype == torch.float32
+        assert found[-1].dtype == logits.dtype
+    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)] for run in runs.values()))
+
+
+def composed_sums(logits, masks):
+    return segmentation_sums(logits, masks, backend="composed")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
+    draws = [sums_inputs(*shape, dtype, memory_format, seed) for seed in range(4)]
+    assert_as_exact_as_the_reference(composed_sums, draws)
+
+
+@drawn(
+    25,
+    lambda st: {
+        "shape": st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(0, 7), st.integers(0, 7)),
+        "channels_last": st.booleans(),
+        "seed": st.integers(0, 2**16),
+    },
+)
+def test_any_shape_agrees_with_the_reference(shape, channels_last, seed):
+    inputs = sums_inputs(*shape, torch.float64, FORMATS[channels_last], seed)
+    torch.testing.assert_close(results(composed_sums, *inputs), results(reference.segmentation_sums, *inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestByHand:
+    def test_one_class(self, backend):
+        """Two images of two pixels; sigmoid(log 3) = 3/4."""
+        logits = torch.tensor([[math.log(3), -math.log(3)], [0.0, math.log(3)]], device=DEVICE).view(2, 1, 1, 2)
+        masks = torch.tensor([[1, 1], [1, 0]], device=DEVICE).view(2, 1, 2)
+        sums, counts = segmentation_sums(logits, masks, backend=backend)
+        expected = [
+            [3 / 4 + 1 / 4, 1 / 2],
+            [9 / 16 + 1 / 16 + 2, 1 / 4 + 9 / 16 + 1],
+            [math.log(4 / 3) + math.log(4), math.log(2)],
+            [0, math.log(4)],
+        ]
+        torch.testing.assert_close(sums, torch.tensor(expected, device=DEVICE)[..., None])
+        expected = torch.tensor([[1.0, 0], [1, 1], [2, 1]], device=DEVICE)
+        assert torch.equal(counts, expected[..., None])  # a logit of 0 is not predicted
+
+    def test_several_classes(self, backend):
+        """One image of two pixels: softmax(0, log 2, 0) = (1, 2, 1) / 4."""
+        logits = torch.tensor([[0.0, math.log(2), 0], [0, 0, 0]], device=DEVICE).T.reshape(1, 3, 1, 2)
+        masks = torch.tensor([[[1, 2]]], device=DEVICE)
+        sums, counts = segmentation_sums(logits, masks, backend=backend)
+        expected = [
+            [0, 1 / 2, 1 / 3],
+            [1 / 16 + 1 / 9, 1 / 4 + 1 / 9 + 1, 1 / 16 + 1 / 9 + 1],
+            [0, math.log(2), math.log(3)],
+        ]
+        torch.testing.assert_close(sums, torch.tensor(expected, device=DEVICE)[:, None])
+        expected = torch.tensor([[0.0, 1, 0], [1, 1, 0], [0, 1, 1]], device=DEVICE)
+        assert torch.equal(counts, expected[:, None])  # of three equal logits the first is predicted
+
+    def test_scores(self, backend):
+        """Dice loss of each image 1 - 2 overlap/area, but for the smoothing; Dice 2/3, and 1 where nobody is."""
+        sums = torch.tensor([[1.0, 2], [4, 5], [3, 0], [4, 8]], device=DEVICE)[..., None]
+        counts = torch.tensor([[2.0, 0], [3, 0], [3, 0]], device=DEVICE)[..., None]
+        loss, dice = segmentation_scores(sums, counts, 4, dice_weight=0.75, cross_entropy_weight=2, backend=backend)
+        expected = 0.75 * (1 / 2 + 1 / 5) / 2 + 2 * (0.5 * 3 / 3 + 0.5 * 12 / 5)
+        assert loss.item() == pytest.approx(expected, abs=3e-5)
+        torch.testing.assert_close(dice, torch.tensor([2 / 3, 1], device=DEVICE))
+
+
+def written_out_loss(logits, masks, totals=None):
+    """The published formulas in PyTorch's own words: Dice of halved probabilities, mean cross entropies."""
+    classes = logits.shape[1]
+    if classes == 1:
+        probability, target = logits.sigmoid(), masks[:, None].to(logits.dtype)
+        pixels = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        positives, negatives = (target.sum(), (1 - target).sum()) if totals is None else totals[1:]
+        cross_entropy = 0.5 * (pixels * target).sum() / positives + 0.5 * (pixels * (1 - target)).sum() / negatives
+    else:
+        probability, target = logits.softmax(1), F.one_hot(masks.long(), classes).movedim(-1, 1).to(logits.dtype)
+        cross_entropy = F.cross_entropy(logits, masks.long(), reduction="sum") / masks[0].numel()
+        cross_entropy = cross_entropy / (len(masks) if totals is None else totals[0])
+    p, t = probability / 2, target / 2
+    dice = 1 - (2 * (p * t).sum((2, 3)) + 1e-5) / ((p * p).sum((2, 3)) + (t * t).sum((2, 3)) + 1e-5)
+    return 0.3 * dice.mean(1).sum() / (len(masks) if totals is None else totals[0]) + 0.9 * cross_entropy
+
+
+@pytest.mark.parametrize("given_totals", [False, True])
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_loss_is_the_published_formula(classes, given_totals):
+    logits, masks = sums_inputs(3, classes, 5, 6)
+    totals = torch.tensor([2.5, 31.0, 44.0], device=DEVICE) if given_totals else None
+    sums, counts = segmentation_sums(logits, masks)
+    loss, _ = segmentation_scores(sums, counts, 30, totals=totals, dice_weight=0.3, cross_entropy_weight=0.9)
+    expected = written_out_loss(logits, masks, None if totals is None else totals.double())
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("given_totals", [False, True])
+@pytest.mark.parametrize("classes", [1, 4])
+def test_slopes_are_the_gradient_by_the_sums(classes, given_totals):
+    """What the operator does on a CPU without the interpreter."""
+    sums, counts = segmentation_sums(*sums_inputs(3, classes, 5, 6))
+    totals = torch.tensor([2.5, 31.0, 44.0], device=DEVICE) if given_totals else None
+    arguments = (counts, totals, 30, 0.3, 0.9)
+    leaf = sums.requires_grad_()
+    (expected,) = torch.autograd.grad(scores.segmentation_scores(leaf, *arguments)[0], leaf)
+    torch.testing.assert_close(scores.slopes(sums.detach(), *arguments), expected)
+
+
+class TestDerivatives:
+    @pytest.mark.parametrize("classes", [1, 3])
+    def test_first_and_second(self, classes):
+        logits, masks = sums_inputs(2, classes, 2, 3)
+        masks[0, 0] = 7  # no label
+        logits.requires_grad_()
+        assert torch.autograd.gradcheck(lambda z: composed_sums(z, masks)[0], (logits,))
+        assert torch.autograd.gradgradcheck(lambda z: composed_sums(z, masks)[0], (logits,))
+
+    @pytest.mark.parametrize("classes", [1, 3])
+    def test_of_the_loss(self, classes):
+        logits, masks = sums_inputs(2, classes, 2, 3)
+
+        def loss(z):
+            return segmentation_scores(*composed_sums(z, masks), 6, backend="composed")[0]
+
+        assert torch.autograd.gradcheck(loss, (logits.requires_grad_(),))
+        assert torch.autograd.gradgradcheck(loss, (logits,))
+
+    @pytest.mark.parametrize("classes", [1, 3])
+    def test_functional_transforms(self, classes):
+        logits, masks = sums_inputs(2, classes, 2, 3)
+        gradient = upstream_of(logits)
+
+        def weighted(z):
+            return (segmentation_sums(z, masks)[0] * gradient).sum()
+
+        _, (expected, _) = None, results(composed_sums, logits, masks, gradient)
+        expected = expected[-1]
+        torch.testing.assert_close(torch.func.grad(weighted)(logits), expected)
+        _, slope = torch.func.jvp(weighted, (logits,), (torch.ones_like(logits),))
+        torch.testing.assert_close(slope, expected.sum())
+        one_by_one = torch.func.vmap(lambda z, t: segmentation_sums(z[None], t[None])[0][:, 0])(logits, masks)
+        torch.testing.assert_close(one_by_one.movedim(0, 1), segmentation_sums(logits, masks)[0])
+
+    def test_counts_have_none(self):
+        logits, masks = sums_inputs(2, 1, 2, 3)
+        for backend in ("reference", "composed"):
+            sums, counts = segmentation_sums(logits.requires_grad_(), masks, backend=backend)
+            assert sums.requires_grad
+            assert not counts.requires_grad
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_composed_compiles_without_a_break(classes):
+    logits, masks = sums_inputs(2, classes, 4, 5, torch.float32)
+
+    def loss(z, t):
+        return segmentation_scores(*composed_sums(z, t), 20, backend="composed")
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (function(logits.clone().requires_grad_(), masks) for function in (compiled, loss))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_composed_runs_image_by_image_on_a_cpu_only(classes, monkeypatch):
+    logits, masks = (tensor.cpu() for tensor in sums_inputs(2, classes, 4, 5, torch.float32))
+    monkeypatch.setattr(explicit, "forward", None)
+    with pytest.raises(TypeError, match="not callable"):
+        composed_sums(logits, masks)
+    assert composed_sums(logits.to("meta"), masks.to("meta"))[0].shape == (4 if classes == 1 else 3, 2, classes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestBadInput:
+    def inputs(self):
+        return sums_inputs(2, 1, 3, 4, torch.float32)
+
+    def test_shapes(self, backend):
+        logits, masks = self.inputs()
+        with pytest.raises(ValueError, match=r"logits must be \(B, classes, H, W\).*got \(1, 3, 4\)"):
+            segmentation_sums(logits[0], masks, backend=backend)
+        with pytest.raises(ValueError, match=r"at least one class; got \(2, 0, 3, 4\)"):
+            segmentation_sums(logits[:, :0], masks, backend=backend)
+        for wrong in (masks[:1], masks[:, None], masks[:, :2], masks.mT):
+            with pytest.raises(ValueError, match=r"masks must be \(2, 3, 4\) for logits \(2, 1, 3, 4\)"):
+                segmentation_sums(logits, wrong, backend=backend)
+
+    def test_dtypes(self, backend):
+        logits, masks = self.inputs()
+        for wrong in (masks.float(), masks.bool().to(torch.complex64), [[1]], None):
+            with pytest.raises(TypeError, match="masks must be a tensor of bool or integers; got"):
+                segmentation_sums(logits, wrong, backend=backend)
+        for wrong in (logits.long(), logits.to(torch.float8_e4m3fn)):
+            with pytest.raises(TypeError, match="logits must be floating point"):
+                segmentation_sums(wrong, masks, backend=backend)
+        with pytest.raises(TypeError, match="logits must be a tensor; got list"):
+            segmentation_sums([[0.0]], masks, backend=backend)
+
+    def test_devices(self, backend):
+        logits, masks = self.inputs()
+        with pytest.raises(ValueError, match=f"one device; got logits {DEVICE}.*, masks meta"):
+            segmentation_sums(logits, masks.to("meta"), backend=backend)
+
+    def test_scores(self, backend):
+        sums, counts = (tensor.detach() for tensor in segmentation_sums(*self.inputs()))
+        with pytest.raises(ValueError, match=r"sums must be \(4, B, 1\) or \(3, B, K\); got \(3, 2, 1\)"):
+            segmentation_scores(sums[:3], counts, 12, backend=backend)
+        with pytest.raises(ValueError, match=r"sums must be .*; got \(4, 2, 2\)"):
+            segmentation_scores(sums.expand(4, 2, 2), counts.expand(3, 2, 2), 12, backend=backend)
+        with pytest.raises(ValueError, match=r"counts must be \(3, 2, 1\); got \(3, 1, 1\)"):
+            segmentation_scores(sums, counts[:, :1], 12, backend=backend)
+        with pytest.raises(ValueError, match=r"totals must be \(3,\).*got \(2,\)"):
+            segmentation_scores(sums, counts, 12, totals=counts[:2, 0, 0], backend=backend)
+        with pytest.raises(ValueError, match=f"one device; got sums {DEVICE}.*, totals meta"):
+            segmentation_scores(sums, counts, 12, totals=torch.ones(3, device="meta"), backend=backend)
+        with pytest.raises(TypeError, match="counts must be floating point"):
+            segmentation_scores(sums, counts.long(), 12, backend=backend)
+        with pytest.raises(TypeError, match="dice_weight must be a number; got str"):
+            segmentation_scores(sums, counts, 12, dice_weight="1", backend=backend)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend 'fastest'"):
+        segmentation_sums(*sums_inputs(2, 1, 3, 4), backend="fastest")
