@@ -115,6 +115,11 @@ def test_a_study_that_moved_goes_on(moved, undisturbed, table_of, no_training, m
     assert "ensemble of" not in capsys.readouterr().out
 
 
+def test_a_uctransnet_keeps_the_patience_of_its_unet(moved, no_training):
+    with pytest.raises(StudyError, match=r"init_from: 'patience_50' -> 'patience_100'\. Give the former ones"):
+        study_models(replace(moved, patience=(50, 100)))
+
+
 def test_interrupted_runs_of_a_study_that_moved_go_on(moved, undisturbed, table_of):
     for model in MODELS:
         run = run_folder(Path(moved.output), model, 1, 1)

@@ -179,7 +179,7 @@ class ModelStudyConfig(StudyConfig):
     Args:
         models: Names of the networks, see ``uctrans.list_models()``: unet,uctransnet. uctransnet_from_unet is a
             UCTransNet that starts from the best weights of the U-Net of the same seed and fold, at the largest
-            patience.
+            patience, which a study with it keeps.
         model_options: Further arguments of the networks, as a mapping or as JSON; each gets those that it takes.
     """
 

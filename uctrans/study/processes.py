@@ -4,6 +4,7 @@ A process is started afresh (spawn), so that a CUDA context of this one is not s
 own: Ctrl-C reaches this process alone, which asks the others to stop and waits until they have saved.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
@@ -120,10 +121,12 @@ def _work(run: PlannedRun, config: StudyConfig, stop_at: float | None, answers: 
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, threads=threads))
     try:
         stopped_by = train_and_score(run, config, stop_at)
-        answers.send(("stopped", stopped_by) if stopped_by else ("done", ""))
+        answer = ("stopped", stopped_by) if stopped_by else ("done", "")
     except Exception as error:
         traceback.print_exc()
-        answers.send(("died", f"ended with {type(error).__name__}: {' '.join(str(error).split())}"))
+        answer = ("died", f"ended with {type(error).__name__}: {' '.join(str(error).split())}")
+    with contextlib.suppress(BrokenPipeError):  # nobody listens where the process that started this one is gone
+        answers.send(answer)
 
 
 def _leave(*_) -> None:
