@@ -36,15 +36,17 @@ from .networks import (
     without_tf32,
 )
 
-LEARNING_RATE = 1e-3
+# A tenth of the published one: with that, networks of this width part from each other within a few steps by rounding
+# alone. It costs no time.
+LEARNING_RATE = 1e-4
 DICE_SMOOTHING = 1e-5
 STEPS_A_SAMPLE = {"cuda": 3, "cpu": 1}
-# A few steps from fresh weights, during which the loss falls by a third: two plain, then the captured ones.
+# A few steps from fresh weights, during which the loss falls by four tenths: two plain, then the captured ones.
 CHECKED_STEPS = 5
 # Of the losses of these steps, against exact float32 without dropout: relative errors allowed of the first, which no
-# step came before, and of the others. With 16 base channels, on a CPU, bfloat16 reaches 0.2 % and 1.9 %. What is
-# compiled runs as it races, with dropout, as to compile it a second time takes minutes: 0.8 % and 5.3 % there.
-TOLERANCES = {"without dropout": (0.01, 0.04), "with dropout": (0.03, 0.12)}
+# step came before, and of the others. On 4 images of 96 pixels, on a CPU, bfloat16 reaches 0.03 % and 0.3 %. What is
+# compiled runs as it races, with dropout, as to compile it a second time takes minutes: dropout alone is 6.8 % there.
+TOLERANCES = {"without dropout": (0.01, 0.02), "with dropout": (0.03, 0.15)}
 
 # Times as fast as these ours should be, by batch.
 TARGETS = {

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uctrans.capture import Recording
+from uctrans.capture import CaptureError, Recording
 
 READS_A_VALUE = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal")
 
@@ -21,11 +21,16 @@ class HostRecorder:
 
     def __init__(self, generators=()):
         self.generators = generators
-        self.warm_ups = self.recordings = self.replays = 0
+        self.warm_ups = self.rehearsals = self.recordings = self.replays = 0
 
     def warm_up(self, work):
         self.warm_ups += 1
         return work()
+
+    def rehearse(self, work):
+        self.rehearsals += 1
+        with _Notes():
+            return work()
 
     def record(self, work):
         """Record the work; it is done here already, and so the first replay does nothing."""
@@ -53,7 +58,7 @@ class _Notes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
         if function.name() in READS_A_VALUE:
-            raise RuntimeError(f"operation not permitted when recording: {function.name()}")
+            raise CaptureError(f"operation not permitted when recording: {function.name()}")
         results = function(*arguments, **options)
         if not _only_views(function):
             self.calls.append((function, arguments, options, results, torch.is_inference_mode_enabled()))

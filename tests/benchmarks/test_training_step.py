@@ -52,18 +52,28 @@ def record(tmp_path):
     return Record(tmp_path / "record.jsonl", torch.device("cpu"))
 
 
+@pytest.fixture
+def learning_fast(monkeypatch):
+    """Let narrow networks learn as fast as those of the published width do."""
+    monkeypatch.setattr(training_step, "LEARNING_RATE", 3e-3)
+    exact_losses.cache_clear()
+    yield
+    exact_losses.cache_clear()
+
+
 @pytest.mark.parametrize("candidate", UNCOMPILED)
 def test_losses_of_every_candidate_are_right(candidate):
     work = training(SMALL, CANDIDATES[candidate].on("cpu"))
     notes = work.check()
     assert notes["losses_checked"] == "without dropout"
     assert len(notes["losses"]) == len(notes["exact_losses"]) == CHECKED_STEPS
-    assert 0 <= notes["largest_loss_error"] <= 0.04
+    assert 0 <= notes["largest_loss_error"] <= 0.02
     sample = work.sampler()
     assert sample() > 0
     assert isinstance(work, ProjectTraining) == (candidate == OURS)
 
 
+@pytest.mark.usefixtures("learning_fast")
 @pytest.mark.parametrize("model", MODELS)
 def test_the_loss_falls_so_that_a_wrong_gradient_would_show(model):
     losses = exact_losses(NetworkProblem(model, 4, pixels=48, base_channels=8, device="cpu"))
@@ -71,6 +81,7 @@ def test_the_loss_falls_so_that_a_wrong_gradient_would_show(model):
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.usefixtures("learning_fast")
 def test_a_step_that_learns_nothing_is_refused(monkeypatch):
     exact_losses(SMALL)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)

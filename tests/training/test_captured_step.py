@@ -6,7 +6,7 @@ import torch
 from tests.host_recorder import HostRecorder
 from uctrans.training import TrainConfig, TrainingError, build, captured_step, train
 from uctrans.training import run as run_module
-from uctrans.training.captured_step import WARM_UP_STEPS, CapturedStep, obstacle_to_capture
+from uctrans.training.captured_step import PLAIN_STEPS, CapturedStep, obstacle_to_capture
 from uctrans.training.distributed import Processes
 from uctrans.training.logs import read_metrics
 from uctrans.training.run import Run
@@ -76,8 +76,8 @@ def test_losses_of_fifty_steps_are_those_of_the_plain_step(make_config, recorder
     sizes = {len(run.batch(step)) for step in range(run.steps_per_epoch)}
     recorder = run.step.recorder
     assert recorder.recordings == len(sizes)
-    assert recorder.warm_ups == WARM_UP_STEPS * len(sizes)
-    assert recorder.replays == STEPS - recorder.warm_ups
+    assert recorder.warm_ups == recorder.rehearsals == len(sizes)
+    assert recorder.replays == STEPS - PLAIN_STEPS * len(sizes)
     assert recorder.generators == [run.augment_generator]
 
 
@@ -152,8 +152,7 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded(make_config):
 
     run.step.protocol = Waiting()
     step = CapturedStep(run.step, HostRecorder())
-    for _ in range(WARM_UP_STEPS):
-        step(run.batch(0))
+    step(run.batch(0))
     with pytest.raises(TrainingError, match=r"graph: the training step cannot be recorded .* resume with graph off"):
         step(run.batch(0))
 
@@ -173,30 +172,31 @@ def test_where_steps_are_captured(graph, device, count, obstacle):
     assert found is None if obstacle is None else obstacle in found
 
 
+@pytest.fixture
+def deterministic():
+    """Kernels that give the same bits each time, for as long as the test runs."""
+    yield {"device": "cuda", "deterministic": True}
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
-def test_on_a_gpu_the_losses_of_fifty_steps_are_those_of_the_plain_step(make_config, changes):
+@pytest.mark.parametrize("changes", [*SETTINGS.values(), {"compile": True}], ids=[*SETTINGS, "compiled"])
+def test_on_a_gpu_the_losses_of_fifty_steps_are_those_of_the_plain_step(make_config, deterministic, changes):
     group = Processes(rank=0, count=1, device=torch.device("cuda", torch.cuda.current_device()))
-    settings = {"device": "cuda", "deterministic": True, **changes}
+    settings = {**deterministic, **changes}
     plain = losses_of(Run(make_config(graph=False, **settings), group))
     run = Run(make_config(**settings), group)
     assert isinstance(run.step, CapturedStep)
     captured = losses_of(run)
     torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-4)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_captured_run_ends_like_a_plain_one(make_config, tmp_path):
-    settings = {"device": "cuda", "epochs": 6, **TINY_TRANSFORMER}
+def test_on_a_gpu_a_captured_run_ends_like_a_plain_one(make_config, deterministic, tmp_path):
+    settings = {"epochs": 6, **deterministic, **TINY_TRANSFORMER}
     for name, graph in {"plain": False, "captured": True}.items():
         train(make_config(output=str(tmp_path / name), graph=graph, **settings))
     train(make_config(output=str(tmp_path / "parts"), **(settings | {"epochs": 3})))
     train(make_config(output=str(tmp_path / "parts"), resume=True, **settings))
     for name in ("captured", "parts"):
-        torch.testing.assert_close(
-            torch.tensor([[float(value) for value in row] for row in scores(tmp_path / name)]),
-            torch.tensor([[float(value) for value in row] for row in scores(tmp_path / "plain")]),
-            rtol=1e-2,
-            atol=1e-3,
-        )
+        torch.testing.assert_close(scores(tmp_path / name), scores(tmp_path / "plain"), rtol=1e-2, atol=1e-3)

@@ -126,6 +126,23 @@ def to_labels(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
     return probabilities.argmax(1).to(torch.uint8)
 
 
+def probabilities_of(model: nn.Module, amp: str) -> Callable[[Tensor], Tensor]:
+    """What makes probabilities of network inputs, ``(B, C, H, W)`` to float32 ``(B, P, H, W)``, P = 1 for one class.
+
+    ``amp`` is ``"no"`` or ``"bf16"``.
+    """
+
+    def probabilities(inputs: Tensor) -> Tensor:
+        autocast = contextlib.nullcontext()
+        if amp == "bf16":  # without the cache of casts, which must not outlive the capture of a CUDA graph
+            autocast = torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False)
+        with autocast:
+            logits = model(inputs).float()
+        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+    return probabilities
+
+
 def _chosen(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise InferenceError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
@@ -187,19 +204,10 @@ class Predictor:
         self.resolution, self.tta, self.amp = resolution, tta, amp
         self.overlap, self.batch_size = overlap, batch_size
         self.tile = self.protocol.image_size if tile is None else (tile, tile)
-        self._network = self._probabilities_of_inputs
+        self._network = probabilities_of(self.model, amp)
         if graph and self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 self._network = CapturedForward(self._network, CudaRecorder())
-
-    def _probabilities_of_inputs(self, inputs: Tensor) -> Tensor:
-        """Probabilities of network inputs, float32: ``(B, C, H, W)`` to ``(B, P, H, W)``, P = 1 for one class."""
-        autocast = contextlib.nullcontext()
-        if self.amp == "bf16":  # without the cache of casts, which must not outlive the capture of a CUDA graph
-            autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        with autocast:
-            logits = self.model(inputs).float()
-        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
     def _forward(self, inputs: Tensor) -> Tensor:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

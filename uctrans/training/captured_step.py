@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from uctrans.capture import CudaRecorder, Recording
+from uctrans.capture import CaptureError, CudaRecorder, Recording
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
 from uctrans.training.errors import TrainingError
 from uctrans.training.step import TrainStep
 
-WARM_UP_STEPS = 2
+PLAIN_STEPS = 2
 
 
 class CapturedStep:
     """Callable like the ``TrainStep`` it is made of.
 
-    The first ``WARM_UP_STEPS`` steps of a size are done plainly: they are steps of the training like any other, so
-    nothing has to be undone. Recording does nothing by itself, and every later step replays.
+    The first two steps of a size are done plainly, as warm-up and rehearsal: they are steps of the training like any
+    other, so nothing has to be undone. Recording does nothing by itself, and every later step replays.
     """
 
     def __init__(self, step: TrainStep, recorder: Any = None):
@@ -38,12 +38,18 @@ class CapturedStep:
         """
         size = len(index)
         done = self._plain_steps.get(size, 0)
-        if done < WARM_UP_STEPS:
-            self._plain_steps[size] = done + 1
-            self.recorder.warm_up(lambda: self.step(index))
-            return
-        if size not in self._recorded:
-            self._recorded[size] = self._record(index)
+        try:
+            if done < PLAIN_STEPS:
+                self._plain_steps[size] = done + 1
+                do_plainly = self.recorder.warm_up if done == 0 else self.recorder.rehearse
+                do_plainly(lambda: self.step(index))
+                return
+            if size not in self._recorded:
+                self._recorded[size] = self._record(index)
+        except CaptureError as error:
+            raise TrainingError(
+                f"graph: the training step cannot be recorded as a CUDA graph ({error}); resume with graph off"
+            ) from error
         recording, static_index = self._recorded[size]
         static_index.copy_(index)
         recording.replay()
@@ -52,12 +58,7 @@ class CapturedStep:
         static_index = index.clone()
         # Gradients of the last plain step would lie outside of the recording's memory.
         self.step.optimizer.zero_grad(set_to_none=True)
-        try:
-            return self.recorder.record(lambda: self.step(static_index)), static_index
-        except RuntimeError as error:
-            raise TrainingError(
-                f"graph: the training step cannot be recorded as a CUDA graph ({error}); resume with graph off"
-            ) from error
+        return self.recorder.record(lambda: self.step(static_index)), static_index
 
 
 def obstacle_to_capture(config: TrainConfig, group: Processes) -> str | None:
