@@ -10,7 +10,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .networks import CANDIDATES, OURS, OURS_COMPILED, NetworkProblem, Variant
+from .networks import (
+    CANDIDATES,
+    OURS,
+    OURS_COMPILED,
+    NetworkProblem,
+    Variant,
+    graphs_skipped,
+    own_graphs_notes,
+)
 from .race import paired, target_notes
 from .records import Record
 
@@ -86,6 +94,7 @@ def fastest(candidate: str, problem: NetworkProblem, make: Callable[[NetworkProb
     """
     variant = CANDIDATES[candidate].on(problem.device)
     release()
+    skipped_before = graphs_skipped()
     work: Work | None = None
     checked: dict[str, Any] = {}
     contenders: list[Contender] = []
@@ -100,11 +109,12 @@ def fastest(candidate: str, problem: NetworkProblem, make: Callable[[NetworkProb
                 checked, work = worker(unchecked.check), unchecked
             sample = partial(worker, worker(work.sampler))
             seconds = statistics.median(sample() for _ in range(TRIALS))
+            notes = {"cudnn": setting} | own_graphs_notes(variant, skipped_before)
         except Exception as error:  # whatever it is, the others race on and the record says what it was
             refused[setting] = in_short(error)
             worker.close()
         else:
-            contenders.append(Contender(sample, seconds, worker, {"cudnn": setting}))
+            contenders.append(Contender(sample, seconds, worker, notes))
     if not contenders:
         raise RuntimeError(f"{candidate} cannot run {problem}: {refused}")
     best, *others = sorted(contenders, key=lambda contender: contender.seconds)
@@ -198,8 +208,15 @@ def release() -> None:
 
 
 def in_short(error: Exception) -> str:
-    """The kind of an error and the beginning of its message."""
-    return f"{type(error).__name__}: {str(error)[:REASON_LENGTH]}"
+    """The kind of an error and the beginning of its message; then those of the first error that led to it, if any.
+
+    A failed capture of a graph raises further errors on its way up: the first one names the cause.
+    """
+    first: BaseException = error
+    while (earlier := first.__cause__ or first.__context__) is not None:
+        first = earlier
+    shown = [error] if first is error else [error, first]
+    return "; first ".join(f"{type(one).__name__}: {str(one)[:REASON_LENGTH]}" for one in shown)
 
 
 def _cudnn_settings(variant: Variant, device: str) -> tuple[bool, ...]:

@@ -66,12 +66,13 @@ class Variant:
         if torch.device(device).type == "cuda":
             return self
         backend = operator_backend(device) if self.backend == "triton" else self.backend
-        return replace(self, backend=backend, graphed=False)
+        mode = "max-autotune-no-cudagraphs" if self.compile_mode == "max-autotune" else self.compile_mode
+        return replace(self, backend=backend, graphed=False, compile_mode=mode)
 
     @property
     def makes_own_graphs(self) -> bool:
         """Whether ``torch.compile`` captures CUDA graphs by itself."""
-        return self.compile_mode in ("max-autotune", "reduce-overhead")
+        return self.compile_mode == "max-autotune"
 
     @property
     def dtype(self) -> str:
@@ -150,6 +151,29 @@ def compiled(function: Callable[..., Tensor], variant: Variant) -> Callable[...,
     if variant.compile_mode is None:
         return function
     return torch.compile(function, mode=variant.compile_mode, fullgraph=True, dynamic=False)
+
+
+def graphs_skipped() -> int:
+    """How often so far ``torch.compile`` was to capture CUDA graphs and did not, for which it has a warning at most."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+def own_graphs_notes(variant: Variant, skipped_before: int) -> dict[str, int]:
+    """Notes for the record on a variant that has run and is to make its own graphs; none for others.
+
+    ``skipped_before`` is what :func:`graphs_skipped` said before it was compiled.
+
+    Raises:
+        RuntimeError: it runs without some of its graphs.
+    """
+    if not variant.makes_own_graphs:
+        return {}
+    if skipped := graphs_skipped() - skipped_before:
+        raise RuntimeError(
+            f"torch.compile left out {skipped} of the CUDA graphs that it was to make (counter cudagraph_skips): what "
+            "runs is no graph; TORCH_LOGS=cudagraphs names the reason"
+        )
+    return {"cudagraph_skips": 0}
 
 
 def in_a_row(run: Callable[[], object], device: str, calls: int) -> Callable[[], float]:

@@ -24,7 +24,7 @@ import torch
 import uctrans
 
 from .network_race import in_short
-from .networks import CANDIDATES, MODELS, OURS, NetworkProblem
+from .networks import CANDIDATES, MODELS, OURS, NetworkProblem, graphs_skipped, own_graphs_notes
 from .records import ROOT
 from .training_step import training
 
@@ -86,7 +86,9 @@ def measured_apart(problem: MemoryProblem, candidate: str, largest: bool = False
 
 def peak(problem: MemoryProblem, candidate: str) -> dict[str, Any]:
     """Peak bytes of tensors, and of what the allocator took for them; on a CPU, of the process (Linux alone)."""
+    variant = CANDIDATES[candidate].on(problem.network.device)
     run = _steps(problem, candidate, may_be_captured=True)
+    skipped_before = graphs_skipped()
     run()
     if problem.network.device == "cuda":
         torch.cuda.synchronize()
@@ -101,7 +103,7 @@ def peak(problem: MemoryProblem, candidate: str) -> dict[str, Any]:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         resident = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         peaks = {"peak_bytes": int(resident.split()[1]) * KIB}
-    return peaks | {"variant": str(CANDIDATES[candidate].on(problem.network.device))}
+    return peaks | {"variant": str(variant)} | own_graphs_notes(variant, skipped_before)
 
 
 def largest_batch(problem: MemoryProblem, candidate: str) -> dict[str, Any]:

@@ -44,9 +44,9 @@ STEPS_A_SAMPLE = {"cuda": 3, "cpu": 1}
 # A few steps from fresh weights, during which the loss falls by four tenths: two plain, then the captured ones.
 CHECKED_STEPS = 5
 # Of the losses of these steps, against exact float32 without dropout: relative errors allowed of the first, which no
-# step came before, and of the others. On 4 images of 96 pixels, on a CPU, bfloat16 reaches 0.03 % and 0.3 %. What is
+# step came before, and of the others. On 4 images of 96 pixels, on a CPU, bfloat16 reaches 0.07 % and 1.1 %. What is
 # compiled runs as it races, with dropout, as to compile it a second time takes minutes: dropout alone is 6.8 % there.
-TOLERANCES = {"without dropout": (0.01, 0.02), "with dropout": (0.03, 0.15)}
+TOLERANCES = {"without dropout": (0.01, 0.04), "with dropout": (0.03, 0.15)}
 
 # Times as fast as these ours should be, by batch.
 TARGETS = {

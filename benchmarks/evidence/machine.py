@@ -53,11 +53,15 @@ def cool_down(rest: State | None, seconds: float, read: Callable[[], State | Non
 
 
 def gpu_answers() -> bool:
-    """Whether the GPU still works: after an illegal access nothing does in this process. True where there is none."""
+    """Whether the GPU still works. True where there is none.
+
+    After an illegal access nothing does in this process, and after a failed capture of a graph no random number may be
+    drawn.
+    """
     if not torch.cuda.is_available():
         return True
     try:
-        return torch.ones(2, device="cuda").sum().item() == 2
+        return torch.ones(2, device="cuda").sum().item() == 2 and torch.rand(1, device="cuda").item() < 1
     except RuntimeError:
         return False
 

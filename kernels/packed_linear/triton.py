@@ -340,9 +340,12 @@ def _strides_with_head(gradient: Tensor) -> tuple[int, int, int]:
     return sample, token, gradient.stride(2) if gradient.ndim == 4 else 0
 
 
-def choose_tile(dtype: torch.dtype, rows: int, columns: Sequence[int], contraction: int) -> Tile:
-    """The largest tile that still makes enough programs; the smallest where none does."""
-    tiles = _tiles(dtype)
+def choose_tile(
+    dtype: torch.dtype, rows: int, columns: Sequence[int], contraction: int, most_bytes: float = math.inf
+) -> Tile:
+    """The largest tile of no more bytes that still makes enough programs; the smallest where none does."""
+    tiles = [tile for tile in _tiles(dtype) if tile.rows * tile.columns * dtype.itemsize <= most_bytes]
+    tiles = tiles or _tiles(dtype)[-1:]
     for tile in tiles:
         if triton.cdiv(rows, tile.rows) * sum(triton.cdiv(width, tile.columns) for width in columns) >= ENOUGH_PROGRAMS:
             break

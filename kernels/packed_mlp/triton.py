@@ -16,6 +16,9 @@ from ..launching import product_precision
 from ..packed_linear.triton import GROUP_ROWS, choose_tile, sizes_of, with_contiguous_channels
 from ..packed_linear.triton_products import before_scale, of_scale, projected, projected_back
 
+# Of a tile of the gradient: with the hidden layer's beside it, a larger one takes all registers there are.
+MOST_BYTES_BACK = 128 * 64 * 2
+
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # of the standard normal distribution
 
@@ -243,7 +246,7 @@ def hidden_gradient(gradient: Tensor, contract_weights: Sequence[Tensor], hidden
     if rows == 0:
         return d_hidden
     gradient = with_contiguous_channels(gradient)
-    tile = choose_tile(gradient.dtype, rows, hidden_widths, max(out_widths))
+    tile = choose_tile(gradient.dtype, rows, hidden_widths, max(out_widths), MOST_BYTES_BACK)
     column_blocks = tuple(triton.cdiv(width, tile.columns) for width in hidden_widths)
     with torch.cuda.device_of(gradient):
         _contract_back[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](

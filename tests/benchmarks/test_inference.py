@@ -25,6 +25,15 @@ def test_logits_of_every_candidate_are_right(candidate):
     assert not work.model.training
 
 
+def test_weights_of_ours_are_cast_as_those_of_the_shipped_predictor():
+    def dtype(candidate):
+        work = Throughput(SMALL, CANDIDATES[candidate].on("cpu"))
+        return next(module for module in work.model.modules() if isinstance(module, torch.nn.Conv2d)).weight.dtype
+
+    cast = [name for name in UNCOMPILED if dtype(name) == torch.bfloat16]
+    assert cast == [OURS, "composed bf16"]
+
+
 def test_captured_inference_is_checked_where_it_is_replayed(monkeypatch):
     made = []
 

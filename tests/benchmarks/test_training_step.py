@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import network_race, training_step
-from benchmarks.network_race import Worker, fastest
+from benchmarks.network_race import Worker, fastest, in_short
 from benchmarks.networks import CANDIDATES, MODELS, OURS, NetworkProblem, Variant, batch, in_a_row, network
 from benchmarks.records import Record, read_lines
 from benchmarks.training_step import (
@@ -238,6 +238,52 @@ def test_a_variant_is_tried_with_both_settings_of_cudnn(monkeypatch):
     assert contender.notes["cudnn"] == "cudnn.benchmark on"
     assert contender.notes["settings_seconds"] == {"cudnn.benchmark off": 2.0, "cudnn.benchmark on": 1.0}
     assert torch.backends.cudnn.benchmark == before
+
+
+@pytest.mark.parametrize(
+    ("skipped", "candidate"), [(0, "compiled, own graphs"), (2, "compiled, own graphs"), (2, OURS)]
+)
+def test_a_compiled_candidate_that_left_its_own_graphs_out_is_refused(monkeypatch, skipped, candidate):
+    counters = torch._dynamo.utils.counters["inductor"]
+    monkeypatch.setitem(counters, "cudagraph_skips", 5)  # of what was compiled before
+    monkeypatch.setattr(network_race, "_cudnn_settings", lambda variant, device: (True,))
+
+    class Work:
+        def check(self):
+            return {}
+
+        def sampler(self):
+            counters["cudagraph_skips"] += skipped
+            return lambda: 1.0
+
+    def enter():
+        return fastest(candidate, replace(SMALL, device="cuda"), lambda problem, variant: Work())
+
+    if candidate != OURS and skipped:
+        with pytest.raises(RuntimeError, match="left out 2 of the CUDA graphs"):
+            enter()
+    else:
+        assert enter().notes.get("cudagraph_skips") == (0 if candidate != OURS else None)
+    assert not CANDIDATES["compiled, own graphs"].on("cpu").makes_own_graphs
+
+
+def test_a_reason_names_the_first_of_the_errors():
+    def capture():
+        try:
+            try:
+                raise ValueError("operation not permitted when stream is capturing")
+            finally:
+                raise RuntimeError("invalid capture")
+        except RuntimeError as error:
+            raise AssertionError("the step cannot be recorded") from error
+
+    with pytest.raises(AssertionError) as caught:
+        capture()
+    assert in_short(caught.value) == (
+        "AssertionError: the step cannot be recorded; "
+        "first ValueError: operation not permitted when stream is capturing"
+    )
+    assert in_short(ValueError("alone")) == "ValueError: alone"
 
 
 def test_settings_of_cudnn():

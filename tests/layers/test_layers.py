@@ -347,8 +347,8 @@ def test_set_backend_reaches_every_layer_and_refuses_unknown_names(monkeypatch):
     assert {type(part) for part in switched} == set(layers)
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         set_backend(module, "tritn")
-    with pytest.raises(ValueError, match="Encoder has no layer with a backend"):
-        set_backend(Encoder(3, (4, 8)), "composed")
+    with pytest.raises(ValueError, match="Conv2d has no layer with a backend"):
+        set_backend(torch.nn.Conv2d(3, 4, 1), "composed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(NotImplementedError, match="run on a CUDA device"):
         set_backend(module, "triton")(features())

@@ -10,16 +10,12 @@ from .blocks import ConvNormAct, DoubleConv
 from .checks import check_counts
 
 
-class DilatedConvNormAct(nn.Sequential):
+class DilatedConvNormAct(ConvNormAct):
     """3x3 convolution whose taps are ``dilation`` pixels apart, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dilation: int):
-        super().__init__()
+    def __init__(self, in_channels: int, out_channels: int, dilation: int, backend: str = "auto"):
         check_counts(in_channels=in_channels, out_channels=out_channels, dilation=dilation)
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation)
-        self.add_module("conv", conv)
-        self.add_module("norm", nn.BatchNorm2d(out_channels))
-        self.add_module("act", nn.ReLU(inplace=True))
+        super().__init__(in_channels, out_channels, backend, dilation=dilation)
 
 
 class DualBranchDown(nn.Module):
@@ -31,18 +27,19 @@ class DualBranchDown(nn.Module):
         in_channels: width of the feature.
         out_channels: width of the result, an even number.
         dilation: of the dilated branch.
+        backend: of the blocks; see :func:`uctrans.kernels.resolve_backend`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dilation: int = 2):
+    def __init__(self, in_channels: int, out_channels: int, dilation: int = 2, backend: str = "auto"):
         super().__init__()
         check_counts(in_channels=in_channels, out_channels=out_channels)
         if out_channels % 2:
             raise ValueError(f"out_channels must be even, as each branch gives half of them; got {out_channels}")
         self.pool = nn.MaxPool2d(2)
-        self.regular = DoubleConv(in_channels, out_channels // 2)
+        self.regular = DoubleConv(in_channels, out_channels // 2, backend)
         self.dilated = nn.Sequential(
-            DilatedConvNormAct(in_channels, out_channels // 2, dilation),
-            DilatedConvNormAct(out_channels // 2, out_channels // 2, dilation),
+            DilatedConvNormAct(in_channels, out_channels // 2, dilation, backend),
+            DilatedConvNormAct(out_channels // 2, out_channels // 2, dilation, backend),
         )
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -54,9 +51,9 @@ class DualBranchDown(nn.Module):
 class U2DownBlock(nn.Module):
     """Convolve twice, then halve the resolution: (B, in, H, W) -> (B, out, H, W) and (B, out, H/2, W/2)."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
         super().__init__()
-        self.convs = DoubleConv(in_channels, out_channels)
+        self.convs = DoubleConv(in_channels, out_channels, backend)
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,10 +68,10 @@ class U2UpBlock(nn.Module):
     (B, skip_channels, H, W) and (B, in_channels, H/2, W/2) -> (B, out_channels, H, W)
     """
 
-    def __init__(self, skip_channels: int, in_channels: int, out_channels: int):
+    def __init__(self, skip_channels: int, in_channels: int, out_channels: int, backend: str = "auto"):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(in_channels, skip_channels, kernel_size=2, stride=2)
-        self.convs = DoubleConv(2 * skip_channels, out_channels)
+        self.convs = DoubleConv(2 * skip_channels, out_channels, backend)
 
     def forward(self, skip: Tensor, feature: Tensor) -> Tensor:
         """``skip`` is what :class:`U2DownBlock` kept before it pooled."""
@@ -88,16 +85,17 @@ class NestedU(nn.Module):
         channels: width of the feature.
         inner_channels: width of every map inside the U.
         depth: how many times the U halves the map; height and width must be multiples of ``2**depth``.
+        backend: of the blocks; see :func:`uctrans.kernels.resolve_backend`.
 
     Source: U^2-Net (Qin et al., Pattern Recognition 2020), residual U-block.
     """
 
-    def __init__(self, channels: int, inner_channels: int, depth: int):
+    def __init__(self, channels: int, inner_channels: int, depth: int, backend: str = "auto"):
         super().__init__()
         check_counts(channels=channels, inner_channels=inner_channels, depth=depth)
         outer = [channels] + [inner_channels] * (depth - 1)
-        self.down = nn.ModuleList(U2DownBlock(width, inner_channels) for width in outer)
-        self.up = nn.ModuleList(U2UpBlock(inner_channels, inner_channels, width) for width in outer)
+        self.down = nn.ModuleList(U2DownBlock(width, inner_channels, backend) for width in outer)
+        self.up = nn.ModuleList(U2UpBlock(inner_channels, inner_channels, width, backend) for width in outer)
 
     def forward(self, feature: Tensor) -> Tensor:
         """Down, up again, and added to what came in.
@@ -133,6 +131,7 @@ class DualBranchEncoder(nn.Module):
         dilations: of the dilated branch of each down-sampling, finest first.
         depths: of the nested U of each scale; 0 for none.
         nested_channels: width inside the nested U of each scale.
+        backend: of the blocks; see :func:`uctrans.kernels.resolve_backend`.
     """
 
     def __init__(
@@ -142,16 +141,17 @@ class DualBranchEncoder(nn.Module):
         dilations: Sequence[int],
         depths: Sequence[int],
         nested_channels: Sequence[int],
+        backend: str = "auto",
     ):
         super().__init__()
         widths = [*channels, channels[-1]]
-        self.stem = ConvNormAct(in_channels, channels[0])
+        self.stem = ConvNormAct(in_channels, channels[0], backend)
         self.nested = nn.ModuleList(
-            NestedU(width, inner, depth) if depth else nn.Identity()
+            NestedU(width, inner, depth, backend) if depth else nn.Identity()
             for width, inner, depth in zip(channels, nested_channels, depths, strict=True)
         )
         self.stages = nn.ModuleList(
-            DualBranchDown(narrow, wide, dilation)
+            DualBranchDown(narrow, wide, dilation, backend)
             for (narrow, wide), dilation in zip(itertools.pairwise(widths), dilations, strict=True)
         )
 

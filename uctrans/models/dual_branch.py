@@ -94,7 +94,7 @@ class DualBranchUCTransNet(TransformerSkips, SegmentationModel):
         _check_dilations(dilations, self._padded(image_size), image_size)
 
         self.encoder = DualBranchEncoder(
-            in_channels, channels, dilations, depths, _nested_widths(nested_channels, channels)
+            in_channels, channels, dilations, depths, _nested_widths(nested_channels, channels), backend
         )
         self._build_skips_and_decoder(
             channels,

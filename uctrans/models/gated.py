@@ -17,7 +17,7 @@ class GatedStage(nn.Module):
     def __init__(self, skip_channels: int, decoder_channels: int, out_channels: int, backend: str):
         super().__init__()
         self.gate = ChannelGate(skip_channels, decoder_channels, backend=backend)
-        self.convs = DoubleConv(skip_channels + decoder_channels, out_channels)
+        self.convs = DoubleConv(skip_channels + decoder_channels, out_channels, backend)
 
     def forward(self, skip: Tensor, tokens: Tensor, decoded: Tensor) -> Tensor:
         """``skip``: (B, C, H, W), ``tokens``: (B, C, h, w) to add to it, ``decoded``: (B, D, H/2, W/2)."""

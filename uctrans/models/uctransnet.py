@@ -64,7 +64,7 @@ class UCTransNet(TransformerSkips, SegmentationModel):
         self.patch_size = patch_sizes[0]
         self.size_multiple = math.lcm(patch_sizes[0], 2 ** len(patch_sizes))
         channels = scale_widths(base_channels, len(patch_sizes))
-        self.encoder = Encoder(in_channels, channels)
+        self.encoder = Encoder(in_channels, channels, backend)
         self._build_skips_and_decoder(
             channels,
             patch_sizes,

@@ -195,9 +195,14 @@ def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def set_threads_and_determinism(config: TrainConfig) -> None:
-    """Set PyTorch's CPU threads and, if asked for, deterministic kernels, for the whole process."""
+    """Set PyTorch's CPU threads and how it chooses kernels, for the whole process.
+
+    Unless deterministic ones are asked for, cuDNN times its convolutions on the first batch of each size and keeps the
+    fastest, which may be another one in the next run.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -7,6 +7,7 @@ was running, the same in all processes. A run continued from it ends with the ve
 """
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +172,9 @@ def check_training_was_finite(run: Run) -> None:
 
 def check_weights_are_finite(run: Run) -> None:
     """Raise TrainingError where the last step, whose loss was finite, has spoilt the weights."""
-    floating = [tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point()]
-    if not torch.stack([tensor.isfinite().all() for tensor in floating]).all():
+    floating = [tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point() and tensor.numel()]
+    # The largest magnitude of each, for all tensors in a few launches.
+    if not torch.stack(torch._foreach_norm(floating, math.inf)).isfinite().all():
         raise TrainingError(
             f"epoch {run.epoch + 1}: the last step made weights that are not finite; resume with a lower "
             f"learning_rate or with amp no. {_kept(run)}"

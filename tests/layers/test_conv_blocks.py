@@ -1,0 +1,172 @@
+"""Convolution, batch norm and ReLU on Triton: the same function, state and statistics as the three modules in a row.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import uctrans
+from uctrans import set_backend
+from uctrans.layers import ConvNormAct, DoubleConv, DualBranchEncoder, Encoder
+from uctrans.layers import blocks as blocks_module
+from uctrans.layers.nested import DilatedConvNormAct
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def maps(seed=0, channels=3):
+    drawn = torch.randn(2, channels, 6, 5, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def block(kind=ConvNormAct, *arguments, **options):
+    torch.manual_seed(0)
+    module = kind(3, 8, *arguments, **options).to(DEVICE, memory_format=torch.channels_last)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return module
+
+
+def outputs_gradients_and_buffers(module, steps=3):
+    found = []
+    for step in range(steps):
+        feature = maps(step).requires_grad_()
+        output = module(feature)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        found += [output.detach(), *torch.autograd.grad(output, [feature, *module.parameters()], weight)]
+    return [*found, *(buffer.clone() for buffer in module.buffers())]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """One entry a call of the operator."""
+    made = []
+
+    def counted(*arguments, **options):
+        made.append(arguments)
+        return operator(*arguments, **options)
+
+    operator = blocks_module.batch_norm_relu
+    monkeypatch.setattr(blocks_module, "batch_norm_relu", counted)
+    return made
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_triton_is_the_three_modules(dilation, training, calls):
+    module = block(dilation=dilation).train(training)
+    expected = outputs_gradients_and_buffers(set_backend(copy.deepcopy(module), "composed"))
+    assert calls == []
+    found = outputs_gradients_and_buffers(set_backend(module, "triton"))
+    assert len(calls) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found[-1].item() == (3 if training else 0)  # batches are counted
+
+
+@pytest.mark.parametrize("backend", ["composed", "reference", "auto"])
+def test_elsewhere_the_modules_run_as_ever(backend, calls):
+    """To the last bit, also where their hooks look."""
+    if backend == "auto" and DEVICE == "cuda":
+        pytest.skip("takes Triton")
+    module = block(DoubleConv)
+    expected = outputs_gradients_and_buffers(nn.Sequential(*(nn.Sequential(*part) for part in copy.deepcopy(module))))
+    found = outputs_gradients_and_buffers(set_backend(module, backend))
+    assert calls == []
+    for result, same in zip(found, expected, strict=True):
+        assert torch.equal(result, same)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(8, momentum=None),
+        nn.BatchNorm2d(8, affine=False),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.GroupNorm(2, 8),
+        nn.Identity(),
+    ],
+    ids=["cumulative average", "no parameters", "no running statistics", "group norm", "none"],
+)
+def test_other_norms_run_as_they_are(norm, calls):
+    module = block()
+    module.norm = norm.to(DEVICE)
+    expected = outputs_gradients_and_buffers(set_backend(copy.deepcopy(module), "composed"))
+    found = outputs_gradients_and_buffers(set_backend(module, "triton"))
+    assert calls == []
+    for result, same in zip(found, expected, strict=True):
+        assert torch.equal(result, same)
+
+
+def test_synchronised_batch_norm_runs_as_it_is(calls):
+    """What ``convert_sync_batchnorm`` leaves; in evaluation, as in training it needs a GPU."""
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(block()).eval()
+    assert isinstance(module.norm, nn.SyncBatchNorm) and isinstance(module, ConvNormAct)
+    expected = set_backend(copy.deepcopy(module), "composed")(maps())
+    assert torch.equal(set_backend(module, "triton")(maps()), expected)
+    assert calls == []
+
+
+def test_under_autocast(calls):
+    """The convolution gives half precision; parameters and statistics stay float32."""
+    module = set_backend(block(), "triton")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float16):
+        output = module(maps())
+    assert output.dtype in (torch.float16, torch.bfloat16)
+    assert calls[0][0].dtype == output.dtype
+    assert module.norm.running_var.dtype == torch.float32
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_triton_that_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match="run on a CUDA device"):
+        set_backend(block().cpu(), "triton")(maps().cpu())
+    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
+        ConvNormAct(3, 8, "tritn")
+
+
+def test_names_of_weights_and_random_numbers_are_as_ever():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 8, 3, padding=2, dilation=2)
+    module = block(DilatedConvNormAct, 2)
+    assert torch.equal(module.conv.weight.cpu(), plain.weight)
+    assert list(module.state_dict()) == [
+        "conv.weight",
+        "conv.bias",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda backend: Encoder(3, (4, 8), backend),
+        lambda backend: DualBranchEncoder(3, (4, 8), (1, 1), (1, 0), (2, 4), backend),
+        lambda backend: uctrans.UCTransNet(base_channels=2, image_size=32, backend=backend),
+        lambda backend: uctrans.create_model(
+            "dual_branch_uctransnet", base_channels=2, image_size=64, dilations=1, backend=backend
+        ),
+    ],
+    ids=["encoder", "dual-branch encoder", "uctransnet", "dual_branch_uctransnet"],
+)
+def test_every_block_has_the_backend_of_its_network(make):
+    found = [part for part in make("reference").modules() if isinstance(part, ConvNormAct)]
+    assert len(found) >= 5
+    assert {part.backend for part in found} == {"reference"}
+
+
+def test_a_unet_can_be_switched():
+    unet = set_backend(uctrans.create_model("unet", base_channels=2), "composed")
+    assert {part.backend for part in unet.modules() if isinstance(part, ConvNormAct)} == {"composed"}
