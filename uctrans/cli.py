@@ -227,7 +227,16 @@ LISTED = {
         _Seeds(int, "5 or 3,7,11"),
         "how many seeds, counted from 0, or the seeds themselves; [7] for one of them",
     ),
-    "models": (_CommaList(str, "a,b"), "names of the models to compare: unet,uctransnet,dual_branch_uctransnet"),
+    "models": (
+        _CommaList(str, "a,b"),
+        "names of the models to compare: unet,uctransnet,dual_branch_uctransnet; uctransnet_from_unet starts from the "
+        "trained unet of the same seed and fold, at the largest patience",
+    ),
+    "patience": (
+        _CommaList(int, "50 or 50,100"),
+        "epochs without a better validation Dice after which training stops; several share one training, which is "
+        "scored at each",
+    ),
     "sizes": (_CommaList(int, "224,512"), "sides of the square images, in pixels"),
     "backends": (
         _CommaList(str, "a,b"),
@@ -296,6 +305,12 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
     raise CommandLineError(f"no such command: {' '.join(words[:2])}; choose one of {', '.join(choices)}")
 
 
+def _listed(settings: type) -> list[str]:
+    """Fields of ``settings`` that are written as lists; a training has one patience, a study may have several."""
+    types = get_type_hints(settings)
+    return [field for field in LISTED if field in types and types[field] is not int]
+
+
 def _settings_class(command: Command) -> type:
     return getattr(importlib.import_module(command.module), command.settings)
 
@@ -328,7 +343,7 @@ def build_parser(name: str) -> Any:
         # The first spelling is the name in a config file.
         spellings = dict.fromkeys((f"--{field}", f"-{flag[0]}", f"--{flag}"))
         parser.add_argument(*spellings, type=types[field], metavar="PATH", help=explanation, **default)
-    listed = {field: how for field, how in LISTED.items() if field in types}
+    listed = {field: LISTED[field] for field in _listed(settings)}
     for field, (kind, explanation) in listed.items():
         parser.add_argument(f"--{field}", type=kind, default=defaults[field], metavar="LIST", help=explanation)
     parser.add_class_arguments(settings, skip={*command.paths, *listed, *command.hidden})
@@ -397,7 +412,7 @@ def _in_plain_words(message: str, settings: type) -> str:
     if found is None or found[1] not in types:
         return message
     field, value = found.groups()
-    if field in LISTED:
+    if field in _listed(settings):
         wanted = f"write it like {LISTED[field][0]}"
     else:
         kinds = get_args(types[field]) if isinstance(types[field], UnionType) else (types[field],)

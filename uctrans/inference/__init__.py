@@ -1,5 +1,6 @@
 """Scores, prediction on image files, and export of trained models."""
 
+from uctrans.inference.ensemble import Ensemble
 from uctrans.inference.evaluate import EvaluateConfig, EvaluationResult, evaluate
 from uctrans.inference.export import ExportConfig, export
 from uctrans.inference.export_checks import ExportError
@@ -11,6 +12,7 @@ from uctrans.inference.predict import PredictConfig, PredictionError, predict
 from uctrans.inference.predictor import Predictor, load_predictor
 
 __all__ = [
+    "Ensemble",
     "EvaluateConfig",
     "EvaluationResult",
     "ExportConfig",

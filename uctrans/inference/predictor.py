@@ -256,16 +256,18 @@ class Predictor:
 
 
 def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> Predictor:
-    """A `Predictor` of the model at ``path``: everything `uctrans.load_model` reads.
+    """A `Predictor` of the model at ``path``: everything `uctrans.load_model` reads, or several as ``a,b``, averaged.
 
     Raises:
         ModelFileError: ``path`` is no model file.
-        InferenceError: See `Predictor`.
+        InferenceError: See `Predictor`, and `uctrans.inference.ensemble.Ensemble`.
         ValueError: There is no such backend, or one is named and no layer of the model has any.
         NotImplementedError: The backend cannot run on the device.
     """
+    from uctrans.inference.ensemble import load_model_or_ensemble  # it knows the protocols of models from here
+
     device = resolve_device(settings.get("device", "auto"))
-    model = uctrans.load_model(path)
+    model = load_model_or_ensemble(path)
     if backend != "auto" or layers_with_backend(model):
         resolve_backend(backend, device)  # it raises here, and not in the midst of the images
         uctrans.set_backend(model, backend)

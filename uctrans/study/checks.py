@@ -5,20 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uctrans.data import find_samples, get_protocol, load_folds
+from uctrans.data import find_development_samples, find_samples, get_protocol, load_folds, make_folds
 from uctrans.data.files import SPLITS
+from uctrans.data.folds import Fold
 from uctrans.data.instances import check_truth, find_instances
-from uctrans.study.config import PlannedRun, StudyConfig, StudyError, variant_folder
+from uctrans.study.config import StudyConfig, StudyError
 from uctrans.study.cost import count
-from uctrans.study.files import COST, MARKER, Marker, MeasuredCost, Result, outcome, read_record
+from uctrans.study.files import COST, MARKER, Marker, MeasuredCost, Outcome, outcome, read_record
+from uctrans.study.plan import PlannedRun, variant_folder
 from uctrans.training import CheckpointError, ConfigError, TrainConfig, load_checkpoint
 from uctrans.training.build import check_backend_runs
 from uctrans.training.distributed import choose_device
 from uctrans.training.loop import RUN_FILES
 
-# Settings that change no result. Another data folder must hold the same images.
+# Settings that change no result, or of which each result says its own. Another data folder must hold the same images.
 FREE = (
     "output",
+    "patience",
     "resume",
     "progress",
     "save_minutes",
@@ -41,17 +44,20 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> Marke
     """
     folder = Path(config.output)
     _check_folder(folder)
-    marker = Marker(kind, fingerprint(config.data))
+    number = config.cross_validation
+    marker = Marker(kind, fingerprint(config.data), number if isinstance(number, int) else None)
     before = _read_marker(folder, kind) or marker
     _check_marker(folder, before, marker)
     free = [name for name in FREE if name != "data" or before.images is not None]
-    _check_folds(config)
+    free += ["folds"] if marker.folds else []  # a file of the study, which may have moved
+    if config.cross_validation is not None:
+        folds_of(config)
     for run in plan:
         _check_run(run, config, free)
     first_runs = plan[: len(config.variants())]
     for run in first_runs:
         _check_cost(run, config, free)
-    if any(outcome(run.folder) is None for run in plan):
+    if not all(outcome(run).is_over for run in plan):
         device = choose_device(config.device)
         for run in first_runs:
             check_backend_runs(run.config, device)
@@ -71,6 +77,22 @@ def fingerprint(data: str) -> str:
             sizes = [path.stat().st_size for path in (sample.image, sample.mask)]
             digest.update(f"{split} {sample.name} {sizes}\n".encode())
     return digest.hexdigest()
+
+
+def folds_of(config: StudyConfig) -> list[Fold]:
+    """The folds of a study with cross-validation: those given, those kept in its folder, or new ones.
+
+    Raises:
+        DataError: they do not fit the images, or there are too few of these.
+        StudyError: the file in the study's folder is no longer that of the study.
+    """
+    number = config.cross_validation
+    if isinstance(number, int) and not Path(config.folds_source).exists():
+        return make_folds([sample.name for sample in find_development_samples(config.data)], number)
+    folds = load_folds(config.folds_source, config.data)
+    if len(folds) != len(config.fold_list()):
+        raise StudyError(f"{config.folds_source}: holds {len(folds)} folds, not {number}; restore or delete it")
+    return folds
 
 
 def scoring(config: StudyConfig) -> dict[str, str]:
@@ -102,27 +124,33 @@ def _check_marker(folder: Path, before: Marker, now: Marker) -> None:
             f"data: its images or masks are not those the study in {folder} began with (names, splits and sizes in "
             "bytes are compared); restore them, or name another output folder"
         )
-
-
-def _check_folds(config: StudyConfig) -> None:
-    if config.cross_validation is None:
-        return
-    folds, highest = len(load_folds(config.cross_validation, config.data)), max(config.seed_list)
-    if highest >= folds:
+    if before.folds != now.folds:
+        begun = f"{before.folds} folds of its own" if before.folds else "no folds of its own"
         raise StudyError(
-            f"seeds: {config.cross_validation} has {folds} folds and none for seed {highest}; "
-            f"give seeds of 0 to {folds - 1}"
+            f"cross_validation: the study in {folder} was begun with {begun}; give the former value, or name another "
+            "output folder"
         )
 
 
 def _check_run(run: PlannedRun, config: StudyConfig, free: list[str]) -> None:
     """Raise StudyError where a run was made with other settings, or was interrupted and cannot go on."""
-    ended = outcome(run.folder)
-    settings = _settings_of_open(run.folder) if ended is None else _settings_of_ended(run.folder)
+    ended = outcome(run)
+    settings = _settings_of_ended(run.folder) if ended.is_over else _settings_of_open(run.folder)
     if settings is not None:
         _refuse_other_settings(run.folder, settings, run.config, free)
-    if isinstance(ended, Result):
-        _refuse_changes(run.folder, ended.scored, scoring(config))
+        _refuse_patience_gone_by(run, ended, settings)
+    for patience, result in ended.results.items():
+        _refuse_changes(run.at(patience), result.scored, scoring(config))
+
+
+def _refuse_patience_gone_by(run: PlannedRun, ended: Outcome, settings: dict[str, Any]) -> None:
+    """Raise StudyError where a training has gone past the place at which a patience would have stopped it."""
+    gone_by = [patience for patience in run.patiences if patience not in ended.results]
+    if not ended.is_over and gone_by[0] < settings["patience"]:
+        raise StudyError(
+            f"patience: {run.folder} was trained with patience {settings['patience']} already, and the weights at "
+            f"{gone_by[0]} are lost; give patiences of {settings['patience']} and more, or name another output folder"
+        )
 
 
 def _settings_of_open(folder: Path) -> dict[str, Any] | None:
@@ -163,13 +191,21 @@ def _check_cost(run: PlannedRun, config: StudyConfig, free: list[str]) -> None:
     if not path.exists():
         count(run.config)
         return
-    _refuse_other_settings(path, read_record(path, MeasuredCost).settings, run.config, [*free, "seed", "fold"])
+    _refuse_other_settings(
+        path, read_record(path, MeasuredCost).settings, run.config, [*free, "seed", "fold", "init_from"]
+    )
 
 
 def _refuse_other_settings(path: Path, before: dict[str, Any], config: TrainConfig, free: list[str]) -> None:
     """Raise StudyError where settings differ; those that there were not yet before have their defaults."""
     defaults = TrainConfig(data=config.data, output=config.output).to_dict()
-    _refuse_changes(path, defaults | before, config.to_dict(), free)
+    _refuse_changes(path, *map(_wherever_it_lies, (defaults | before, config.to_dict())), free)
+
+
+def _wherever_it_lies(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with only the end, patience_P, of the path of a U-Net in the study, which may have moved."""
+    path = settings["init_from"]
+    return settings | {"init_from": None if path is None else Path(path).name}
 
 
 def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], free: Sequence[str] = ()) -> None:

@@ -1,12 +1,16 @@
 """The files of a study beside its run folders, and how they are read again.
 
     OUTPUT/study.json                       which study this is, and of which images
+    OUTPUT/folds.json                       the folds, where the study makes them
     OUTPUT/table.csv  table.md  chart.png   written at the end
     OUTPUT/runs/VARIANT/cost.json           parameters, operations, time and memory of a training step
     OUTPUT/runs/VARIANT/seed_N/             a run folder of uctrans train, beside it
-                        test/               the evaluation of its best weights on the test images
-                        result.json         the mean scores; there once the run is finished
-                        failed.json         in its place where training diverged: why
+                        failed.json         why training diverged, where it did
+                        patience_P/best/    the best weights where this patience stopped the training
+                        patience_P/test/    their evaluation on the test images
+                        patience_P/result.json    the mean scores; there once the run is finished
+    OUTPUT/runs/VARIANT/seed_N/fold_K/      the same in cross-validation, beside them
+    OUTPUT/runs/VARIANT/seed_N/ensemble/patience_P/    test/ and result.json of the mean of the folds' probabilities
 
 A damaged file is named with the remedy.
 """
@@ -22,6 +26,7 @@ from typing import Any, TypeVar
 from uctrans.inference.files import write_json
 from uctrans.study.config import StudyError
 from uctrans.study.cost import Cost
+from uctrans.study.plan import PlannedRun
 from uctrans.study.report import ALWAYS
 
 MARKER, RESULT, FAILURE, COST = "study.json", "result.json", "failed.json", "cost.json"
@@ -38,15 +43,17 @@ class Marker:
         study: its kind, models or skips.
         images: fingerprint of its images, see `uctrans.study.checks.fingerprint`; None of a study begun before it was
             kept.
+        folds: how many the study made itself, None where it did not.
     """
 
     study: str
     images: str | None = None
+    folds: int | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """How a run ended, by one of its patiences.
 
     Attributes:
         variant: which network.
@@ -58,7 +65,7 @@ class Result:
         best_epoch: the epoch whose weights were scored.
         epochs: complete epochs.
         stopped_by: what ended the training.
-        seconds: of training and scoring.
+        seconds: of training, since its beginning, and scoring.
         counts: test images over which each mean goes; empty of a run that was scored before they were kept.
     """
 
@@ -78,6 +85,21 @@ class Result:
         for name in ALWAYS:
             if self.scores.get(name) is None:
                 raise ValueError(f"scores lack {name}")
+
+
+@dataclass(frozen=True)
+class EnsembleResult:
+    """Scores of the mean of the probabilities of a seed's runs, one on each fold.
+
+    Attributes:
+        scores: mean over the test images by score; None where it is defined for none.
+        scored: the settings of scoring.
+        members: Dice of each run by its folder, which tells whether these are still its runs.
+    """
+
+    scores: dict[str, float | None]
+    scored: dict[str, str]
+    members: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -125,16 +147,34 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         raise StudyError(f"{path}: is damaged ({error}); delete it, and the same command makes it anew") from error
 
 
-def outcome(folder: Path) -> Result | Failure | None:
-    """How the run in ``folder`` ended, None where it has not.
+@dataclass(frozen=True)
+class Outcome:
+    """What there is of a run.
+
+    Attributes:
+        results: by patience, of those that the study asks for.
+        failure: why the training diverged; results at smaller patiences may be there before.
+        is_over: whether nothing more is to come.
+    """
+
+    results: dict[int, Result]
+    failure: Failure | None
+    is_over: bool
+
+
+def outcome(run: PlannedRun) -> Outcome:
+    """How far a run has got.
 
     Raises:
-        StudyError: the file that says so is damaged.
+        StudyError: a file that says so is damaged.
     """
-    for name, kind in ((RESULT, Result), (FAILURE, Failure)):
-        if (folder / name).exists():
-            return read_record(folder / name, kind)
-    return None
+    paths = {patience: run.at(patience) / RESULT for patience in run.patiences}
+    results = {patience: read_record(path, Result) for patience, path in paths.items() if path.exists()}
+    if len(results) == len(paths):  # where the training diverged later, on the way to a patience not asked for
+        return Outcome(results, None, is_over=True)
+    path = run.folder / FAILURE
+    failure = read_record(path, Failure) if path.exists() else None
+    return Outcome(results, failure, is_over=failure is not None)
 
 
 def _built(kind: type[Record], content: Any) -> Record:

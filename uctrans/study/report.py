@@ -22,18 +22,26 @@ class Row:
     Attributes:
         variant: its name.
         model: registry name of the network.
+        patience: of the training.
         seeds: of the runs that count.
         scores: for each score the mean over the test images, one number for each run that counts.
         cost: of the network.
-        failed: why the training of other seeds diverged; these runs have no scores.
+        folds: of the runs that count; empty without cross-validation.
+        failed: by seed and fold in words, why the training of other runs diverged; these have no scores.
+        missing: number of runs that are not over yet.
+        ensembles: Dice and IoU of the mean of the folds' probabilities, one number for each seed.
     """
 
     variant: str
     model: str
+    patience: int
     seeds: list[int]
     scores: dict[str, list[float]]
     cost: Cost
-    failed: dict[int, str] = field(default_factory=dict)
+    folds: list[int] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    missing: int = 0
+    ensembles: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,16 +67,24 @@ class Table:
         """
         return [self._record(row) for row in self.rows]
 
+    @property
+    def has_ensembles(self) -> bool:
+        """Whether any row has scores of an ensemble of folds."""
+        return any(row.ensembles for row in self.rows)
+
     def _record(self, row: Row) -> dict[str, Any]:
         runs = len(row.seeds)
-        record = {"variant": row.variant, "model": row.model, "runs": runs, "seeds": " ".join(map(str, row.seeds))}
-        record["failed_seeds"] = " ".join(map(str, row.failed))
+        record = {"variant": row.variant, "model": row.model, "patience": row.patience, "runs": runs}
+        record |= {"seeds": " ".join(map(str, row.seeds)), "folds": " ".join(map(str, row.folds))}
+        record |= {"failed": "; ".join(row.failed), "missing": row.missing}
         for name in self.scores:
-            mean, deviation, _ = mean_and_deviation(row.scores.get(name, []))
-            record |= {
-                f"{name}_mean": mean if runs else None,
-                f"{name}_deviation": deviation if runs > 1 else None,
-            }
+            scores = row.scores.get(name, [])
+            record |= _mean_and_deviation(name, scores)
+            record[f"{name}_best"] = max(scores, default=None)
+        if self.has_ensembles:
+            record["ensembles"] = len(row.ensembles.get("dice", []))
+            for name in ALWAYS:
+                record |= _mean_and_deviation(f"ensemble_{name}", row.ensembles.get(name, []))
         return record | {
             "parameters": row.cost.parameters,
             "gflop": row.cost.flop / 1e9,
@@ -79,8 +95,9 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown, with a note on what its columns are."""
-        titles = [TITLES[name] for name in self.scores]
-        lines = [["variant", "runs", *titles, "parameters (M)", "GFLOP", "s/step", "peak memory (GiB)"]]
+        titles = [title for name in self.scores for title in self._titles(name)]
+        titles += [f"ensemble {TITLES[name]}" for name in ALWAYS] if self.has_ensembles else []
+        lines = [["variant", "patience", "runs", *titles, "parameters (M)", "GFLOP", "s/step", "peak memory (GiB)"]]
         lines += [self._cells(row, record) for row, record in zip(self.rows, self.records(), strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -89,12 +106,24 @@ class Table:
             table[number] = table[number].replace(line[0].rjust(widths[0]), line[0].ljust(widths[0]), 1)
         return "\n".join([*table, "", *self._notes()])
 
+    @staticmethod
+    def _titles(name: str) -> list[str]:
+        return [TITLES[name], f"best {TITLES[name]}"] if name in ALWAYS else [TITLES[name]]
+
     def _cells(self, row: Row, record: dict[str, Any]) -> list[str]:
-        runs, memory = record["runs"], record["peak_memory_bytes"]
+        runs, memory, others = record["runs"], record["peak_memory_bytes"], len(row.failed) + row.missing
+        scores = []
+        for name in self.scores:
+            scores.append(_score_cell(record[f"{name}_mean"], record[f"{name}_deviation"]))
+            scores += [_score_cell(record[f"{name}_best"], None)] if name in ALWAYS else []
+        if self.has_ensembles:
+            names = [f"ensemble_{name}" for name in ALWAYS]
+            scores += [_score_cell(record[f"{name}_mean"], record[f"{name}_deviation"]) for name in names]
         return [
             record["variant"],
-            (SINGLE_RUN if runs == 1 else str(runs)) + (f" of {runs + len(row.failed)}" if row.failed else ""),
-            *(_score_cell(record[f"{name}_mean"], record[f"{name}_deviation"]) for name in self.scores),
+            str(row.patience),
+            (SINGLE_RUN if runs == 1 else str(runs)) + (f" of {runs + others}" if others else ""),
+            *scores,
             f"{record['parameters'] / 1e6:.3f}",
             f"{record['gflop']:.3g}" if record["gflop"] < 10 else f"{record['gflop']:.1f}",
             f"{record['seconds_a_step']:.3g}",
@@ -103,26 +132,35 @@ class Table:
 
     def _notes(self) -> list[str]:
         height, width = self.image_size
+        over = "seeds and folds" if any(row.folds for row in self.rows) else "seeds"
         spread = (
-            "mean ± sample standard deviation over the seeds"
+            f"mean ± sample standard deviation over the {over}"
             if any(len(row.seeds) > 1 for row in self.rows)
             else "a single run each, which has no deviation"
         )
-        failed = [f"{row.variant}, seed {seed}: {reason}" for row in self.rows for seed, reason in row.failed.items()]
+        failed = [f"{row.variant}, {run}: {reason}" for row in self.rows for run, reason in row.failed.items()]
+        open_runs = any(row.missing for row in self.rows)
         return [
+            *(["Not complete: runs of a row that are not over yet are in none of its scores."] if open_runs else []),
             f"Scores: {spread}; each run's is the mean over {self.scored_on}.",
             *([self.remark] if self.remark else []),
-            *([f"Failed, in no score: {'; '.join(failed)}."] if failed else []),
+            *(["Ensemble: mean of the folds' probabilities, for each seed with all its folds."] * self.has_ensembles),
+            *([f"Failed, in no score: {'; '.join(dict.fromkeys(failed))}."] if failed else []),
             f"GFLOP: forward pass of one image of {height} x {width} pixels, by PyTorch's FlopCounterMode.",
             f"s/step: median of {TIMED_STEPS} training steps, {self.step}, {self._measured_on()}.",
             *self._notes_on_memory(),
         ]
 
+    def _names(self) -> list[str]:
+        """What the chart calls the rows."""
+        is_one = len({row.patience for row in self.rows}) == 1
+        return [row.variant if is_one else f"{row.variant}, {row.patience}" for row in self.rows]
+
     def _measured_on(self) -> str:
         devices = {row.cost.device for row in self.rows}
         if len(devices) == 1:
             return f"on {devices.pop()}"
-        each = "; ".join(f"{row.variant} on {row.cost.device}" for row in self.rows)
+        each = "; ".join(dict.fromkeys(f"{row.variant} on {row.cost.device}" for row in self.rows))
         return f"measured on different devices, so they do not compare: {each}"
 
     def _notes_on_memory(self) -> list[str]:
@@ -166,7 +204,7 @@ class Table:
             )
             points = [(at, value) for at in positions for value in self.rows[at].scores.get(name, [])]
             axis.plot(*zip(*points, strict=True), ".", color="tab:orange", markersize=5)
-            axis.set_xticks(list(positions), [record["variant"] for record in records], rotation=45, ha="right")
+            axis.set_xticks(list(positions), self._names(), rotation=45, ha="right")
             axis.set(ylabel=TITLES[name], ylim=(0, None))
             axis.grid(axis="y", alpha=0.3)
         runs = [record["runs"] for record in records]
@@ -177,6 +215,11 @@ class Table:
         )
         with written_atomically(path) as temporary:
             figure.savefig(temporary, dpi=150)
+
+
+def _mean_and_deviation(name: str, scores: list[float]) -> dict[str, float | None]:
+    mean, deviation, number = mean_and_deviation(scores)
+    return {f"{name}_mean": mean if number else None, f"{name}_deviation": deviation if number > 1 else None}
 
 
 def between(numbers: list[int]) -> str:

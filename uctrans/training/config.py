@@ -177,8 +177,10 @@ class TrainConfig:
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{name}: {value!r} is not known; choose one of {', '.join(map(str, choices))}")
         for name, least in _AT_LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{name}: {value} is too small; give at least {least}")
+            value = getattr(self, name)
+            smallest = min(value, default=None) if isinstance(value, tuple) else value  # a study takes some as a list
+            if smallest is not None and smallest < least:
+                raise ConfigError(f"{name}: {smallest} is too small; give at least {least}")
         if not self.data or not self.output:
             raise ConfigError(f"{'output' if self.data else 'data'}: is empty; name a folder")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)

@@ -38,7 +38,7 @@ class RunResult:
         best_epoch: the epoch with the best validation Dice, 0 where there was none yet.
         best_score: its Dice, nan where there was none yet.
         epochs: complete epochs.
-        stopped_by: "epochs", "early stopping", "SIGINT" or "SIGTERM".
+        stopped_by: "epochs" or "early stopping"; "SIGINT", "SIGTERM" or "time" where it can go on.
     """
 
     run_folder: Path
@@ -48,10 +48,11 @@ class RunResult:
     stopped_by: str
 
 
-def train(config: TrainConfig) -> RunResult:
+def train(config: TrainConfig, *, stop_at: float | None = None) -> RunResult:
     """Train a network as ``config`` says, or continue the run in its output folder.
 
-    Under ``torchrun`` every process calls this; the first one writes the files.
+    Under ``torchrun`` every process calls this; the first one writes the files. At ``stop_at``, a time as of
+    ``time.time()``, the run is stopped after the step that is running and saved, as by a signal.
 
     Raises:
         ConfigError: a setting cannot be used here, or a resumed run was begun with other settings.
@@ -69,7 +70,7 @@ def train(config: TrainConfig) -> RunResult:
             run.load_state_dict(checkpoint, Path(config.output) / "last.pt")
             del checkpoint
         group.barrier()  # nobody writes before everybody has looked
-        with _open_log(run) as log, StopRequest() as stop:
+        with _open_log(run) as log, StopRequest(stop_at) as stop:
             if not config.resume:
                 save(run)
             if group.is_main:
@@ -254,7 +255,7 @@ def _farewell(run: Run, stopped_by: str) -> str:
     best = (
         f"best validation Dice {run.best_dice:.4f} at epoch {run.best_epoch}" if run.best_epoch else "no best epoch yet"
     )
-    if stopped_by.startswith("SIG"):
+    if stopped_by not in ("epochs", "early stopping"):
         where = f"after epoch {run.epoch}" + (f" and {run.steps_done} steps" if run.steps_done else "")
         path = Path(run.config.output) / "last.pt"
         return f"stopped by {stopped_by} {where}, saved in {path}; continue with resume; {best}"

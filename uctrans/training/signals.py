@@ -1,20 +1,33 @@
-"""SIGINT and SIGTERM as a request to stop at the next safe place."""
+"""SIGINT, SIGTERM and the end of the time that was given, as a request to stop at the next safe place."""
 
 import signal
 import threading
+import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TIME_IS_UP = "time"
 
 
 class StopRequest:
     """Context manager: the first SIGINT or SIGTERM sets ``name``, a second one acts as it would without us.
 
-    Signals can be handled in the main thread only; elsewhere this does nothing and ``name`` stays None.
+    Signals can be handled in the main thread only; elsewhere they are not noticed here.
+
+    Args:
+        stop_at: when to stop in any case, as of ``time.time()``, which other processes read too; None is never.
     """
 
-    def __init__(self):
-        self.name: str | None = None
+    def __init__(self, stop_at: float | None = None):
+        self._stop_at = stop_at
+        self._signal: str | None = None
         self._previous = {}
+
+    @property
+    def name(self) -> str | None:
+        """Which signal came, "time" where the time is up, or None."""
+        if self._signal is None and self._stop_at is not None and time.time() >= self._stop_at:
+            return TIME_IS_UP
+        return self._signal
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -25,7 +38,7 @@ class StopRequest:
         self._restore()
 
     def _note(self, number, _frame) -> None:
-        self.name = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
         self._restore()
 
     def _restore(self) -> None:

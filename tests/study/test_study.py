@@ -23,7 +23,7 @@ from uctrans import cli
 from uctrans.data import DataError
 from uctrans.data.instances import write_instances
 from uctrans.data.writing import write_png
-from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, cost, runs, study_models, study_skips
+from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, cost, runs, single, study_models, study_skips
 from uctrans.study.cost import Cost
 from uctrans.study.report import Row, Table
 from uctrans.training import ConfigError, TrainConfig, TrainingError, load_checkpoint
@@ -33,49 +33,7 @@ from uctrans.training.checkpoint import save_checkpoint
 SIZE = 32
 MODELS = ("unet", "uctransnet")
 SEEDS = (0, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_few_steps():
-    threads, steps = torch.get_num_threads(), (cost.WARM_UP_STEPS, cost.TIMED_STEPS)
-    torch.set_num_threads(1)
-    cost.WARM_UP_STEPS, cost.TIMED_STEPS = 1, 3
-    yield
-    torch.set_num_threads(threads)
-    cost.WARM_UP_STEPS, cost.TIMED_STEPS = steps
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Four training, two validation and two test images of bright squares."""
-    folder, generator = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2), ("test", 2)):
-        for number in range(count):
-            row, column = generator.integers(2, 16, 2)
-            mask = np.zeros((SIZE, SIZE), np.uint8)
-            mask[row : row + 12, column : column + 12] = 255
-            image = generator.integers(0, 80, (SIZE, SIZE, 3)) + (mask[..., None] > 0) * 120
-            write_png(folder / split / "images" / f"{split}{number}.png", image.astype(np.uint8))
-            write_png(folder / split / "masks" / f"{split}{number}.png", mask)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def settings(data):
-    """Settings of a study of two models and two seeds that takes seconds."""
-    return {
-        "data": str(data),
-        "base_channels": 2,
-        "image_size": SIZE,
-        "epochs": 2,
-        "first_best_epoch": 1,
-        "learning_rate": 0.02,
-        "device": "cpu",
-        "threads": 1,
-        "model_options": {"num_layers": 1},
-        "models": MODELS,
-        "seeds": SEEDS,
-    }
+PATIENCE = "patience_50"
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +57,12 @@ def finished(undisturbed, settings, tmp_path):
     return ModelStudyConfig(**settings, output=str(tmp_path / "copy"))
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    """Let any training or measurement fail."""
-
-    def fail(*_):
-        raise AssertionError("something was trained")
-
-    monkeypatch.setattr(runs, "train", fail)
-    monkeypatch.setattr(runs, "measure", fail)
-
-
 def results_of(folder):
     """Scores of every run by model and seed, from the files the runs left."""
     return {
-        (model, seed): json.loads((folder / "runs" / model / f"seed_{seed}" / "result.json").read_text())["scores"]
+        (model, seed): json.loads((folder / "runs" / model / f"seed_{seed}" / PATIENCE / "result.json").read_text())[
+            "scores"
+        ]
         for model in MODELS
         for seed in SEEDS
     }
@@ -139,7 +88,7 @@ def test_the_table_holds_mean_and_deviation_of_the_runs(undisturbed):
 
 def test_scores_are_those_of_the_evaluation_on_the_test_split(undisturbed):
     for (model, seed), scores in results_of(undisturbed).items():
-        folder = undisturbed / "runs" / model / f"seed_{seed}" / "test"
+        folder = undisturbed / "runs" / model / f"seed_{seed}" / PATIENCE / "test"
         with (folder / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["name"] for row in rows] == ["test0", "test1"]
@@ -209,7 +158,7 @@ def test_a_stopped_study_goes_on_and_ends_like_an_undisturbed_one(settings, tmp_
     assert "1 of 4 runs finished; the same command goes on" in str(result)
     stopped = tmp_path / "study" / "runs" / "uctransnet" / "seed_0"
     assert (stopped / "last.pt").exists()
-    assert not (stopped / "result.json").exists()
+    assert not (stopped / PATIENCE / "result.json").exists()
     assert not (tmp_path / "study" / "table.csv").exists()
     capsys.readouterr()
 
@@ -256,7 +205,7 @@ def test_a_killed_study_goes_on_and_ends_like_an_undisturbed_one(settings, tmp_p
     assert process.returncode == -signal.SIGKILL
     killed = tmp_path / "study" / "runs" / "uctransnet" / "seed_0"
     assert load_checkpoint(killed / "last.pt")["epoch"] == 1
-    assert not (killed / "result.json").exists()
+    assert not (killed / PATIENCE / "result.json").exists()
     result = study_models(ModelStudyConfig(**own))
     assert (result.finished, result.failed, result.total) == (4, 0, 4)
     assert results_of(tmp_path / "study") == results_of(undisturbed)
@@ -264,9 +213,9 @@ def test_a_killed_study_goes_on_and_ends_like_an_undisturbed_one(settings, tmp_p
 
 
 def test_a_trained_run_without_scores_is_only_scored(finished, undisturbed):
-    run = Path(finished.run(finished.variants()[0], 1).output)
+    run = finished.run(finished.variants()[0], 1).folder
     before = (run / "metrics.csv").read_text()
-    (run / "result.json").unlink()
+    (run / PATIENCE / "result.json").unlink()
     study_models(finished)
     assert (run / "metrics.csv").read_text() == before
     assert results_of(Path(finished.output)) == results_of(undisturbed)
@@ -274,8 +223,13 @@ def test_a_trained_run_without_scores_is_only_scored(finished, undisturbed):
 
 def test_seeds_and_models_may_be_added(finished, monkeypatch):
     trained = []
-    train = runs.train
-    monkeypatch.setattr(runs, "train", lambda config: trained.append((config.model, config.seed)) or train(config))
+    train = single.train
+
+    def noted(config, **when):
+        trained.append((config.model, config.seed))
+        return train(config, **when)
+
+    monkeypatch.setattr(single, "train", noted)
     table = study_models(replace(finished, models=("unet",), seeds=(0, 1, 7), model_options={})).table
     assert trained == [("unet", 7)]
     assert [(row.variant, row.seeds) for row in table.rows] == [("unet", [0, 1, 7])]
@@ -341,7 +295,9 @@ def test_the_data_may_move_but_not_change(finished, data, tmp_path, undisturbed)
     moved = replace(finished, data=str(tmp_path / "moved"))
     run = Path(finished.output) / "runs" / "unet" / "seed_1"
     before = (run / "metrics.csv").read_text()
-    (run / "result.json").unlink()  # a run that goes on, as last.pt says, with the data in their former place
+    (
+        run / PATIENCE / "result.json"
+    ).unlink()  # a run that goes on, as last.pt says, with the data in their former place
     study_models(moved)
     assert (run / "metrics.csv").read_text() == before
     assert results_of(Path(finished.output)) == results_of(undisturbed)
@@ -361,11 +317,14 @@ RESULT_OF_ANOTHER_KIND = '{"scores": {}, "scored": {}, "seconds": 1, "variant": 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("runs/unet/seed_0/result.json", '{"scores"'),
-        ("runs/unet/seed_0/result.json", "[]"),
-        ("runs/unet/seed_0/result.json", "{}"),
-        ("runs/unet/seed_0/result.json", RESULT_OF_ANOTHER_KIND),
-        ("runs/unet/seed_0/result.json", RESULT_OF_ANOTHER_KIND.replace("{}", '{"dice": "high", "iou": 0.5}', 1)),
+        ("runs/unet/seed_0/patience_50/result.json", '{"scores"'),
+        ("runs/unet/seed_0/patience_50/result.json", "[]"),
+        ("runs/unet/seed_0/patience_50/result.json", "{}"),
+        ("runs/unet/seed_0/patience_50/result.json", RESULT_OF_ANOTHER_KIND),
+        (
+            "runs/unet/seed_0/patience_50/result.json",
+            RESULT_OF_ANOTHER_KIND.replace("{}", '{"dice": "high", "iou": 0.5}', 1),
+        ),
         ("runs/unet/cost.json", "{"),
         ("runs/unet/cost.json", '{"settings": {}, "cost": {}}'),
         ("runs/unet/cost.json", '{"settings": [], "cost": {}}'),
@@ -398,7 +357,7 @@ def truncate(path):
 )
 def test_a_run_beyond_repair_is_told_before_anything_is_trained(damage, finding, finished, no_training):
     run = Path(finished.output) / "runs" / "uctransnet" / "seed_1"
-    (run / "result.json").unlink()
+    (run / PATIENCE / "result.json").unlink()
     damage(run / "last.pt")
     with pytest.raises(StudyError, match=rf"uctransnet/seed_1.*{finding}; delete the folder {run}, and the same"):
         study_models(finished)
@@ -415,7 +374,7 @@ def test_a_damaged_configuration_of_a_finished_run_is_named(finished, no_trainin
 
 def test_a_run_whose_best_weights_are_damaged_is_named(finished):
     run = Path(finished.output) / "runs" / "unet" / "seed_0"
-    (run / "result.json").unlink()
+    (run / PATIENCE / "result.json").unlink()
     truncate(run / "best" / "model.safetensors")
     with pytest.raises(StudyError, match=rf"{run}: its best weights cannot be read; delete the folder {run}"):
         study_models(finished)
@@ -428,7 +387,7 @@ def nan_in_training(forward):
 def test_a_run_that_diverges_fails_alone(finished, undisturbed, monkeypatch, capsys):
     runs_folder = Path(finished.output) / "runs"
     shutil.rmtree(runs_folder / "unet" / "seed_1")
-    (runs_folder / "uctransnet" / "seed_1" / "result.json").unlink()
+    (runs_folder / "uctransnet" / "seed_1" / PATIENCE / "result.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(uctrans.UNet, "forward", nan_in_training(uctrans.UNet.forward))
         result = study_models(finished)
@@ -438,15 +397,15 @@ def test_a_run_that_diverges_fails_alone(finished, undisturbed, monkeypatch, cap
     assert lines[3].startswith("run 4 of 4: uctransnet, seed 1: Dice")
     assert (result.finished, result.failed, result.total) == (3, 1, 4)
     row, other = table_of(Path(finished.output)).values()
-    assert (row["runs"], row["seeds"], row["failed_seeds"], row["dice_deviation"]) == ("1", "0", "1", "")
-    assert (other["runs"], other["seeds"], other["failed_seeds"]) == ("2", "0 1", "")
+    assert (row["runs"], row["seeds"], row["failed"], row["dice_deviation"]) == ("1", "0", "seed 1", "")
+    assert (other["runs"], other["seeds"], other["failed"]) == ("2", "0 1", "")
     assert float(row["dice_mean"]) == results_of(undisturbed)["unet", 0]["dice"]
     text = result.table.markdown()
     assert "| single run of 2 |" in text
     assert "Failed, in no score: unet, seed 1: epoch 1, step 1: the loss is not finite" in text
 
     with monkeypatch.context() as patch:  # the same command does not try it again
-        patch.setattr(runs, "train", None)
+        patch.setattr(single, "train", None)
         study_models(finished)
     assert "unet, seed 1: failed before, epoch 1" in capsys.readouterr().out
 
@@ -465,12 +424,12 @@ def test_a_study_of_which_every_run_fails_says_so(settings, tmp_path, monkeypatc
 
 def test_a_full_disk_stops_the_study_and_fails_no_run(finished, monkeypatch):
     run = Path(finished.output) / "runs" / "unet" / "seed_0"
-    (run / "result.json").unlink()
+    (run / PATIENCE / "result.json").unlink()
 
-    def train(config):
+    def train(config, **when):
         raise TrainingError("metrics.csv: cannot be written") from OSError("no space")
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(single, "train", train)
     with pytest.raises(TrainingError, match="cannot be written"):
         study_models(finished)
     assert not (run / "failed.json").exists()
@@ -514,7 +473,7 @@ def test_the_table_says_over_how_many_images_the_instance_scores_go(settings, da
     assert "aji" in result.table.scores
     remark = "AJI and PQ: each run's is the mean over the test images with an instance map, {}."
     assert remark.format("1 of 2") in result.table.markdown()
-    path = tmp_path / "study" / "runs" / "unet" / "seed_0" / "result.json"
+    path = tmp_path / "study" / "runs" / "unet" / "seed_0" / PATIENCE / "result.json"
     content = json.loads(path.read_text())
     assert content.pop("counts")["aji"] == 1
     path.write_text(json.dumps(content))
@@ -566,6 +525,17 @@ def test_a_folder_of_something_else_is_refused(finished, settings, tmp_path, no_
         ("--seeds 1,1", "seeds: 1 is named more than once"),
         ("--seeds many", "write it like 5 or 3,7,11"),
         ("--seed 3", "did you mean --seeds?"),
+        ("--patience 0", "patience: 0 is too small; give at least 1"),
+        ("--patience 100,50,50", "patience: 50 is named more than once"),
+        ("--patience soon", "write it like 50 or 50,100"),
+        ("--processes 0", "processes: 0 is too small"),
+        ("--processes 2 --progress", "progress: the bars of several processes would mix"),
+        ("--minutes 0", "minutes: 0.0 is no time"),
+        ("--cross-validation 1", "cross_validation: 1 is too small; give 2 folds or more"),
+        ("--cross-validation 7", "7 folds of 6 images: choose 2 to 6 folds"),
+        ("--cross-validation glas", "glas is neither a file nor one of the folds"),
+        ("--models uctransnet_from_unet", "starts from the U-Net of its seed and fold; name unet too"),
+        ("--models unet,unet_from_unet", "unet_from_unet: unet cannot start from a U-Net; leave it out"),
         ("--score-size huge", "score_size: 'huge' is not known"),
         ("--score-resolution native", "set score_size to native too"),
         ("--cross-validation monuseg --folds monuseg --fold 0", "leave out folds and fold"),
@@ -628,7 +598,7 @@ def test_the_study_of_skips_has_ten_u_nets():
         "all_but_3": [1, 2, 4],
         "all_but_4": [1, 2, 3],
     }
-    counts = {variant.name: cost.count(config.run(variant, 0)) for variant in config.variants()}
+    counts = {variant.name: cost.count(config.run(variant, 0).config) for variant in config.variants()}
     assert len({parameters for parameters, _ in counts.values()}) == 10
     assert all(counts["none"][1] < flop < counts["all"][1] for _, flop in [*counts.values()][2:])
 
@@ -651,29 +621,17 @@ def test_a_study_of_skips_runs_and_a_single_run_has_no_deviation(settings, tmp_p
     assert model.config["skips"] == []
 
 
-def test_cross_validation_gives_each_seed_its_fold(settings, tmp_path, no_training):
-    names = [*(f"train{number}" for number in range(4)), "val0", "val1"]
-    folds = [{"train": names[:3], "val": names[3:]}, {"train": names[3:], "val": names[:3]}]
-    file = tmp_path / "folds.json"
-    file.write_text(json.dumps({"folds": folds}))
-    config = ModelStudyConfig(**settings, output=str(tmp_path / "study"), cross_validation=str(file))
-    run = config.run(config.variants()[0], 1)
-    assert (run.folds, run.fold, run.seed) == (str(file), 1, 1)
-    with pytest.raises(StudyError, match="has 2 folds and none for seed 2; give seeds of 0 to 1"):
-        study_models(replace(config, seeds=3))
-    with pytest.raises(AssertionError, match="something was trained"):
-        study_models(config)
-
-
 def test_the_table_of_a_gpu():
     """Peak memory in GiB, instance scores where every run has them, deviations of samples."""
     measured = Cost(66_430_657, 77_200_000_000, 0.0712, 3 * 2**30, "NVIDIA H200")
     rows = [
-        Row("unet", "unet", [0, 1, 2], {"dice": [0.7, 0.8, 0.9], "iou": [0.5, 0.6, 0.7], "aji": [0.5] * 3}, measured),
-        Row("other", "uctransnet", [0, 1, 2], {"dice": [0.8] * 3, "iou": [0.7] * 3, "aji": [0.6] * 3}, measured),
+        Row(
+            "unet", "unet", 50, [0, 1, 2], {"dice": [0.7, 0.8, 0.9], "iou": [0.5, 0.6, 0.7], "aji": [0.5] * 3}, measured
+        ),
+        Row("other", "uctransnet", 50, [0, 1, 2], {"dice": [0.8] * 3, "iou": [0.7] * 3, "aji": [0.6] * 3}, measured),
     ]
     text = Table(rows, "the 14 test images", "batch 4, bf16", (224, 224)).markdown()
-    expected = "|unet|3|0.8000 ± 0.1000|0.6000 ± 0.1000|0.5000 ± 0.0000|66.431|77.2|0.0712|3.00|"
+    expected = "|unet|50|3|0.8000 ± 0.1000|0.9000|0.6000 ± 0.1000|0.7000|0.5000 ± 0.0000|66.431|77.2|0.0712|3.00|"
     assert "|".join(cell.strip() for cell in text.splitlines()[2].split("|")) == expected
     assert len({len(line) for line in text.splitlines()[:4]}) == 1, "columns are not aligned"
     assert "the most PyTorch held on the GPU" in text
@@ -684,15 +642,16 @@ def test_the_table_of_a_gpu():
 def test_the_table_of_failed_runs_and_several_devices(tmp_path):
     """A network without a run has no scores and no bar; times of different devices are told apart."""
     on_gpu = Cost(1_000_000, 2_000_000_000, 0.01, 2**30, "NVIDIA H200")
+    on_cpu = replace(on_gpu, device="cpu, 1 thread", peak_memory=None)
     scores = {"dice": [0.7, 0.8], "iou": [0.5, 0.6]}
     rows = [
-        Row("unet", "unet", [0, 2], scores, on_gpu, {1: "epoch 3"}),
-        Row("other", "uctransnet", [], {}, replace(on_gpu, device="cpu, 1 thread", peak_memory=None), {0: "epoch 1"}),
+        Row("unet", "unet", 50, [0, 2], scores, on_gpu, failed={"seed 1": "epoch 3"}),
+        Row("other", "uctransnet", 50, [], {}, on_cpu, failed={"seed 0": "epoch 1"}),
     ]
     table = Table(rows, "the 14 test images", "batch 4, bf16", (224, 224))
     cells = [[cell.strip() for cell in line.split("|")] for line in table.markdown().splitlines()]
-    assert cells[2][1:5] == ["unet", "2 of 3", "0.7500 ± 0.0707", "0.5500 ± 0.0707"]
-    assert cells[3][1:5] == ["other", "0 of 1", "n/a", "n/a"]
+    assert cells[2][1:7] == ["unet", "50", "2 of 3", "0.7500 ± 0.0707", "0.8000", "0.5500 ± 0.0707"]
+    assert cells[3][1:7] == ["other", "50", "0 of 1", "n/a", "n/a", "n/a"]
     assert "Failed, in no score: unet, seed 1: epoch 3; other, seed 0: epoch 1." in table.markdown()
     assert "do not compare: unet on NVIDIA H200; other on cpu, 1 thread." in table.markdown()
     assert "n/a on a CPU" in table.markdown()
@@ -713,6 +672,6 @@ def test_the_cost_says_what_is_unusual_about_it(settings, tmp_path, monkeypatch)
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu(settings, tmp_path):
     config = ModelStudyConfig(**settings | {"device": "cuda"}, output=str(tmp_path / "study"))
-    measured = cost.measure(config.run(config.variants()[0], 0))
+    measured = cost.measure(config.run(config.variants()[0], 0).config)
     assert 0 < measured.peak_memory < torch.cuda.get_device_properties(0).total_memory
     assert measured.device == torch.cuda.get_device_name(0)

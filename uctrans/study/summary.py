@@ -1,0 +1,153 @@
+"""What the runs of a study come to: a row for each network and patience, with the ensembles of folds."""
+
+from pathlib import Path
+
+from uctrans.data import get_protocol
+from uctrans.study.checks import scoring
+from uctrans.study.config import StudyConfig, StudyError
+from uctrans.study.cost import Cost
+from uctrans.study.files import RESULT, EnsembleResult, Outcome, Result, read_record, write_record
+from uctrans.study.plan import PlannedRun, Variant, seed_folder
+from uctrans.study.report import ALWAYS, TITLES, Row, Table, between
+from uctrans.study.schedule import Schedule
+from uctrans.study.single import score
+
+ENSEMBLE_FOLDER = "ensemble"
+
+
+def make_ensembles(config: StudyConfig, schedule: Schedule) -> bool:
+    """Score the mean of the folds' probabilities, as the authors of UCTransNet do, for each seed with all its folds.
+
+    What there is of the same runs is kept. Once the time of the call is over nothing more is scored, and False comes
+    back where there would have been.
+    """
+    for variant, patience, seed in _groups(config):
+        members = _members(schedule, variant, patience, seed)
+        if members and _read_ensemble(config, members, patience) is None:
+            if schedule.budget.is_over:
+                return False
+            _score_ensemble(config, members, patience)
+    return True
+
+
+def make_table(config: StudyConfig, schedule: Schedule) -> Table | None:
+    """The table of what there is so far, None where no run is over yet.
+
+    Raises:
+        StudyError: every run failed.
+    """
+    outcomes = [(run, schedule.of(run)) for run in schedule.plan]
+    results = [result for _, found in outcomes for result in found.results.values()]
+    if not results:
+        failed = [(run, found.failure) for run, found in outcomes if found.failure is not None]
+        if len(failed) < len(outcomes):
+            return None
+        run, failure = failed[0]
+        raise StudyError(
+            f"all runs failed, the first, {run.name}: {failure.finding}. "
+            "Name another output folder and give other settings, such as a lower learning_rate"
+        )
+    return Table(
+        [
+            _row(config, schedule, variant, patience, [each for each in outcomes if each[0].variant == variant])
+            for variant in config.variants()
+            for patience in config.patiences
+        ],
+        scored_on=f"the {between([result.images for result in results])} test images, scored at {results[0].scored_at}",
+        step=f"batch {config.batch_size}, {'float32' if config.amp == 'no' else config.amp}",
+        image_size=get_protocol(config.protocol, config.image_size).image_size,
+        remark=_remark_on_instance_maps(results),
+    )
+
+
+def _row(
+    config: StudyConfig,
+    schedule: Schedule,
+    variant: Variant,
+    patience: int,
+    outcomes: list[tuple[PlannedRun, Outcome]],
+) -> Row:
+    scored = [(run, found.results[patience]) for run, found in outcomes if patience in found.results]
+    unscored = [(run, found.failure) for run, found in outcomes if patience not in found.results]
+    failed = {run.label: failure.finding for run, failure in unscored if failure is not None}
+    columns = {
+        name: [result.scores[name] for _, result in scored]
+        for name in TITLES
+        if scored and all(result.scores.get(name) is not None for _, result in scored)
+    }
+    found = [
+        _read_ensemble(config, members, patience)
+        for seed in config.seed_list
+        if (members := _members(schedule, variant, patience, seed))
+    ]
+    ensembles = [ensemble.scores for ensemble in found if ensemble is not None]
+    cost: Cost = schedule.costs[variant.name]
+    return Row(
+        variant.name,
+        variant.model,
+        patience,
+        [run.seed for run, _ in scored],
+        columns,
+        cost,
+        folds=[run.fold for run, _ in scored if run.fold is not None],
+        failed=failed,
+        missing=len(unscored) - len(failed),
+        ensembles={name: [scores[name] for scores in ensembles] for name in ALWAYS} if ensembles else {},
+    )
+
+
+def _groups(config: StudyConfig) -> list[tuple[Variant, int, int]]:
+    """What an ensemble may be of: network, patience and seed."""
+    return [
+        (variant, patience, seed)
+        for seed in config.seed_list
+        for variant in config.variants()
+        for patience in config.patiences
+    ]
+
+
+def _members(schedule: Schedule, variant: Variant, patience: int, seed: int) -> list[tuple[PlannedRun, Result]]:
+    """The runs of all folds with their results; none where one of them has no result, or there is one fold only."""
+    runs = [run for run in schedule.plan if (run.variant, run.seed) == (variant, seed) and run.fold is not None]
+    results = [schedule.of(run).results.get(patience) for run in runs]
+    return list(zip(runs, results, strict=True)) if len(runs) > 1 and None not in results else []
+
+
+def _dice_of(members: list[tuple[PlannedRun, Result]]) -> dict[str, float]:
+    return {run.folder.name: result.scores["dice"] for run, result in members}
+
+
+def _read_ensemble(
+    config: StudyConfig, members: list[tuple[PlannedRun, Result]], patience: int
+) -> EnsembleResult | None:
+    """What there is of an ensemble; None where there is nothing, or it is of runs that were trained anew since."""
+    path = _ensemble_folder(config, members, patience) / RESULT
+    ensemble = read_record(path, EnsembleResult) if path.exists() else None
+    is_of_these = ensemble is not None and (ensemble.members, ensemble.scored) == (_dice_of(members), scoring(config))
+    return ensemble if is_of_these else None
+
+
+def _score_ensemble(config: StudyConfig, members: list[tuple[PlannedRun, Result]], patience: int) -> None:
+    folder, first = _ensemble_folder(config, members, patience), members[0][0]
+    scores = score(",".join(str(run.at(patience)) for run, _ in members), first, config, folder)
+    print(
+        f"ensemble of {len(members)} folds: {first.variant.name}, seed {first.seed}, patience {patience}: "
+        f"Dice {scores.mean['dice']:.4f}",
+        flush=True,
+    )
+    write_record(folder / RESULT, EnsembleResult(scores.mean, scoring(config), _dice_of(members)))
+
+
+def _ensemble_folder(config: StudyConfig, members: list[tuple[PlannedRun, Result]], patience: int) -> Path:
+    run = members[0][0]
+    return seed_folder(config.output, run.variant, run.seed) / ENSEMBLE_FOLDER / f"patience_{patience}"
+
+
+def _remark_on_instance_maps(results: list[Result]) -> str:
+    """Over which test images AJI and PQ go; "" where it is all, as with Dice, or where there are no such scores."""
+    scored = [result for result in results if result.scores.get("aji") is not None]
+    counts = [result.counts.get("aji") for result in scored]
+    if not scored or counts == [result.images for result in scored]:
+        return ""
+    number = "their number was not kept" if None in counts else f"{between(counts)} of {scored[0].images}"
+    return f"AJI and PQ: each run's is the mean over the test images with an instance map, {number}."
