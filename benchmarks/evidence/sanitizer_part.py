@@ -10,6 +10,7 @@ from .parts import DONE, FAILED, NOT_THERE, OUT_OF_TIME, Context, Result
 
 SMALLEST = ("-m", "benchmarks.evidence.smallest")
 FOUND = 86  # exit status for "the tool found something"
+UNFIT = "Device not supported"  # what the tool prints where it does not know the GPU, or may not watch it
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
 # Tensors of their own allocations: inside one large block of torch's, nothing is out of bounds.
 VARIABLES = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -44,6 +45,9 @@ def run_sanitizer(context: Context, tool: str) -> Result:
 def result_of(ended: Ended) -> Result:
     """What the tool found, or why it could not look."""
     summary = SUMMARY.findall(ended.output)
+    if not ended.was_stopped and UNFIT in ended.output:
+        reason = f"compute-sanitizer cannot watch this GPU ({UNFIT}); try on another machine"
+        return Result(NOT_THERE, False, reason=reason)
     if ended.was_stopped or not summary:
         return _unfinished(ended, "")
     errors = sum(int(number) for pair in summary for number in pair if number)

@@ -8,20 +8,26 @@ interpreter.
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from uctrans.kernels import (
+    batch_norm_relu,
     channel_attention,
     cross_layer_norm,
     packed_layer_norm,
     packed_linear,
+    packed_mlp,
     projected_channel_attention,
+    segmentation_scores,
+    segmentation_sums,
     skip_gate,
 )
 
 SEGMENTS = (8, 33)
+HIDDEN = (9, 40)
 TOKENS = 17
 HEADS = 2
 BATCH = 2
@@ -56,6 +62,12 @@ def cases(device: str, dtype: torch.dtype) -> list[Case]:
     def linear(tokens: Tensor, *maps: Tensor, backend: str) -> Tensor:
         return packed_linear(tokens, maps[: len(SEGMENTS)], maps[len(SEGMENTS) :], backend=backend)
 
+    def mlp(tokens: Tensor, residual: Tensor, *maps: Tensor, backend: str) -> Tensor:
+        scales = len(SEGMENTS)
+        return packed_mlp(
+            tokens, residual, *(maps[i : i + scales] for i in range(0, 4 * scales, scales)), backend=backend
+        )
+
     tokens = (BATCH, TOKENS, WIDTH)
     packed = (BATCH, HEADS, TOKENS, WIDTH)
     found = [
@@ -80,24 +92,61 @@ def cases(device: str, dtype: torch.dtype) -> list[Case]:
                 *(normal(HEADS, width + 1) for width in SEGMENTS),
             ],
         ),
+        (
+            "packed MLP",
+            mlp,
+            [
+                *(normal(*tokens) for _ in range(2)),
+                *(normal(hidden, width) / width**0.5 for width, hidden in zip(SEGMENTS, HIDDEN, strict=True)),
+                *(normal(hidden) for hidden in HIDDEN),
+                *(normal(width, hidden) / hidden**0.5 for width, hidden in zip(SEGMENTS, HIDDEN, strict=True)),
+                *(normal(width) for width in SEGMENTS),
+            ],
+        ),
     ]
     height, width = (side * PATCH for side in GRID)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         maps = [normal(BATCH, 5, height, width), normal(BATCH, 5, *GRID), normal(BATCH, 3, height // 2, width // 2)]
         maps = [feature.contiguous(memory_format=memory_format) for feature in maps]
         weights = [normal(5, 5), normal(5), normal(5, 3), normal(5)]
-        found.append((f"skip gate, {str(memory_format).removeprefix('torch.')}", skip_gate, maps + weights))
+        layout = str(memory_format).removeprefix("torch.")
+        found.append((f"skip gate, {layout}", skip_gate, maps + weights))
+        parameters = [normal(5).float(), normal(5).float()]
+        for is_training in (True, False):
+            mode = "training" if is_training else "evaluation"
+            function = partial(_norm_relu, training=is_training)
+            found.append((f"batch norm and ReLU, {mode}, {layout}", function, [maps[0], *parameters]))
+        for classes in (1, 3):
+            logits = normal(BATCH, classes, 7, 5).contiguous(memory_format=memory_format)
+            masks = torch.randint(max(classes, 2), (BATCH, 7, 5), generator=generator, dtype=torch.uint8).to(device)
+            found.append((f"loss and Dice, {classes} classes, {layout}", partial(_loss_and_dice, masks), [logits]))
     return found
 
 
+def _norm_relu(feature: Tensor, *parameters: Tensor, training: bool, backend: str) -> tuple[Tensor, ...]:
+    mean, variance = torch.zeros_like(parameters[0]), torch.ones_like(parameters[0])
+    output = batch_norm_relu(feature, *parameters, mean, variance, training=training, backend=backend)
+    return output, mean, variance
+
+
+def _loss_and_dice(masks: Tensor, logits: Tensor, backend: str) -> tuple[Tensor, ...]:
+    sums, counts = segmentation_sums(logits, masks, backend=backend)
+    loss, dice = segmentation_scores(sums, counts, masks[0].numel(), backend=backend)
+    return loss, sums, counts, dice
+
+
 def outputs_and_gradients(function: Callable[..., object], leaves: Sequence[Tensor], backend: str) -> list[Tensor]:
-    """Outputs of the operator, and the gradients by all leaves of their product with fixed random numbers."""
+    """Outputs of the operator, and the gradients by all leaves of their product with fixed random numbers.
+
+    Outputs that are not differentiable are compared alone.
+    """
     leaves = [tensor.detach().requires_grad_() for tensor in leaves]
     outputs = function(*leaves, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(output.shape, generator=generator).to(output.device, output.dtype) for output in outputs]
-    return [*(output.detach() for output in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+    differentiable = [output for output in outputs if output.requires_grad]
+    upstream = [torch.randn(output.shape, generator=generator).to(output) for output in differentiable]
+    return [*(output.detach() for output in outputs), *torch.autograd.grad(differentiable, leaves, upstream)]
 
 
 def main() -> None:

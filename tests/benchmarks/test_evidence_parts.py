@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.evidence import machine, sanitizer_part
+import uctrans.kernels
+from benchmarks.evidence import machine, sanitizer_part, smallest
 from benchmarks.evidence.children import Children, Ended, environment
 from benchmarks.evidence.machine import cool_down, gpu_state, in_words
 from benchmarks.evidence.outcomes import finished_tests
@@ -180,7 +181,8 @@ FINDING = "========= Invalid __global__ read of size 4 bytes\n=========     at _
         (Ended(86, False, f"{FINDING}\n========= ERROR SUMMARY: 3 errors"), FAILED, True, 3, "_forward_kernel"),
         (Ended(86, False, "========= RACECHECK SUMMARY: 2 hazards displayed (1 error)"), FAILED, True, 2, "2 hazards"),
         (Ended(1, False, "wrong result\n========= ERROR SUMMARY: 0 errors"), FAILED, True, 0, "wrong result"),
-        (Ended(255, False, "========= Error: Device not supported"), FAILED, True, None, "Device not supported"),
+        (Ended(255, False, "========= Error: Device not supported"), NOT_THERE, False, None, "Device not supported"),
+        (Ended(255, False, "========= Error: process died"), FAILED, True, None, "process died"),
         (Ended(-9, True, "========= COMPUTE-SANITIZER"), OUT_OF_TIME, False, None, "time limit"),
     ],
 )
@@ -188,6 +190,29 @@ def test_what_the_sanitizer_found(ended, outcome, is_complete, found, reason):
     result = sanitizer_result(ended)
     assert (result.outcome, result.is_complete, result.counts.get("found")) == (outcome, is_complete, found)
     assert result.reason is None if reason is None else reason in result.reason
+
+
+# Backends are no operators, and the maps are made in plain PyTorch on every backend.
+WITHOUT_KERNELS = {"BACKENDS", "check_backend", "resolve_backend", "projected_attention_maps"}
+
+
+def test_the_smallest_cases_hold_every_operator_forward_and_backward(monkeypatch):
+    called = set()
+
+    def noting(name, function):
+        def run(*arguments, **options):
+            called.add(name)
+            return function(*arguments, **options)
+
+        return run
+
+    operators = set(uctrans.kernels.__all__) - WITHOUT_KERNELS
+    for name in operators:
+        monkeypatch.setattr(smallest, name, noting(name, getattr(smallest, name)))
+    for _, function, leaves in smallest.cases("cpu", torch.float32):
+        results = smallest.outputs_and_gradients(function, leaves, "composed")
+        assert len(results) > len(leaves) and all(result.isfinite().all() for result in results)
+    assert called == operators
 
 
 def test_the_operators_run_by_themselves_and_then_under_the_tool(tmp_path, monkeypatch):
