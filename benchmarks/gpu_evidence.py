@@ -54,6 +54,9 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] | None = None
         return 2
     for name in again:
         record.forget(name)
+    if arguments.again_failed:
+        for part in parts:
+            record.forget_failures(part.name)
     record.start_run(gpu=gpu, minutes=arguments.minutes, parts=[part.name for part in parts])
     try:
         is_well = Session(parts, record, arguments.minutes, sources()).run()
@@ -77,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", "-o", type=Path, help="folder (default: benchmarks/results/NAME-OF-THE-GPU)")
     parser.add_argument("--parts", type=_names, metavar="A,B", help="only these, in their usual order")
     parser.add_argument("--again", type=_names, metavar="A,B", help="forget what is known of these, and repeat them")
+    parser.add_argument(
+        "--again-failed",
+        action="store_true",
+        help="repeat tests and benchmarks that failed or crashed, and parts that failed as a whole; keep the rest",
+    )
     parser.add_argument("--list", action="store_true", help="list the parts with what each may cost, and stop")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny: shows that the parts work")
     return parser

@@ -44,7 +44,9 @@ class Record:
         self.measured = measured_ceilings() if device.type == "cuda" else None
         self.finished = {line["test"] for line in read_lines(path) if line.get("outcome") in ("measured", "failed")}
         self.gpu_before: State | None = None
-        self._append({"environment": environment(device) | ceilings_as_json(self.known, self.measured)})
+        described = environment(device)
+        self.sources = described["sources"]
+        self._append({"environment": described | ceilings_as_json(self.known, self.measured)})
 
     @property
     def ceilings(self) -> Ceilings | None:
@@ -54,14 +56,19 @@ class Record:
     def measured_test(self, test: str, group: str, info: dict[str, Any], seconds: list[float]) -> None:
         """Add a measured test, with the state that the GPU was in before it where that is known."""
         state = {} if self.gpu_before is None else {"gpu_before": self.gpu_before}
-        self._append({"test": test, "group": group, "outcome": "measured", "info": info, "seconds": seconds} | state)
+        self._append_test(
+            {"test": test, "group": group, "outcome": "measured", "info": info, "seconds": seconds} | state
+        )
 
     def unmeasured_test(self, test: str, outcome: str, reason: str) -> None:
         """Add a test that was skipped or failed."""
-        self._append({"test": test, "outcome": outcome, "reason": reason})
+        self._append_test({"test": test, "outcome": outcome, "reason": reason})
 
     def _append(self, line: dict[str, Any]) -> None:
         append_line(self.path, line)
+
+    def _append_test(self, line: dict[str, Any]) -> None:
+        self._append(line | {"sources": self.sources})
 
 
 class Budget:

@@ -14,7 +14,7 @@ NOT_THERE = "not there"  # a tool that this machine lacks
 OUT_OF_TIME = "out of time"
 INTERRUPTED = "interrupted"
 RUNNING = "running"  # found in a record, a part that was killed with all of the session
-FINISHED = (DONE, FAILED, NOT_THERE)
+BAD = ("failed", "crashed")  # outcomes of a test
 
 OUTCOMES_FILE = "outcomes.jsonl"
 BENCHMARKS_FILE = "benchmarks.jsonl"

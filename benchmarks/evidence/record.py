@@ -10,7 +10,7 @@ from typing import Any
 from uctrans.writing import written_atomically
 
 from ..records import read_lines
-from .parts import BENCHMARKS_FILE, OUTCOMES_FILE, RUNNING, Part, Result
+from .parts import BAD, BENCHMARKS_FILE, FAILED, OUTCOMES_FILE, RUNNING, Part, Result
 from .table import page
 
 JSON_FILE = "evidence.json"
@@ -72,19 +72,27 @@ class EvidenceRecord:
         self._keep(OUTCOMES_FILE, lambda line: line.get("part") != name)
         self._keep(BENCHMARKS_FILE, lambda line: line.get("test") not in own)
 
+    def forget_failures(self, name: str) -> None:
+        """Drop the tests and benchmarks of a part that failed or crashed, so that these alone run again."""
+        entry = self.parts.get(name)
+        if entry is None:
+            return
+        failed = {line["test"] for line in self._outcomes(name) if line["outcome"] in BAD}
+        if failed or entry["outcome"] == FAILED:
+            entry["is_complete"] = False
+        self._keep(OUTCOMES_FILE, lambda line: line.get("part") != name or line.get("test") not in failed)
+        own = {test.rpartition("::")[2] for test in failed}
+        self._keep(BENCHMARKS_FILE, lambda line: line.get("test") not in own)
+
     def content(self) -> dict[str, Any]:
         """All that is known."""
-        outcomes = {}
-        for line in read_lines(self.folder / OUTCOMES_FILE):
-            if "outcome" in line and line["outcome"] != "started":
-                outcomes[line["part"], line["test"]] = line
         return {
             "what": "evidence",
             "dry_run": self.is_dry_run,
             "environment": self.parts.get("environment", {}).get("facts", {}),
             "runs": self.runs,
             "parts": self.parts,
-            "tests": list(outcomes.values()),
+            "tests": self._outcomes(),
             "benchmarks": read_lines(self.folder / BENCHMARKS_FILE),
         }
 
@@ -98,6 +106,14 @@ class EvidenceRecord:
             # Somebody's benchmark may note what no table knows: that must not cost the parts that follow.
             tables = f"The tables could not be made ({type(error).__name__}: {error}); {JSON_FILE} has everything."
         self._write(PAGE_FILE, tables)
+
+    def _outcomes(self, part: str | None = None) -> list[dict[str, Any]]:
+        """The latest outcome of every test, or of those of one part."""
+        latest = {}
+        for line in read_lines(self.folder / OUTCOMES_FILE):
+            if line.get("outcome") not in (None, "started") and part in (None, line["part"]):
+                latest[line["part"], line["test"]] = line
+        return list(latest.values())
 
     def _write(self, name: str, text: str) -> None:
         with written_atomically(self.folder / name) as temporary:

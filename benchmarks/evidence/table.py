@@ -1,9 +1,11 @@
 """The record of an evidence folder as a page of Markdown."""
 
+from collections import Counter
 from typing import Any
 
 from ..tables import device_report
 from .machine import in_words
+from .parts import BAD
 
 MOST_FAILURES = 30
 REASON_LINES = 25
@@ -11,11 +13,11 @@ REASON_LINES = 25
 
 def page(content: dict[str, Any]) -> str:
     """All parts in a table, then what failed, then the tables of the benchmarks."""
-    sections = [_head(content), _parts_table(content["parts"])]
-    sections += [section for section in (_findings(content), _failures(content["tests"])) if section]
+    sections = [_head(content), _mixed_sources(content), _parts_table(content["parts"])]
+    sections += [_findings(content), _failures(content["tests"])]
     if any(line.get("outcome") == "measured" for line in content["benchmarks"]):
         sections.append("## Benchmarks\n\n" + device_report(content["benchmarks"]))
-    return "\n\n".join(sections)
+    return "\n\n".join(filter(None, sections))
 
 
 def _head(content: dict[str, Any]) -> str:
@@ -30,10 +32,28 @@ def _head(content: dict[str, Any]) -> str:
     ]
     if about.get("changed_files"):
         lines.append("Files were changed since the commit.")
-    sources = sorted({entry["sources"] for entry in content["parts"].values() if entry.get("sources")})
-    if len(sources) > 1:
-        lines.append(f"Parts ran on different sources: {', '.join(sources)}.")
     return "\n\n".join([title, *lines])
+
+
+def _mixed_sources(content: dict[str, Any]) -> str:
+    """What was found on which sources, where these are not the same for all that passed or was measured."""
+    found: dict[str, Counter[str]] = {}
+    for line in content["tests"]:
+        if line["outcome"] == "passed":
+            found.setdefault(line.get("sources") or "not known", Counter())[line["part"]] += 1
+    for line in content["benchmarks"]:
+        if line.get("outcome") == "measured":
+            found.setdefault(line.get("sources") or "not known", Counter())["measured"] += 1
+    if len(found) < 2:
+        return ""
+    rows = [
+        f"- {name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())
+        for name, counts in found.items()
+    ]
+    head = (
+        "**What passed or was measured did so on different sources**; `--again PART` repeats a part on those at hand:"
+    )
+    return "\n".join([head, "", *rows])
 
 
 def _parts_table(parts: dict[str, dict[str, Any]]) -> str:
@@ -64,7 +84,7 @@ def _findings(content: dict[str, Any]) -> str:
 
 
 def _failures(tests: list[dict[str, Any]]) -> str:
-    failed = [line for line in tests if line["outcome"] in ("failed", "crashed")]
+    failed = [line for line in tests if line["outcome"] in BAD]
     if not failed:
         return ""
     shown = []

@@ -15,6 +15,8 @@ from benchmarks import gpu_evidence
 from benchmarks.evidence.children import Children, python
 from benchmarks.evidence.parts import DONE, FAILED, INTERRUPTED, OUT_OF_TIME, RUNNING, Part, Result
 from benchmarks.evidence.plan import NEEDS_NO_GPU, dry_parts, gpu_parts, gpu_tests, operator_tests
+from benchmarks.evidence.record import EvidenceRecord
+from benchmarks.evidence.table import page
 from benchmarks.records import FIRST_GUESS, append_line, read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +165,39 @@ def test_again_forgets_the_lines_of_one_part_alone(tmp_path, counted):
     assert counted.times == 3
     assert [line["part"] for line in read_lines(tmp_path / "outcomes.jsonl")] == ["first"]
     assert [line["test"] for line in read_lines(tmp_path / "benchmarks.jsonl")] == ["test_first[1]"]
+
+
+def test_again_failed_repeats_failures_and_keeps_what_is_good(tmp_path, counted):
+    def fails(context):
+        counted.times += 1
+        return Result(FAILED, True, reason="2 failed or crashed")
+
+    parts = [part("bad", fails), part("good", counted)]
+    take(tmp_path, *parts)
+    outcomes = {"a": ["passed"], "b": ["started", "failed"], "c": ["started", "crashed"], "d": ["failed", "passed"]}
+    for name, ends in outcomes.items():
+        for outcome in ends:
+            append_line(tmp_path / "outcomes.jsonl", {"part": "bad", "test": f"x.py::{name}", "outcome": outcome})
+    for name, outcome in (("a", "measured"), ("b", "failed"), ("c", "measured"), ("e", "failed")):
+        line = {"test": name, "group": "g", "outcome": outcome, "reason": "", "info": {}, "seconds": [1.0]}
+        append_line(tmp_path / "benchmarks.jsonl", line)
+    take(tmp_path, *parts)
+    assert counted.times == 2
+    take(tmp_path, *parts, words=["--again-failed"])
+    assert counted.times == 3  # the good part is kept
+    kept = [line["test"].rpartition("::")[2] for line in read_lines(tmp_path / "outcomes.jsonl")]
+    assert kept == ["a", "d", "d"]
+    assert [line["test"] for line in read_lines(tmp_path / "benchmarks.jsonl")] == ["a", "e"]
+
+
+def test_the_page_says_what_was_found_on_other_sources(tmp_path):
+    record = EvidenceRecord(tmp_path, is_dry_run=True)
+    for name, made_on in (("x", "one"), ("y", "one")):
+        append_line(tmp_path / "outcomes.jsonl", {"part": "a", "test": name, "outcome": "passed", "sources": made_on})
+    assert "different sources" not in page(record.content())
+    append_line(tmp_path / "outcomes.jsonl", {"part": "a", "test": "x", "outcome": "passed", "sources": "two"})
+    text = page(record.content())
+    assert "on different sources" in text and "- one: 1 a" in text and "- two: 1 a" in text
 
 
 def test_chosen_parts_and_those_that_do_not_exist(tmp_path, counted, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.records import Budget, Record, read_lines
+from benchmarks.records import Budget, Record, read_lines, sources
 from benchmarks.tables import device_report
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,7 @@ def test_each_line_is_there_at_once_and_half_a_line_is_left_out(tmp_path):
         "outcome": "measured",
         "info": {"batch": 4},
         "seconds": [0.5, 0.25],
+        "sources": sources(),
     }
     assert (skipped["reason"], failed["reason"]) == ("no time", "no memory")
 
