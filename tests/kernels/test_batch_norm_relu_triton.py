@@ -8,8 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import drawn
 from test_batch_norm_relu import (
     FORMATS,
     assert_as_exact_as_the_reference,
@@ -558,12 +557,14 @@ class TestNumbersThatAreHardToHold:
                 assert not found[-1][1].isfinite() and not found[-2][1].isfinite()
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    shape=st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5)),
-    training=st.booleans(),
-    memory_format=st.sampled_from(FORMATS),
-    seed=st.integers(0, 2**16),
+@drawn(
+    15,
+    lambda st: {
+        "shape": st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5)),
+        "training": st.booleans(),
+        "memory_format": st.sampled_from(FORMATS),
+        "seed": st.integers(0, 2**16),
+    },
 )
 def test_any_shape_agrees_with_the_reference(shape, training, memory_format, seed):
     if training and shape[0] * shape[2] * shape[3] <= 4:  # so few values that rounding decides
