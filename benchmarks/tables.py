@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .kernel_shares import profile_table
 from .networks import OURS
-from .profile_step import profile_table
 
 MILLISECONDS = 1e3
 MICROSECONDS = 1e6
@@ -103,7 +103,7 @@ def _table_of(infos: list[dict[str, Any]]) -> Callable[[list[dict[str, Any]]], s
 def _profiles(infos: list[dict[str, Any]]) -> str:
     """One table a profiled step."""
     return "\n\n".join(
-        f"{workload_of(info)}, {info['dtype']}, {info['backend']}\n\n{profile_table(info)}" for info in infos
+        f"{workload_of(info)}, {info.get('variant') or info['backend']}\n\n{profile_table(info)}" for info in infos
     )
 
 

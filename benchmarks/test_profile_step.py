@@ -4,27 +4,27 @@ python -m pytest benchmarks/test_profile_step.py -m gpu --record NAME.jsonl
 """
 
 import pytest
-import torch
 
-from .profile_step import StepProblem, profiled
+from .networks import MODELS, OURS, NetworkProblem
+from .profile_step import profiled
 
-MODELS = ("uctransnet", "dual_branch_uctransnet")
-# What a user gets first; the published operations for comparison.
-GPU_PROBLEMS = [
-    StepProblem(model, batch, backend) for backend in ("auto", "reference") for batch in (4, 32) for model in MODELS
+# What a user gets first; the published operations in the same precision for comparison.
+CANDIDATES = (OURS, "reference bf16")
+GPU_CASES = [
+    (NetworkProblem(model, batch), candidate) for candidate in CANDIDATES for batch in (4, 32) for model in MODELS
 ]
-CPU_PROBLEM = StepProblem("uctransnet", 1, pixels=32, base_channels=2, dtype=torch.float32, device="cpu")
+CPU_PROBLEM = NetworkProblem(MODELS[0], 1, pixels=32, base_channels=2, device="cpu")
 
 
 @pytest.mark.usefixtures("in_budget")
 @pytest.mark.parametrize(
-    "problem",
+    ("problem", "candidate"),
     [
-        pytest.param(CPU_PROBLEM, id=f"cpu-{CPU_PROBLEM}"),
-        *(pytest.param(problem, marks=pytest.mark.gpu, id=str(problem)) for problem in GPU_PROBLEMS),
+        pytest.param(CPU_PROBLEM, OURS, id=f"cpu-{CPU_PROBLEM}"),
+        *(pytest.param(*case, marks=pytest.mark.gpu, id="-".join(map(str, case))) for case in GPU_CASES),
     ],
 )
-def test_profile_of_a_training_step(request, record, problem):
-    info, seconds = profiled(problem)
+def test_profile_of_a_training_step(request, record, problem, candidate):
+    info, seconds = profiled(problem, candidate)
     assert info["launches"] > 0
-    record.measured_test(request.node.name, "profile of a training step", problem.as_json() | info, seconds)
+    record.measured_test(request.node.name, "profile of a training step", info, seconds)

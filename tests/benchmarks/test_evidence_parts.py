@@ -17,7 +17,7 @@ from benchmarks.evidence.parts import DONE, FAILED, NOT_THERE, OUT_OF_TIME, Cont
 from benchmarks.evidence.pytest_part import outcomes_of, result_of, run_pytest
 from benchmarks.evidence.sanitizer_part import result_of as sanitizer_result
 from benchmarks.evidence.sanitizer_part import run_sanitizer
-from benchmarks.profile_step import PROFILED_STEPS, profile_table, shares
+from benchmarks.kernel_shares import profile_table, shares
 from benchmarks.records import OUT_OF_BUDGET, append_line, read_lines, sources
 
 TESTS = """
@@ -264,17 +264,24 @@ def test_a_profile_counts_launches_and_shares_of_one_step():
             key=key, count=count, device_type=device_type, is_user_annotation=is_user_annotation, **times
         )
 
+    steps = 2
     events = [
         event("aten::add", 50, 9e6, cpu),
         event("Optimizer.step", 2, 9e6, is_user_annotation=True),
-        event("conv", 4 * PROFILED_STEPS, 3e3 * PROFILED_STEPS),
-        event("add", 6 * PROFILED_STEPS, 1e3 * PROFILED_STEPS),
-        event("Memcpy DtoD", 3 * PROFILED_STEPS, 0.0),
+        event("conv", 4 * steps, 3e3 * steps),
+        event("add", 6 * steps, 1e3 * steps),
+        event("Memcpy DtoD", 3 * steps, 0.0),
+        event("cudaGraphLaunch", steps, 5.0, cpu),
+        event("cuLaunchKernelEx", 3 * steps, 5.0, cpu),
+        event("cudaMemcpyAsync", 3 * steps, 5.0, cpu),
     ]
-    found = shares(events, on_gpu=True)
-    assert (found["launches"], found["copies"]) == (10, 3)
+    found = shares(events, on_gpu=True, steps=steps)
+    assert (found["launches"], found["copies"], found["host_launches"]) == (10, 3, 4)
     assert found["kernel_seconds"] == pytest.approx(4e-3)
     assert [(entry["kernel"], entry["share"]) for entry in found["profile"]][:2] == [("conv", 0.75), ("add", 0.25)]
     lines = profile_table(json.loads(json.dumps(found)) | {"median_seconds": 5e-3, "device": "cuda"}).splitlines()
-    assert lines[0] == "10 kernels, 3 copies and fills a step; 5.00 ms a step, 4.00 ms of it in kernels"
+    assert (
+        lines[0]
+        == "10 kernels, 3 copies and fills a step, by 4 launches of the host; 5.00 ms a step, 4.00 ms of it in kernels"
+    )
     assert lines[4] == "| 75.0% | 3.000 | 4 | `conv` |"
