@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from tests.kernels.drawn import drawn
 from uctrans.data import get_protocol
 from uctrans.data.augmentation import draw_maps, rotation_maps, sample_nearest, turn_flip_maps, turn_flip_rotate
 
@@ -97,13 +96,15 @@ def test_samples_are_drawn_independently_and_repeat_with_the_seed():
     assert not torch.equal(moved, other)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    batch=st.integers(1, 6),
-    height=st.integers(1, 40),
-    width=st.integers(1, 40),
-    seed=st.integers(0, 2**31),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.uint8]),
+@drawn(
+    60,
+    lambda st: {
+        "batch": st.integers(1, 6),
+        "height": st.integers(1, 40),
+        "width": st.integers(1, 40),
+        "seed": st.integers(0, 2**31),
+        "dtype": st.sampled_from([torch.float32, torch.float16, torch.uint8]),
+    },
 )
 def test_image_and_mask_stay_aligned(batch, height, width, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
