@@ -243,6 +243,19 @@ def test_cooling_waits_for_the_temperature_at_rest_and_no_longer_than_it_may(mon
     assert cool_down({"celsius": 32.0}, 60, lambda: None) is None
 
 
+def test_a_gpu_that_adds_but_draws_no_random_numbers_does_not_answer(monkeypatch):
+    def refuse(*size, device):
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    ones, rand = torch.ones, torch.rand
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(torch, "rand", lambda *size, device: rand(*size))
+    assert machine.gpu_answers()
+    monkeypatch.setattr(torch, "rand", refuse)
+    assert not machine.gpu_answers()
+
+
 def test_the_state_is_read_from_nvidia_smi_where_there_is_one(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho '1980, 3201, 45, [N/A]'\n")
