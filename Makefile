@@ -55,8 +55,8 @@ resources: $(VENV)/.dev ## compile every kernel offline: docs/kernel-resources.m
 pictures: $(VENV)/.dev ## draw the networks from the code: docs/models.md
 	$(BIN)/python -m uctrans.models.drawing --output docs/models
 
-clean: ## remove what was built, the demo and runs/; the environment stays
-	rm -rf build dist demo runs .pytest_cache .ruff_cache .benchmarks .hypothesis *.egg-info
+clean: ## remove what was built and the demo; runs/, records of benchmarks and the environment stay
+	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # One stamp a set of packages: an environment is made once, and brought up to date when the metadata changes.

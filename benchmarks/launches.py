@@ -1,16 +1,16 @@
 """How many operators a training step dispatches under each backend, counted without computing anything.
 
-    TRITON_INTERPRET=1 python -m benchmarks.launches --model uctransnet
+    python -m benchmarks.launches --model uctransnet
 
 Forward, loss and backward at full size on PyTorch's device "meta", which knows shapes alone, so it needs no GPU and
 little time. Views and allocations launch nothing and are left out. An operator of this project counts as one and
 launches one to a few kernels; autocast is off, and with it the casts of weights. What a GPU launches,
-``benchmarks.profile_step`` counts. TRITON_INTERPRET=1 stands in for a GPU: without one the backend triton would be
-refused.
+``benchmarks.profile_step`` counts.
 """
 
 import argparse
 import contextlib
+import os
 from collections import Counter
 from unittest import mock
 
@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uctrans
+from uctrans.kernels.backend import INTERPRETER_VARIABLE
 from uctrans.training.losses import segmentation_loss
 
 BACKENDS = ("reference", "composed", "triton")
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--model", default="uctransnet", choices=["uctransnet", "dual_branch_uctransnet"])
     parser.add_argument("--batch", type=int, default=4)
     arguments = parser.parse_args()
+    os.environ[INTERPRETER_VARIABLE] = "1"  # in place of a GPU, without which the backend triton would be refused
     print(table({backend: count(arguments.model, backend, arguments.batch) for backend in BACKENDS}))
 
 

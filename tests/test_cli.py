@@ -184,7 +184,10 @@ def test_prepare_replaces_masks_only_when_asked(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.xml").write_text(f"<Annotations><Region><Vertices>{vertices}</Vertices></Region></Annotations>")
     words = ["prepare", "monuseg", "-i", "a.xml", "--images", "images", "-o", "out"]
     assert cli.main(words) == 0
-    assert capsys.readouterr().out == "Wrote the instance maps of 1 images, 1 nuclei\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "For training, put the images of images into out/images.",
+        "Wrote the maps of 1 images, 1 nuclei",
+    ]
     Path("out/masks/a.png").write_bytes(b"hand-made")
     assert "overwrite" in error_of(capsys, *words)
     assert Path("out/masks/a.png").read_bytes() == b"hand-made"

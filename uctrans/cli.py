@@ -78,7 +78,7 @@ COMMANDS = {
         settings="PrepareMonusegConfig",
         function="_prepare_monuseg",
         report=lambda images: (
-            f"Wrote the instance maps of {len(images)} images, {sum(image.nuclei for image in images)} nuclei"
+            f"Wrote the maps of {len(images)} images, {sum(image.nuclei for image in images)} nuclei"
         ),
         paths={
             "annotations": ("input", "folder of XML annotations, or one of them"),
@@ -280,7 +280,10 @@ def _prepare_monuseg(config: PrepareMonusegConfig) -> Any:
 
     if config.images is None:
         return prepare_instances(config.annotations, config.output, overwrite=config.overwrite)
-    return prepare_monuseg(config.annotations, config.images, config.output, overwrite=config.overwrite)
+    prepared = prepare_monuseg(config.annotations, config.images, config.output, overwrite=config.overwrite)
+    if Path(config.images).resolve() != (Path(config.output) / "images").resolve():
+        print(f"For training, put the images of {config.images} into {Path(config.output) / 'images'}.")
+    return prepared
 
 
 def _overview() -> str:
@@ -302,7 +305,8 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
     first_words = {name.split()[0]: name for name in COMMANDS}
     near = [first_words[word] for word in difflib.get_close_matches(words[0], first_words)]
     choices = [name for name in COMMANDS if name.split()[0] == words[0]] or near or list(COMMANDS)
-    raise CommandLineError(f"no such command: {' '.join(words[:2])}; choose one of {', '.join(choices)}")
+    given = [word for word in words[:2] if not word.startswith("-")]
+    raise CommandLineError(f"no such command: {' '.join(given)}; choose one of {', '.join(choices)}")
 
 
 def _listed(settings: type) -> list[str]:

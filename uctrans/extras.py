@@ -16,4 +16,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise ImportError(f'{package} is needed here and is not installed: pip install "uctrans[{extra}]"') from error
+        raise ImportError(
+            f'{package} is needed here and is not installed: pip install "uctrans[{extra}]", or in a checkout '
+            f'pip install ".[{extra}]"'
+        ) from error

@@ -36,6 +36,7 @@ from uctrans.layers.backend import layers_with_backend
 from uctrans.layers.tokens import PatchEmbedding
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SUMMARY = "export.json"
 AXIS_NAMES = {"none": {}, "batch": {0: "batch"}, "size": {0: "batch", 2: "height", 3: "width"}}
 TRACED_BATCH = 2
@@ -204,6 +205,15 @@ def _description(model: nn.Module, config: ExportConfig, size: tuple[int, int], 
     }
 
 
+def _check_onnx_is_there() -> None:
+    """Tell what is missing before the minutes of tracing."""
+    for package in ONNX_PACKAGES:
+        try:
+            import_extra(package, "export")
+        except ImportError as error:
+            raise ImportError(f"{error}; or export without ONNX: formats torch") from error
+
+
 def export(config: ExportConfig) -> list[Path]:
     """Write a model as a `torch.export` program and as ONNX, after checking both against the model.
 
@@ -219,7 +229,7 @@ def export(config: ExportConfig) -> list[Path]:
             logit; nothing is written.
         InferenceError: A setting out of its range, or an export in the output folder and ``overwrite`` not set.
         ModelFileError: ``config.model`` is no model file.
-        ImportError: onnx, onnxscript or onnxruntime is not installed (for ONNX).
+        ImportError: onnx, onnxscript or onnxruntime is not installed (for ONNX; without it, ``formats=("torch",)``).
     """
     unknown = [name for name in config.formats or () if name not in FORMATS]
     if unknown or not config.formats:
@@ -228,6 +238,8 @@ def export(config: ExportConfig) -> list[Path]:
         raise InferenceError(f"dynamic must be one of {', '.join(AXIS_NAMES)}, got {config.dynamic!r}.")
     if config.batch_size < 1:
         raise InferenceError(f"batch_size must be at least 1, got {config.batch_size}.")
+    if "onnx" in config.formats:
+        _check_onnx_is_there()
     folder = output_folder(config.output)
     files = {name: folder / FORMATS[name] for name in dict.fromkeys(config.formats)}
     if not config.overwrite:

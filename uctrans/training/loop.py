@@ -239,6 +239,8 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         f"{len(run.train_data)} images, validating on {len(run.val_data)}, {_devices(run.group)}, "
         f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
     )
+    if run.epoch < run.first_best_epoch - 1:
+        log.line(f"the best weights are those of epoch {run.first_best_epoch} or later (first_best_epoch)")
     if config.graph and run.group.device.type == "cuda":
         obstacle = run.obstacle_to_capture
         log.line("steps are replayed as CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
