@@ -77,9 +77,7 @@ COMMANDS = {
         module="uctrans.cli",
         settings="PrepareMonusegConfig",
         function="_prepare_monuseg",
-        report=lambda images: (
-            f"Wrote the maps of {len(images)} images, {sum(image.nuclei for image in images)} nuclei"
-        ),
+        report=lambda images: f"Wrote the maps of {len(images)} images, {sum(image.nuclei for image in images)} nuclei",
         paths={
             "annotations": ("input", "folder of XML annotations, or one of them"),
             "output": ("output", "dataset with masks, which gets instance maps; or, with --images, folder for both"),
