@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from .errors import in_short
 from .networks import (
     CANDIDATES,
     OURS,
@@ -24,7 +25,6 @@ from .records import Record
 
 TRIALS = 3
 ROUNDS = {"cuda": 20, "cpu": 2}
-REASON_LENGTH = 500
 
 Result = TypeVar("Result")
 
@@ -205,18 +205,6 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def in_short(error: Exception) -> str:
-    """The kind of an error and the beginning of its message; then those of the first error that led to it, if any.
-
-    A failed capture of a graph raises further errors on its way up: the first one names the cause.
-    """
-    first: BaseException = error
-    while (earlier := first.__cause__ or first.__context__) is not None:
-        first = earlier
-    shown = [error] if first is error else [error, first]
-    return "; first ".join(f"{type(one).__name__}: {str(one)[:REASON_LENGTH]}" for one in shown)
 
 
 def _cudnn_settings(variant: Variant, device: str) -> tuple[bool, ...]:

@@ -23,7 +23,7 @@ import torch
 
 import uctrans
 
-from .network_race import in_short
+from .errors import in_short
 from .networks import CANDIDATES, MODELS, OURS, NetworkProblem, graphs_skipped, own_graphs_notes
 from .records import ROOT
 from .training_step import training

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import gate, timing
 from .candidates import OPERATOR, Attend, Problem, sdpa_choice, sdpa_on, variants
+from .errors import in_short
 from .timing import Call, Sample
 
 TRIALS = 5
@@ -49,7 +50,7 @@ def fastest(candidate: str, problem: Problem, passes: str, calls: Sequence[Call]
         try:
             entrant = _entrant(offered[name], problem, passes, calls)
         except Exception as error:  # whatever it is, the others race on and the record says what it was
-            refused[name] = _in_short(error)
+            refused[name] = in_short(error)
             return
         medians[name] = statistics.median(entrant.sample() for _ in range(TRIALS))
         if min(medians, key=medians.get) == name:
@@ -93,7 +94,7 @@ def any_right(candidate: str, problem: Problem, call: Call) -> tuple[Attend, str
         try:
             _check(function, problem, "both", call, timing.run_pass(function, "both", call))
         except Exception as error:
-            refused[name] = _in_short(error)
+            refused[name] = in_short(error)
         else:
             return function, name
     raise RuntimeError(f"{candidate} cannot run {problem}: {refused}")
@@ -125,7 +126,3 @@ def _check(function: Attend, problem: Problem, passes: str, call: Call, results:
         return {"relative_error": gate.assert_exact(problem, passes, call, results)}
     gate.assert_drops(problem, function, passes, call)
     return {}
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:500]}"

@@ -16,6 +16,7 @@ import math
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from uctrans.training.loop import check_training_was_finite, complete_epoch, tra
 from uctrans.training.run import Run
 from uctrans.training.step import plain_forward, validate
 
-from .network_race import in_short
+from .errors import in_short
 from .networks import OURS
 from .records import ROOT, append_line, environment, read_lines
 
@@ -161,7 +162,8 @@ def measure(candidate: str, seed: int, given: argparse.Namespace) -> dict[str, A
     config = TrainConfig(data=given.input, output="unused", **settings_of(candidate, seed, given))
     try:
         result = time_to_dice(config, given.dice, given.every)
-    except Exception as error:  # the others are run all the same
+    except Exception as error:  # the record says what it was, the others run all the same, and the exit status is 1
+        traceback.print_exc()
         result = {"error": in_short(error)}
     device = torch.device("cuda" if torch.cuda.is_available() and given.device in (None, "auto", "cuda") else "cpu")
     return {"run": run_of(candidate, seed, given), "result": result, "environment": environment(device)}
@@ -208,15 +210,15 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Make the runs that are missing, each in a process of its own, and print the table of all."""
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs that are missing, each in a process of its own, and print the table of all; 1 where one failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parsed(arguments)
     given.input = str(Path(given.input).resolve())
     record = Path(given.output)
     if given.one is not None:
         append_line(record, measure(*given.one, given))
-        return
+        return 0
     for candidate, seed in missing(given):
         command = [sys.executable, "-m", "benchmarks.time_to_dice", *arguments, "--one", f"{candidate},{seed}"]
         command += ["-i", given.input, "-o", str(record.resolve())]
@@ -224,6 +226,10 @@ def main(arguments: list[str] | None = None) -> None:
             line = {"run": run_of(candidate, seed, given), "result": {"error": f"the process ended with {code}"}}
             append_line(record, line)
     print(table(read_lines(record)))
+    failed = [f"{candidate}, seed {seed}" for candidate, seed in missing(given)]
+    if failed:
+        print(f"failed, and tried again by the same command: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _names(text: str) -> list[str]:
@@ -239,4 +245,4 @@ def _one(text: str) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import signal
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,8 @@ class Session:
         try:
             return part.run(context)
         except Exception as error:  # whatever it is: it is recorded, and the other parts run
-            return Result(FAILED, True, reason=f"{type(error).__name__}: {error}")
+            facts = {"traceback": traceback.format_exc()}
+            return Result(FAILED, True, reason=f"{type(error).__name__}: {error}", facts=facts)
         except BaseException:
             self._children.end_all()
             self._record.end_part(part, Result(INTERRUPTED, False, reason="the session was stopped"), 0.0)

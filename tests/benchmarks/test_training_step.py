@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import network_race, training_step
-from benchmarks.network_race import Worker, fastest, in_short
+from benchmarks.errors import in_short
+from benchmarks.network_race import Worker, fastest
 from benchmarks.networks import CANDIDATES, MODELS, OURS, NetworkProblem, Variant, batch, in_a_row, network
 from benchmarks.records import Record, read_lines
 from benchmarks.training_step import (

@@ -184,13 +184,15 @@ class TestLaunchConfigurations:
             assert parts.shape[0] > 2 * MANY_PARTS["MOST_PARTS_AT_ONCE"]
 
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @pytest.mark.parametrize("shape", [*SHAPES.values(), (2, 7, 50, 50), (3000, 2, 1, 3), (32, 64, 224, 224)], ids=str)
+    @pytest.mark.parametrize(
+        "shape",
+        [shape for shape in [*SHAPES.values(), (2, 7, 50, 50), (3000, 2, 1, 3), (32, 64, 224, 224)] if 0 not in shape],
+        ids=str,
+    )
     def test_parts_cover_every_pixel_once(self, shape, memory_format):
         """Cuts are small arithmetic: of large maps, too, and without running anything."""
         from uctrans.kernels.batch_norm_relu import triton
 
-        if 0 in shape:
-            pytest.skip("nothing to cut")
         _, layout = triton._maps(torch.empty(shape, device="meta").contiguous(memory_format=memory_format))
         for cut, tiles in (triton._cut_into_parts(layout), triton._cut_evenly(layout)):
             groups = [
