@@ -104,7 +104,7 @@ def test_the_clock_stands_still(monkeypatch):
 def test_the_command_makes_the_missing_runs_and_prints_all(data, tmp_path, capsys, monkeypatch):
     record = tmp_path / "record.jsonl"
     arguments = ["-i", str(data), "-o", str(record), "--dice", "0.3", "--epochs", "7", *TINY]
-    main([*arguments, "--candidates", "published"])
+    assert main([*arguments, "--candidates", "published"]) == 0
     (line,) = read_lines(record)
     assert line["run"]["settings"]["graph"] is False
     assert line["result"]["epochs"] <= 7
@@ -115,10 +115,12 @@ def test_the_command_makes_the_missing_runs_and_prints_all(data, tmp_path, capsy
         return SimpleNamespace(returncode=-9)
 
     monkeypatch.setattr(subprocess, "run", die)
-    main([*arguments, "--candidates", "published,compiled"])
+    assert main([*arguments, "--candidates", "published,compiled"]) == 1
     _, line = read_lines(record)
     assert (line["run"]["candidate"], line["result"]) == ("compiled", {"error": "the process ended with -9"})
-    assert "| unet, compiled | 0 | 0.3000 | the process ended with -9 |" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "| unet, compiled | 0 | 0.3000 | the process ended with -9 |" in printed.out
+    assert "failed, and tried again by the same command: compiled, seed 0" in printed.err
 
 
 def test_what_is_missing(tmp_path):
