@@ -6,7 +6,7 @@ Everything is summed in float32, in a fixed order.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -220,30 +220,15 @@ def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
     if rows == 0:
         return output
     tokens = with_contiguous_channels(tokens)
-    tile = choose_tile(tokens.dtype, rows, [heads * width for width in out_widths], max(in_widths))
-    column_blocks = tuple(triton.cdiv(heads * width, tile.columns) for width in out_widths)
-    with torch.cuda.device_of(tokens):
-        _project[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
-            tokens,
-            tuple(weight.contiguous() for weight in weights),
-            tuple(bias.contiguous() for bias in biases),
-            output,
-            rows,
-            tokens.shape[1],
-            *tokens.stride()[:2],
-            heads,
-            in_widths,
-            out_widths,
-            sum(out_widths),
-            column_blocks,
-            product_precision(tokens.dtype),
-            tile.rows,
-            tile.columns,
-            tile.contraction,
-            GROUP_ROWS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    columns = [heads * width for width in out_widths]
+    launch_by_blocks(
+        _project,
+        choose_tile(tokens.dtype, rows, columns, max(in_widths)),
+        rows,
+        columns,
+        (tokens, contiguous(weights), contiguous(biases), output),
+        (rows, *row_layout(tokens), heads, in_widths, out_widths, sum(out_widths)),
+    )
     return output
 
 
@@ -255,29 +240,14 @@ def token_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
     if rows == 0:
         return d_tokens
     gradient = with_contiguous_channels(gradient)
-    tile = choose_tile(gradient.dtype, rows, in_widths, heads * max(out_widths))
-    column_blocks = tuple(triton.cdiv(width, tile.columns) for width in in_widths)
-    with torch.cuda.device_of(gradient):
-        _project_back[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
-            gradient,
-            tuple(weight.contiguous() for weight in weights),
-            d_tokens,
-            rows,
-            gradient.shape[1],
-            *_strides_with_head(gradient),
-            heads,
-            in_widths,
-            out_widths,
-            sum(in_widths),
-            column_blocks,
-            product_precision(gradient.dtype),
-            tile.rows,
-            tile.columns,
-            tile.contraction,
-            GROUP_ROWS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch_by_blocks(
+        _project_back,
+        choose_tile(gradient.dtype, rows, in_widths, heads * max(out_widths)),
+        rows,
+        in_widths,
+        (gradient, contiguous(weights), d_tokens),
+        (rows, gradient.shape[1], *_strides_with_head(gradient), heads, in_widths, out_widths, sum(in_widths)),
+    )
     return d_tokens
 
 
@@ -322,6 +292,39 @@ def weight_gradient(
             num_stages=tile.num_stages,
         )
     return sums[0] if splits == 1 else add_parts(sums, tokens.dtype)
+
+
+def launch_by_blocks(
+    kernel: Any, tile: Tile, rows: int, columns: Sequence[int], tensors: Sequence[Any], sizes: Sequence[Any]
+) -> None:
+    """Launch a kernel whose programs each make a tile of a result of ``rows``, with ``columns`` of each scale.
+
+    ``tensors``, the first of which decides device and precision, and ``sizes`` are the kernel's first arguments.
+    """
+    column_blocks = tuple(triton.cdiv(width, tile.columns) for width in columns)
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
+            *tensors,
+            *sizes,
+            column_blocks,
+            product_precision(tensors[0].dtype),
+            tile.rows,
+            tile.columns,
+            tile.contraction,
+            GROUP_ROWS,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of all scales, each without gaps."""
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def row_layout(tokens: Tensor) -> tuple[int, int, int]:
+    """Tokens of a sample, and the strides of samples and tokens."""
+    return tokens.shape[1], *tokens.stride()[:2]
 
 
 def sizes_of(weights: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

@@ -12,8 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import product_precision
-from ..packed_linear.triton import GROUP_ROWS, choose_tile, sizes_of, with_contiguous_channels
+from ..packed_linear.triton import (
+    choose_tile,
+    contiguous,
+    launch_by_blocks,
+    row_layout,
+    sizes_of,
+    with_contiguous_channels,
+)
 from ..packed_linear.triton_products import before_scale, of_scale, projected, projected_back
 
 # Of a tile of the gradient: with the hidden layer's beside it, a larger one takes all registers there are.
@@ -188,53 +194,22 @@ def forward(
     if rows == 0:
         return output, hidden, activation
     tokens, residual = with_contiguous_channels(tokens), residual.contiguous()
-    with torch.cuda.device_of(tokens):
-        tile = choose_tile(tokens.dtype, rows, hidden_widths, max(in_widths))
-        column_blocks = tuple(triton.cdiv(width, tile.columns) for width in hidden_widths)
-        _expand[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
-            tokens,
-            tuple(weight.contiguous() for weight in expand_weights),
-            tuple(bias.contiguous() for bias in expand_biases),
-            hidden if keeps_hidden else None,
-            activation,
-            rows,
-            lead[1],
-            *tokens.stride()[:2],
-            in_widths,
-            hidden_widths,
-            sum(hidden_widths),
-            column_blocks,
-            product_precision(tokens.dtype),
-            tile.rows,
-            tile.columns,
-            tile.contraction,
-            GROUP_ROWS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-        tile = choose_tile(tokens.dtype, rows, in_widths, max(hidden_widths))
-        column_blocks = tuple(triton.cdiv(width, tile.columns) for width in in_widths)
-        _contract[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
-            activation,
-            tuple(weight.contiguous() for weight in contract_weights),
-            tuple(bias.contiguous() for bias in contract_biases),
-            residual,
-            output,
-            rows,
-            lead[1],
-            *activation.stride()[:2],
-            hidden_widths,
-            in_widths,
-            sum(in_widths),
-            column_blocks,
-            product_precision(tokens.dtype),
-            tile.rows,
-            tile.columns,
-            tile.contraction,
-            GROUP_ROWS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch_by_blocks(
+        _expand,
+        choose_tile(tokens.dtype, rows, hidden_widths, max(in_widths)),
+        rows,
+        hidden_widths,
+        (tokens, contiguous(expand_weights), contiguous(expand_biases), hidden if keeps_hidden else None, activation),
+        (rows, *row_layout(tokens), in_widths, hidden_widths, sum(hidden_widths)),
+    )
+    launch_by_blocks(
+        _contract,
+        choose_tile(tokens.dtype, rows, in_widths, max(hidden_widths)),
+        rows,
+        in_widths,
+        (activation, contiguous(contract_weights), contiguous(contract_biases), residual, output),
+        (rows, *row_layout(activation), hidden_widths, in_widths, sum(in_widths)),
+    )
     return output, hidden, activation
 
 
@@ -246,27 +221,12 @@ def hidden_gradient(gradient: Tensor, contract_weights: Sequence[Tensor], hidden
     if rows == 0:
         return d_hidden
     gradient = with_contiguous_channels(gradient)
-    tile = choose_tile(gradient.dtype, rows, hidden_widths, max(out_widths), MOST_BYTES_BACK)
-    column_blocks = tuple(triton.cdiv(width, tile.columns) for width in hidden_widths)
-    with torch.cuda.device_of(gradient):
-        _contract_back[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
-            gradient,
-            tuple(weight.contiguous() for weight in contract_weights),
-            hidden,
-            d_hidden,
-            rows,
-            hidden.shape[1],
-            *gradient.stride()[:2],
-            hidden_widths,
-            out_widths,
-            sum(hidden_widths),
-            column_blocks,
-            product_precision(gradient.dtype),
-            tile.rows,
-            tile.columns,
-            tile.contraction,
-            GROUP_ROWS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch_by_blocks(
+        _contract_back,
+        choose_tile(gradient.dtype, rows, hidden_widths, max(out_widths), MOST_BYTES_BACK),
+        rows,
+        hidden_widths,
+        (gradient, contiguous(contract_weights), hidden, d_hidden),
+        (rows, *row_layout(gradient), hidden_widths, out_widths, sum(hidden_widths)),
+    )
     return d_hidden
