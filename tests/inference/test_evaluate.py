@@ -4,13 +4,14 @@ import csv
 import importlib
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from skimage.io import imread, imsave
 
 import uctrans
-from uctrans.data import DataError
+from uctrans.data import DataError, get_protocol
 from uctrans.data.instances import write_instances
 from uctrans.inference import EvaluateConfig, InferenceError, evaluate
 
@@ -63,6 +64,54 @@ def test_models_of_the_protocol_native_are_scored_at_native_size(brightness_mode
     assert result.scored_at == "the size of their masks"
     summary = json.loads((result.output / "summary.json").read_text())
     assert summary["protocol"] == {"name": "native", "image_size": [8, 8], "channel_order": "rgb"}
+
+
+def test_models_of_another_protocol_are_scored_as_a_protocol_that_resizes(
+    brightness_model, use_model, dataset, tmp_path
+):
+    """A mask at 16 pixels widens on its way to 224, and so does the prediction: the best is 1."""
+    model = use_model(brightness_model(image_size=8, metadata={"protocol": "native"}))
+    result = evaluate(config(dataset, tmp_path, size="uctransnet-224"))
+    assert {shape[2:] for shape in model.seen} == {(8, 8)}
+    square, half = np.zeros((2, 16, 16), dtype=np.uint8)
+    square[4:12, 4:12], half[4:8, 4:12] = 1, 1
+    square, half = (
+        get_protocol("uctransnet-224").resize_mask(mask, classes=1).sum(dtype=int) for mask in (square, half)
+    )
+    assert half > square / 2  # its rim is longer
+    assert [row["dice"] for row in result.rows] == pytest.approx([1, 2 * half / (square + half), 0])
+    assert result.scored_at == "224 x 224 pixels, as uctransnet-224 resizes them"
+    summary = json.loads((result.output / "summary.json").read_text())
+    assert (summary["protocol"]["name"], summary["scored_at"]) == ("native", result.scored_at)
+    assert imread(result.output / "figure.png").shape[2] >= 3
+
+
+def test_models_that_resize_alike_are_scored_as_they_see(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model(image_size=224))
+    own = evaluate(config(dataset, tmp_path)).rows
+    named = evaluate(config(dataset, tmp_path, size="uctransnet-224", overwrite=True)).rows
+    assert [row["dice"] for row in named] == [row["dice"] for row in own]
+    assert own[0]["dice"] < 1  # the rim of the mask counts as foreground, and such a model knows of no rim
+
+
+def test_images_of_a_fold(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    (dataset / "test").rename(dataset / "train")
+    for split in ("val", "test"):
+        shutil.copytree(dataset / "train", dataset / split)
+        for path in (dataset / split).glob("*/*.png"):
+            path.rename(path.with_stem(f"{split}_{path.stem}"))
+    folds = [{"train": ["all", "val_all"], "val": ["half"]}, {"train": ["half"], "val": ["val_none", "all"]}]
+    (tmp_path / "folds.json").write_text(json.dumps({"folds": folds}))
+    settings = {"folds": str(tmp_path / "folds.json"), "overwrite": True}
+    result = evaluate(config(dataset, tmp_path, split="val", fold=1, **settings))
+    assert [row["name"] for row in result.rows] == ["val_none", "all"]
+    result = evaluate(config(dataset, tmp_path, split="test", fold=1, **settings))
+    assert [row["name"] for row in result.rows] == ["test_all", "test_half", "test_none"]
+    with pytest.raises(DataError, match=r"has folds 0 to 1, not 2; name one"):
+        evaluate(config(dataset, tmp_path, split="val", fold=2, **settings))
+    with pytest.raises(DataError, match=r"has folds 0 to 1, not None; name one"):
+        evaluate(config(dataset, tmp_path, split="val", **settings))
 
 
 def test_table(brightness_model, use_model, dataset, tmp_path):

@@ -295,7 +295,7 @@ def test_folds_choose_the_images(make_config, image_folder, tmp_path):
     (tmp_path / "folds.json").write_text(json.dumps(folds))
     run = Run(make_config(folds=str(tmp_path / "folds.json"), fold=0), CPU)
     assert (run.train_data.names, run.val_data.names) == (["train1", "val0"], ["train2"])
-    with pytest.raises(ConfigError, match=r"fold: .* has folds 0 to 1, not 2"):
+    with pytest.raises(DataError, match=r"fold: .* has folds 0 to 1, not 2"):
         Run(make_config(folds=str(tmp_path / "folds.json"), fold=2), CPU)
 
 

@@ -5,7 +5,7 @@ from uctrans.data.boundary import boundary_target
 from uctrans.data.demo import write_demo_dataset
 from uctrans.data.errors import DataError
 from uctrans.data.files import Sample, find_development_samples, find_images, find_samples
-from uctrans.data.folds import load_folds, make_folds
+from uctrans.data.folds import find_split, load_folds, make_folds
 from uctrans.data.images import read_image, read_mask
 from uctrans.data.monuseg import PreparedImage, prepare_instances, prepare_monuseg
 from uctrans.data.native import NativeImages, load_native
@@ -30,6 +30,7 @@ __all__ = [
     "find_development_samples",
     "find_images",
     "find_samples",
+    "find_split",
     "get_protocol",
     "labels_to_colours",
     "list_protocols",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uctrans.data.errors import DataError, shorten
-from uctrans.data.files import find_development_samples
+from uctrans.data.files import Sample, find_development_samples, find_samples
 
 FOLDS_FOLDER = Path(__file__).parent / "folds"
 Fold = dict[str, list[str]]
@@ -74,6 +74,27 @@ def load_folds(path_or_name: str | os.PathLike, root: str | os.PathLike | None =
                 "and in a folder that does not come split a fifth of the images is drawn for testing."
             )
     return folds
+
+
+def find_split(root: str | os.PathLike, split: str, folds: str | None = None, fold: int | None = None) -> list[Sample]:
+    """The samples of a split, or of train or val of a fold.
+
+    Args:
+        root: dataset folder.
+        split: train, val or test; the test split is the same under all folds.
+        folds: file or shipped name, see `load_folds`; None takes the folder's own train and val.
+        fold: which of them, counted from 0.
+
+    Raises:
+        DataError: as for `load_folds` and :func:`uctrans.data.find_samples`, or there is no such fold.
+    """
+    if folds is None or split == "test":
+        return find_samples(root, split)
+    loaded = load_folds(folds, root)
+    if fold is None or not 0 <= fold < len(loaded):
+        raise DataError(f"fold: {folds} has folds 0 to {len(loaded) - 1}, not {fold}; name one of them")
+    samples = {sample.name: sample for sample in find_development_samples(root)}
+    return [samples[name] for name in loaded[fold][split]]
 
 
 def _folds_path(path_or_name: str | os.PathLike) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from uctrans.data import Sample, find_samples, load_tensors, read_image, read_mask
+from uctrans.data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors, read_image, read_mask
 from uctrans.data.instances import check_truth, find_instances, read_instances
 from uctrans.extras import import_extra
 from uctrans.inference.evaluation_result import EvaluationResult
@@ -53,9 +53,12 @@ class EvaluateConfig:
         data: Folder of the data set, in any layout that uctrans.data.find_samples knows.
         output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
         split: train, val or test.
+        folds: Cross-validation folds: a shipped name or a JSON file; train and val are those of the fold then.
+        fold: Which of the folds, counted from 0.
         size: protocol scores at the protocol's size, image and mask resized its way (the published convention); native
             enlarges the probabilities to the mask's own size and scores there, against the mask as it is. For models
-            of the protocol native the two are the same.
+            of the protocol native the two are the same. The name of a protocol that resizes, uctransnet-224, scores
+            models of any other as it scores its own: truth and prediction are resized from the mask's own size alike.
         resolution: What the network sees when size is native: protocol, the image as the model's protocol prepares it;
             native, tiles of its pixels.
         threshold: Probability above which a pixel is foreground, of binary models.
@@ -79,6 +82,8 @@ class EvaluateConfig:
     data: str
     output: str
     split: str = "test"
+    folds: str | None = None
+    fold: int | None = None
     size: str = "protocol"
     resolution: str = "protocol"
     threshold: float = 0.5
@@ -136,6 +141,16 @@ def _compare_at_native_size(
         yield _Compared(sample.name, image, truth, labels, true, predicted)
 
 
+def _compare_resized(
+    predictor: Predictor, samples: list[Sample], config: EvaluateConfig, instance_maps: dict[str, Path]
+) -> Iterator[_Compared]:
+    """Truth and prediction at the size of the files, both resized as the protocol ``config.size`` resizes masks."""
+    protocol, classes = get_protocol(config.size), mask_classes(predictor.model)
+    for whole in _compare_at_native_size(predictor, samples, config, {}):
+        truth, prediction = (protocol.resize_mask(mask, classes) for mask in (whole.truth, whole.prediction))
+        yield _Compared(whole.name, protocol.resize_image(whole.image), truth, prediction)
+
+
 def _row(compared: _Compared, classes: int, class_names: list[str], with_instances: bool) -> dict[str, Any]:
     scores = {
         key: score(compared.prediction, compared.truth, classes)
@@ -185,6 +200,22 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
 
 
+def score_sizes() -> list[str]:
+    """What ``size`` may be: protocol, native, and the protocols that resize."""
+    return [*SIZES, *(name for name in list_protocols() if not get_protocol(name).keeps_resolution)]
+
+
+def _protocol_of_scores(trained_under: Protocol, size: str) -> Protocol:
+    """The protocol at whose size scores are taken; the very one of the model where it prepares images alike."""
+    if size == "native":
+        return get_protocol("native")
+    if size == "protocol":
+        return trained_under
+    named = get_protocol(size)
+    is_alike = not trained_under.keeps_resolution and trained_under.image_size == named.image_size
+    return trained_under if is_alike else named
+
+
 def evaluate(config: EvaluateConfig) -> EvaluationResult:
     """Score a model on a split of a data set.
 
@@ -205,9 +236,9 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         NotImplementedError: The backend cannot run on the device.
         ImportError: MONAI or Matplotlib is not installed.
     """
-    if config.size not in SIZES:
-        raise InferenceError(f'size must be "protocol" or "native", got "{config.size}".')
-    if config.size == "protocol" and config.resolution == "native":
+    if config.size not in score_sizes():
+        raise InferenceError(f'size must be one of {", ".join(score_sizes())}, got "{config.size}".')
+    if config.size != "native" and config.resolution == "native":
         raise InferenceError("The network can only see native pixels where scores are native too: set size to native.")
     if not 0 < config.threshold < 1:
         raise InferenceError(f"threshold must lie between 0 and 1, got {config.threshold}.")
@@ -218,7 +249,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png", INSTANCE_PICTURE)}
     if not config.overwrite:
         refuse_existing(list(files.values()), "an evaluation")
-    samples = find_samples(config.data, config.split)
+    samples = find_split(config.data, config.split, config.folds, config.fold)
     instance_maps = find_instances(samples)
     predictor = load_predictor(
         config.model,
@@ -235,12 +266,16 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     )
     model = predictor.model
     classes = mask_classes(model)
-    is_native = config.size == "native" or predictor.protocol.keeps_resolution
-    compare = _compare_at_native_size if is_native else _compare_at_protocol_size
+    scored_as = _protocol_of_scores(predictor.protocol, config.size)
+    is_native = scored_as.keeps_resolution
+    if is_native:
+        compare = _compare_at_native_size
+    else:
+        compare = _compare_at_protocol_size if scored_as is predictor.protocol else _compare_resized
     class_names = _foreground_names(model.metadata, classes)
     with_instances = bool(instance_maps) and is_native
-    if is_native:
-        check_truth(samples, instance_maps, classes, model.metadata.get("palette"))
+    if compare is not _compare_at_protocol_size:
+        check_truth(samples, instance_maps if is_native else {}, classes, model.metadata.get("palette"))
     compared = compare(predictor, samples, config, instance_maps)
     compared = progress_bar(compared, len(samples), "evaluate", config.progress)
     rows = [_row(item, classes, class_names, with_instances) for item in compared]
@@ -257,6 +292,10 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     instance_rows = [_instance_row(pictures[position], rows[position], rank) for position, rank in by_aji]
     palette = model.metadata.get("palette")
     colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
+    height, width = scored_as.image_size
+    scored_at = (
+        "the size of their masks" if is_native else f"{height} x {width} pixels, as {scored_as.name} resizes them"
+    )
     _write_csv(files["metrics.csv"], rows)
     comparison_figure(files["figure.png"], figure_rows, colours, class_names if classes > 1 else None)
     if instance_rows:
@@ -273,15 +312,10 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
             "settings": dataclasses.asdict(config),
             "protocol": {name: getattr(predictor.protocol, name) for name in PROTOCOL_SETTINGS},
+            "scored_at": scored_at,
             "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
             "torch_version": torch.__version__,
         },
-    )
-    height, width = predictor.protocol.image_size
-    scored_at = (
-        "the size of their masks"
-        if is_native
-        else f"{height} x {width} pixels, as {predictor.protocol.name} resizes them"
     )
     unscored = 0 if with_instances else len(instance_maps)
     return EvaluationResult(rows, mean, deviation, count, scored_at, folder, unscored)

@@ -14,10 +14,8 @@ from uctrans.data import (
     NativeImages,
     Protocol,
     SegmentationTensors,
-    find_development_samples,
-    find_samples,
+    find_split,
     get_protocol,
-    load_folds,
     load_native,
     load_tensors,
 )
@@ -161,18 +159,8 @@ def load_data(
 
     Raises:
         DataError: the folder, a file in it or the folds cannot be used, or there are too few images.
-        ConfigError: there is no such fold.
     """
-    if config.folds is None:
-        parts = [find_samples(config.data, "train"), find_samples(config.data, "val")]
-    else:
-        folds = load_folds(config.folds, config.data)
-        if config.fold >= len(folds):
-            raise ConfigError(
-                f"fold: {config.folds} has folds 0 to {len(folds) - 1}, not {config.fold}; name one of them"
-            )
-        samples = {sample.name: sample for sample in find_development_samples(config.data)}
-        parts = [[samples[name] for name in folds[config.fold][part]] for part in ("train", "val")]
+    parts = [find_split(config.data, split, config.folds, config.fold) for split in ("train", "val")]
     for name, samples in zip(("training", "validation"), parts, strict=True):
         if len(samples) < group.count:
             raise DataError(
