@@ -13,6 +13,7 @@ from uctrans.data import (
     NativeAugmentation,
     NativeImages,
     NativeProtocol,
+    SegmentationTensors,
     boundary_target,
     find_samples,
     get_protocol,
@@ -122,6 +123,34 @@ def test_without_strengths_crops_are_turned_and_flipped_only():
     seen = {crop.numpy().tobytes() for crop in labels}
     symmetries = {np.ascontiguousarray(np.rot90(part, k)).tobytes() for part in (label, label[::-1]) for k in range(4)}
     assert seen == symmetries
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_resized_images_are_augmented_likewise(order):
+    """Image and mask by the same map, colours as those of crops, in the order that the network sees."""
+    settings = {"image_size": (9, 9), "channel_order": order}
+    still = get_protocol("augmented-224", augmentation=NativeAugmentation(**NONE), **settings)
+    label = torch.from_numpy(noise(9, 9))
+    pixels = torch.stack([label, label // 2, label // 4])
+    data = SegmentationTensors(["a"], pixels[None], label[None], [(9, 9)])
+    index = torch.zeros(200, dtype=torch.int64)
+    images, labels = still.training_batch(data, index, generator())
+    expected = torch.stack([labels, labels // 2, labels // 4], 1)
+    assert torch.equal((images * 255).round().to(torch.uint8), expected if order == "rgb" else expected.flip(1))
+    assert len({crop.numpy().tobytes() for crop in labels}) == 8  # the symmetries of the square
+    protocol = get_protocol("augmented-224", **settings)
+    changed, masks = protocol.training_batch(data, index, generator())
+    assert (changed.shape, changed.dtype, masks.dtype) == ((200, 3, 9, 9), torch.float32, torch.uint8)
+    assert len({image.numpy().tobytes() for image in changed}) == 200
+    again, _ = protocol.training_batch(data, index, generator())
+    assert torch.equal(changed, again)
+
+
+def test_resized_images_are_scored_as_those_of_the_published_protocol():
+    published, augmented = get_protocol("uctransnet-224", 20), get_protocol("augmented-224", 20)
+    image, mask = noise(50, 40)[..., None].repeat(3, -1), noise(50, 40) % 2
+    np.testing.assert_array_equal(augmented.resize_image(image), published.resize_image(image))
+    np.testing.assert_array_equal(augmented.resize_mask(mask, 1), published.resize_mask(mask, 1))
 
 
 @pytest.mark.parametrize("size", [(24, 24), (18, 30)])

@@ -17,7 +17,7 @@ def random_pixels(*shape):
 
 
 def test_protocol_names_and_sizes():
-    assert list_protocols() == ["native", "uctransnet-224"]
+    assert list_protocols() == ["augmented-224", "native", "uctransnet-224"]
     assert get_protocol("native").image_size == (256, 256)
     assert get_protocol().image_size == (224, 224)
     assert get_protocol("uctransnet-224", 96).image_size == (96, 96)
@@ -27,7 +27,7 @@ def test_protocol_names_and_sizes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "nativ"}, "Unknown protocol 'nativ': choose one of native, uctransnet-224"),
+        ({"name": "nativ"}, "Unknown protocol 'nativ': choose one of augmented-224, native, uctransnet-224"),
         ({"crops_per_image": 2}, "uctransnet-224 has no crops_per_image"),
         ({"name": "native", "crops_per_image": 0}, "crops_per_image=0"),
         ({"image_size": 0}, "1 or more pixels"),

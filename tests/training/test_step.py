@@ -1,5 +1,6 @@
 import copy
 import gc
+import math
 import resource
 
 import pytest
@@ -174,6 +175,16 @@ def test_learning_rates_are_the_published_schedule(make_config):
         assert learning_rate(config, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         optimizer.step()
         schedule.step()
+
+
+def test_one_cosine_over_all_epochs_after_a_warm_up(make_config):
+    config = make_config(
+        learning_rate=1.0, min_learning_rate=0.0, restart_period=None, warmup_epochs=4, epochs=20, first_best_epoch=1
+    )
+    rates = [learning_rate(config, epoch) for epoch in range(1, 21)]
+    cosine = [(1 + math.cos(math.pi * epoch / 20)) / 2 for epoch in range(20)]
+    assert rates[:4] == pytest.approx([share * rate for share, rate in zip((0.2, 0.4, 0.6, 0.8), cosine, strict=False)])
+    assert rates[4:] == pytest.approx(cosine[4:])
 
 
 def test_the_step_uses_the_learning_rate_of_its_epoch(make_config):

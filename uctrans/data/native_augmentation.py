@@ -96,6 +96,26 @@ def rotated_span(along: float, across: float, rotation: float) -> float:
     return along * math.cos(angle) + across * math.sin(angle)
 
 
+def augment_strongly(
+    images: Tensor, masks: Tensor, strengths: NativeAugmentation, size: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Warp images with their margins, if any, to ``size``, and change their colours, each sample by its own draw.
+
+    Args:
+        images: (B, 3, H, W) float32 RGB in 0..1.
+        masks: (B, H, W) uint8.
+        strengths: how much.
+        size: (h, w) of the result.
+        generator: of all draws, on the device of the images.
+
+    Returns:
+        (B, 3, h, w) and (B, h, w).
+    """
+    maps = draw_warps(len(images), strengths, images.device, generator)
+    images, masks = warp(images, masks, maps, size)
+    return change_colours(images, strengths, generator), masks
+
+
 def draw_warps(batch: int, strengths: NativeAugmentation, device: torch.device, generator: torch.Generator) -> Tensor:
     """Random maps for `warp`, (batch, 2, 2) float32."""
     turn, flip, axis, pick, angle, size = torch.rand(6, batch, device=device, generator=generator)

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from uctrans.data.augmentation import turn_flip_rotate
 from uctrans.data.errors import DataError
-from uctrans.data.native_augmentation import NativeAugmentation, change_colours, draw_warps, warp
+from uctrans.data.native_augmentation import NativeAugmentation, augment_strongly
 from uctrans.data.resizing import resize_bilinear
 
 CHANNEL_ORDERS = ("rgb", "bgr")
@@ -79,6 +79,27 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class AugmentedProtocol(Protocol):
+    """Images and masks resized as the published protocol does, and scored alike, but changed more in training.
+
+    Attributes:
+        augmentation: how strongly images are changed.
+    """
+
+    augmentation: NativeAugmentation = field(default_factory=NativeAugmentation)
+
+    def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented network input and masks of the images at ``index``, int64 (B,), of the loaded ``data``."""
+        images, masks = data.batch(index)
+        images, masks = self.augment(images.float() / 255, masks, generator)
+        return self._in_order(images), masks
+
+    def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Warp images, (B, 3, h, w) RGB in 0..1 and (B, h, w); change their colours. Beyond an edge is a reflection."""
+        return augment_strongly(images, masks, self.augmentation, self.image_size, generator)
+
+
+@dataclass(frozen=True)
 class NativeProtocol(Protocol):
     """Images and masks as the files have them: the network is trained on random crops and sees whole images in tiles.
 
@@ -123,14 +144,16 @@ class NativeProtocol(Protocol):
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Warp crops with their margins, (B, 3, H, W) RGB and (B, H, W), to ``image_size``; change their colours."""
-        maps = draw_warps(len(images), self.augmentation, images.device, generator)
-        images, masks = warp(images, masks, maps, self.image_size)
-        return change_colours(images, self.augmentation, generator), masks
+        return augment_strongly(images, masks, self.augmentation, self.image_size, generator)
 
 
 PROTOCOLS = {
     protocol.name: protocol
-    for protocol in (Protocol("uctransnet-224", (224, 224)), NativeProtocol("native", (256, 256)))
+    for protocol in (
+        Protocol("uctransnet-224", (224, 224)),
+        AugmentedProtocol("augmented-224", (224, 224)),
+        NativeProtocol("native", (256, 256)),
+    )
 }
 
 

@@ -35,11 +35,13 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     """Return the learning rate of an epoch, counted from 1: a cosine from the highest towards the lowest, restarting.
 
     SGDR: stochastic gradient descent with warm restarts (Loshchilov and Hutter, ICLR 2017), equation 5, with all
-    periods equal.
+    periods equal. Over the first ``warmup_epochs`` it is multiplied by shares that rise in equal steps to 1.
     """
-    phase = (epoch - 1) % config.restart_period / config.restart_period
+    period = config.restart_period or config.epochs
+    phase = (epoch - 1) % period / period
     span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * (1 + math.cos(math.pi * phase)) / 2
+    cosine = config.min_learning_rate + span * (1 + math.cos(math.pi * phase)) / 2
+    return cosine * min(1.0, epoch / (config.warmup_epochs + 1))
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:

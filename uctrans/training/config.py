@@ -44,6 +44,7 @@ _AT_LEAST = {
     "epochs": 1,
     "batch_size": 1,
     "restart_period": 1,
+    "warmup_epochs": 0,
     "patience": 1,
     "first_best_epoch": 1,
     "val_every": 1,
@@ -79,12 +80,14 @@ class TrainConfig:
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         model_options: Further arguments of the network, as a mapping or as JSON.
         init_from: Weights to start from; a U-Net may start a UCTransNet.
-        protocol: uctransnet-224, images resized; or native, random crops of full resolution, validated on whole images
-            in tiles (see ``uctrans.data.list_protocols()``).
+        protocol: uctransnet-224, images resized; augmented-224, the same with the augmentation of native; or native,
+            random crops of full resolution, validated on whole images in tiles (see
+            ``uctrans.data.list_protocols()``).
         crops_per_image: Crops that an epoch takes of each training image under the protocol native, each at a random
             place of its own; none takes the protocol's, 16.
-        augmentation: Strengths of the changes to crops under the protocol native, as a mapping or as JSON:
-            {"rotation": 45, "stain_scale": 0.1}; names, ranges and defaults in ``uctrans.data.NativeAugmentation``.
+        augmentation: Strengths of the changes to images under the protocols native and augmented-224, as a mapping or
+            as JSON: {"rotation": 45, "stain_scale": 0.1}; names, ranges and defaults in
+            ``uctrans.data.NativeAugmentation``.
         channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the protocol's.
         palette: Colours of the classes in colour-coded masks, background first: "#000000,#ff0000".
         folds: Cross-validation folds: a shipped name or a JSON file; none trains on the train split.
@@ -95,7 +98,8 @@ class TrainConfig:
         optimizer: adam or adamw.
         learning_rate: Learning rate at the start of each cosine period.
         min_learning_rate: Learning rate that each cosine period falls towards.
-        restart_period: Epochs of a cosine period.
+        restart_period: Epochs of a cosine period; none makes it a single one, over all epochs.
+        warmup_epochs: First epochs, in which the learning rate rises in equal steps to that of the cosine.
         weight_decay: Weight decay of the optimizer.
         dice_weight: Weight of the Dice loss.
         cross_entropy_weight: Weight of the (binary) cross entropy.
@@ -149,7 +153,8 @@ class TrainConfig:
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
-    restart_period: int = 10
+    restart_period: int | None = 10
+    warmup_epochs: int = 0
     weight_decay: float = 0.0
     dice_weight: float = 0.5
     cross_entropy_weight: float = 0.5
