@@ -3,17 +3,16 @@
 import csv
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from uctrans.data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors, read_image, read_mask
-from uctrans.data.instances import check_truth, find_instances, read_instances
+from uctrans.data import find_split
+from uctrans.data.instances import find_instances
 from uctrans.extras import import_extra
+from uctrans.inference.comparing import Compared, Comparison, score_sizes
 from uctrans.inference.evaluation_result import EvaluationResult
 from uctrans.inference.figures import ComparisonRow, InstanceRow, choose_rows, comparison_figure, instance_figure
 from uctrans.inference.files import (
@@ -25,22 +24,12 @@ from uctrans.inference.files import (
     write_json,
 )
 from uctrans.inference.instance_metrics import INSTANCE_METRICS, score_instances
-from uctrans.inference.instances import (
-    SEED_DISTANCE,
-    SMALLEST_OBJECT,
-    instances_of,
-    mask_classes,
-    mask_probabilities,
-)
+from uctrans.inference.instances import SEED_DISTANCE, SMALLEST_OBJECT
 from uctrans.inference.metrics import METRICS, dice, hd95, iou, mean_and_deviation, mean_over_classes
-from uctrans.inference.overlays import class_colours
-from uctrans.inference.predictor import Predictor, load_predictor, to_labels
 from uctrans.writing import written_atomically
 
-SIZES = ("protocol", "native")
 INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
 PROTOCOL_SETTINGS = ("name", "image_size", "channel_order")  # those that a score depends on
-WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
 
 
 @dataclass
@@ -102,56 +91,7 @@ class EvaluateConfig:
     progress: bool = True
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """One image beside truth and prediction, at the size that is scored; instance maps where there is a true one."""
-
-    name: str
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
-    true_instances: np.ndarray | None = None
-    predicted_instances: np.ndarray | None = None
-
-
-def _compare_at_protocol_size(
-    predictor: Predictor, samples: list[Sample], config: EvaluateConfig, instance_maps: dict[str, Path]
-) -> Iterator[_Compared]:
-    classes, palette = mask_classes(predictor.model), predictor.model.metadata.get("palette")
-    for start in range(0, len(samples), config.batch_size):
-        tensors = load_tensors(samples[start : start + config.batch_size], predictor.protocol, classes, palette)
-        probabilities = mask_probabilities(predictor.model, predictor.probabilities(tensors.images))
-        labels = to_labels(probabilities, config.threshold).cpu().numpy()
-        images = tensors.images.permute(0, 2, 3, 1).numpy()
-        for name, image, truth, prediction in zip(tensors.names, images, tensors.masks.numpy(), labels, strict=True):
-            yield _Compared(name, image, truth, prediction)
-
-
-def _compare_at_native_size(
-    predictor: Predictor, samples: list[Sample], config: EvaluateConfig, instance_maps: dict[str, Path]
-) -> Iterator[_Compared]:
-    classes, palette = mask_classes(predictor.model), predictor.model.metadata.get("palette")
-    for sample in samples:
-        image = read_image(sample.image)
-        truth = read_mask(sample.mask, classes, palette, shape=image.shape[:2])
-        true = read_instances(instance_maps[sample.name], truth) if sample.name in instance_maps else None
-        probabilities = predictor.probabilities_of_image(image)[None]
-        labels = to_labels(mask_probabilities(predictor.model, probabilities), config.threshold)[0].cpu().numpy()
-        predicted = None if true is None else instances_of(predictor.model, probabilities[0], labels, config)
-        yield _Compared(sample.name, image, truth, labels, true, predicted)
-
-
-def _compare_resized(
-    predictor: Predictor, samples: list[Sample], config: EvaluateConfig, instance_maps: dict[str, Path]
-) -> Iterator[_Compared]:
-    """Truth and prediction at the size of the files, both resized as the protocol ``config.size`` resizes masks."""
-    protocol, classes = get_protocol(config.size), mask_classes(predictor.model)
-    for whole in _compare_at_native_size(predictor, samples, config, {}):
-        truth, prediction = (protocol.resize_mask(mask, classes) for mask in (whole.truth, whole.prediction))
-        yield _Compared(whole.name, protocol.resize_image(whole.image), truth, prediction)
-
-
-def _row(compared: _Compared, classes: int, class_names: list[str], with_instances: bool) -> dict[str, Any]:
+def _row(compared: Compared, classes: int, class_names: list[str], with_instances: bool) -> dict[str, Any]:
     scores = {
         key: score(compared.prediction, compared.truth, classes)
         for key, score in zip(METRICS, (dice, iou, hd95), strict=True)
@@ -173,23 +113,14 @@ def _choose_by_aji(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [(scored[place], rank) for place, rank in chosen]
 
 
-def _comparison_row(compared: _Compared, scores: dict[str, Any], rank: str) -> ComparisonRow:
+def _comparison_row(compared: Compared, scores: dict[str, Any], rank: str) -> ComparisonRow:
     return ComparisonRow(compared.name, compared.image, compared.truth, compared.prediction, scores["dice"], rank)
 
 
-def _instance_row(compared: _Compared, scores: dict[str, Any], rank: str) -> InstanceRow:
+def _instance_row(compared: Compared, scores: dict[str, Any], rank: str) -> InstanceRow:
     return InstanceRow(
         compared.name, compared.image, compared.true_instances, compared.predicted_instances, scores["aji"], rank
     )
-
-
-def _foreground_names(metadata: dict[str, Any], classes: int) -> list[str]:
-    """Names of the foreground classes; those of the metadata may include the background or not."""
-    foreground = max(classes - 1, 1)
-    names = [str(name) for name in metadata.get("class_names") or ()]
-    if len(names) == foreground + 1:
-        names = names[1:]
-    return names if len(set(names)) == foreground else [str(label) for label in range(1, foreground + 1)]
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -198,22 +129,6 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
-
-
-def score_sizes() -> list[str]:
-    """What ``size`` may be: protocol, native, and the protocols that resize."""
-    return [*SIZES, *(name for name in list_protocols() if not get_protocol(name).keeps_resolution)]
-
-
-def _protocol_of_scores(trained_under: Protocol, size: str) -> Protocol:
-    """The protocol at whose size scores are taken; the very one of the model where it prepares images alike."""
-    if size == "native":
-        return get_protocol("native")
-    if size == "protocol":
-        return trained_under
-    named = get_protocol(size)
-    is_alike = not trained_under.keeps_resolution and trained_under.image_size == named.image_size
-    return trained_under if is_alike else named
 
 
 def evaluate(config: EvaluateConfig) -> EvaluationResult:
@@ -251,34 +166,12 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         refuse_existing(list(files.values()), "an evaluation")
     samples = find_split(config.data, config.split, config.folds, config.fold)
     instance_maps = find_instances(samples)
-    predictor = load_predictor(
-        config.model,
-        config.backend,
-        device=config.device,
-        resolution=config.resolution,
-        tile=config.tile,
-        overlap=config.overlap,
-        tta=config.tta,
-        amp=config.amp,
-        batch_size=config.batch_size,
-        channel_order=config.channel_order,
-        graph=config.graph,
-    )
-    model = predictor.model
-    classes = mask_classes(model)
-    scored_as = _protocol_of_scores(predictor.protocol, config.size)
-    is_native = scored_as.keeps_resolution
-    if is_native:
-        compare = _compare_at_native_size
-    else:
-        compare = _compare_at_protocol_size if scored_as is predictor.protocol else _compare_resized
-    class_names = _foreground_names(model.metadata, classes)
+    comparison = Comparison(config)
+    model, is_native, scored_as = comparison.model, comparison.is_native, comparison.scored_as
     with_instances = bool(instance_maps) and is_native
-    if compare is not _compare_at_protocol_size:
-        check_truth(samples, instance_maps if is_native else {}, classes, model.metadata.get("palette"))
-    compared = compare(predictor, samples, config, instance_maps)
-    compared = progress_bar(compared, len(samples), "evaluate", config.progress)
-    rows = [_row(item, classes, class_names, with_instances) for item in compared]
+    comparison.check(samples, instance_maps)
+    compared = progress_bar(comparison.images(samples, instance_maps), len(samples), "evaluate", config.progress)
+    rows = [_row(item, comparison.classes, comparison.class_names, with_instances) for item in compared]
 
     statistics = {key: mean_and_deviation([row[key] for row in rows]) for key in rows[0] if key != "name"}
     mean, deviation, count = ({key: values[i] for key, values in statistics.items()} for i in range(3))
@@ -286,18 +179,16 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     by_aji = _choose_by_aji(rows)
     shown = sorted({position for position, _ in (*by_dice, *by_aji)})
     shown_maps = {rows[position]["name"]: instance_maps[rows[position]["name"]] for position, _ in by_aji}
-    again = compare(predictor, [samples[position] for position in shown], config, shown_maps)
+    again = comparison.images([samples[position] for position in shown], shown_maps)
     pictures = dict(zip(shown, again, strict=True))
     figure_rows = [_comparison_row(pictures[position], rows[position], rank) for position, rank in by_dice]
     instance_rows = [_instance_row(pictures[position], rows[position], rank) for position, rank in by_aji]
-    palette = model.metadata.get("palette")
-    colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
     height, width = scored_as.image_size
     scored_at = (
         "the size of their masks" if is_native else f"{height} x {width} pixels, as {scored_as.name} resizes them"
     )
     _write_csv(files["metrics.csv"], rows)
-    comparison_figure(files["figure.png"], figure_rows, colours, class_names if classes > 1 else None)
+    comparison_figure(files["figure.png"], figure_rows, comparison.colours, comparison.legend)
     if instance_rows:
         instance_figure(files[INSTANCE_PICTURE], instance_rows)
     else:  # one of the evaluation that is replaced would not be of these scores
@@ -311,7 +202,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             "count": count,
             "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
             "settings": dataclasses.asdict(config),
-            "protocol": {name: getattr(predictor.protocol, name) for name in PROTOCOL_SETTINGS},
+            "protocol": {name: getattr(comparison.predictor.protocol, name) for name in PROTOCOL_SETTINGS},
             "scored_at": scored_at,
             "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
             "torch_version": torch.__version__,

@@ -1,7 +1,8 @@
-"""Figures of an evaluation, one row an image: masks and their differences, and outlines of single nuclei."""
+"""Figures, one row an image: masks and their differences, masks of several models, and outlines of single nuclei."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,13 +11,16 @@ from uctrans.inference.overlays import DIFFERENCES, PANEL_GAP, colour_labels, di
 from uctrans.writing import written_atomically
 
 COLUMNS = ("Image", "Truth", "Prediction", "Differences")
-PANEL_INCHES = 2.1
+PANEL_INCHES, SMALLEST_PANEL_INCHES = 2.1, 1.3
+FIGURE_INCHES = 16  # beyond this width panels get smaller
 INSTANCE_COLUMNS = ("Image", "True nuclei", "Predicted nuclei")
 INSTANCE_PANEL_INCHES = 3.5  # outlines are thin
 DPI = 150
-LABEL_INCHES, TITLE_INCHES, LEGEND_INCHES = 0.5, 0.45, 0.25
+LABEL_INCHES, TITLE_INCHES, CAPTION_INCHES, LEGEND_INCHES = 0.5, 0.45, 0.2, 0.25
 LEGEND_COLUMNS = 4
 TITLE_LENGTH = 28
+TITLE_POINTS, LABEL_POINTS, SMALLEST_POINTS = 11, 8, 6
+CHARACTER_WIDTH = 0.6  # of the size of its font, about
 
 
 class ComparisonRow(NamedTuple):
@@ -27,6 +31,20 @@ class ComparisonRow(NamedTuple):
     truth: np.ndarray
     prediction: np.ndarray
     dice: float
+    rank: str = ""
+
+
+class ModelsRow(NamedTuple):
+    """One row of the figure of several models: uint8 image ``(H, W, 3)``, label maps uint8 ``(H, W)``, Dice in 0..1.
+
+    ``predictions`` and ``dice`` have one entry for each model.
+    """
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    predictions: list[np.ndarray]
+    dice: list[float]
     rank: str = ""
 
 
@@ -86,27 +104,114 @@ def comparison_figure(
     """
     if not rows:
         raise ValueError("A comparison figure needs at least one row.")
+    panels = [
+        [
+            row.image,
+            colour_labels(row.truth, colours),
+            colour_labels(row.prediction, colours),
+            differences(row.prediction, row.truth),
+        ]
+        for row in rows
+    ]
+    labels = [_label(row.name, f"Dice {row.dice:.3f}", row.rank) for row in rows]
+    kinds = [item for item in DIFFERENCES.items() if class_names or item[0] != "wrong class"]
+    _write_grid(path, COLUMNS, labels, panels, legend=[*_class_legend(colours, class_names), kinds])
+
+
+def models_figure(
+    path: Path,
+    models: list[str],
+    rows: list[ModelsRow],
+    colours: np.ndarray,
+    class_names: list[str] | None = None,
+) -> None:
+    """Write image, truth and the prediction of each of several models as a PNG, atomically; Dice is below these.
+
+    Args:
+        path: Of the PNG.
+        models: What to call the models, one column each.
+        rows: At least one, top to bottom.
+        colours: Colours of the labels, see `uctrans.inference.overlays.class_colours`.
+        class_names: Of the foreground classes, for the legend of multi-class figures; None for binary masks.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: No row was given, or one without a prediction of every model.
+    """
+    if not rows:
+        raise ValueError("A figure of models needs at least one row.")
+    if any(not len(models) == len(row.predictions) == len(row.dice) for row in rows):
+        raise ValueError(f"Every row needs a prediction and a Dice of each of the {len(models)} models.")
+    panels = [
+        [row.image, *(colour_labels(labels, colours) for labels in (row.truth, *row.predictions))] for row in rows
+    ]
+    labels = [_label(row.name, f"mean Dice {np.mean(row.dice):.3f}", row.rank) for row in rows]
+    captions = [["", "", *(f"Dice {dice:.3f}" for dice in row.dice)] for row in rows]
+    _write_grid(
+        path, (*COLUMNS[:2], *models), labels, panels, captions=captions, legend=_class_legend(colours, class_names)
+    )
+
+
+def _class_legend(colours: np.ndarray, class_names: list[str] | None) -> list[list[tuple[str, np.ndarray]]]:
+    """Names and colours of the foreground classes, in lines of the legend."""
+    entries = [(name, colours[label]) for label, name in enumerate(class_names or (), start=1)]
+    return [entries[start : start + LEGEND_COLUMNS] for start in range(0, len(entries), LEGEND_COLUMNS)]
+
+
+def _write_grid(
+    path: Path,
+    titles: Sequence[str],
+    labels: list[str],
+    panels: list[list[np.ndarray]],
+    legend: list[list[tuple[str, Sequence[int]]]],
+    captions: list[list[str]] | None = None,
+) -> None:
+    """Write pictures in rows and columns as a PNG, atomically.
+
+    Args:
+        path: Of the PNG.
+        titles: Of the columns.
+        labels: Of the rows, on the left.
+        panels: The pictures of each row, uint8 ``(H, W, 3)``.
+        legend: Lines of names and colours below the pictures.
+        captions: What stands below each picture.
+    """
     figure_class = import_extra("matplotlib.figure", "training").Figure
-    patch = import_extra("matplotlib.patches", "training").Patch
-    aspect = float(np.median([row.image.shape[0] / row.image.shape[1] for row in rows]))
-    row_inches = PANEL_INCHES * min(max(aspect, 0.3), 3.0)
+    panel_inches = max(SMALLEST_PANEL_INCHES, min(PANEL_INCHES, FIGURE_INCHES / len(titles)))
+    aspect = float(np.median([row[0].shape[0] / row[0].shape[1] for row in panels]))
+    panel_height = panel_inches * min(max(aspect, 0.3), 3.0)
     figure = figure_class(layout="constrained")
-    figure.set_figwidth(PANEL_INCHES * len(COLUMNS) + LABEL_INCHES)
-    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
-    for row_axes, row in zip(axes, rows, strict=True):
-        truth, prediction = colour_labels(row.truth, colours), colour_labels(row.prediction, colours)
-        panels = (row.image, truth, prediction, differences(row.prediction, row.truth))
-        for axis, panel in zip(row_axes, panels, strict=True):
-            axis.imshow(panel, interpolation="antialiased")
+    figure.set_size_inches(
+        panel_inches * len(titles) + LABEL_INCHES,
+        (panel_height + (CAPTION_INCHES if captions else 0)) * len(panels) + TITLE_INCHES + LEGEND_INCHES * len(legend),
+    )
+    axes = figure.subplots(len(panels), len(titles), squeeze=False)
+    for row, (row_axes, label, pictures) in enumerate(zip(axes, labels, panels, strict=True)):
+        for column, (axis, picture) in enumerate(zip(row_axes, pictures, strict=True)):
+            axis.imshow(picture, interpolation="antialiased")
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_color("0.6")
-        row_axes[0].set_ylabel(_label(row.name, f"Dice {row.dice:.3f}", row.rank), fontsize=8)
-    for axis, title in zip(axes[0], COLUMNS, strict=True):
-        axis.set_title(title, fontsize=11)
-    entries = [(name, colours[label]) for label, name in enumerate(class_names or (), start=1)]
-    lines = [entries[start : start + LEGEND_COLUMNS] for start in range(0, len(entries), LEGEND_COLUMNS)]
-    lines.append([item for item in DIFFERENCES.items() if class_names or item[0] != "wrong class"])
+            if captions:
+                axis.set_xlabel(captions[row][column], fontsize=LABEL_POINTS)
+        row_axes[0].set_ylabel(label, fontsize=_points(label, panel_height, LABEL_POINTS))
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=_points(title, panel_inches, TITLE_POINTS))
+    _add_legend(figure, legend)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=DPI)
+
+
+def _points(text: str, inches: float, most: float) -> float:
+    """The size of letters in which the longest line of a text takes ``inches``, within bounds."""
+    fitting = 72 * inches / (CHARACTER_WIDTH * max(map(len, text.split("\n"))))
+    return max(SMALLEST_POINTS, min(most, fitting))
+
+
+def _add_legend(figure: Any, lines: list[list[tuple[str, Sequence[int]]]]) -> None:
+    if not lines:
+        return
+    patch = import_extra("matplotlib.patches", "training").Patch
     columns = max(map(len, lines))
     handles = [  # a legend is filled column by column
         patch(facecolor=np.asarray(line[column][1]) / 255, edgecolor="0.4", label=line[column][0])
@@ -116,9 +221,6 @@ def comparison_figure(
         for line in lines
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    figure.set_figheight(row_inches * len(rows) + TITLE_INCHES + LEGEND_INCHES * len(lines))
-    with written_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=DPI)
 
 
 def instance_figure(path: Path, rows: list[InstanceRow]) -> None:
