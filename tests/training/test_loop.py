@@ -60,6 +60,7 @@ def test_run_folder_holds_what_it_should(make_config):
         "best_epoch": result.best_epoch,
         "best_dice": result.best_score,
         "uctrans_version": uctrans.__version__,
+        "torch_version": torch.__version__,
     }
 
 

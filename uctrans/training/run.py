@@ -173,6 +173,7 @@ class Run:
             "best_epoch": self.best_epoch,
             "best_dice": self.best_dice,
             "uctrans_version": __version__,
+            "torch_version": str(torch.__version__),
         }
 
     def state_dict(self) -> dict[str, Any]:
