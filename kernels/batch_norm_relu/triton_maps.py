@@ -33,7 +33,7 @@ class Cut(NamedTuple):
 
 
 @triton.jit
-def _place(pid, cut, channels, BLOCK_C: tl.constexpr):
+def place_of(pid, cut, channels, BLOCK_C: tl.constexpr):
     """Which part and which first channel are a program's, and where the part begins and ends."""
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     first_channel = pid % channel_blocks * BLOCK_C
@@ -66,6 +66,29 @@ def _channel(ptr, offs_c, mask_c):
 
 
 @triton.jit
+def normalisation(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c):
+    """What normalises: the mean, the inverse deviation, the weight times it, and the bias."""
+    inverse_deviation = tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
+    scale = _channel(weight_ptr, offs_c, mask_c) * inverse_deviation
+    return _channel(mean_ptr, offs_c, mask_c), inverse_deviation, scale, _channel(bias_ptr, offs_c, mask_c)
+
+
+@triton.jit
+def activate(normalised):
+    """The ReLU: what is no number must not become zero."""
+    return tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def through_statistics(sums_ptr, inverse_deviation, inverse_count, channels, offs_c, mask_c):
+    """What the gradient loses as the statistics are those of the batch: a mean, and a multiple of the centred map."""
+    mean_gradient = _channel(sums_ptr, offs_c, mask_c) * inverse_count
+    # One deviation after the other: the square of a large one may be infinite.
+    slope = _channel(sums_ptr + channels, offs_c, mask_c) * inverse_count * inverse_deviation * inverse_deviation
+    return mean_gradient, slope
+
+
+@triton.jit
 def statistics_kernel(
     feature,
     parts_ptr,
@@ -81,7 +104,7 @@ def statistics_kernel(
     them, and their sum of squares around it is at most one plus their number times that around their mean.
     """
     channels = cut.channel_units * UNIT
-    part, first_channel, first_image, end_image, first_pixel, end_pixel = _place(
+    part, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(
         tl.program_id(0), cut, channels, BLOCK_C
     )
     offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
@@ -143,13 +166,11 @@ def normalise_kernel(
     channels = cut.channel_units * UNIT
     # Last to first: what the statistics were taken of last is still in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    _, first_channel, first_image, end_image, first_pixel, end_pixel = _place(pid, cut, channels, BLOCK_C)
+    _, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(pid, cut, channels, BLOCK_C)
     offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
     offs_c = first_channel + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    mean = _channel(mean_ptr, offs_c, mask_c)
-    bias = _channel(bias_ptr, offs_c, mask_c)
-    scale = _channel(weight_ptr, offs_c, mask_c) * tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
+    mean, _, scale, bias = normalisation(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c)
     offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
     output_offs = _offsets(output, UNIT, BLOCK_PIXELS, BLOCK_C)
     ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
@@ -160,9 +181,7 @@ def normalise_kernel(
         for start in range(0, end_pixel - first_pixel, BLOCK_PIXELS):
             mask = (start + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
             values = tl.load(pixel_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_PIXELS, BLOCK_C]
-            normalised = (values - mean) * scale + bias
-            # What is no number must not become zero.
-            activated = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            activated = activate((values - mean) * scale + bias)
             tl.store(output_pixel_ptr + output_offs, activated.to(output.ptr.dtype.element_ty), mask=mask)
             pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
             output_pixel_ptr += BLOCK_PIXELS * (output.pixel_units * UNIT)
@@ -188,15 +207,13 @@ def gradient_sums_kernel(
 ):
     """Of each part (parts, 2, C): the sums of ``g`` and of ``g (x - mean)``, with ``g`` what passes the ReLU."""
     channels = cut.channel_units * UNIT
-    part, first_channel, first_image, end_image, first_pixel, end_pixel = _place(
+    part, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(
         tl.program_id(0), cut, channels, BLOCK_C
     )
     offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
     offs_c = first_channel + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    mean = _channel(mean_ptr, offs_c, mask_c)
-    bias = _channel(bias_ptr, offs_c, mask_c)
-    scale = _channel(weight_ptr, offs_c, mask_c) * tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
+    mean, _, scale, bias = normalisation(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c)
     offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
     gradient_offs = _offsets(gradient, UNIT, BLOCK_PIXELS, BLOCK_C)
     ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
@@ -248,18 +265,15 @@ def gradient_kernel(
     channels = cut.channel_units * UNIT
     # Last to first: what the gradients were summed of last is still in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    _, first_channel, first_image, end_image, first_pixel, end_pixel = _place(pid, cut, channels, BLOCK_C)
+    _, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(pid, cut, channels, BLOCK_C)
     offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
     offs_c = first_channel + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    mean = _channel(mean_ptr, offs_c, mask_c)
-    bias = _channel(bias_ptr, offs_c, mask_c)
-    inverse_deviation = tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
-    scale = _channel(weight_ptr, offs_c, mask_c) * inverse_deviation
+    mean, inverse_deviation, scale, bias = normalisation(
+        weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c
+    )
     if sums_ptr is not None:
-        mean_gradient = _channel(sums_ptr, offs_c, mask_c) * inverse_count
-        # One deviation after the other: the square of a large one may be infinite.
-        slope = _channel(sums_ptr + channels, offs_c, mask_c) * inverse_count * inverse_deviation * inverse_deviation
+        mean_gradient, slope = through_statistics(sums_ptr, inverse_deviation, inverse_count, channels, offs_c, mask_c)
     offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
     gradient_offs = _offsets(gradient, UNIT, BLOCK_PIXELS, BLOCK_C)
     d_offs = _offsets(d_feature, UNIT, BLOCK_PIXELS, BLOCK_C)

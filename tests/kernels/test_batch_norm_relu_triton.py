@@ -59,7 +59,7 @@ SHAPES = {
     "empty batch": (0, 3, 4, 5),
 }
 
-# Changes of the constants in triton.py.
+# Changes of the constants in triton.py and triton_layout.py.
 MANY_PARTS = {"TILE": 4, "MOST_CHANNELS": 2, "STEPS": 1, "MOST_PARTS_AT_ONCE": 2, "CHANNEL_BLOCK": 2}
 CONFIGURATIONS = {
     "small tiles": {"TILE": 4, "MOST_CHANNELS": 2},
@@ -127,11 +127,12 @@ class TestErrorBudget:
 
 
 def change_constants(monkeypatch, constants):
-    from uctrans.kernels.batch_norm_relu import triton
+    from uctrans.kernels.batch_norm_relu import triton, triton_layout
 
     for name, value in constants.items():
-        assert type(getattr(triton, name)) is type(value)
-        monkeypatch.setattr(triton, name, value)
+        (module,) = (module for module in (triton, triton_layout) if hasattr(module, name))
+        assert type(getattr(module, name)) is type(value)
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture
@@ -191,23 +192,23 @@ class TestLaunchConfigurations:
     )
     def test_parts_cover_every_pixel_once(self, shape, memory_format):
         """Cuts are small arithmetic: of large maps, too, and without running anything."""
-        from uctrans.kernels.batch_norm_relu import triton
+        from uctrans.kernels.batch_norm_relu import triton_layout
 
-        _, layout = triton._maps(torch.empty(shape, device="meta").contiguous(memory_format=memory_format))
-        for cut, tiles in (triton._cut_into_parts(layout), triton._cut_evenly(layout)):
+        _, layout = triton_layout.maps_of(torch.empty(shape, device="meta").contiguous(memory_format=memory_format))
+        for cut, tiles in (triton_layout.cut_into_parts(layout), triton_layout.cut_evenly(layout)):
             groups = [
                 (first, min(first + cut.images_a_part, cut.images)) for first in range(0, cut.images, cut.images_a_part)
             ]
             chunks = [
                 (first, min(first + cut.pixels_a_part, cut.pixels)) for first in range(0, cut.pixels, cut.pixels_a_part)
             ]
-            assert len(chunks) == cut.chunks and len(groups) * len(chunks) == triton._count(cut)
+            assert len(chunks) == cut.chunks and len(groups) * len(chunks) == triton_layout.count_parts(cut)
             assert cut.pixels_a_part % tiles["BLOCK_PIXELS"] == 0
             assert cut.images * cut.pixels * layout.channels == math.prod(shape)
             assert cut.channel_units * layout.unit == shape[1]
-        cut, tiles = triton._cut_into_parts(layout)
+        cut, tiles = triton_layout.cut_into_parts(layout)
         blocks = -(-shape[1] // tiles["BLOCK_C"])
-        assert triton._count(cut) <= max(triton.MOST_PARTS // blocks, 1)
+        assert triton_layout.count_parts(cut) <= max(triton_layout.MOST_PARTS // blocks, 1)
 
     def test_more_pixels_than_kernels_count(self, monkeypatch):
         """The explicit form takes over."""
@@ -357,12 +358,12 @@ class TestHowTensorsLieInMemory:
         self.assert_that_they_lie_as_they_should(found, inputs[0])
 
     def test_a_gradient_of_one_number_is_not_copied(self):
-        from uctrans.kernels.batch_norm_relu import triton
+        from uctrans.kernels.batch_norm_relu import triton_layout
 
         for memory_format in FORMATS:
             feature, *_ = self.inputs(memory_format)
             gradient = torch.ones((), device=DEVICE).expand(self.SHAPE)
-            (_, upstream), _ = triton._maps(feature, gradient)
+            (_, upstream), _ = triton_layout.maps_of(feature, gradient)
             assert upstream.ptr.data_ptr() == gradient.data_ptr()
 
     def test_parameters(self):
