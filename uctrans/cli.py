@@ -160,6 +160,16 @@ COMMANDS = {
         examples=("uctrans study models -i data -o studies/models --models unet,uctransnet --seeds 0,1,2",),
         hidden=_SET_BY_A_STUDY,
     ),
+    "study recipes": Command(
+        summary="train one model in several ways over seeds, and compare them run by run",
+        module="uctrans.study",
+        settings="RecipeStudyConfig",
+        function="study_recipes",
+        report=str,
+        paths=_STUDY_PATHS,
+        examples=("uctrans study recipes -i data -o studies/recipes --cross-validation monuseg --seeds 1",),
+        hidden=tuple(field for field in _SET_BY_A_STUDY if field != "model"),
+    ),
     "benchmark": Command(
         summary="time a model's backends against each other on this machine",
         module="uctrans.benchmark",

@@ -34,6 +34,9 @@ FREE = (
 )
 
 
+SCORING_DEFAULTS = {"score_tta": "none"}  # of results from before there was such a setting
+
+
 def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> Marker:
     """Return what is to be kept in study.json, where the study may begin or go on.
 
@@ -53,7 +56,7 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> Marke
     if config.cross_validation is not None:
         folds_of(config)
     for run in plan:
-        _check_run(run, config, free)
+        _check_run(run, free)
     first_runs = plan[: len(config.variants())]
     for run in first_runs:
         _check_cost(run, config, free)
@@ -61,7 +64,7 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> Marke
         device = choose_device(config.device)
         for run in first_runs:
             check_backend_runs(run.config, device)
-        _check_test_images(config)
+        _check_test_images(config, first_runs)
     return marker
 
 
@@ -93,11 +96,6 @@ def folds_of(config: StudyConfig) -> list[Fold]:
     if len(folds) != len(config.fold_list()):
         raise StudyError(f"{config.folds_source}: holds {len(folds)} folds, not {number}; restore or delete it")
     return folds
-
-
-def scoring(config: StudyConfig) -> dict[str, str]:
-    """The settings that a score depends on beside those of the training."""
-    return {"score_size": config.score_size, "score_resolution": config.score_resolution}
 
 
 def _check_folder(folder: Path) -> None:
@@ -132,7 +130,7 @@ def _check_marker(folder: Path, before: Marker, now: Marker) -> None:
         )
 
 
-def _check_run(run: PlannedRun, config: StudyConfig, free: list[str]) -> None:
+def _check_run(run: PlannedRun, free: list[str]) -> None:
     """Raise StudyError where a run was made with other settings, or was interrupted and cannot go on."""
     ended = outcome(run)
     settings = _settings_of_ended(run.folder) if ended.is_over else _settings_of_open(run.folder)
@@ -140,7 +138,7 @@ def _check_run(run: PlannedRun, config: StudyConfig, free: list[str]) -> None:
         _refuse_other_settings(run.folder, settings, run.config, free)
         _refuse_patience_gone_by(run, ended, settings)
     for patience, result in ended.results.items():
-        _refuse_changes(run.at(patience), result.scored, scoring(config))
+        _refuse_changes(run.at(patience), SCORING_DEFAULTS | result.scored, run.scored)
 
 
 def _refuse_patience_gone_by(run: PlannedRun, ended: Outcome, settings: dict[str, Any]) -> None:
@@ -217,8 +215,12 @@ def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], fre
         )
 
 
-def _check_test_images(config: StudyConfig) -> None:
+def _check_test_images(config: StudyConfig, runs: Sequence[PlannedRun]) -> None:
     """Raise DataError where a test image, its mask or, where it will be scored, its instance map cannot be used."""
     samples = find_samples(config.data, "test")
-    is_native = config.score_size == "native" or get_protocol(config.protocol, config.image_size).keeps_resolution
+    is_native = any(
+        run.scored["score_size"] == "native"
+        or (run.scored["score_size"] == "protocol" and get_protocol(run.config.protocol).keeps_resolution)
+        for run in runs
+    )
     check_truth(samples, find_instances(samples) if is_native else {}, config.classes, config.palette)

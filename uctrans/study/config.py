@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uctrans.data import load_folds
+from uctrans.inference.evaluate import score_sizes
+from uctrans.inference.predictor import RESOLUTIONS, TRANSFORMS
 from uctrans.models.registry import list_models, model_class
 from uctrans.models.unet import NUM_SCALES
 from uctrans.study.plan import PlannedRun, Variant, fold_folder, seed_folder
 from uctrans.training import TrainConfig
 
 SET_BY_THE_STUDY = ("model", "seed", "init_from", "resume")
-SCORE_SIZES = ("protocol", "native")
+SCORING = ("score_size", "score_resolution", "score_tta")
 FOLDS = "folds.json"
 UNET, FROM_UNET = "unet", "_from_unet"
 
@@ -36,8 +38,9 @@ class StudyConfig(TrainConfig, ABC):
         cross_validation: Every seed trains once on each fold of a shipped name, monuseg, or of a JSON file; a number
             makes that many folds of the images of train and val, the same for all seeds, and keeps them in folds.json
             of the study. None trains all runs on the same images, those of the train split or of folds and fold.
-        score_size: Size at which the test images are scored: protocol or native, see uctrans evaluate.
+        score_size: Size at which images are scored: protocol, native, or a protocol that resizes, see uctrans evaluate.
         score_resolution: What the network sees when score_size is native: protocol, the resized image, or native tiles.
+        score_tta: Test-time transforms whose probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
         processes: Runs at a time, each in a process of its own, on the same device; 1 runs them in this process.
             On a CPU they share its threads, where threads is none.
         minutes: Time for this call: no run is begun that would not fit, and what still runs then is saved and stopped.
@@ -51,11 +54,15 @@ class StudyConfig(TrainConfig, ABC):
         ConfigError: as for ``TrainConfig``.
     """
 
+    set_by_the_study = SET_BY_THE_STUDY
+    baseline = None  # the variant whose scores those of the others are compared with, run by run
+
     patience: int | tuple[int, ...] = 50
     seeds: int | tuple[int, ...] = 5
     cross_validation: int | str | None = None
     score_size: str = "protocol"
     score_resolution: str = "protocol"
+    score_tta: str = "none"
     processes: int = 1
     minutes: float | None = None
     keep_checkpoints: bool = True
@@ -64,16 +71,10 @@ class StudyConfig(TrainConfig, ABC):
     def __post_init__(self):
         super().__post_init__()
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-        for name in SET_BY_THE_STUDY:
+        for name in self.set_by_the_study:
             if getattr(self, name) != defaults[name]:
                 raise StudyError(f"{name}: the study sets it in every run; leave it out")
-        for name in ("score_size", "score_resolution"):
-            if getattr(self, name) not in SCORE_SIZES:
-                raise StudyError(
-                    f"{name}: {getattr(self, name)!r} is not known; choose one of {', '.join(SCORE_SIZES)}"
-                )
-        if (self.score_size, self.score_resolution) == ("protocol", "native"):
-            raise StudyError("score_resolution: native needs native scores; set score_size to native too")
+        check_scoring(self.scoring)
         if isinstance(self.seeds, int) and self.seeds < 1:
             raise StudyError(f"seeds: {self.seeds} is too small; give at least 1")
         _check_list("seeds", self.seed_list, "5, or 3,7,11")
@@ -92,6 +93,11 @@ class StudyConfig(TrainConfig, ABC):
             raise StudyError("progress: the bars of several processes would mix; set progress or processes, not both")
         if self.minutes is not None and self.minutes <= 0:
             raise StudyError(f"minutes: {self.minutes} is no time; give some, or none for as long as it takes")
+
+    @property
+    def scoring(self) -> dict[str, str]:
+        """The settings that a score depends on beside those of the training."""
+        return {name: getattr(self, name) for name in SCORING}
 
     @property
     def seed_list(self) -> list[int]:
@@ -141,14 +147,19 @@ class StudyConfig(TrainConfig, ABC):
             "seed": seed,
             "patience": self.patiences[0],
         }
+        scored = self.scoring | {name: value for name, value in variant.changes.items() if name in SCORING}
+        settings |= {name: value for name, value in variant.changes.items() if name not in SCORING}
         if fold is not None:
             settings |= {"folds": self.folds_source, "fold": fold}
-        unet = None
-        if variant.from_unet:
-            unet = self.run(next(other for other in self.variants() if other.name == UNET), seed, fold)
+        unet = self._run_of(UNET, seed, fold) if variant.from_unet else None
+        if unet is not None:
             # One training serves all patiences and has one start: the U-Net that was trained for the longest.
             settings["init_from"] = str(unet.at(self.patiences[-1]).resolve())
-        return PlannedRun(variant, seed, fold, TrainConfig(**settings), self.patiences, unet)
+        trained_by = self._run_of(variant.trained_as, seed, fold) if variant.trained_as else None
+        return PlannedRun(variant, seed, fold, TrainConfig(**settings), self.patiences, scored, unet, trained_by)
+
+    def _run_of(self, name: str, seed: int, fold: int | None) -> PlannedRun:
+        return self.run(next(variant for variant in self.variants() if variant.name == name), seed, fold)
 
 
 @dataclass
@@ -225,6 +236,16 @@ def _network(name: str) -> str:
 
 def _options_of(network: str) -> list[str]:
     return list(inspect.signature(model_class(network)).parameters)
+
+
+def check_scoring(scoring: dict[str, str], source: str = "") -> None:
+    """Raise StudyError where one of the settings `SCORING` is unknown, or they do not go together."""
+    choices = {"score_size": score_sizes(), "score_resolution": RESOLUTIONS, "score_tta": list(TRANSFORMS)}
+    for name, allowed in choices.items():
+        if scoring[name] not in allowed:
+            raise StudyError(f"{source}{name}: {scoring[name]!r} is not known; choose one of {', '.join(allowed)}")
+    if scoring["score_resolution"] == "native" and scoring["score_size"] != "native":
+        raise StudyError(f"{source}score_resolution: native needs native scores; set score_size to native too")
 
 
 def _check_list(name: str, items: list, example: str) -> None:

@@ -8,8 +8,10 @@
                         failed.json         why training diverged, where it did
                         patience_P/best/    the best weights where this patience stopped the training
                         patience_P/test/    their evaluation on the test images
+                        patience_P/validation/    and on those that training was validated on
                         patience_P/result.json    the mean scores; there once the run is finished
     OUTPUT/runs/VARIANT/seed_N/fold_K/      the same in cross-validation, beside them
+    A variant that differs from another in scoring alone has its patience_P/ only: it takes the other's weights.
     OUTPUT/runs/VARIANT/seed_N/ensemble/patience_P/    test/ and result.json of the mean of the folds' probabilities
 
 A damaged file is named with the remedy.
@@ -67,6 +69,7 @@ class Result:
         stopped_by: what ended the training.
         seconds: of training, since its beginning, and scoring.
         counts: test images over which each mean goes; empty of a run that was scored before they were kept.
+        validation: mean over the images that training was validated on, scored in the same way; empty likewise.
     """
 
     variant: str
@@ -80,6 +83,7 @@ class Result:
     stopped_by: str
     seconds: float
     counts: dict[str, int] = field(default_factory=dict)
+    validation: dict[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ALWAYS:

@@ -1,6 +1,6 @@
 """The runs of a study: of which network, with which seed, on which fold, and where each is kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,23 @@ RUNS_FOLDER = "runs"
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the networks a study compares.
+    """One of the networks, or of the ways to train one, that a study compares.
 
     Attributes:
         name: what the table calls it, and its folder.
         model: registry name.
         options: arguments of the network beside those that every training sets.
         from_unet: whether it starts from the U-Net of the same seed and fold.
+        changes: settings of training and scoring in which it differs from the study.
+        trained_as: the variant whose training is its own too, where the two differ in scoring alone.
     """
 
     name: str
     model: str
     options: dict[str, Any]
     from_unet: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+    trained_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class PlannedRun:
         fold: it trains on, None without cross-validation.
         config: the training, with the smallest of the patiences.
         patiences: ascending.
+        scored: the settings that its scores depend on beside those of the training.
         starts_from: the run of the U-Net that it starts from.
+        trained_by: the run that trains for it too, and that it only scores otherwise.
     """
 
     variant: Variant
@@ -44,7 +50,14 @@ class PlannedRun:
     fold: int | None
     config: TrainConfig
     patiences: tuple[int, ...]
+    scored: dict[str, str]
     starts_from: "PlannedRun | None" = None
+    trained_by: "PlannedRun | None" = None
+
+    @property
+    def comes_after(self) -> "PlannedRun | None":
+        """The run that must be over before it can begin."""
+        return self.starts_from or self.trained_by
 
     @property
     def folder(self) -> Path:

@@ -17,6 +17,7 @@ from uctrans.study.cost import Cost, measure
 from uctrans.study.files import CHART, COST, MARKDOWN, MARKER, TABLE, MeasuredCost, read_record, write_record
 from uctrans.study.plan import PlannedRun, variant_folder
 from uctrans.study.processes import run_here, run_in_processes
+from uctrans.study.recipe import RecipeStudyConfig
 from uctrans.study.report import Table
 from uctrans.study.schedule import Budget, Schedule
 from uctrans.study.summary import make_ensembles, make_table
@@ -78,6 +79,11 @@ def study_models(config: ModelStudyConfig) -> StudyResult:
         ImportError: a package of the extra "training" is missing.
     """
     return _study(config, "models")
+
+
+def study_recipes(config: RecipeStudyConfig) -> StudyResult:
+    """Train one network in several ways over the seeds and compare their scores, run by run; see `study_models`."""
+    return _study(config, "recipes")
 
 
 def _study(config: StudyConfig, kind: str) -> StudyResult:

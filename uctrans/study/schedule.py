@@ -60,7 +60,7 @@ class Schedule:
     def next(self) -> PlannedRun | None:
         """The next run to begin, None where none can be begun now."""
         for run in self.waiting:
-            is_ready = run.starts_from is None or run.starts_from.config.output in self.ended
+            is_ready = run.comes_after is None or run.comes_after.config.output in self.ended
             if is_ready and self.budget.allows(self._seconds_to_go(run)):
                 self.waiting.remove(run)
                 return run

@@ -6,12 +6,13 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from uctrans.inference import EvaluateConfig, EvaluationResult, evaluate
 from uctrans.models import ModelFileError
 from uctrans.models.files import BEST_FOLDER
 from uctrans.models.registry import model_class
-from uctrans.study.checks import anew, scoring
+from uctrans.study.checks import anew
 from uctrans.study.config import StudyConfig, StudyError
 from uctrans.study.files import FAILURE, RESULT, Failure, Result, outcome, write_record
 from uctrans.study.plan import PlannedRun
@@ -20,6 +21,7 @@ from uctrans.training.checkpoint import save_checkpoint
 from uctrans.training.logs import read_metrics
 
 CHECKPOINTS = ("last.pt", "best.pt")
+SCORED = {"test": "test", "val": "validation"}  # split: its folder
 ENDS = ("epochs", "early stopping")
 PLACED_BY_THE_STUDY = ("data", "compile", "folds", "init_from")  # free in a study, though train keeps them
 
@@ -39,6 +41,9 @@ def train_and_score(run: PlannedRun, config: StudyConfig, stop_at: float | None 
         reason = f"the U-Net that it starts from failed, {unet.finding}"
         write_record(run.folder / FAILURE, Failure(run.variant.name, run.seed, reason))
         return ""
+    if run.trained_by is not None:
+        _score_otherwise(run, config)
+        return ""
     for patience in run.patiences:
         if (run.at(patience) / RESULT).exists():
             continue
@@ -51,7 +56,7 @@ def train_and_score(run: PlannedRun, config: StudyConfig, stop_at: float | None 
             return ""
         if trained.stopped_by not in ENDS:
             return trained.stopped_by
-        _keep_best_weights(run, patience)
+        _keep_best_weights(run.folder, run.at(patience))
         write_record(run.at(patience) / RESULT, _result(run, patience, config, trained))
     if not config.keep_checkpoints:
         for name in CHECKPOINTS:
@@ -59,8 +64,8 @@ def train_and_score(run: PlannedRun, config: StudyConfig, stop_at: float | None 
     return ""
 
 
-def score(model: str, run: PlannedRun, config: StudyConfig, folder: Path) -> EvaluationResult:
-    """Evaluate the weights of a run, or several as a,b, on the test images, into test/ in ``folder``.
+def score(model: str, run: PlannedRun, config: StudyConfig, folder: Path, split: str = "test") -> EvaluationResult:
+    """Evaluate the weights of a run, or several as a,b, on the test or validation images, into ``folder``.
 
     Raises:
         StudyError: the weights cannot be read.
@@ -70,9 +75,13 @@ def score(model: str, run: PlannedRun, config: StudyConfig, folder: Path) -> Eva
     settings = EvaluateConfig(
         model=model,
         data=run.config.data,
-        output=str(folder / "test"),
-        size=config.score_size,
-        resolution=config.score_resolution,
+        output=str(folder),
+        split=split,
+        folds=run.config.folds,
+        fold=run.config.fold,
+        size=run.scored["score_size"],
+        resolution=run.scored["score_resolution"],
+        tta=run.scored["score_tta"],
         batch_size=config.batch_size,
         backend=config.backend if has_backends else "auto",
         device=config.device,
@@ -104,11 +113,28 @@ def _begun_or_interrupted(run: PlannedRun) -> TrainConfig:
     return dataclasses.replace(run.config, resume=True)
 
 
-def _keep_best_weights(run: PlannedRun, patience: int) -> None:
+def _score_otherwise(run: PlannedRun, config: StudyConfig) -> None:
+    """Score the weights of the run that trained for this one, at each patience that it has results at."""
+    trained = outcome(run.trained_by)
+    for patience, result in trained.results.items():
+        if (run.at(patience) / RESULT).exists():
+            continue
+        _keep_best_weights(run.trained_by.at(patience), run.at(patience))
+        started = time.perf_counter()
+        scores = _scores(run, patience, config)
+        seconds = time.perf_counter() - started
+        write_record(
+            run.at(patience) / RESULT, dataclasses.replace(result, variant=run.variant.name, seconds=seconds, **scores)
+        )
+    if trained.failure is not None:
+        write_record(run.folder / FAILURE, dataclasses.replace(trained.failure, variant=run.variant.name))
+
+
+def _keep_best_weights(source: Path, folder: Path) -> None:
     """Keep what a larger patience may replace. Training writes new files and leaves the old ones as they are."""
-    target = run.at(patience) / BEST_FOLDER
+    target = folder / BEST_FOLDER
     shutil.rmtree(target, ignore_errors=True)  # of a call that was stopped here
-    shutil.copytree(run.folder / BEST_FOLDER, target, copy_function=_link_or_copy)
+    shutil.copytree(source / BEST_FOLDER, target, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -120,17 +146,27 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def _result(run: PlannedRun, patience: int, config: StudyConfig, trained: RunResult) -> Result:
     started = time.perf_counter()
-    scores = score(str(run.at(patience)), run, config, run.at(patience))
+    scores = _scores(run, patience, config)
     return Result(
         variant=run.variant.name,
         seed=run.seed,
-        scores=scores.mean,
-        counts=scores.count,
-        images=len(scores.rows),
-        scored_at=scores.scored_at,
-        scored=scoring(config),
         best_epoch=trained.best_epoch,
         epochs=trained.epochs,
         stopped_by=trained.stopped_by,
         seconds=seconds_trained(run) + time.perf_counter() - started,
+        **scores,
     )
+
+
+def _scores(run: PlannedRun, patience: int, config: StudyConfig) -> dict[str, Any]:
+    """What a ``Result`` tells of the weights at a patience: their scores, and how these were taken."""
+    folder = run.at(patience)
+    test, validation = (score(str(folder), run, config, folder / name, split) for split, name in SCORED.items())
+    return {
+        "scores": test.mean,
+        "counts": test.count,
+        "images": len(test.rows),
+        "scored_at": test.scored_at,
+        "scored": run.scored,
+        "validation": validation.mean,
+    }

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from uctrans.data import get_protocol
-from uctrans.study.checks import scoring
+from uctrans.study.checks import SCORING_DEFAULTS
 from uctrans.study.config import StudyConfig, StudyError
 from uctrans.study.cost import Cost
 from uctrans.study.files import RESULT, EnsembleResult, Outcome, Result, read_record, write_record
@@ -123,19 +123,20 @@ def _read_ensemble(
     """What there is of an ensemble; None where there is nothing, or it is of runs that were trained anew since."""
     path = _ensemble_folder(config, members, patience) / RESULT
     ensemble = read_record(path, EnsembleResult) if path.exists() else None
-    is_of_these = ensemble is not None and (ensemble.members, ensemble.scored) == (_dice_of(members), scoring(config))
-    return ensemble if is_of_these else None
+    if ensemble is None or ensemble.members != _dice_of(members):
+        return None
+    return ensemble if SCORING_DEFAULTS | ensemble.scored == members[0][0].scored else None
 
 
 def _score_ensemble(config: StudyConfig, members: list[tuple[PlannedRun, Result]], patience: int) -> None:
     folder, first = _ensemble_folder(config, members, patience), members[0][0]
-    scores = score(",".join(str(run.at(patience)) for run, _ in members), first, config, folder)
+    scores = score(",".join(str(run.at(patience)) for run, _ in members), first, config, folder / "test")
     print(
         f"ensemble of {len(members)} folds: {first.variant.name}, seed {first.seed}, patience {patience}: "
         f"Dice {scores.mean['dice']:.4f}",
         flush=True,
     )
-    write_record(folder / RESULT, EnsembleResult(scores.mean, scoring(config), _dice_of(members)))
+    write_record(folder / RESULT, EnsembleResult(scores.mean, first.scored, _dice_of(members)))
 
 
 def _ensemble_folder(config: StudyConfig, members: list[tuple[PlannedRun, Result]], patience: int) -> Path:
