@@ -71,8 +71,16 @@ def score(model: str, run: PlannedRun, config: StudyConfig, folder: Path, split:
         StudyError: the weights cannot be read.
         DataError: as for ``uctrans.inference.evaluate``.
     """
+    try:
+        return evaluate(evaluation(model, run, config, folder, split))
+    except ModelFileError as error:
+        raise StudyError(f"{run.folder}: its best weights cannot be read; {anew(run.folder)} ({error})") from error
+
+
+def evaluation(model: str, run: PlannedRun, config: StudyConfig, folder: Path, split: str = "test") -> EvaluateConfig:
+    """How the weights of a run are evaluated, into ``folder``."""
     has_backends = "backend" in inspect.signature(model_class(run.variant.model)).parameters
-    settings = EvaluateConfig(
+    return EvaluateConfig(
         model=model,
         data=run.config.data,
         output=str(folder),
@@ -88,10 +96,6 @@ def score(model: str, run: PlannedRun, config: StudyConfig, folder: Path, split:
         overwrite=True,
         progress=config.progress,
     )
-    try:
-        return evaluate(settings)
-    except ModelFileError as error:
-        raise StudyError(f"{run.folder}: its best weights cannot be read; {anew(run.folder)} ({error})") from error
 
 
 def seconds_trained(run: PlannedRun) -> float:
