@@ -630,13 +630,13 @@ def test_the_table_of_a_gpu():
         ),
         Row("other", "uctransnet", 50, [0, 1, 2], {"dice": [0.8] * 3, "iou": [0.7] * 3, "aji": [0.6] * 3}, measured),
     ]
-    text = Table(rows, "the 14 test images", "batch 4, bf16", (224, 224)).markdown()
+    text = Table(rows, "the 14 test images", "batch 4, bf16", "224 x 224").markdown()
     expected = "|unet|50|3|0.8000 ± 0.1000|0.9000|0.6000 ± 0.1000|0.7000|0.5000 ± 0.0000|66.431|77.2|0.0712|3.00|"
     assert "|".join(cell.strip() for cell in text.splitlines()[2].split("|")) == expected
     assert len({len(line) for line in text.splitlines()[:4]}) == 1, "columns are not aligned"
     assert "the most PyTorch held on the GPU" in text
     without = replace(rows[1], scores={"dice": [0.8] * 3, "iou": [0.7] * 3})
-    assert "AJI" not in Table([rows[0], without], "", "", (224, 224)).markdown()
+    assert "AJI" not in Table([rows[0], without], "", "", "224 x 224").markdown()
 
 
 def test_the_table_of_failed_runs_and_several_devices(tmp_path):
@@ -648,7 +648,7 @@ def test_the_table_of_failed_runs_and_several_devices(tmp_path):
         Row("unet", "unet", 50, [0, 2], scores, on_gpu, failed={"seed 1": "epoch 3"}),
         Row("other", "uctransnet", 50, [], {}, on_cpu, failed={"seed 0": "epoch 1"}),
     ]
-    table = Table(rows, "the 14 test images", "batch 4, bf16", (224, 224))
+    table = Table(rows, "the 14 test images", "batch 4, bf16", "224 x 224")
     cells = [[cell.strip() for cell in line.split("|")] for line in table.markdown().splitlines()]
     assert cells[2][1:7] == ["unet", "50", "2 of 3", "0.7500 ± 0.0707", "0.8000", "0.5500 ± 0.0707"]
     assert cells[3][1:7] == ["other", "50", "0 of 1", "n/a", "n/a", "n/a"]

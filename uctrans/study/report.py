@@ -13,6 +13,12 @@ from uctrans.writing import written_atomically
 TITLES = {"dice": "Dice", "iou": "IoU", "aji": "AJI", "pq": "PQ"}
 ALWAYS = ("dice", "iou")
 SINGLE_RUN = "single run"
+VALIDATION_NOTE = (
+    "val Dice: of the images that training was validated on, scored likewise; choose by it, not by test scores."
+)
+EFFECT_NOTE = (
+    "Effect: difference in val Dice from {} with the same seed and fold, mean ± sample deviation over the pairs."
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Row:
         failed: by seed and fold in words, why the training of other runs diverged; these have no scores.
         missing: number of runs that are not over yet.
         ensembles: Dice and IoU of the mean of the folds' probabilities, one number for each seed.
+        validation: Dice on the validation images, one number for each run that counts; empty where it was not kept.
+        effects: its differences from the validation Dice of the study's baseline with the same seed and fold.
     """
 
     variant: str
@@ -42,6 +50,8 @@ class Row:
     failed: dict[str, str] = field(default_factory=dict)
     missing: int = 0
     ensembles: dict[str, list[float]] = field(default_factory=dict)
+    validation: list[float] = field(default_factory=list)
+    effects: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,9 @@ class Table:
     rows: list[Row]
     scored_on: str
     step: str
-    image_size: tuple[int, int]
+    image_size: str
     remark: str = ""
+    baseline: str | None = None
 
     @property
     def scores(self) -> list[str]:
@@ -72,11 +83,20 @@ class Table:
         """Whether any row has scores of an ensemble of folds."""
         return any(row.ensembles for row in self.rows)
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether every run has a score on validation images."""
+        return all(len(row.validation) == len(row.seeds) for row in self.rows)
+
     def _record(self, row: Row) -> dict[str, Any]:
         runs = len(row.seeds)
         record = {"variant": row.variant, "model": row.model, "patience": row.patience, "runs": runs}
         record |= {"seeds": " ".join(map(str, row.seeds)), "folds": " ".join(map(str, row.folds))}
         record |= {"failed": "; ".join(row.failed), "missing": row.missing}
+        if self.has_validation:
+            record |= _mean_and_deviation("validation_dice", row.validation)
+        if self.baseline is not None:
+            record |= _mean_and_deviation("effect", row.effects)
         for name in self.scores:
             scores = row.scores.get(name, [])
             record |= _mean_and_deviation(name, scores)
@@ -95,7 +115,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown, with a note on what its columns are."""
-        titles = [title for name in self.scores for title in self._titles(name)]
+        titles = ["val Dice"] * self.has_validation + ["effect"] * (self.baseline is not None)
+        titles += [title for name in self.scores for title in self._titles(name)]
         titles += [f"ensemble {TITLES[name]}" for name in ALWAYS] if self.has_ensembles else []
         lines = [["variant", "patience", "runs", *titles, "parameters (M)", "GFLOP", "s/step", "peak memory (GiB)"]]
         lines += [self._cells(row, record) for row, record in zip(self.rows, self.records(), strict=True)]
@@ -113,6 +134,11 @@ class Table:
     def _cells(self, row: Row, record: dict[str, Any]) -> list[str]:
         runs, memory, others = record["runs"], record["peak_memory_bytes"], len(row.failed) + row.missing
         scores = []
+        if self.has_validation:
+            scores.append(_score_cell(record["validation_dice_mean"], record["validation_dice_deviation"]))
+        if self.baseline is not None:
+            is_baseline = row.variant == self.baseline
+            scores.append("" if is_baseline else _score_cell(record["effect_mean"], record["effect_deviation"], "+"))
         for name in self.scores:
             scores.append(_score_cell(record[f"{name}_mean"], record[f"{name}_deviation"]))
             scores += [_score_cell(record[f"{name}_best"], None)] if name in ALWAYS else []
@@ -131,7 +157,6 @@ class Table:
         ]
 
     def _notes(self) -> list[str]:
-        height, width = self.image_size
         over = "seeds and folds" if any(row.folds for row in self.rows) else "seeds"
         spread = (
             f"mean ± sample standard deviation over the {over}"
@@ -144,9 +169,11 @@ class Table:
             *(["Not complete: runs of a row that are not over yet are in none of its scores."] if open_runs else []),
             f"Scores: {spread}; each run's is the mean over {self.scored_on}.",
             *([self.remark] if self.remark else []),
+            *([VALIDATION_NOTE] * self.has_validation),
+            *([] if self.baseline is None else [EFFECT_NOTE.format(self.baseline)]),
             *(["Ensemble: mean of the folds' probabilities, for each seed with all its folds."] * self.has_ensembles),
             *([f"Failed, in no score: {'; '.join(dict.fromkeys(failed))}."] if failed else []),
-            f"GFLOP: forward pass of one image of {height} x {width} pixels, by PyTorch's FlopCounterMode.",
+            f"GFLOP: forward pass of one image of {self.image_size} pixels, by PyTorch's FlopCounterMode.",
             f"s/step: median of {TIMED_STEPS} training steps, {self.step}, {self._measured_on()}.",
             *self._notes_on_memory(),
         ]
@@ -228,7 +255,8 @@ def between(numbers: list[int]) -> str:
     return str(lowest) if lowest == highest else f"{lowest} to {highest}"
 
 
-def _score_cell(mean: float | None, deviation: float | None) -> str:
+def _score_cell(mean: float | None, deviation: float | None, sign: str = "-") -> str:
+    """Mean and deviation; with the sign "+" both directions are marked, of a difference."""
     if mean is None:
         return "n/a"
-    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+    return f"{mean:{sign}.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")

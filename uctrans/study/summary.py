@@ -1,5 +1,6 @@
 """What the runs of a study come to: a row for each network and patience, with the ensembles of folds."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from uctrans.data import get_protocol
@@ -53,10 +54,14 @@ def make_table(config: StudyConfig, schedule: Schedule) -> Table | None:
             for variant in config.variants()
             for patience in config.patiences
         ],
-        scored_on=f"the {between([result.images for result in results])} test images, scored at {results[0].scored_at}",
-        step=f"batch {config.batch_size}, {'float32' if config.amp == 'no' else config.amp}",
-        image_size=get_protocol(config.protocol, config.image_size).image_size,
+        scored_on=f"the {between([result.images for result in results])} test images, scored at {_scored_at(results)}",
+        step=_alternatives(
+            f"batch {run.config.batch_size}, {'float32' if run.config.amp == 'no' else run.config.amp}"
+            for run in schedule.plan
+        ),
+        image_size=_alternatives(_pixels(run) for run in schedule.plan),
         remark=_remark_on_instance_maps(results),
+        baseline=config.baseline,
     )
 
 
@@ -70,6 +75,7 @@ def _row(
     scored = [(run, found.results[patience]) for run, found in outcomes if patience in found.results]
     unscored = [(run, found.failure) for run, found in outcomes if patience not in found.results]
     failed = {run.label: failure.finding for run, failure in unscored if failure is not None}
+    validation = [result.validation["dice"] for _, result in scored if result.validation.get("dice") is not None]
     columns = {
         name: [result.scores[name] for _, result in scored]
         for name in TITLES
@@ -93,7 +99,42 @@ def _row(
         failed=failed,
         missing=len(unscored) - len(failed),
         ensembles={name: [scores[name] for scores in ensembles] for name in ALWAYS} if ensembles else {},
+        validation=validation,
+        effects=_effects(schedule, scored, config.baseline, patience),
     )
+
+
+def _effects(
+    schedule: Schedule, scored: list[tuple[PlannedRun, Result]], baseline: str | None, patience: int
+) -> list[float]:
+    """Differences in validation Dice from the baseline, where there are results of both with the same seed and fold."""
+    others = {(run.seed, run.fold): run for run in schedule.plan if run.variant.name == baseline}
+    effects = []
+    for run, result in scored:
+        if run.variant.name == baseline or not others:
+            continue
+        other = schedule.of(others[run.seed, run.fold]).results.get(patience)
+        pair = [each.validation.get("dice") for each in (result, other) if each is not None]
+        if len(pair) == 2 and None not in pair:
+            effects.append(pair[0] - pair[1])
+    return effects
+
+
+def _scored_at(results: list[Result]) -> str:
+    """The pixels that were counted; by variant where they are not the same for all."""
+    sizes = {result.variant: result.scored_at for result in results}
+    if len(set(sizes.values())) == 1:
+        return results[0].scored_at
+    return "different sizes, so they do not compare: " + "; ".join(f"{name} at {size}" for name, size in sizes.items())
+
+
+def _pixels(run: PlannedRun) -> str:
+    height, width = get_protocol(run.config.protocol, run.config.image_size).image_size
+    return f"{height} x {width}"
+
+
+def _alternatives(texts: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(texts))
 
 
 def _groups(config: StudyConfig) -> list[tuple[Variant, int, int]]:

@@ -1,0 +1,196 @@
+"""Recipes: each trains as it says, those that differ in scoring alone share a training, and effects are of pairs."""
+
+import csv
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from uctrans import cli
+from uctrans.study import RecipeStudyConfig, StudyError, load_recipes, single, study_recipes
+from uctrans.study.cost import Cost
+from uctrans.study.report import Row, Table
+from uctrans.training import load_checkpoint
+
+RECIPES = """
+published: {}
+turned: {score_tta: d4}
+averaged: &averaged {ema_decay: 0.5, restart_period: null}
+crops: {<<: *averaged, protocol: native, crops_per_image: 2, score_size: uctransnet-224}
+"""
+PATIENCE = "patience_50"
+
+
+@pytest.fixture(scope="module")
+def config(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "own.yaml").write_text(RECIPES)
+    own = {name: value for name, value in settings.items() if name != "models"} | {
+        "model": "unet", "model_options": {}, "seeds": (0,), "cross_validation": 2,
+        "recipes": str(folder / "own.yaml"), "output": str(folder / "study"),
+    }  # fmt: skip
+    return RecipeStudyConfig(**own)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config):
+    """The folder of a finished study of four recipes on two folds; nobody may write into it."""
+    study_recipes(config)
+    return Path(config.output)
+
+
+def result_of(folder, recipe, fold):
+    return json.loads((folder / f"runs/{recipe}/seed_0/fold_{fold}/{PATIENCE}/result.json").read_text())
+
+
+def rows_of(folder):
+    with (folder / "table.csv").open(newline="") as file:
+        return {row["variant"]: row for row in csv.DictReader(file)}
+
+
+def test_each_recipe_trains_as_it_says(undisturbed):
+    def trained(recipe):
+        return load_checkpoint(undisturbed / f"runs/{recipe}/seed_0/fold_1/last.pt")["train_config"]
+
+    published = trained("published")
+    assert (published["ema_decay"], published["protocol"], published["restart_period"]) == (0, "uctransnet-224", 10)
+    changed = {"ema_decay": 0.5, "restart_period": None}
+    placed = {"output": trained("averaged")["output"]}
+    assert trained("averaged") == published | changed | placed
+    placed = {"output": trained("crops")["output"]}
+    assert trained("crops") == published | changed | placed | {"protocol": "native", "crops_per_image": 2}
+
+
+def test_a_recipe_of_scoring_alone_takes_the_weights_of_another(undisturbed):
+    folder = undisturbed / "runs/turned/seed_0/fold_0"
+    assert [path.name for path in folder.iterdir()] == [PATIENCE]
+    weights = f"runs/{{}}/seed_0/fold_0/{PATIENCE}/best/model.safetensors"
+    assert (undisturbed / weights.format("turned")).read_bytes() == (
+        undisturbed / weights.format("published")
+    ).read_bytes()
+    for recipe, tta in (("turned", "d4"), ("published", "none")):
+        for part in ("test", "validation"):
+            summary = undisturbed / f"runs/{recipe}/seed_0/fold_0/{PATIENCE}/{part}/summary.json"
+            assert json.loads(summary.read_text())["settings"]["tta"] == tta
+    turned, published = (result_of(undisturbed, recipe, 0) for recipe in ("turned", "published"))
+    for name in ("best_epoch", "epochs", "stopped_by"):
+        assert turned[name] == published[name]
+
+
+def test_scores_of_crops_are_of_resized_masks(undisturbed):
+    result = result_of(undisturbed, "crops", 0)
+    assert result["scored_at"] == "224 x 224 pixels, as uctransnet-224 resizes them"
+
+
+def test_validation_scores_are_of_the_images_of_the_fold(undisturbed):
+    folds = json.loads((undisturbed / "folds.json").read_text())["folds"]
+    for recipe in load_recipes_of(undisturbed):
+        for fold in (0, 1):
+            folder = undisturbed / f"runs/{recipe}/seed_0/fold_{fold}/{PATIENCE}"
+            with (folder / "validation/metrics.csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert [row["name"] for row in rows] == folds[fold]["val"]
+            expected = statistics.mean(float(row["dice"]) for row in rows)
+            assert result_of(undisturbed, recipe, fold)["validation"]["dice"] == pytest.approx(expected, abs=1e-6)
+
+
+def load_recipes_of(folder):
+    return load_recipes(folder.parent / "own.yaml")
+
+
+def test_effects_are_mean_differences_from_the_first_recipe_fold_by_fold(undisturbed):
+    rows = rows_of(undisturbed)
+    assert rows["published"]["effect_mean"] == ""
+    for recipe in ("turned", "averaged", "crops"):
+        differences = [
+            result_of(undisturbed, recipe, fold)["validation"]["dice"]
+            - result_of(undisturbed, "published", fold)["validation"]["dice"]
+            for fold in (0, 1)
+        ]
+        assert float(rows[recipe]["effect_mean"]) == pytest.approx(statistics.mean(differences), abs=1e-12)
+        assert float(rows[recipe]["effect_deviation"]) == pytest.approx(statistics.stdev(differences), abs=1e-12)
+    text = (undisturbed / "table.md").read_text()
+    assert "choose by it, not by test scores" in text
+    assert "from published with the same seed and fold" in text
+    assert "different sizes" in text  # the others are scored at the 32 pixels of this test
+
+
+def test_a_difference_has_a_sign():
+    cost = Cost(10, 10, 0.1, None, "cpu")
+    scores = {"dice": [0.5, 0.7], "iou": [0.4, 0.6]}
+    first = Row("published", "unet", 50, [0, 0], scores, cost, validation=[0.5, 0.7])
+    better = Row("better", "unet", 50, [0, 0], scores, cost, validation=[0.6, 0.7], effects=[0.1, 0.0])
+    worse = Row("worse", "unet", 50, [0], {name: values[:1] for name, values in scores.items()}, cost,
+                validation=[0.3], effects=[-0.2])  # fmt: skip
+    lines = Table([first, better, worse], "", "", "", baseline="published").markdown().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:5]]
+    assert cells[0][3:5] == ["val Dice", "effect"]
+    assert [line[4] for line in cells[2:]] == ["", "+0.0500 ± 0.0707", "-0.2000"]
+    assert cells[2][3] == "0.6000 ± 0.1414"
+
+
+def test_a_finished_study_trains_nothing_and_another_scoring_is_refused(undisturbed, config, no_training):
+    study_recipes(config)
+    with pytest.raises(StudyError, match=r"score_tta: 'none' -> 'flips'"):
+        study_recipes(replace(config, score_tta="flips"))
+
+
+def test_a_training_that_diverged_fails_the_recipes_that_share_it(config, tmp_path, monkeypatch, capsys):
+    def diverge(*_, **__):
+        from uctrans.training import TrainingError
+
+        raise TrainingError("the loss is not finite; lower learning_rate")
+
+    (tmp_path / "two.yaml").write_text("first: {}\nturned: {score_tta: flips}\n")
+    monkeypatch.setattr(single, "train", diverge)
+    settings = {"recipes": str(tmp_path / "two.yaml"), "output": str(tmp_path / "study"), "cross_validation": None}
+    with pytest.raises(StudyError, match=r"all runs failed, the first, first, seed 0: the loss is not finite"):
+        study_recipes(replace(config, **settings))
+    assert "run 2 of 2: turned, seed 0: failed, the loss is not finite" in capsys.readouterr().out
+
+
+def test_the_shipped_recipes_can_be_trained(data, tmp_path):
+    shipped = RecipeStudyConfig(str(data), str(tmp_path), cross_validation=2)
+    runs = {run.variant.name: run for run in shipped.plan() if run.fold == 0}
+    assert shipped.baseline == next(iter(runs)) == "published"
+    assert runs["published"].config.restart_period == 10
+    assert runs["flips"].trained_by == runs["published"]
+    of_crops = {name: run.scored["score_size"] for name, run in runs.items() if run.config.protocol == "native"}
+    assert of_crops == dict.fromkeys(["full_resolution", "together_at_full_resolution"], "uctransnet-224")
+    together = runs["together_at_224"]
+    assert (together.config.protocol, together.config.ema_decay, together.scored["score_tta"]) == (
+        "augmented-224", 0.99, "d4"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no recipes; write 'name: "),
+        ("- a", "holds no recipes"),
+        ("a: {ema_decy: 0.9}", "a: ema_decy: no such setting; did you mean ema_decay?"),
+        ("a: {zzz: 1}", "a: zzz: no such setting; leave it out"),
+        ("a: {patience: 5}", "a: patience: is the same for all recipes; give it as a flag"),
+        ("a: 5", "a holds 5; write its settings, or {} for none"),
+        ("../a: {}", "'../a' names a folder too"),
+        ("a: {ema_decay: 2}", "a: ema_decay: 2.0 never moves"),
+        ("a: {score_tta: all}", "a: score_tta: 'all' is not known; choose one of none, flips, d4"),
+        ("a: {score_resolution: native}", "a: score_resolution: native needs native scores"),
+        ("a: {model: unett}", "unett"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_mistakes_in_a_file_are_told(text, message, data, tmp_path, capsys, no_training):
+    (tmp_path / "own.yaml").write_text(text)
+    words = ["-i", str(data), "-o", str(tmp_path / "study"), "--recipes", str(tmp_path / "own.yaml")]
+    assert cli.main(["study", "recipes", *words, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_name_that_is_neither_shipped_nor_a_file(data, tmp_path):
+    with pytest.raises(StudyError, match=r"glas is neither a file nor one of those that come along: monuseg-224"):
+        RecipeStudyConfig(str(data), str(tmp_path), recipes="glas")
