@@ -6,6 +6,7 @@ change of registers, spills, shared memory or matrix instructions. No GPU is nee
 
 import argparse
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -365,14 +366,25 @@ def page(reports: Iterable[dict[str, Any]]) -> str:
     """The page of all sections."""
     import triton
 
-    parts = [PREFACE.format(version=triton.__version__)]
+    parts = [PREFACE.format(version=triton.__version__, fingerprint=fingerprint())]
     parts += [f"## {report['name']}\n\n{report['table']}\n" for report in reports]
     return "\n".join(parts)
 
 
+def fingerprint() -> str:
+    """A text that changes with what the page rests on: the lines of the kernels, their launchers and this module."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    files = [package / f"{name}.py" for name in ("resources", "compilation", "launching")]
+    for path in [*files, *sorted(package.glob("*/triton*.py"))]:
+        lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
+        code = "\n".join(line for line in lines if line and not line.startswith("#"))
+        digest.update(f"{path.relative_to(package).as_posix()}\n{code}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 PREFACE = """# What the kernels use
 
-Written by `make resources` with triton {version}; not to be edited. A row is one kernel compiled, as its launcher
+Written by `make resources` with triton {version} of the sources {fingerprint}; not to be edited. A row is one kernel compiled, as its launcher
 launches it, for one GPU, dtype and shape; rows that say the same are one. Registers are a thread's, the stack what
 spills, in bytes a thread, shared memory in bytes a block. Products are the `tl.dot` of the program by the type of
 their operands, matrix instructions those of the machine code; loops count once in both. Pointers and integers are
@@ -381,7 +393,7 @@ multiples of 16 unless said otherwise. Tests hold sm_90 to no stack, and to HGMM
 
 
 def main(words: list[str] | None = None) -> int:
-    """Write the page, or one section of it as JSON; 1 where something is wrong with a kernel."""
+    """Write the page, or one section of it as JSON; 1, and no file, where something is wrong with a kernel."""
     parser = argparse.ArgumentParser(prog="python -m uctrans.kernels.resources", description=__doc__)
     parser.add_argument("--section", choices=[section.name for section in SECTIONS], help="as JSON, to standard output")
     parser.add_argument("--output", type=Path, help="write the page there instead of to standard output")
@@ -392,12 +404,12 @@ def main(words: list[str] | None = None) -> int:
         return 0
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         reports = list(pool.map(compile_section, SECTIONS))
-    if arguments.output:
-        arguments.output.write_text(page(reports))
-    else:
-        print(page(reports), end="")
     problems = [f"{report['name']}: {problem}" for report in reports for problem in report["problems"]]
     print("\n".join(problems), file=sys.stderr)
+    if arguments.output is None:
+        print(page(reports), end="")
+    elif not problems:  # the page says of its sources that they are sound
+        arguments.output.write_text(page(reports), encoding="utf-8")
     return 1 if problems else 0
 
 
