@@ -384,11 +384,12 @@ def fingerprint() -> str:
 
 PREFACE = """# What the kernels use
 
-Written by `make resources` with triton {version} of the sources {fingerprint}; not to be edited. A row is one kernel compiled, as its launcher
-launches it, for one GPU, dtype and shape; rows that say the same are one. Registers are a thread's, the stack what
-spills, in bytes a thread, shared memory in bytes a block. Products are the `tl.dot` of the program by the type of
-their operands, matrix instructions those of the machine code; loops count once in both. Pointers and integers are
-multiples of 16 unless said otherwise. Tests hold sm_90 to no stack, and to HGMMA where a product is in half precision.
+Written by `make resources` with triton {version} of the sources {fingerprint}; not to be edited. A row
+is one kernel compiled, as its launcher launches it, for one GPU, dtype and shape; rows that say the same are one.
+Registers are a thread's, the stack what spills, in bytes a thread, shared memory in bytes a block. Products are the
+`tl.dot` of the program by the type of their operands, matrix instructions those of the machine code; loops count once
+in both. Pointers and integers are multiples of 16 unless said otherwise. The page is written only where no kernel on
+sm_90 has a stack, and every product in half precision is HGMMA there.
 """
 
 
