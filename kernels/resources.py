@@ -248,6 +248,7 @@ def _segmentation_sums(section: Section) -> Launches:
 
 def _batch_norm_relu(section: Section) -> Launches:
     from .batch_norm_relu import triton
+    from .batch_norm_relu_pool import triton as triton_pool
 
     def launch(batch: int, channels: int, pixels: int, memory_format: torch.memory_format) -> None:
         if memory_format == torch.channels_last:
@@ -257,8 +258,11 @@ def _batch_norm_relu(section: Section) -> Launches:
         weight, bias, running_mean, running_var = (torch.empty(channels, device="meta") for _ in range(4))
         for running in ((running_mean, running_var), (None, None)):
             output, mean, variance, _ = triton.forward(feature, weight, bias, *running, MOMENTUM, EPS)
+        saved = (feature, weight, bias, mean, variance, EPS)
+        _, pooled = triton_pool.apply(*saved)
         for is_of_batch in (True, False):
-            triton.backward(output, feature, weight, bias, mean, variance, EPS, is_of_batch)
+            triton.backward(output, *saved, is_of_batch)
+            triton_pool.backward(output, pooled, *saved, is_of_batch)
 
     scales = [(width, 224 >> scale) for scale, width in enumerate(PUBLISHED_WIDTHS)]
     cases = list(itertools.product((4, BATCH), scales, (torch.channels_last, torch.contiguous_format)))

@@ -1,6 +1,7 @@
 """The public function of batch norm and ReLU: what it takes, what it refuses, and which implementation runs."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,21 +57,45 @@ def batch_norm_relu(
         TypeError: dtypes do not fit: parameters and running statistics share one, float32 or the feature's.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
     """
-    _check(feature, weight, bias, running_mean, running_var, training, momentum, eps)
-    chosen = _resolve(backend, feature)
+    arguments = (feature, weight, bias, running_mean, running_var, training, momentum, eps)
+    check_arguments(*arguments)
+    chosen = resolve(backend, feature)
     if chosen != "triton":
-        form = reference if chosen == "reference" else composed
-        return form.batch_norm_relu(feature, weight, bias, running_mean, running_var, training, momentum, eps)
-    if not training:
-        return torch.ops.uctrans.batch_norm_relu_apply(feature, weight, bias, running_mean, running_var, eps)
-    arguments = (feature, weight, bias, running_mean, running_var, momentum, eps)
-    output, _mean, _variance, running = torch.ops.uctrans.batch_norm_relu(*arguments)
-    if running_mean is not None:
-        torch._foreach_copy_([running_mean, running_var], running.unbind())
+        return (reference if chosen == "reference" else composed).batch_norm_relu(*arguments)
+    operators = torch.ops.uctrans
+    (output,) = run(operators.batch_norm_relu, operators.batch_norm_relu_apply, *arguments)
     return output
 
 
-def _resolve(backend: str, feature: Tensor) -> str:
+def run(
+    of_batch: Callable[..., tuple[Tensor, ...]],
+    of_given: Callable[..., Tensor | tuple[Tensor, ...]],
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Sequence[Tensor]:
+    """The maps that an operator returns: in training ``of_batch``, after which running statistics are updated.
+
+    ``of_batch`` returns mean, variance and the running statistics as they become after its maps; ``of_given``
+    normalises by the running statistics.
+    """
+    if not training:
+        maps = of_given(feature, weight, bias, running_mean, running_var, eps)
+        return (maps,) if isinstance(maps, Tensor) else maps
+    found = of_batch(feature, weight, bias, running_mean, running_var, momentum, eps)
+    *maps, _mean, _variance, running = found
+    if running_mean is not None:
+        torch._foreach_copy_([running_mean, running_var], running.unbind())
+    return maps
+
+
+def resolve(backend: str, feature: Tensor) -> str:
+    """``triton``, ``composed`` or ``reference``; ``auto`` leaves float64 to ``composed``."""
     chosen = resolve_backend(backend, feature.device)
     if chosen == "triton" and feature.dtype == torch.float64:
         if backend == "triton":
@@ -79,7 +104,7 @@ def _resolve(backend: str, feature: Tensor) -> str:
     return chosen
 
 
-def _check(
+def check_arguments(
     feature: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -89,6 +114,7 @@ def _check(
     momentum: float,
     eps: float,
 ) -> None:
+    """Raise what :func:`batch_norm_relu` raises."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var belong together: give both or neither")
     channels = {"weight": weight, "bias": bias}
