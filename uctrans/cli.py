@@ -1,4 +1,4 @@
-"""The ``uctrans`` command: ``uctrans demo | prepare | train | evaluate | predict | export | study | ...``.
+"""The ``uctrans`` command: ``uctrans demo | prepare | train | evaluate | predict | export | share | study | ...``.
 
 A command is a dataclass of settings and a function that takes it. The fields are the flags, the docstring is
 their help, and ``--config FILE.yaml`` sets any of them (a flag wins over the file). A command's module is imported when
@@ -139,6 +139,18 @@ COMMANDS = {
             "output": ("output", "folder to write"),
         },
         examples=("uctrans export -i runs/first -o exported",),
+    ),
+    "share": Command(
+        summary="put a model's weights into a folder to share, with a model card",
+        module="uctrans.sharing",
+        settings="ShareConfig",
+        function="share",
+        report=str,
+        paths={
+            "model": ("input", "run folder, or a folder of save_pretrained"),
+            "output": ("output", "folder to write"),
+        },
+        examples=("uctrans share -i runs/first -o shared/first --evaluation scores",),
     ),
     "study skips": Command(
         summary="train U-Nets with none, all and some of their skips over seeds, and compare them",

@@ -3,6 +3,8 @@
     OUTPUT/study.json                       which study this is, and of which images
     OUTPUT/folds.json                       the folds, where the study makes them
     OUTPUT/table.csv  table.md  chart.png   written at the end
+    OUTPUT/comparison.png  comparison.json  test images with what the best run of each network makes of them
+    OUTPUT/weights/VARIANT/                 the weights of that run, to be shared
     OUTPUT/runs/VARIANT/cost.json           parameters, operations, time and memory of a training step
     OUTPUT/runs/VARIANT/seed_N/             a run folder of uctrans train, beside it
                         failed.json         why training diverged, where it did
@@ -33,6 +35,7 @@ from uctrans.study.report import ALWAYS
 
 MARKER, RESULT, FAILURE, COST = "study.json", "result.json", "failed.json", "cost.json"
 TABLE, MARKDOWN, CHART = "table.csv", "table.md", "chart.png"
+COMPARISON, COMPARED, WEIGHTS = "comparison.png", "comparison.json", "weights"
 
 Record = TypeVar("Record")
 

@@ -1,4 +1,4 @@
-"""The runs of a study: train and score what is not finished yet, then write the table and the chart.
+"""The runs of a study: train and score what is not finished yet, then write table, chart, picture and best weights.
 
 A study goes on where it was stopped. What is finished is kept if it was made with the same settings, and refused if
 not. A run whose training diverges fails alone: the study keeps the reason, goes on, and leaves it out of the table.
@@ -11,15 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uctrans.extras import import_extra
+from uctrans.sharing import upload_command
+from uctrans.study.best import best_runs
 from uctrans.study.checks import check_study, folds_of
+from uctrans.study.comparison import draw_comparison
 from uctrans.study.config import FOLDS, ModelStudyConfig, SkipStudyConfig, StudyConfig, StudyError
 from uctrans.study.cost import Cost, measure
-from uctrans.study.files import CHART, COST, MARKDOWN, MARKER, TABLE, MeasuredCost, read_record, write_record
+from uctrans.study.files import (
+    CHART,
+    COMPARISON,
+    COST,
+    MARKDOWN,
+    MARKER,
+    TABLE,
+    WEIGHTS,
+    MeasuredCost,
+    read_record,
+    write_record,
+)
 from uctrans.study.plan import PlannedRun, variant_folder
 from uctrans.study.processes import run_here, run_in_processes
 from uctrans.study.recipe import RecipeStudyConfig
 from uctrans.study.report import Table
 from uctrans.study.schedule import Budget, Schedule
+from uctrans.study.sharing import share_best
 from uctrans.study.summary import make_ensembles, make_table
 from uctrans.training.signals import TIME_IS_UP
 from uctrans.writing import written_atomically
@@ -49,14 +64,23 @@ class StudyResult:
 
     def __str__(self) -> str:
         """The table, and how to go on where there are runs left."""
-        files = f"Table and chart are in {self.output}: {TABLE}, {MARKDOWN}, {CHART}"
-        parts = [] if self.table is None else ["", self.table.markdown(), "", files]
+        parts = [] if self.table is None else ["", self.table.markdown(), "", *self._files()]
         if self.stopped_by:
             done = f"{self.finished} of {self.total} runs finished"
             done += f", {self.failed} failed" if self.failed else ""
             cause = "The time is up" if self.stopped_by == TIME_IS_UP else f"Stopped by {self.stopped_by}"
             parts.append(f"{cause}, {done}; the same command goes on.")
         return "\n".join(parts)
+
+    def _files(self) -> list[str]:
+        names = [TABLE, MARKDOWN, CHART, *([COMPARISON] if (self.output / COMPARISON).exists() else [])]
+        lines = [f"Table and pictures are in {self.output}: {', '.join(names)}"]
+        if (weights := self.output / WEIGHTS).is_dir():
+            lines += [
+                f"The weights of the best run of each network, by validation Dice, are in {weights}, with a card each",
+                f"that a licence is to be named in. To share one: {upload_command(weights / 'NAME', 'NAME')}",
+            ]
+        return lines
 
 
 def study_skips(config: SkipStudyConfig) -> StudyResult:
@@ -93,7 +117,8 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         import_extra(package, "training")
     budget = Budget(None if config.minutes is None else 60 * config.minutes)
     folder, plan = Path(config.output), config.plan()
-    write_record(folder / MARKER, check_study(config, kind, plan))
+    marker = check_study(config, kind, plan)
+    write_record(folder / MARKER, marker)
     if isinstance(config.cross_validation, int):
         _keep_folds(config)
 
@@ -108,6 +133,9 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         table.write_csv(folder / TABLE)
         table.write_markdown(folder / MARKDOWN)
         table.draw(folder / CHART)
+        best = best_runs(config, schedule)
+        share_best(config, best, marker.images)
+        draw_comparison(config, best, budget)
     if schedule.died:
         raise StudyError(
             f"{len(schedule.died)} runs are not over, their processes are gone: {'; '.join(schedule.died.values())}. "
