@@ -177,7 +177,7 @@ class TestNestedU:
     def test_depth_is_how_often_the_map_is_halved(self, depth):
         module, sides = NestedU(3, 2, depth), []
         for block in module.down:
-            block.pool.register_forward_hook(lambda pool, inputs, output: sides.append(tuple(output.shape[-2:])))
+            block.register_forward_hook(lambda block, inputs, output: sides.append(tuple(output[1].shape[-2:])))
         module.eval()(torch.rand(1, 3, 16, 32))
         assert sides == [(16 >> level, 32 >> level) for level in range(1, depth + 1)]
 

@@ -2,7 +2,7 @@
 
 from .attention import ChannelAttention
 from .backend import set_backend
-from .blocks import ConvNormAct, DoubleConv, DownStage, Encoder
+from .blocks import ConvNormAct, ConvNormActPool, DeepestStage, DoubleConv, DoubleConvPool, DownStage, Encoder
 from .gate import ChannelGate
 from .nested import DualBranchDown, DualBranchEncoder, NestedU, U2DownBlock, U2UpBlock
 from .tokens import PatchEmbedding, Reconstruct
@@ -13,7 +13,10 @@ __all__ = [
     "ChannelGate",
     "ChannelTransformer",
     "ConvNormAct",
+    "ConvNormActPool",
+    "DeepestStage",
     "DoubleConv",
+    "DoubleConvPool",
     "DownStage",
     "DualBranchDown",
     "DualBranchEncoder",

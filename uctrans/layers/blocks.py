@@ -1,10 +1,15 @@
 """Convolution blocks shared by every network."""
 
 import itertools
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..kernels import batch_norm_relu, check_backend, resolve_backend
+from ..kernels import batch_norm_relu, batch_norm_relu_pool, check_backend, resolve_backend
+
+Maps = TypeVar("Maps", Tensor, tuple[Tensor, Tensor])
 
 
 class ConvNormAct(nn.Sequential):
@@ -31,21 +36,38 @@ class ConvNormAct(nn.Sequential):
     def forward(self, feature: Tensor) -> Tensor:
         """Convolve, normalise, and leave what is positive."""
         feature = self.conv(feature)
-        if resolve_backend(self.backend, feature.device) == "triton" and _is_plain(self.norm):
-            return _norm_relu(self.norm, feature, self.backend)
+        if self._is_one_operator(feature):
+            return _normalised(batch_norm_relu, self.norm, feature, self.backend)
         return self.act(self.norm(feature))
 
+    def _is_one_operator(self, feature: Tensor) -> bool:
+        """Whether Triton runs and computes what ``norm`` does; a cumulative average counts batches on the host."""
+        norm = self.norm
+        is_plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+        return resolve_backend(self.backend, feature.device) == "triton" and is_plain and norm.momentum is not None
 
-def _is_plain(norm: nn.Module) -> bool:
-    """Whether the operator computes what ``norm`` does; a cumulative average reads its count of batches on the host."""
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+class ConvNormActPool(ConvNormAct):
+    """:class:`ConvNormAct`, and the maxima of 2x2 pixels of its map: (B, in, H, W) -> both of its results.
+
+    (B, out, H, W) is for whoever keeps a stage's map, (B, out, H // 2, W // 2) for the stage below. On Triton, batch
+    norm, ReLU and pool are one operator. Weights have the names of :class:`ConvNormAct`.
+    """
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolve, normalise, leave what is positive, and pool."""
+        feature = self.conv(feature)
+        if self._is_one_operator(feature):
+            return _normalised(batch_norm_relu_pool, self.norm, feature, self.backend)
+        feature = self.act(self.norm(feature))
+        return feature, F.max_pool2d(feature, 2)
 
 
-def _norm_relu(norm: nn.BatchNorm2d, feature: Tensor, backend: str) -> Tensor:
-    """``relu(norm(feature))``, with the running statistics updated as ``norm`` does."""
+def _normalised(operator: Callable[..., Maps], norm: nn.BatchNorm2d, feature: Tensor, backend: str) -> Maps:
+    """What ``operator`` makes of ``norm`` and ``feature``, with the running statistics updated as ``norm`` does."""
     if norm.training:
         norm.num_batches_tracked.add_(1)
-    return batch_norm_relu(
+    return operator(
         feature,
         norm.weight,
         norm.bias,
@@ -68,17 +90,41 @@ class DoubleConv(nn.Sequential):
         )
 
 
+class DoubleConvPool(nn.Sequential):
+    """:class:`DoubleConv`, and the maxima of 2x2 pixels: (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
+        super().__init__(
+            ConvNormAct(in_channels, out_channels, backend),
+            ConvNormActPool(out_channels, out_channels, backend),
+        )
+
+
 class DownStage(nn.Module):
-    """Halve the resolution, then convolve twice: (B, in, H, W) -> (B, out, H/2, W/2)."""
+    """Convolve a pooled map twice, and pool it again for the stage below.
+
+    (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2)
+    """
 
     def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
         super().__init__()
-        self.pool = nn.MaxPool2d(2)
+        self.convs = DoubleConvPool(in_channels, out_channels, backend)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of this stage, and the pooled one."""
+        return self.convs(pooled)
+
+
+class DeepestStage(nn.Module):
+    """Convolve a pooled map twice; nothing is below: (B, in, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
+        super().__init__()
         self.convs = DoubleConv(in_channels, out_channels, backend)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        """Pool and convolve."""
-        return self.convs(self.pool(feature))
+    def forward(self, pooled: Tensor) -> Tensor:
+        """The map of this stage."""
+        return self.convs(pooled)
 
 
 class Encoder(nn.Module):
@@ -93,13 +139,16 @@ class Encoder(nn.Module):
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], backend: str = "auto"):
         super().__init__()
-        self.stem = ConvNormAct(in_channels, channels[0], backend)
-        widths = [*channels, channels[-1]]
-        self.stages = nn.ModuleList(DownStage(narrow, wide, backend) for narrow, wide in itertools.pairwise(widths))
+        self.stem = ConvNormActPool(in_channels, channels[0], backend)
+        self.stages = nn.ModuleList(DownStage(narrow, wide, backend) for narrow, wide in itertools.pairwise(channels))
+        self.stages.append(DeepestStage(channels[-1], channels[-1], backend))
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """(B, in_channels, H, W) -> ([(B, C_i, H/2^i, W/2^i)], (B, C_last, H/2^n, W/2^n))."""
-        features = [self.stem(image)]
-        for stage in self.stages:
-            features.append(stage(features[-1]))
-        return features[:-1], features[-1]
+        feature, pooled = self.stem(image)
+        features = [feature]
+        *stages, deepest = self.stages
+        for stage in stages:
+            feature, pooled = stage(pooled)
+            features.append(feature)
+        return features, deepest(pooled)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import ConvNormAct, DoubleConv
+from .blocks import ConvNormAct, DoubleConv, DownStage
 from .checks import check_counts
 
 
@@ -48,18 +48,11 @@ class DualBranchDown(nn.Module):
         return torch.cat([self.regular(pooled), self.dilated(pooled)], dim=1)
 
 
-class U2DownBlock(nn.Module):
-    """Convolve twice, then halve the resolution: (B, in, H, W) -> (B, out, H, W) and (B, out, H/2, W/2)."""
+class U2DownBlock(DownStage):
+    """Convolve twice, then halve the resolution: (B, in, H, W) -> (B, out, H, W) and (B, out, H/2, W/2).
 
-    def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
-        super().__init__()
-        self.convs = DoubleConv(in_channels, out_channels, backend)
-        self.pool = nn.MaxPool2d(2)
-
-    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The map before pooling, which the way up takes, and the pooled one, which goes on down."""
-        feature = self.convs(feature)
-        return feature, self.pool(feature)
+    The map before pooling is what the way up takes; the pooled one goes on down.
+    """
 
 
 class U2UpBlock(nn.Module):

@@ -11,7 +11,12 @@ from .trace import Node, Trace, fold_repeats
 INK, QUIET, PAPER = "#1f2933", "#52606d", "#ffffff"
 # What a colour means, the colours, and the classes that have them.
 ROLES = (
-    ("convolutions", "#dbeafe", "#3b6fb6", ("ConvNormAct", "DoubleConv", "DownStage", "SkipStage", "Conv2d")),
+    (
+        "convolutions",
+        "#dbeafe",
+        "#3b6fb6",
+        ("ConvNormAct", "ConvNormActPool", "DoubleConv", "DownStage", "DeepestStage", "SkipStage", "Conv2d"),
+    ),
     ("dilated convolutions", "#ccefe9", "#1f8a7d", ("DilatedConvNormAct",)),
     ("halves of a small U", "#e3f2d3", "#5c8f2f", ("U2DownBlock", "U2UpBlock")),
     ("maps to tokens, tokens to maps", "#fdf0c4", "#b08a1e", ("PatchEmbedding", "Reconstruct")),

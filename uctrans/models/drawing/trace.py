@@ -19,6 +19,8 @@ from ...layers import (
     ChannelAttention,
     ChannelGate,
     ConvNormAct,
+    ConvNormActPool,
+    DeepestStage,
     DoubleConv,
     DownStage,
     DualBranchDown,
@@ -26,7 +28,6 @@ from ...layers import (
     PatchEmbedding,
     Reconstruct,
     TransformerLayer,
-    U2DownBlock,
     U2UpBlock,
     set_backend,
 )
@@ -37,14 +38,17 @@ from ..unet import SkipStage
 
 # What is shown as one block, whatever is inside; so is a layer that has weights and no layers inside it.
 BLOCKS = (
-    *(ConvNormAct, DoubleConv, DownStage, SkipStage, ChannelGate, U2DownBlock, U2UpBlock),
+    *(ConvNormAct, DoubleConv, DownStage, DeepestStage, SkipStage, ChannelGate, U2UpBlock),
     *(PatchEmbedding, ChannelAttention, PackedMlp, Reconstruct),
 )
 # What is shown with the blocks inside it.
 GROUPS = (DualBranchDown, NestedU, TransformerLayer)
+# Blocks that return their map, and beside it the pooled one. In a small U there is no place to say so.
+POOLING = (ConvNormActPool, DownStage)
 # Operations between blocks that are named beside the line.
+MAX_POOL = "max-pool"
 VIA = {
-    "aten::max_pool2d_with_indices": "max-pool",
+    "aten::max_pool2d_with_indices": MAX_POOL,
     "aten::native_layer_norm": "layer norm",
     "aten::upsample_nearest2d": "upsample",
 }
@@ -232,6 +236,8 @@ class _Recorder(TorchDispatchMode):
             _count(module),
         )
         self._add(node, output)
+        if type(module) in POOLING:
+            self._mark(output[1], Origin(path, (MAX_POOL,)))
 
     def _leave_group(self) -> None:
         self._running.pop()
