@@ -4,21 +4,31 @@ Usage: killed_runs.py STRAIGHT.yaml KILLED.yaml. Each run is a forked child, so 
 """
 
 import dataclasses
+import functools
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-import uctrans.training.checkpoint
 from uctrans.extras import import_extra
 from uctrans.training import TrainConfig, load_checkpoint, train
 
-ATTEMPTS = 5
-LONGEST_LIFE = 1.0  # seconds
+MOMENTS = (
+    ("before", "last.pt"),
+    ("before", "model.safetensors"),
+    ("before", "config.json"),
+    ("before", "best.pt"),
+    ("after", "best.pt"),
+    ("after", "last.pt"),
+)
+ATTEMPTS = 4
+LONGEST_LIFE = 0.3  # seconds
+LONGEST_WAIT_FOR_THE_DISK = 0.03  # seconds a file, so that the training is ahead of what is on the disk
 
 
 def main(straight: str, killed: str) -> None:
@@ -27,41 +37,46 @@ def main(straight: str, killed: str) -> None:
         import_extra(module, "training")
     assert wait(start(TrainConfig.load_yaml(straight))) == 0
     config = TrainConfig.load_yaml(killed)
-    kill_at_each_replaced_file(config, range(1, 7))
+    kill_at_each_file(config)
     kill_at_random_moments(config)
     assert wait(start(resumed(config))) == 0
 
 
-def kill_at_each_replaced_file(config: TrainConfig, numbers: range) -> None:
-    """Let the n-th child die at the n-th file it replaces: before for odd n, after for even n."""
-    for number in numbers:
-        child = start(resumed(config), deadly_replace=number)
-        status = wait(child)
-        print(f"file {number}: {status}")
+def kill_at_each_file(config: TrainConfig) -> None:
+    """Let a child die at each of ``MOMENTS``: before or after it replaces a file of that name for the first time."""
+    for when, name in MOMENTS:
+        status = wait(start(resumed(config), change_disk=functools.partial(die, when, name)))
+        print(f"{when} {name}: {status}, {left_by(config)}")
         assert status == -signal.SIGKILL
 
 
 def kill_at_random_moments(config: TrainConfig) -> None:
+    """Kill children some time after they have saved for the first time."""
+    path = Path(config.output) / "last.pt"
     for _ in range(ATTEMPTS):
-        life = random.uniform(0, LONGEST_LIFE)
-        child = start(resumed(config))
+        life, before = random.uniform(0, LONGEST_LIFE), path.stat().st_mtime_ns
+        child = start(resumed(config), change_disk=slow_down)
+        while path.stat().st_mtime_ns == before and is_running(child):
+            time.sleep(0.001)
         time.sleep(life)
         os.kill(child, signal.SIGKILL)
-        status = wait(child)
-        epoch = load_checkpoint(Path(config.output) / "last.pt")["epoch"]
-        print(f"after {life:.3f} s: {status}, epoch {epoch}")
+        print(f"{life:.3f} s later: {wait(child)}, {left_by(config)}")
+
+
+def left_by(config: TrainConfig) -> str:
+    path = Path(config.output) / "last.pt"
+    return f"epoch {load_checkpoint(path)['epoch']}" if path.exists() else "nothing"
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resume=(Path(config.output) / "last.pt").exists())
 
 
-def start(config: TrainConfig, deadly_replace: int = 0) -> int:
+def start(config: TrainConfig, change_disk: Callable[[], None] = lambda: None) -> int:
     sys.stdout.flush()
     if child := os.fork():
         return child
-    if deadly_replace:
-        die_at(deadly_replace)
+    change_disk()
     try:
         train(config)
     except BaseException as error:
@@ -70,19 +85,31 @@ def start(config: TrainConfig, deadly_replace: int = 0) -> int:
     os._exit(0)
 
 
-def die_at(number: int) -> None:
-    replace, calls = Path.replace, []
+def die(when: str, name: str) -> None:
+    replace = Path.replace
 
     def deadly(self: Path, target: Path) -> Path:
-        calls.append(target)
-        if len(calls) == number and number % 2:
+        if when == "after":
+            replace(self, target)
+        if Path(target).name == name:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = replace(self, target)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        return replace(self, target) if when == "before" else target
 
-    uctrans.training.checkpoint.Path.replace = deadly
+    Path.replace = deadly
+
+
+def slow_down() -> None:
+    replace = Path.replace
+
+    def slow(self: Path, target: Path) -> Path:
+        time.sleep(random.uniform(0, LONGEST_WAIT_FOR_THE_DISK))
+        return replace(self, target)
+
+    Path.replace = slow
+
+
+def is_running(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def wait(child: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 import uctrans
 from uctrans.models import ModelFileError
-from uctrans.training import CheckpointError, TrainingError, load_checkpoint, train
+from uctrans.training import CheckpointError, TrainingError, load_checkpoint, loop, train
 from uctrans.training.checkpoint import copy_checkpoint, load_weights, save_checkpoint, write_atomically
 
 ROOT = Path(uctrans.__file__).parents[1]
@@ -143,12 +143,20 @@ def test_file_size_limit_keeps_the_previous_checkpoint(finished, make_config):
 
 
 def test_best_weights_that_cannot_be_written_are_named(make_config, monkeypatch):
-    def full(self, folder):
+    def full(folder, saved):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(uctrans.UNet, "save_pretrained", full)
+    monkeypatch.setattr(loop, "write_model", full)
     with pytest.raises(TrainingError, match=r"best.*No space left.*resume"):
         train(make_config())
+
+
+def test_half_a_file_of_a_killed_process_is_cleared_away(make_config, tmp_path):
+    half = tmp_path / "run" / "best" / ".model-1.safetensors"
+    run = train(make_config(epochs=1)).run_folder
+    half.write_bytes(b"half")
+    loop.write_files(run, load_checkpoint(run / "best.pt"), is_best=True)
+    assert sorted(path.name for path in (run / "best").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_copy_gives_a_second_name_that_outlives_the_first(tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def test_checkpoints_every_few_minutes_at_best_and_at_the_end(make_config, monke
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(loop, "validate_epoch", validate_for_a_minute)
-    monkeypatch.setattr(loop, "save", lambda run, is_best=False: saved.append((run.epoch, is_best)))
+    monkeypatch.setattr(loop, "save", lambda run, writer, is_best=False: saved.append((run.epoch, is_best)))
     train(make_config(epochs=7, save_minutes=save_minutes))
     assert saved == [(0, False), (1, True), (2, True), *((epoch, False) for epoch in epochs), (7, False)]
 

@@ -55,7 +55,7 @@ def test_run_killed_at_any_moment_ends_with_the_same_bits(make_config, tmp_path,
     straight, killed = map(end_of, configs)
     assert [row["epoch"] for row in killed["rows"]] == list(range(1, 13))
     assert_same(straight, killed)
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert not list((tmp_path / "killed").rglob(".*"))
 
 
 @pytest.mark.parametrize("changes", [WITH_DROPOUT, {"optimizer": "adamw", "weight_decay": 0.1, "amp": "bf16"}])

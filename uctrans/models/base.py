@@ -62,14 +62,8 @@ class SegmentationModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``; each file is replaced as a whole."""
-        folder = Path(folder)
-        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        with written_atomically(folder / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(safetensors.torch.save(state))
-        text = json.dumps({"name": self.name, **self.config, "metadata": self.metadata}, indent=2)
-        with written_atomically(folder / CONFIG_FILE) as temporary:
-            temporary.write_text(f"{text}\n", encoding="utf-8")
-        return folder
+        saved = {"name": self.name, "config": self.config, "metadata": self.metadata, "state": self.state_dict()}
+        return write_model(Path(folder), saved)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: str = "cpu") -> Self:
@@ -111,6 +105,17 @@ class SegmentationModel(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+
+
+def write_model(folder: Path, saved: dict[str, Any]) -> Path:
+    """Write the files of :meth:`SegmentationModel.save_pretrained` for a model's name, config, metadata and state."""
+    state = {key: value.detach().contiguous() for key, value in saved["state"].items()}
+    with written_atomically(folder / WEIGHTS_FILE) as temporary:
+        temporary.write_bytes(safetensors.torch.save(state))
+    text = json.dumps({"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}, indent=2)
+    with written_atomically(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

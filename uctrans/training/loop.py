@@ -4,9 +4,13 @@ A run lives in a folder: config.yaml, last.pt, best.pt, best/ (the best weights,
 tensorboard/ and log.txt. last.pt is written before the first step, with a best epoch and the last one, after the epoch
 in which ``save_minutes`` ran out, and when a signal stops the run, then in the middle of an epoch: after the step that
 was running, the same in all processes. A run continued from it ends with the very bits of an undisturbed one.
+
+Files are written beside the training (see ``uctrans.training.writer``). A run that is killed goes on from what is on
+the disk by then; one that ends in any other way has written everything.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ from typing import Any
 
 import torch
 
+from uctrans.models.base import write_model
 from uctrans.training.build import learning_rate
 from uctrans.training.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from uctrans.training.config import CHANGEABLE_ON_RESUME, TrainConfig, changed_fields
@@ -24,6 +29,7 @@ from uctrans.training.logs import RunLog, SilentLog, writing
 from uctrans.training.run import Run
 from uctrans.training.signals import StopRequest
 from uctrans.training.step import validate, validation_batch_size
+from uctrans.training.writer import CheckpointWriter
 
 RUN_FILES = ("last.pt", "best.pt", "best", "metrics.csv", "config.yaml")
 NAMES_SHOWN = 16
@@ -71,17 +77,19 @@ def train(config: TrainConfig, *, stop_at: float | None = None) -> RunResult:
             del checkpoint
         group.barrier()  # nobody writes before everybody has looked
         with _open_log(run) as log, StopRequest(stop_at) as stop:
-            if not config.resume:
-                save(run)
-            if group.is_main:
-                dataclasses.replace(config, resume=False).save_yaml(Path(config.output) / "config.yaml")
-            stopped_by = train_epochs(run, log, stop)
+            with open_writer(config) as writer:
+                if not config.resume:
+                    save(run, writer)
+                    writer.wait()  # a folder with files of a run, but without last.pt, could not be gone on with
+                if group.is_main:
+                    dataclasses.replace(config, resume=False).save_yaml(Path(config.output) / "config.yaml")
+                stopped_by = train_epochs(run, log, stop, writer)
             log.line(_farewell(run, stopped_by))
         group.barrier()  # nobody leaves before the files are complete
     return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by)
 
 
-def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> str:
+def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest, writer: CheckpointWriter) -> str:
     """Train until the run is over; return why."""
     saved = time.perf_counter()
     while run.epoch < run.config.epochs and not run.is_out_of_patience:
@@ -94,7 +102,7 @@ def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> str:
         is_over = run.epoch == run.config.epochs or run.is_out_of_patience
         is_due = run.group.any(time.perf_counter() - saved >= 60 * run.config.save_minutes)
         if is_best or is_over or signal_name or is_due:
-            save(run, is_best=is_best)
+            save(run, writer, is_best=is_best)
             saved = time.perf_counter()
         if signal_name and not is_over:
             return signal_name
@@ -181,18 +189,31 @@ def check_weights_are_finite(run: Run) -> None:
         )
 
 
-def save(run: Run, *, is_best: bool = False) -> None:
-    """Write last.pt and, for the best epoch, best.pt and best/."""
+def open_writer(config: TrainConfig) -> CheckpointWriter:
+    """Return what writes the checkpoints of a run into its folder."""
+    return CheckpointWriter(functools.partial(write_files, Path(config.output)))
+
+
+def save(run: Run, writer: CheckpointWriter, *, is_best: bool = False) -> None:
+    """Have last.pt written and, for the best epoch, best.pt and best/; raise what went wrong with earlier ones."""
     checkpoint = run.state_dict()
-    if not run.group.is_main:
-        return
-    folder = Path(run.config.output)
+    if run.group.is_main:
+        writer.save(checkpoint, is_best)
+
+
+def write_files(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None:
+    """Write last.pt and, for the best epoch, best.pt and best/, each as a whole.
+
+    Raises:
+        CheckpointError, TrainingError: a file cannot be written; the one before is still there.
+    """
     if not is_best:
         save_checkpoint(folder / "last.pt", checkpoint)
         return
-    run.validated_model.metadata = run.metadata()
     with writing(folder / "best"):
-        run.validated_model.save_pretrained(folder / "best")
+        for half in (folder / "best").glob(".*"):  # left by a process that was killed
+            half.unlink()
+        write_model(folder / "best", checkpoint["model"] | {"state": checkpoint["ema"] or checkpoint["model"]["state"]})
     # best.pt comes first: if last.pt is not reached, the epoch is done once more and gives the same best.pt.
     save_checkpoint(folder / "best.pt", checkpoint)
     copy_checkpoint(folder / "best.pt", folder / "last.pt")
