@@ -157,7 +157,7 @@ class ModelCard:
 
     def _evaluation(self) -> str:
         dice, epoch = self._metadata.get("best_dice"), self._metadata.get("best_epoch")
-        validation = "" if dice is None else f" Its validation Dice is {dice:.4f}, in epoch {epoch}."
+        validation = "" if dice is None else f" Its validation Dice in training is {dice:.4f}, after epoch {epoch}."
         lines = ["## Scores", "", f"{self.selection}{validation}", ""]
         if self.scores is None:
             return "\n".join([*lines, "Scores on test images are not known."])

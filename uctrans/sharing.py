@@ -177,6 +177,8 @@ def prediction_flags(settings: dict[str, Any]) -> str:
 
 def _written(name: str, value: Any) -> str:
     """A setting as the command line takes it."""
+    if value is None:
+        return "null"
     if name == "init_from":
         return "INITIAL_WEIGHTS"
     if name == "folds" and Path(value).suffix:
