@@ -17,11 +17,20 @@ READS_A_VALUE = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_sel
 
 
 class HostRecorder:
-    """Takes the place of ``CudaRecorder``; counts what it does."""
+    """Takes the place of ``CudaRecorder``; counts what it does.
 
-    def __init__(self, generators=()):
-        self.generators = generators
-        self.warm_ups = self.rehearsals = self.recordings = self.replays = 0
+    ``free`` bytes are free on the device that it stands for, and a recording takes ``size_of(result)`` of them.
+    """
+
+    def __init__(self, generators=(), *, free=1 << 40, size_of=lambda result: 0):
+        self.generators, self.free, self.size_of = generators, free, size_of
+        self.warm_ups = self.rehearsals = self.recordings = self.replays = self.pools = 0
+
+    def begin_pool(self):
+        self.pools += 1
+
+    def free_memory(self):
+        return self.free
 
     def warm_up(self, work):
         self.warm_ups += 1
@@ -47,7 +56,7 @@ class HostRecorder:
             is_done = False
             return result
 
-        return Recording(replay)
+        return Recording(replay, self.size_of(result))
 
 
 class _Notes(TorchDispatchMode):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_a_shape_that_is_forgotten_gives_its_graph_back():
     for side in range(32, 32 + 16 * (SHAPES_KEPT + 3), 16):
         for _ in range(3):
             forward(images(1, 3, side, 32))
-    assert len(forward._recorded) == SHAPES_KEPT
+    assert len(forward._shapes) == SHAPES_KEPT
+    assert all(shape.recording is not None for shape in forward._shapes.values())
 
 
 def test_the_shape_that_was_used_last_stays():
@@ -77,6 +79,72 @@ def test_the_shape_that_was_used_last_stays():
         forward(images(1, 3, side, 32))
     assert recorder.recordings == 1
     assert recorder.replays == 2 * SHAPES_KEPT - 2
+
+
+def forward_of_sizes(recordings_that_fit, size=4000):
+    """A network of which so many recordings fit into the memory; they are larger for larger images."""
+    recorder = HostRecorder(free=2 * recordings_that_fit * size, size_of=lambda result: size * result.shape[0] - 192)
+    return CapturedForward(lambda batch: batch * 2, recorder), recorder  # an input of 48 numbers is 192 bytes
+
+
+def replays_of(forward, recorder, batch):
+    """How many of four calls were replays; all of them have to be right."""
+    before = recorder.replays
+    for _ in range(4):
+        assert torch.equal(forward(batch), batch * 2)
+    return recorder.replays - before
+
+
+def test_recordings_that_were_not_used_for_longest_make_room():
+    forward, recorder = forward_of_sizes(recordings_that_fit=2)
+    first, second, third = (images(1, 3, *sides) for sides in ((4, 4), (2, 8), (8, 2)))
+    for batch in (first, second):
+        assert replays_of(forward, recorder, batch) == 2
+    forward(first)
+    assert replays_of(forward, recorder, third) == 2
+    recordings = recorder.recordings
+    assert replays_of(forward, recorder, first) == 4
+    assert recorder.recordings == recordings == recorder.pools == 3
+    assert replays_of(forward, recorder, second) == 2  # it was forgotten, and comes as if for the first time
+    assert recorder.recordings == 4
+
+
+def test_a_shape_that_is_too_large_alone_is_computed_plainly_and_others_stay():
+    forward, recorder = forward_of_sizes(recordings_that_fit=2)
+    small, large = images(1, 3, 4, 4), images(3, 3, 4, 4)
+    assert replays_of(forward, recorder, small) == 2
+    assert replays_of(forward, recorder, large) == 0
+    assert recorder.recordings == 2
+    done = recorder.warm_ups, recorder.rehearsals
+    assert replays_of(forward, recorder, large) == 0
+    assert replays_of(forward, recorder, small) == 4
+    assert (recorder.recordings, (recorder.warm_ups, recorder.rehearsals)) == (2, done)
+
+
+def test_a_recording_as_large_as_half_of_what_is_free_is_kept():
+    for size, replays in ((1000, 2), (1001, 0)):
+        recorder = HostRecorder(free=2 * (1000 + 4 * 48), size_of=lambda result, size=size: size)
+        forward = CapturedForward(lambda batch: batch * 2, recorder)
+        assert replays_of(forward, recorder, images(1, 3, 4, 4)) == replays
+
+
+def test_memory_of_what_is_forgotten_is_free_at_once():
+    alive = []
+
+    class Result(torch.Tensor):
+        pass
+
+    def network_of_its_own(batch):
+        result = (batch * 2).as_subclass(Result)
+        alive.append(weakref.ref(result))
+        return result
+
+    forward, recorder = forward_of_sizes(recordings_that_fit=1)
+    forward.forward = network_of_its_own
+    for sides in ((4, 4), (2, 8), (8, 2)):
+        replays_of(forward, recorder, images(1, 3, *sides))
+    assert recorder.recordings == 3
+    assert sum(reference() is not None for reference in alive) == 1
 
 
 def test_another_layout_or_dtype_is_another_recording():
@@ -130,6 +198,21 @@ def test_on_a_gpu_a_recording_of_inference_mode_serves_outside_of_it():
     draws = CudaRecorder().record(lambda: torch.rand(3, device="cuda")).replay
     first, second = draws().clone(), draws().clone()
     assert not torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_size_of_a_recording_is_memory_that_is_free_again_without_it():
+    def large(batch):
+        return (batch.repeat(1 << 20, 1) * 2).sum(0)  # 64 MiB twice
+
+    recorder, batch = CudaRecorder(), torch.rand(16, device="cuda")
+    free = recorder.free_memory()
+    recorder.begin_pool()
+    recording = recorder.record(lambda: large(batch))
+    assert 2**27 <= recording.size < 2**28
+    assert recorder.free_memory() <= free - recording.size
+    del recording
+    assert recorder.free_memory() > free - 2**26
 
 
 # In a process of its own: a recording that fails may leave another one in no state to go on.
