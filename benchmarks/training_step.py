@@ -1,13 +1,14 @@
 """A training step of a whole network as it is timed: forward, published loss, backward, Adam, on a batch at hand.
 
 Ours is the training step of the project itself (:mod:`uctrans.training`), its loss and its sums of loss and Dice
-included; the others have the loss in plain PyTorch and no sums. Nothing is augmented. The candidate ``published`` has
+included; the others have the loss in plain PyTorch and no sums. Nothing is augmented. What is captured is warmed up,
+rehearsed and recorded in one way, that of the project. The candidate ``published`` has
 what the published script has: eager float32, TF32 as PyTorch sets it (in convolutions alone), Adam as PyTorch makes it
 by default. All others have the fused Adam, and a compiled one has the loss compiled with the network.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uctrans.capture import CudaRecorder, Recording
 from uctrans.training.build import build_optimizer
 from uctrans.training.captured_step import CapturedStep
 from uctrans.training.config import TrainConfig
@@ -63,22 +63,37 @@ def target(problem: NetworkProblem, candidate: str) -> float | None:
     return TARGETS.get(candidate, {}).get(problem.batch) if is_claimed else None
 
 
-class Replayed:
-    """Work that is done plainly a few times, then recorded once and replayed; each call returns its result."""
+@dataclass
+class BaselineStep:
+    """The plain training step of a baseline on one batch; called, and captured, like the project's own (``TrainStep``).
 
-    def __init__(self, work: Callable[[], Tensor], recorder: Any, plain_calls: int = 2):
-        self.work, self.recorder = work, recorder
-        self.plain_calls_left = plain_calls
-        self._recording: Recording | None = None
+    Attributes:
+        loss_of: the network and its loss: images and masks to a scalar.
+        data: images and masks.
+        optimizer: what the loss is given to.
+        generator: random numbers that a capture is told of; nothing is drawn from it, as nothing is augmented.
+        problem, variant: the precision, and whether the compiler makes graphs of its own.
+        latest: the loss of the latest step.
+    """
 
-    def __call__(self) -> Tensor:
-        """Do it once more."""
-        if self.plain_calls_left:
-            self.plain_calls_left -= 1
-            return self.recorder.warm_up(self.work)
-        if self._recording is None:
-            self._recording = self.recorder.record(self.work)
-        return self._recording.replay()
+    loss_of: Callable[[Tensor, Tensor], Tensor]
+    data: tuple[Tensor, Tensor]
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    problem: NetworkProblem
+    variant: Variant
+    latest: Tensor | None = None
+
+    def __call__(self, index: Tensor) -> None:
+        """Train on the batch; ``index`` is as long as it."""
+        if self.variant.makes_own_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.problem, self.variant):
+            loss = self.loss_of(*self.data)
+        loss.backward()
+        self.optimizer.step()
+        self.latest = loss.detach()
 
 
 class Training:
@@ -87,23 +102,24 @@ class Training:
     def __init__(self, problem: NetworkProblem, variant: Variant, dropout: bool = True):
         self.problem, self.variant = problem, variant
         self.model = network(problem, variant, dropout).train()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), **self._optimizer_settings())
-        self.images, self.masks = batch(problem, variant)
-        self._loss_of = compiled(self._loss_of_batch, variant)
-        self._latest: Tensor | None = None
+        self.index = torch.arange(problem.batch, device=problem.device)
+        self.step = BaselineStep(
+            loss_of=compiled(self._loss_of_batch, variant),
+            data=batch(problem, variant),
+            optimizer=torch.optim.Adam(self.model.parameters(), **self._optimizer_settings()),
+            generator=torch.Generator(problem.device),
+            problem=problem,
+            variant=variant,
+        )
 
     def runner(self) -> Callable[[], None]:
         """What does one step a call, captured anew where the variant is captured."""
-        step = Replayed(self._step, CudaRecorder()) if self.variant.graphed else self._step
-
-        def run() -> None:
-            self._latest = step()
-
-        return run
+        step = CapturedStep(self.step) if self.variant.graphed else self.step
+        return lambda: step(self.index)
 
     def loss(self) -> float:
         """The loss of the latest step."""
-        return self._latest.item()
+        return self.step.latest.item()
 
     def sampler(self) -> Callable[[], float]:
         """Seconds a step, of steps that follow each other."""
@@ -124,16 +140,6 @@ class Training:
 
     def _loss_of_batch(self, images: Tensor, masks: Tensor) -> Tensor:
         return published_loss(self.model(images), masks)
-
-    def _step(self) -> Tensor:
-        if self.variant.makes_own_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.problem, self.variant):
-            loss = self._loss_of(self.images, self.masks)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
 
 
 class ProjectTraining(Training):
@@ -160,11 +166,6 @@ class ProjectTraining(Training):
             group=self.group,
             config=config,
         )
-
-    def runner(self) -> Callable[[], None]:
-        """What does one step a call, captured anew where the variant is captured."""
-        step = CapturedStep(self.step) if self.variant.graphed else self.step
-        return lambda: step(self.index)
 
     def loss(self) -> float:
         """The mean loss of the steps since it was last asked for."""

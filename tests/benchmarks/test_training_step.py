@@ -15,7 +15,6 @@ from benchmarks.training_step import (
     CHECKED_STEPS,
     GPU_PROBLEMS,
     ProjectTraining,
-    Replayed,
     Training,
     exact_losses,
     published_loss,
@@ -23,6 +22,7 @@ from benchmarks.training_step import (
     training,
 )
 from tests.host_recorder import HostRecorder
+from uctrans.training import TrainingError, captured_step
 from uctrans.training.losses import segmentation_loss
 
 SMALL = NetworkProblem("uctransnet", 4, pixels=32, base_channels=4, device="cpu")
@@ -116,20 +116,41 @@ def test_a_compiled_step_is_compiled_with_its_loss_and_checked_as_it_races(monke
     assert compiled[1][0].training
 
 
-def test_a_captured_step_is_the_plain_one(monkeypatch):
-    monkeypatch.setattr(training_step, "CudaRecorder", HostRecorder)
-    monkeypatch.setattr("uctrans.training.captured_step.CudaRecorder", HostRecorder)
-    for variant in (Variant("composed"), Variant("composed", is_project=True)):
-        losses = {}
-        for graphed in (False, True):
-            work = training(SMALL, replace(variant, graphed=graphed), dropout=False)
-            run = work.runner()
-            losses[graphed] = []
-            for _ in range(CHECKED_STEPS):
-                run()
-                losses[graphed].append(work.loss())
-        assert losses[True] == losses[False]
-        assert len(set(losses[True])) == CHECKED_STEPS
+@pytest.mark.parametrize("is_project", [False, True])
+def test_a_captured_step_is_the_plain_one_and_all_are_recorded_in_one_way(monkeypatch, is_project):
+    recorders = []
+
+    def recorder(generators):
+        recorders.append(HostRecorder(generators))
+        return recorders[-1]
+
+    monkeypatch.setattr(captured_step, "CudaRecorder", recorder)
+    losses = {}
+    for graphed in (False, True):
+        work = training(SMALL, Variant("composed", is_project=is_project, graphed=graphed), dropout=False)
+        run = work.runner()
+        losses[graphed] = []
+        for _ in range(CHECKED_STEPS):
+            run()
+            losses[graphed].append(work.loss())
+    assert losses[True] == losses[False]
+    assert len(set(losses[True])) == CHECKED_STEPS
+    (one,) = recorders
+    assert (one.warm_ups, one.rehearsals, one.recordings, one.replays) == (1, 1, 1, CHECKED_STEPS - 2)
+    assert one.generators == [work.step.generator]
+
+
+def test_a_baseline_that_waits_for_the_device_is_refused_before_it_is_recorded(monkeypatch):
+    made = HostRecorder()
+    monkeypatch.setattr(captured_step, "CudaRecorder", lambda generators: made)
+    work = training(SMALL, Variant("composed"))
+    loss_of = work.step.loss_of
+    work.step.loss_of = lambda images, masks: loss_of(images, masks) * masks.any().item()
+    run = work.runner()
+    run()
+    with pytest.raises(TrainingError, match="cannot be recorded as a CUDA graph"):
+        run()
+    assert made.recordings == 0
 
 
 def test_the_loss_of_baselines_is_the_projects():
@@ -139,23 +160,17 @@ def test_the_loss_of_baselines_is_the_projects():
     torch.testing.assert_close(published_loss(logits, masks), segmentation_loss(logits, masks))
 
 
-def test_replayed_work_is_recorded_once():
-    recorder = HostRecorder()
-    total = torch.zeros(())
-    work = Replayed(lambda: total.add_(1), recorder)
-    assert [work().item() for _ in range(5)] == [1, 2, 3, 4, 5]
-    assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (2, 1, 3)
-
-
 def test_the_published_step_is_as_the_script_has_it():
     work = Training(SMALL, CANDIDATES["published"])
-    assert work.optimizer.defaults["fused"] is None
-    assert work.images.is_contiguous()
-    assert not work.images.is_contiguous(memory_format=torch.channels_last)
+    images, _ = work.step.data
+    assert work.step.optimizer.defaults["fused"] is None
+    assert images.is_contiguous()
+    assert not images.is_contiguous(memory_format=torch.channels_last)
     assert {module.backend for module in work.model.modules() if hasattr(module, "backend")} == {"reference"}
     ours = Training(SMALL, CANDIDATES["reference bf16"].on("cpu"))
-    assert ours.optimizer.defaults["fused"] is True
-    assert ours.images.is_contiguous(memory_format=torch.channels_last)
+    images, _ = ours.step.data
+    assert ours.step.optimizer.defaults["fused"] is True
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_all_variants_have_the_same_weights_and_images():
