@@ -73,7 +73,8 @@ def test_help_explains_every_setting(name, capsys):
     output = " ".join(capsys.readouterr().out.split())
     assert "examples: uctrans" in output
     assert "-o PATH" in output
-    assert re.findall(r"--\w+ \S+ \(type:", output) == [], "settings without an explanation"
+    assert re.findall(r"--[\w-]+ \S+ \(type:", output) == [], "settings without an explanation"
+    assert re.findall(r"--\w+_\w+", output) == [], "flags are typed with hyphens"
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
@@ -336,7 +337,7 @@ def test_lists_in_a_config_file(tmp_path, capsys):
         ("benchmark --sizes many", "--sizes: 'many' does not fit; write it like 224,512 ("),
         ("benchmark --sizes 64,", "--sizes: '64,' does not fit; write it like 224,512 ("),
         ("benchmark --threads many", "--threads: many does not fit; give a whole number or null ("),
-        ("train -i data -o run --image-size 1,2,3", "--image_size: '1,2,3' does not fit; write it like 224 or 224,320"),
+        ("train -i data -o run --image-size 1,2,3", "--image-size: '1,2,3' does not fit; write it like 224 or 224,320"),
         ("train -i data -o run --epochs 1.5", "--epochs: 1.5 does not fit; give a whole number ("),
         ("train -i data -o run --resume maybe", "--resume: maybe does not fit; give true or false ("),
     ],
@@ -350,7 +351,7 @@ def test_values_of_another_type_are_told_in_plain_words(words, message, capsys):
     [
         (["trian", "-i", "data"], "choose one of train"),
         (["train", "-i", "data", "-o", "run", "--epohcs", "3"], "did you mean --epochs?"),
-        (["train", "-i", "data", "-o", "run", "--base-chanels=3"], "did you mean --base_channels?"),
+        (["train", "-i", "data", "-o", "run", "--base-chanels=3"], "did you mean --base-channels?"),
     ],
 )
 def test_near_names_of_commands_and_flags(words, hint, capsys):
