@@ -1,7 +1,8 @@
 """A picture of a study: test images, their truth, and what the best run of each network makes of them.
 
-The images are those on which the networks together are best, median and worst, by the mean of their Dice. What the
-picture shows lies beside it as JSON, by which a study that is called again knows that there is nothing new to draw.
+The images are those on which the networks together are best, median and worst, by the mean of their Dice. Image and
+truth are at the size at which the first network is scored. What the picture shows lies beside it as JSON, by which a
+study that is called again knows that there is nothing new to draw.
 """
 
 import csv
