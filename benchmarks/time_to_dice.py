@@ -6,15 +6,19 @@ Every candidate is trained under ``uctransnet-224`` by the project's own loop, v
 finds weights that are the best so far, their Dice on the test images is taken with the clock stopped, and nothing
 follows from it but the end of the run once it reaches the target: weights are chosen by the validation images alone.
 The clock runs from before the images are read, so that compiling and capturing are part of it; PyTorch is imported and
-the device is awake by then. Every run is a line of the record as it ends, in a process of its own; the same command
-goes on with those that are missing.
+the device is awake by then. Checkpoints are written as by ``uctrans train``, before the first step and beside the
+training after a best epoch, to a folder for temporary files; a file that is being written when the clock stops is
+written on, and what is left of them in the end is told apart. Logs are not written. Every run is a line of the record
+as it ends, in a process of its own; the same command goes on with those that are missing.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -28,7 +32,7 @@ from uctrans.data import find_samples, load_tensors
 from uctrans.training import TrainConfig
 from uctrans.training.distributed import processes
 from uctrans.training.logs import SilentLog
-from uctrans.training.loop import check_training_was_finite, complete_epoch, train_epoch
+from uctrans.training.loop import check_training_was_finite, complete_epoch, open_writer, save, train_epoch
 from uctrans.training.run import Run
 from uctrans.training.step import plain_forward, validate
 
@@ -54,55 +58,65 @@ def time_to_dice(config: TrainConfig, dice: float, every: int = 1) -> dict[str, 
     """Train as ``config`` says until the kept weights reach ``dice`` on the test images, or training is over.
 
     Args:
-        config: the run; nothing is written into its output folder.
+        config: the run; its output folder is not used.
         dice: the target, 0 to 1.
         every: least epochs from one look at the test images to the next.
 
     Returns:
-        ``reached``; ``seconds`` on the clock, in all and of its parts; ``epochs``; ``test_dice`` of the kept weights;
-        and ``curve``: epoch, seconds, validation Dice, and test Dice or ``None``, of each epoch.
+        ``reached``; ``seconds`` on the clock, in all, of its parts and until the kept weights are on the disk;
+        ``epochs``; ``test_dice`` of the kept weights; and ``curve``: epoch, seconds, validation Dice, and test Dice or
+        ``None``, of each epoch.
 
     Raises:
-        ConfigError, DataError, TrainingError: as for ``uctrans.training.train``.
+        ConfigError, DataError, CheckpointError, TrainingError: as for ``uctrans.training.train``.
     """
-    with processes(config.device) as group:
+    with processes(config.device) as group, tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, output=folder)
         if group.device.type == "cuda":
             torch.zeros(1, device=group.device)
         synchronise = torch.cuda.synchronize if group.device.type == "cuda" else lambda: None
         clock = Clock()
-        run = Run(config, group)
-        synchronise()
-        built = clock.read()
-        clock.stop()
-        samples = find_samples(config.data, "test")
-        test = load_tensors(samples, run.protocol, config.classes, config.palette, group.device)
-        clock.go_on()
-
-        # Not the run's own: what a look at the test images has captured must be of no use to validation.
-        forward = plain_forward(run.validated_model, config)
-        curve: list[list[float | None]] = []
-        test_dice, looked_at = math.nan, -every
-        first_epoch = None
-        while run.epoch < config.epochs and not run.is_out_of_patience and not test_dice >= dice:
-            log = EpochLog()
-            train_epoch(run, log, NOT_STOPPED)
-            check_training_was_finite(run)
-            is_best = complete_epoch(run, log, started=time.perf_counter(), images_before=0)
+        with open_writer(config) as writer:
+            run = Run(config, group)
+            save(run, writer)
+            writer.wait()
             synchronise()
+            built = clock.read()
             clock.stop()
-            first_epoch = first_epoch or clock.read() - built
-            scored = None
-            if is_best and run.epoch - looked_at >= every:
-                totals = validate(run.validated_model, test, run.protocol, config, group, forward=forward)
-                scored = test_dice = totals.read(group)[1]
-                looked_at = run.epoch
-            curve.append([run.epoch, clock.read(), log.row["val_dice"], scored])
+            samples = find_samples(config.data, "test")
+            test = load_tensors(samples, run.protocol, config.classes, config.palette, group.device)
             clock.go_on()
+
+            # Not the run's own: what a look at the test images has captured must be of no use to validation.
+            forward = plain_forward(run.validated_model, config)
+            curve: list[list[float | None]] = []
+            test_dice, looked_at = math.nan, -every
+            first_epoch = None
+            while run.epoch < config.epochs and not run.is_out_of_patience and not test_dice >= dice:
+                log = EpochLog()
+                train_epoch(run, log, NOT_STOPPED)
+                check_training_was_finite(run)
+                is_best = complete_epoch(run, log, started=time.perf_counter(), images_before=0)
+                synchronise()
+                clock.stop()
+                first_epoch = first_epoch or clock.read() - built
+                scored = None
+                if is_best and run.epoch - looked_at >= every:
+                    totals = validate(run.validated_model, test, run.protocol, config, group, forward=forward)
+                    scored = test_dice = totals.read(group)[1]
+                    looked_at = run.epoch
+                curve.append([run.epoch, clock.read(), log.row["val_dice"], scored])
+                clock.go_on()
+                if is_best:
+                    save(run, writer, is_best=True)
+            writer.wait()
+            saved = clock.read()
         return {
             "reached": test_dice >= dice,
             "seconds": curve[-1][1],
             "seconds_before_training": built,
             "seconds_of_first_epoch": first_epoch,
+            "seconds_until_saved": saved,
             "epochs": run.epoch,
             "test_dice": None if math.isnan(test_dice) else test_dice,
             "val_dice": None if math.isnan(run.best_dice) else run.best_dice,
@@ -173,18 +187,20 @@ def table(lines: list[dict[str, Any]]) -> str:
     """Runs as Markdown, the latest of each, in the order they were first made."""
     latest = {json.dumps(line["run"], sort_keys=True): line for line in lines if "run" in line}
     rows = [
-        "| candidate | seed | target Dice | seconds | before training | first epoch | epochs | test Dice |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| candidate | seed | target Dice | seconds | before training | first epoch | until saved | epochs "
+        "| test Dice |",
+        f"| --- {'| ---: ' * 8}|",
     ]
     for line in latest.values():
         run, result = line["run"], line["result"]
         what = f"| {run['settings']['model']}, {run['candidate']} | {run['seed']} | {run['dice']:.4f} | "
         if "error" in result:
-            rows.append(f"{what}{result['error'].splitlines()[0]} | | | | |")
+            rows.append(f"{what}{result['error'].splitlines()[0]} | | | | | |")
             continue
         seconds = f"{result['seconds']:.1f}" if result["reached"] else f"not in {result['seconds']:.1f}"
         score = "-" if result["test_dice"] is None else f"{result['test_dice']:.4f}"
-        parts = f"{result['seconds_before_training']:.1f} | {result['seconds_of_first_epoch']:.1f}"
+        names = ("seconds_before_training", "seconds_of_first_epoch", "seconds_until_saved")
+        parts = " | ".join(f"{result[name]:.1f}" for name in names)
         rows.append(f"{what}{seconds} | {parts} | {result['epochs']} | {score} |")
     return "\n".join(rows)
 

@@ -11,7 +11,7 @@ from skimage.io import imsave
 from benchmarks import time_to_dice as module
 from benchmarks.records import append_line, read_lines
 from benchmarks.time_to_dice import CANDIDATES, Clock, main, measure, missing, parsed, table, time_to_dice
-from uctrans.training import TrainConfig
+from uctrans.training import TrainConfig, loop
 
 SIZE = 24
 TINY = ["--model", "unet", "--base-channels", "2", "--image-size", "16", "--device", "cpu", "--learning-rate", "0.01"]
@@ -48,10 +48,29 @@ def test_a_run_ends_when_the_test_images_reach_the_target(data):
     epochs, seconds, _, test = zip(*found["curve"], strict=True)
     assert list(epochs) == list(range(1, found["epochs"] + 1))
     assert all(earlier < later for earlier, later in itertools.pairwise(seconds))
-    assert found["seconds"] == seconds[-1]
+    assert found["seconds"] == seconds[-1] <= found["seconds_until_saved"]
     assert found["seconds_before_training"] + found["seconds_of_first_epoch"] == pytest.approx(seconds[0])
     assert test[-1] == found["test_dice"]
     assert all(score is None or score < 0.5 for score in test[:-1])
+
+
+def test_checkpoints_are_written_as_in_training(data, monkeypatch):
+    written, looks = [], []
+    monkeypatch.setattr(
+        loop, "write_files", lambda folder, checkpoint, is_best: written.append((checkpoint["epoch"], is_best))
+    )
+    monkeypatch.setattr(loop, "validate_epoch", lambda run: (0.5, [0.1, 0.05, 0.2][run.epoch - 1]))
+
+    def look(*_, **__):
+        looks.append(len(written))
+        return SimpleNamespace(read=lambda group: (0.5, 0.1))
+
+    monkeypatch.setattr(module, "validate", look)
+    found = time_to_dice(config(data, epochs=3, first_best_epoch=1), dice=0.9)
+    assert (written[0], written[-1]) == ((0, False), (3, True))
+    assert looks[0] == 1  # the time of a look is none in which the weights that it looks at are written
+    assert looks[1] <= 2
+    assert found["seconds_until_saved"] >= found["seconds"]
 
 
 def test_a_target_that_is_not_reached_is_told(data):

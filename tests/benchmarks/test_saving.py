@@ -1,0 +1,30 @@
+"""What a best epoch costs: both ways write the files, and what is printed are the seconds measured."""
+
+import pytest
+
+from benchmarks import saving
+from uctrans.data import write_demo_dataset
+from uctrans.training import TrainConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    data = str(write_demo_dataset(tmp_path / "data"))
+    output = str(tmp_path / "run")
+    return TrainConfig(data=data, output=output, model="unet", base_channels=2, image_size=32, device="cpu")
+
+
+def test_only_files_that_are_written_in_between_hold_up_the_training(config, monkeypatch):
+    clock, written = [0.0], []
+    write_files = saving.write_files
+
+    def write(folder, checkpoint, is_best):
+        clock[0] += 5.0
+        written.append(is_best)
+        write_files(folder, checkpoint, is_best)
+
+    monkeypatch.setattr(saving, "write_files", write)
+    monkeypatch.setattr(saving.time, "perf_counter", lambda: clock[0])
+    medians = saving.measure(config, rounds=3, steps=1)
+    assert medians == {"steps": 0.0, "written in between": 5.0, "written beside": 0.0, "held up": 0.0}
+    assert written == [True] * 4  # the first round is a warm-up
