@@ -17,6 +17,7 @@ PAGE = "evidence.md"
 RECORDED_PARTS = ("benchmarks", "profile")  # of evidence; the others are tests
 NETWORK_GROUPS = ("attention block", "network")
 GATE_GROUP = "skip gate"
+GATE_PASSES = {"forward": "forward", "both": "with backward"}
 LAYOUTS = ("contiguous", "channels-last")
 MODES = ("inference", "training")
 TITLES = {
@@ -44,7 +45,7 @@ def cpu_block(records: Sequence[Found], root: Path) -> str:
         parts.append(f"![Times as fast, with quartiles]({FIGURES}/speedup-cpu.svg)")
     gate = newest_with(records, (GATE_GROUP,))
     if gate is not None:
-        what = f"`skip_gate` with its tokens and its concatenation, finest scale first, {'/'.join(LAYOUTS)}."
+        what = "`skip_gate` with its tokens and its concatenation; scale 0 is the finest."
         parts += [_wrapped(f"{what} {_machine_of(gate, root)}"), _gate_table(gate.content)]
     return "\n\n".join(filter(None, parts))
 
@@ -208,20 +209,17 @@ def _memory(record: dict[str, Any]) -> str:
 
 
 def _gate_table(record: dict[str, Any]) -> str:
-    """One row a size of images: the ratios of both layouts at each scale."""
-    ratios: dict[tuple[int, int], dict[tuple[str, int, str], float]] = {}
+    """One row a size of images and scale: the ratios of both layouts, forward, and forward and backward."""
+    ratios: dict[tuple[int, int, int], dict[tuple[str, str], float]] = {}
     for bench in _races(record, (GATE_GROUP,)):
         info = bench["extra_info"]
         if "layout" in info:
-            row = ratios.setdefault((info["pixels"], info["batch"]), {})
-            row[info["passes"], info["scale"], info["layout"]] = info["ratio"]
-    rows = ["| `composed` against `reference` | forward | forward and backward |", "| --- | --- | --- |"]
-    for (pixels, batch), row in sorted(ratios.items()):
-        cells = []
-        for passes in ("forward", "both"):
-            scales_there = sorted({scale for one, scale, _ in row if one == passes})
-            pairs = [[row.get((passes, scale, layout)) for layout in LAYOUTS] for scale in scales_there]
-            texts = ["/".join("-" if ratio is None else f"{ratio:.2f}" for ratio in pair) for pair in pairs]
-            cells.append(", ".join(texts))
-        rows.append(f"| {batch} x {pixels}² | {' | '.join(cells)} |")
+            row = ratios.setdefault((info["pixels"], info["batch"], info["scale"]), {})
+            row[info["passes"], info["layout"]] = info["ratio"]
+    columns = [(passes, layout) for passes in GATE_PASSES for layout in LAYOUTS]
+    titles = [f"{GATE_PASSES[passes]}, {layout}" for passes, layout in columns]
+    rows = [f"| `composed` against `reference` | {' | '.join(titles)} |", f"| --- {'| ---: ' * len(columns)}|"]
+    for (pixels, batch, scale), row in sorted(ratios.items()):
+        cells = [f"{row[column]:.2f}" if column in row else "-" for column in columns]
+        rows.append(f"| {batch} x {pixels}², scale {scale} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -220,7 +220,7 @@ def test_of_each_group_the_newest_record_of_a_cpu_counts(root):
     update(root)
     readme = (root / "README.md").read_text()
     assert "3.00x" in readme and "2.00x" not in readme
-    assert "| 4 x 224² | 1.25/- |  |" in readme
+    assert "| 4 x 224², scale 0 | 1.25 | - | - | - |" in readme
 
 
 def test_the_newest_record_of_a_gpu_becomes_its_block_and_pictures(root):
