@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import uctrans
 from uctrans import cli
@@ -22,6 +21,8 @@ from uctrans.sharing import NOT_IN_THE_COMMAND, ShareConfig, SharingError, share
 from uctrans.study import ModelStudyConfig, comparison, study_models
 from uctrans.study.schedule import Budget
 from uctrans.training import TrainConfig
+
+yaml = pytest.importorskip("yaml", reason="the training extra is not installed")
 
 MODELS = ("unet", "uctransnet")
 FILES = ["README.md", "config.json", "model.safetensors"]
