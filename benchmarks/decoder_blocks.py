@@ -1,14 +1,16 @@
-"""What an operator around the decoder's convolutions could save: the candidates, all in plain PyTorch.
+"""What an operator around the network's convolutions could save: the candidates, all in plain PyTorch.
 
-Two questions. A 3x3 convolution over ``[skip, up(d)]``: is it faster split, with the upsampled half convolved on the
-small map? And batch norm, ReLU and max-pool after a convolution: how far are eager and compiled calls from the memory
-they must move?
+Three questions. A 3x3 convolution over ``[skip, up(d)]``: is it faster split, with the upsampled half convolved on the
+small map? Batch norm, ReLU and max-pool after a convolution: how far are eager and compiled calls from the memory they
+must move? And the two convolutions that are matrix products, patch embedding and output head: is the convolution or the
+product faster?
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -122,6 +124,45 @@ def convolution_work(problem: BlockProblem, passes: str) -> Work:
     elements = pixels * (2 * width + out)
     times = {"forward": 1, "both": 3}[passes]
     return Work(times * flop, times * elements * problem.dtype.itemsize)
+
+
+def patch_convolution(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution whose stride is the side of its kernel, as published."""
+    return F.conv2d(feature, weight, bias, stride=weight.shape[-1])
+
+
+def gathered(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The pixels of each patch side by side, which copies the map, then one product."""
+    tokens = rearrange(feature, "b c (h p) (w q) -> b h w (p q c)", p=weight.shape[-2], q=weight.shape[-1])
+    return F.linear(tokens, rearrange(weight, "o c p q -> o (p q c)"), bias).permute(0, 3, 1, 2)
+
+
+def head_product(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution as the product that it is over channels-last pixels."""
+    return F.linear(feature.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+EMBEDDINGS: dict[str, Callable[..., Tensor]] = {"convolution": patch_convolution, "gathered": gathered}
+HEADS: dict[str, Callable[..., Tensor]] = {"convolution": patch_convolution, "product": head_product}
+
+
+def product_call(problem: BlockProblem, patch: int, outputs: int) -> Call:
+    """Arguments of :data:`EMBEDDINGS`, with the published patch of the scale, or of :data:`HEADS`, with patch 1."""
+    generator = torch.Generator(problem.device).manual_seed(0)
+    width, side = problem.channels[problem.scale], problem.side
+    feature = problem.normal(generator, problem.batch, width, side, side)
+    weight = problem.normal(generator, outputs, width, patch, patch)
+    bias = torch.zeros(outputs, device=problem.device, dtype=problem.dtype, requires_grad=True)
+    gradient = problem.normal(generator, problem.batch, outputs, side // patch, side // patch).detach()
+    return Call((feature, weight, bias), (feature, weight, bias), gradient)
+
+
+def product_work(problem: BlockProblem, patch: int, outputs: int, passes: str) -> Work:
+    """Work of the product: the map is read and the result written; backward twice that."""
+    width, pixels = problem.channels[problem.scale], problem.batch * problem.side**2
+    flop = FLOP_OF_A_MULTIPLY_ADD * pixels * width * outputs
+    times = {"forward": 1, "both": 3}[passes]
+    return Work(times * flop, times * (pixels * width + pixels // patch**2 * outputs) * problem.dtype.itemsize)
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Are batch norm, ReLU and pool after convolutions, and convolutions over an upsampled half, worth an operator?
+"""Are what follows convolutions, convolutions over an upsampled half, patch embedding and head worth an operator?
 
     python -m pytest benchmarks/test_decoder_blocks.py -m gpu --benchmark-only --record NAME.jsonl
 
@@ -13,12 +13,16 @@ from . import timing
 from .decoder_blocks import (
     BLOCKS,
     CONVOLUTIONS,
+    EMBEDDINGS,
+    HEADS,
     BlockProblem,
     block,
     block_call,
     convolution_call,
     convolution_work,
     epilogue_work,
+    product_call,
+    product_work,
 )
 from .gate import relative_error
 from .race import CLOCK, paired, work_notes
@@ -26,6 +30,7 @@ from .roofline import copy_bandwidth
 
 PASSES = ("forward", "both")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+FIRST_PATCH, CLASSES = 16, 1  # as published, of the finest scale; and a binary mask
 ROUNDS = {"cuda": 30, "cpu": 9}
 
 CPU_PROBLEMS = [BlockProblem(224, 1, torch.float32, scale, device="cpu") for scale in range(4)]
@@ -44,18 +49,44 @@ def problems(on_cpu) -> list:
 @pytest.mark.parametrize("problem", problems(CPU_PROBLEMS))
 def test_convolution_over_an_upsampled_half(request, benchmark, record, problem, passes, candidate):
     benchmark.group = f"convolution over an upsampled half, {passes}"
-    baseline = next(iter(CONVOLUTIONS))
-    samples = {
-        name: timing.sampler(CONVOLUTIONS[name], passes, [convolution_call(problem, name)])
-        for name in dict.fromkeys((candidate, baseline))
-    }
-    for sample in samples.values():
-        sample()
-    error = relative_error(samples[candidate].results[0], samples[baseline].results[0].double())
-    assert error <= TOLERANCES[problem.dtype], f"the output is off by {error}"
-    notes = {"relative_error": error}
-    work = convolution_work(problem, passes)
-    finish(request, benchmark, record, problem, passes, candidate, samples[candidate], samples[baseline], work, notes)
+    race_of_equals(
+        *(request, benchmark, record, problem, passes, candidate),
+        CONVOLUTIONS,
+        lambda name: convolution_call(problem, name),
+        convolution_work(problem, passes),
+    )
+
+
+@pytest.mark.benchmark(timer=CLOCK.read)
+@pytest.mark.usefixtures("in_budget")
+@pytest.mark.parametrize("candidate", EMBEDDINGS)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("problem", problems(CPU_PROBLEMS))
+def test_patch_embedding(request, benchmark, record, problem, passes, candidate):
+    benchmark.group = f"patch embedding, {passes}"
+    sizes = FIRST_PATCH >> problem.scale, problem.channels[problem.scale]
+    race_of_equals(
+        *(request, benchmark, record, problem, passes, candidate),
+        EMBEDDINGS,
+        lambda name: product_call(problem, *sizes),
+        product_work(problem, *sizes, passes),
+    )
+
+
+@pytest.mark.benchmark(timer=CLOCK.read)
+@pytest.mark.usefixtures("in_budget")
+@pytest.mark.parametrize("candidate", HEADS)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("problem", [problem for problem in problems(CPU_PROBLEMS) if problem.values[0].scale == 0])
+def test_output_head(request, benchmark, record, problem, passes, candidate):
+    benchmark.group = f"output head, {passes}"
+    sizes = 1, CLASSES
+    race_of_equals(
+        *(request, benchmark, record, problem, passes, candidate),
+        HEADS,
+        lambda name: product_call(problem, *sizes),
+        product_work(problem, *sizes, passes),
+    )
 
 
 @pytest.mark.benchmark(timer=CLOCK.read)
@@ -76,6 +107,20 @@ def test_epilogue(request, benchmark, record, problem, with_pool, passes, candid
     work = epilogue_work(problem, with_pool, passes)
     entrant, baseline = sample_of(candidate), sample_of(BLOCKS[0])
     finish(request, benchmark, record, problem, passes, candidate, entrant, baseline, work, {})
+
+
+def race_of_equals(request, benchmark, record, problem, passes, candidate, candidates, call, work):
+    """Race one of ``candidates``, functions of the same, against the first, after their outputs were compared."""
+    baseline = next(iter(candidates))
+    samples = {
+        name: timing.sampler(candidates[name], passes, [call(name)]) for name in dict.fromkeys((candidate, baseline))
+    }
+    for sample in samples.values():
+        sample()
+    error = relative_error(samples[candidate].results[0], samples[baseline].results[0].double())
+    assert error <= TOLERANCES[problem.dtype], f"the output is off by {error}"
+    notes = {"relative_error": error}
+    finish(request, benchmark, record, problem, passes, candidate, samples[candidate], samples[baseline], work, notes)
 
 
 def finish(request, benchmark, record, problem, passes, candidate, entrant, baseline, work, notes):

@@ -6,12 +6,16 @@ import torch
 from benchmarks.decoder_blocks import (
     BLOCKS,
     CONVOLUTIONS,
+    EMBEDDINGS,
+    HEADS,
     BlockProblem,
     block,
     block_call,
     convolution_call,
     convolution_work,
     epilogue_work,
+    product_call,
+    product_work,
 )
 from benchmarks.roofline import Work, copy_bandwidth
 from benchmarks.timing import run_pass
@@ -30,6 +34,16 @@ def test_convolutions_over_an_upsampled_half_are_one_function(candidate):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(
+    ("candidates", "candidate", "sizes"), [(EMBEDDINGS, "gathered", (4, 5)), (HEADS, "product", (1, 3))]
+)
+def test_products_are_the_convolution_that_they_stand_for(candidates, candidate, sizes):
+    expected = run_pass(candidates["convolution"], "both", product_call(SMALL, *sizes))
+    actual = run_pass(candidates[candidate], "both", product_call(SMALL, *sizes))
+    assert len(expected) == 4  # the output, and gradients by map, weight and bias
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("with_pool", [False, True])
 @pytest.mark.parametrize("candidate", [name for name in BLOCKS if "compiled" not in name])
 def test_blocks_run_with_a_gradient_for_each_output(candidate, with_pool):
@@ -45,6 +59,7 @@ def test_blocks_run_with_a_gradient_for_each_output(candidate, with_pool):
 def test_work_by_hand():
     pixels = 2 * 8 * 8
     assert convolution_work(SMALL, "forward") == Work(2 * pixels * 9 * 8 * 6, pixels * (8 + 6) * 8)
+    assert product_work(SMALL, 4, 5, "both") == Work(3 * 2 * pixels * 4 * 5, 3 * (pixels * 4 + 8 * 5) * 8)
     assert epilogue_work(SMALL, True, "forward") == Work(0.0, pixels * 4 * (3 + 1 / 4) * 8)
     assert epilogue_work(SMALL, False, "both") == Work(0.0, pixels * 4 * 8 * 8)
 
