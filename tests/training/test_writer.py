@@ -169,6 +169,29 @@ def test_a_copy_has_all_of_the_state_and_none_of_its_memory(assert_same):
     assert copied["model"]._metadata == expected["model"]._metadata
 
 
+@pytest.mark.parametrize(("is_slow", "copies"), [(False, 1), (True, 2)])
+def test_two_copies_are_all_the_memory_that_saves_take(is_slow, copies):
+    disk, kept = Disk(), []
+
+    def write(checkpoint, is_best):
+        disk.write(checkpoint, is_best)
+        kept.append(checkpoint["weights"])
+
+    with CheckpointWriter(write) as writer:
+        training = Training(writer)
+        for epoch in range(0, 8, 2):
+            training.save(epoch)
+            disk.wait_until_busy()
+            if is_slow:
+                training.save(epoch + 1)
+                disk.allow(1)
+                disk.wait_until_busy()
+            disk.allow(1)
+            writer.wait()
+    assert len(kept) == (8 if is_slow else 4)
+    assert len({tensor.data_ptr() for tensor in kept}) == copies
+
+
 def test_memory_of_a_copy_is_used_again_where_it_fits():
     memory = StateCopy()
     first = memory.take({"a": torch.zeros(3), "b": torch.zeros(2, 2), "c": None})
