@@ -88,10 +88,14 @@ def test_models_of_another_protocol_are_scored_as_a_protocol_that_resizes(
 
 def test_models_that_resize_alike_are_scored_as_they_see(brightness_model, use_model, dataset, tmp_path):
     use_model(brightness_model(image_size=224))
-    own = evaluate(config(dataset, tmp_path)).rows
-    named = evaluate(config(dataset, tmp_path, size="uctransnet-224", overwrite=True)).rows
-    assert [row["dice"] for row in named] == [row["dice"] for row in own]
-    assert own[0]["dice"] < 1  # the rim of the mask counts as foreground, and such a model knows of no rim
+    own = evaluate(config(dataset, tmp_path))
+    named = evaluate(config(dataset, tmp_path, size="uctransnet-224", overwrite=True))
+    use_model(brightness_model(image_size=224, metadata={"protocol": "augmented-224"}))
+    augmented = evaluate(config(dataset, tmp_path, overwrite=True))
+    for result in (named, augmented):
+        assert [row["dice"] for row in result.rows] == [row["dice"] for row in own.rows]
+        assert result.scored_at == own.scored_at == "224 x 224 pixels, as uctransnet-224 resizes them"
+    assert own.rows[0]["dice"] < 1  # the rim of the mask counts as foreground, and such a model knows of no rim
 
 
 def test_images_of_a_fold(brightness_model, use_model, dataset, tmp_path):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from uctrans import cli
-from uctrans.study import RecipeStudyConfig, StudyError, load_recipes, single, study_recipes
+from uctrans.study import RecipeStudyConfig, StudyError, load_recipes, single, study_recipes, summary
 from uctrans.study.cost import Cost
+from uctrans.study.files import Result, read_record
 from uctrans.study.report import Row, Table
 from uctrans.training import load_checkpoint
 
@@ -82,6 +83,14 @@ def test_a_recipe_of_scoring_alone_takes_the_weights_of_another(undisturbed):
 def test_scores_of_crops_are_of_resized_masks(undisturbed):
     result = result_of(undisturbed, "crops", 0)
     assert result["scored_at"] == "224 x 224 pixels, as uctransnet-224 resizes them"
+
+
+def test_scores_that_are_taken_alike_compare(undisturbed):
+    result = read_record(undisturbed / f"runs/crops/seed_0/fold_0/{PATIENCE}/result.json", Result)
+    before = replace(result, variant="augmented", scored_at="224 x 224 pixels, as augmented-224 resizes them")
+    assert summary._scored_at([result, before]) == result.scored_at == summary._scored_at([before])
+    native = replace(result, variant="native", scored_at="the size of their masks")
+    assert summary._scored_at([result, native]).startswith("different sizes, so they do not compare: crops at 224")
 
 
 def test_validation_scores_are_of_the_images_of_the_fold(undisturbed):

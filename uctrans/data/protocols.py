@@ -31,11 +31,13 @@ class Protocol:
         keeps_resolution: whether the network sees the pixels of the files; then ``image_size`` is that of the crops and
             tiles that it sees at once, and scores are taken at the size of the files.
         crops_per_image: how often an epoch takes each image.
+        resizes_as: name of the protocol that resizes images and masks in the same way, so that scores compare.
     """
 
     name: str
     image_size: tuple[int, int]
     channel_order: str = "rgb"
+    resizes_as: ClassVar[str] = "uctransnet-224"
     keeps_resolution: ClassVar[bool] = False
     crops_per_image: ClassVar[int] = 1
 

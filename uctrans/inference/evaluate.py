@@ -185,7 +185,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     instance_rows = [_instance_row(pictures[position], rows[position], rank) for position, rank in by_aji]
     height, width = scored_as.image_size
     scored_at = (
-        "the size of their masks" if is_native else f"{height} x {width} pixels, as {scored_as.name} resizes them"
+        "the size of their masks" if is_native else f"{height} x {width} pixels, as {scored_as.resizes_as} resizes them"
     )
     _write_csv(files["metrics.csv"], rows)
     comparison_figure(files["figure.png"], figure_rows, comparison.colours, comparison.legend)
