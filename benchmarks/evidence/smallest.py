@@ -15,6 +15,7 @@ from torch import Tensor
 
 from uctrans.kernels import (
     batch_norm_relu,
+    batch_norm_relu_pool,
     channel_attention,
     cross_layer_norm,
     packed_layer_norm,
@@ -114,8 +115,12 @@ def cases(device: str, dtype: torch.dtype) -> list[Case]:
         parameters = [normal(5).float(), normal(5).float()]
         for is_training in (True, False):
             mode = "training" if is_training else "evaluation"
-            function = partial(_norm_relu, training=is_training)
-            found.append((f"batch norm and ReLU, {mode}, {layout}", function, [maps[0], *parameters]))
+            leaves = [maps[0], *parameters]
+            found.append((f"batch norm and ReLU, {mode}, {layout}", partial(_norm_relu, is_training), leaves))
+            leaves = [maps[0][..., 1:, 1:].contiguous(memory_format=memory_format), *parameters]
+            found.append(
+                (f"batch norm, ReLU and pool, {mode}, {layout}", partial(_norm_relu_pool, is_training), leaves)
+            )
         for classes in (1, 3):
             logits = normal(BATCH, classes, 7, 5).contiguous(memory_format=memory_format)
             masks = torch.randint(max(classes, 2), (BATCH, 7, 5), generator=generator, dtype=torch.uint8).to(device)
@@ -123,10 +128,16 @@ def cases(device: str, dtype: torch.dtype) -> list[Case]:
     return found
 
 
-def _norm_relu(feature: Tensor, *parameters: Tensor, training: bool, backend: str) -> tuple[Tensor, ...]:
+def _norm_relu(training: bool, feature: Tensor, *parameters: Tensor, backend: str) -> tuple[Tensor, ...]:
     mean, variance = torch.zeros_like(parameters[0]), torch.ones_like(parameters[0])
     output = batch_norm_relu(feature, *parameters, mean, variance, training=training, backend=backend)
     return output, mean, variance
+
+
+def _norm_relu_pool(training: bool, feature: Tensor, *parameters: Tensor, backend: str) -> tuple[Tensor, ...]:
+    mean, variance = torch.zeros_like(parameters[0]), torch.ones_like(parameters[0])
+    maps = batch_norm_relu_pool(feature, *parameters, mean, variance, training=training, backend=backend)
+    return *maps, mean, variance
 
 
 def _loss_and_dice(masks: Tensor, logits: Tensor, backend: str) -> tuple[Tensor, ...]:

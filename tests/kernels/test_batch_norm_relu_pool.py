@@ -191,7 +191,7 @@ class TestWinners:
 
 
 class TestGradientsThatAreNotThere:
-    @pytest.mark.parametrize(("memory_format", "training"), zip(FORMATS, (False, True), strict=True), ids=str)
+    @pytest.mark.parametrize(("memory_format", "training"), list(zip(FORMATS, (False, True), strict=True)), ids=str)
     def test_of_one_map(self, memory_format, training):
         """A map that is not used is one whose gradient is zero."""
         inputs = inputs_of(SHAPE, torch.float32, memory_format)
