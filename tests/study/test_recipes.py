@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from uctrans import cli
-from uctrans.study import RecipeStudyConfig, StudyError, load_recipes, single, study_recipes, summary
+from uctrans.study import RecipeStudyConfig, StudyError, single, study_recipes, summary
 from uctrans.study.cost import Cost
 from uctrans.study.files import Result, read_record
 from uctrans.study.report import Row, Table
@@ -22,6 +23,7 @@ averaged: &averaged {ema_decay: 0.5, restart_period: null}
 crops: {<<: *averaged, protocol: native, crops_per_image: 2, score_size: uctransnet-224}
 """
 PATIENCE = "patience_50"
+NAMES = ("published", "turned", "averaged", "crops")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def config(settings, tmp_path_factory):
     own = {name: value for name, value in settings.items() if name != "models"} | {
         "model": "unet", "model_options": {}, "seeds": (0,), "cross_validation": 2,
         "recipes": str(folder / "own.yaml"), "output": str(folder / "study"),
+        "epochs": 6, "first_best_epoch": 6, "batch_size": 1,  # by then a network finds more than all of the image
     }  # fmt: skip
     return RecipeStudyConfig(**own)
 
@@ -95,7 +98,7 @@ def test_scores_that_are_taken_alike_compare(undisturbed):
 
 def test_validation_scores_are_of_the_images_of_the_fold(undisturbed):
     folds = json.loads((undisturbed / "folds.json").read_text())["folds"]
-    for recipe in load_recipes_of(undisturbed):
+    for recipe in NAMES:
         for fold in (0, 1):
             folder = undisturbed / f"runs/{recipe}/seed_0/fold_{fold}/{PATIENCE}"
             with (folder / "validation/metrics.csv").open(newline="") as file:
@@ -105,13 +108,10 @@ def test_validation_scores_are_of_the_images_of_the_fold(undisturbed):
             assert result_of(undisturbed, recipe, fold)["validation"]["dice"] == pytest.approx(expected, abs=1e-6)
 
 
-def load_recipes_of(folder):
-    return load_recipes(folder.parent / "own.yaml")
-
-
 def test_effects_are_mean_differences_from_the_first_recipe_fold_by_fold(undisturbed):
     rows = rows_of(undisturbed)
     assert rows["published"]["effect_mean"] == ""
+    assert len({row["effect_mean"] for row in rows.values()}) == 4, "nothing to tell apart"
     for recipe in ("turned", "averaged", "crops"):
         differences = [
             result_of(undisturbed, recipe, fold)["validation"]["dice"]
@@ -158,6 +158,45 @@ def test_a_training_that_diverged_fails_the_recipes_that_share_it(config, tmp_pa
     with pytest.raises(StudyError, match=r"all runs failed, the first, first, seed 0: the loss is not finite"):
         study_recipes(replace(config, **settings))
     assert "run 2 of 2: turned, seed 0: failed, the loss is not finite" in capsys.readouterr().out
+
+
+@pytest.fixture
+def moved(config, undisturbed, tmp_path, no_training):
+    """A copy of the finished study, and the settings that go on with it."""
+    shutil.copytree(undisturbed, tmp_path / "moved")
+    return replace(config, output=str(tmp_path / "moved"))
+
+
+def test_scores_of_weights_that_were_trained_anew_are_taken_anew(moved, undisturbed):
+    published, turned = (Path(moved.output) / f"runs/{recipe}/seed_0/fold_0" / PATIENCE for recipe in NAMES[:2])
+    shutil.rmtree(published / "best")
+    shutil.copytree(published.parents[1] / "fold_1" / PATIENCE / "best", published / "best")
+    shutil.copyfile(published.parents[1] / "fold_1" / PATIENCE / "result.json", published / "result.json")
+    study_recipes(moved)
+    assert (turned / "best/model.safetensors").read_bytes() == (published / "best/model.safetensors").read_bytes()
+    first, second = (result_of(Path(moved.output), "turned", fold)["scores"] for fold in (0, 1))
+    assert first == second != result_of(undisturbed, "turned", 0)["scores"]
+
+
+def test_a_recipe_of_scoring_alone_fails_and_recovers_with_the_training_it_takes(moved, undisturbed, capsys):
+    run = Path(moved.output) / "runs/published/seed_0/fold_0"
+    (run / PATIENCE).rename(run / "kept")
+    (run / "failed.json").write_text(json.dumps({"variant": "published", "seed": 0, "reason": "epoch 1; lower it"}))
+    result = study_recipes(moved)
+    assert (result.finished, result.failed) == (6, 2)
+    assert rows_of(result.output)["turned"]["failed"] == "seed 0, fold 0"
+    assert f"turned, seed 0, fold 0: failed before, epoch 1; to try it again, delete {run}" in capsys.readouterr().out
+    (run / "failed.json").unlink()
+    (run / "kept").rename(run / PATIENCE)
+    assert rows_of(Path(study_recipes(moved).output)) == rows_of(undisturbed)
+
+
+def test_scores_of_an_unknown_training_are_refused(moved):
+    run = Path(moved.output) / "runs/averaged/seed_0/fold_0"
+    (run / "config.yaml").unlink()
+    (run / "last.pt").unlink()
+    with pytest.raises(StudyError, match=rf"{run}: holds scores, but config\.yaml is lost.* delete the folder {run}"):
+        study_recipes(moved)
 
 
 def test_the_shipped_recipes_can_be_trained(data, tmp_path):

@@ -137,6 +137,11 @@ def _check_run(run: PlannedRun, free: list[str]) -> None:
     if settings is not None:
         _refuse_other_settings(run.folder, settings, run.config, free)
         _refuse_patience_gone_by(run, ended, settings)
+    elif ended.results and run.trained_by is None:
+        raise StudyError(
+            f"{run.folder}: holds scores, but config.yaml is lost, which tells how they were trained; restore it, or "
+            f"{anew(run.folder)}"
+        )
     for patience, result in ended.results.items():
         _refuse_changes(run.at(patience), SCORING_DEFAULTS | result.scored, run.scored)
 

@@ -13,13 +13,15 @@
                         patience_P/validation/    and on those that training was validated on
                         patience_P/result.json    the mean scores; there once the run is finished
     OUTPUT/runs/VARIANT/seed_N/fold_K/      the same in cross-validation, beside them
-    A variant that differs from another in scoring alone has its patience_P/ only: it takes the other's weights.
+    A variant that differs from another in scoring alone has its patience_P/ only: it takes the other's weights, is
+    scored anew where these were trained anew, and fails where that training fails.
     OUTPUT/runs/VARIANT/seed_N/ensemble/patience_P/    test/ and result.json of the mean of the folds' probabilities
 
 A damaged file is named with the remedy.
 """
 
 import dataclasses
+import filecmp
 import json
 import types
 import typing
@@ -28,6 +30,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from uctrans.inference.files import write_json
+from uctrans.models.base import WEIGHTS_FILE
+from uctrans.models.files import BEST_FOLDER
 from uctrans.study.config import StudyError
 from uctrans.study.cost import Cost
 from uctrans.study.plan import PlannedRun
@@ -175,6 +179,8 @@ def outcome(run: PlannedRun) -> Outcome:
     Raises:
         StudyError: a file that says so is damaged.
     """
+    if run.trained_by is not None:
+        return _outcome_of_scoring(run, outcome(run.trained_by))
     paths = {patience: run.at(patience) / RESULT for patience in run.patiences}
     results = {patience: read_record(path, Result) for patience, path in paths.items() if path.exists()}
     if len(results) == len(paths):  # where the training diverged later, on the way to a patience not asked for
@@ -182,6 +188,28 @@ def outcome(run: PlannedRun) -> Outcome:
     path = run.folder / FAILURE
     failure = read_record(path, Failure) if path.exists() else None
     return Outcome(results, failure, is_over=failure is not None)
+
+
+def _outcome_of_scoring(run: PlannedRun, trained: Outcome) -> Outcome:
+    """That of a run which takes the weights of another: its results are those of these weights, and it fails alike."""
+    results = {
+        patience: read_record(run.at(patience) / RESULT, Result)
+        for patience in trained.results
+        if (run.at(patience) / RESULT).exists() and _has_weights_of(run.at(patience), run.trained_by.at(patience))
+    }
+    is_over = trained.is_over and len(results) == len(trained.results)
+    failure = dataclasses.replace(trained.failure, variant=run.variant.name) if is_over and trained.failure else None
+    return Outcome(results, failure, is_over)
+
+
+def _has_weights_of(folder: Path, source: Path) -> bool:
+    """Tell whether weights are those that lie in ``source`` now, where another training may have replaced them.
+
+    Links and copies are known by their size and time, others by their bytes. Weights that are gone can only be
+    believed.
+    """
+    own, now = (place / BEST_FOLDER / WEIGHTS_FILE for place in (folder, source))
+    return not now.exists() or (own.exists() and filecmp.cmp(own, now))
 
 
 def _built(kind: type[Record], content: Any) -> Record:

@@ -89,7 +89,8 @@ class Schedule:
         found = self.ended[run.config.output]
         line = f"run {number} of {len(self.plan)}: {run.name}: "
         if found.failure is not None:
-            line += f"failed{when}, {found.failure.finding}; to try it again, delete {run.folder}"
+            trained = run.trained_by or run
+            line += f"failed{when}, {found.failure.finding}; to try it again, delete {trained.folder}"
         else:
             line += f"{_dice(found.results)}, {_duration(_seconds(found))}" + (f" (finished{when})" if when else "")
         remaining = [self._seconds_to_go(other) for other in self.plan if other.config.output not in self.ended]

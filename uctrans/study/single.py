@@ -119,10 +119,11 @@ def _begun_or_interrupted(run: PlannedRun) -> TrainConfig:
 
 def _score_otherwise(run: PlannedRun, config: StudyConfig) -> None:
     """Score the weights of the run that trained for this one, at each patience that it has results at."""
-    trained = outcome(run.trained_by)
-    for patience, result in trained.results.items():
-        if (run.at(patience) / RESULT).exists():
+    scored = outcome(run).results
+    for patience, result in outcome(run.trained_by).results.items():
+        if patience in scored:
             continue
+        (run.at(patience) / RESULT).unlink(missing_ok=True)  # of weights that are replaced now
         _keep_best_weights(run.trained_by.at(patience), run.at(patience))
         started = time.perf_counter()
         scores = _scores(run, patience, config)
@@ -130,8 +131,6 @@ def _score_otherwise(run: PlannedRun, config: StudyConfig) -> None:
         write_record(
             run.at(patience) / RESULT, dataclasses.replace(result, variant=run.variant.name, seconds=seconds, **scores)
         )
-    if trained.failure is not None:
-        write_record(run.folder / FAILURE, dataclasses.replace(trained.failure, variant=run.variant.name))
 
 
 def _keep_best_weights(source: Path, folder: Path) -> None:
