@@ -13,7 +13,7 @@ from uctrans.inference import mean_and_deviation
 from uctrans.inference.evaluation_result import TITLES
 from uctrans.writing import written_atomically
 
-CARD = "README.md"
+CARD, FOLDS = "README.md", "folds.json"
 TASK = {"type": "image-segmentation", "name": "Image segmentation"}
 NO_LICENSE = (
     "# license: not set. Whoever shares these weights names one, which the licence of the images may decide:\n"
@@ -69,6 +69,8 @@ class ModelCard:
         fingerprint: of their names and sizes, see `uctrans.study.checks.fingerprint`.
         scores: None where there are none.
         license: as the hub calls it, None where whoever shares the weights has to name one.
+        folds: file of the folds that it was trained on, which is to lie beside the card as folds.json; None where there
+            is none.
     """
 
     title: str
@@ -80,6 +82,7 @@ class ModelCard:
     fingerprint: str | None = None
     scores: CardScores | None = None
     license: str | None = None
+    folds: Path | None = None
 
     def __str__(self) -> str:
         parts = [self._front_matter(), self._introduction(), self._use(), self._evaluation(), self._training(), LIMITS]
@@ -198,7 +201,9 @@ class ModelCard:
         if self.command is not None:
             lines += [
                 "",
-                "Trained as by this command, in which the words in capitals are to be filled in:",
+                "Trained as by this command, in which the words in capitals are to be filled in"
+                + ("" if self.folds is None else f"; `{FOLDS}` lies beside this file")
+                + ":",
                 "",
                 f"```sh\n{self.command}\n```",
             ]

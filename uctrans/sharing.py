@@ -15,7 +15,7 @@ import uctrans
 from uctrans.data import parse_palette
 from uctrans.inference import PredictConfig
 from uctrans.inference.files import output_folder, refuse_existing
-from uctrans.model_card import CARD, CardScores, ModelCard, write_card
+from uctrans.model_card import CARD, FOLDS, CardScores, ModelCard, write_card
 from uctrans.models.base import CONFIG_FILE, WEIGHTS_FILE, read_config
 from uctrans.models.files import BEST_FOLDER
 from uctrans.training import TrainConfig
@@ -100,14 +100,16 @@ def share(config: ShareConfig) -> Shared:
         )
     if not (source / CONFIG_FILE).exists():
         source = source / BEST_FOLDER
+    training = _training_of(source)
+    folds = None if training is None else folds_file(training)
     folder = output_folder(config.output)
     if not config.overwrite:
-        refuse_existing([folder / name for name in (WEIGHTS_FILE, CONFIG_FILE, CARD)], "shared weights")
+        names = (WEIGHTS_FILE, CONFIG_FILE, CARD, *([] if folds is None else [FOLDS]))
+        refuse_existing([folder / name for name in names], "shared weights")
     title = config.name or folder.resolve().name
     if NAME_ON_HUB.fullmatch(title) is None:
         raise SharingError(f"name: {title!r} is none that the hub takes; give one of letters, digits and . - _")
     model = read_config(source)
-    training = _training_of(source)
     card = ModelCard(
         title=title,
         model=model,
@@ -119,12 +121,15 @@ def share(config: ShareConfig) -> Shared:
         dataset=config.dataset or (None if training is None else Path(training.data).name),
         scores=None if config.evaluation is None else _scores(Path(config.evaluation), model),
         license=config.license,
+        folds=folds,
     )
     return write_shared(folder, source, card)
 
 
 def write_shared(folder: Path, source: Path, card: ModelCard) -> Shared:
-    """Write or renew a folder to share. Each file is replaced as a whole; the weights are linked where the disk can.
+    """Write or renew a folder to share, with the folds where they are a file.
+
+    Each file is replaced as a whole; the weights are linked where the disk can.
 
     Args:
         folder: to write.
@@ -139,6 +144,9 @@ def write_shared(folder: Path, source: Path, card: ModelCard) -> Shared:
             shutil.copyfile(source / WEIGHTS_FILE, temporary)
     with written_atomically(folder / CONFIG_FILE) as temporary:  # never linked: it may be edited where it lies
         shutil.copyfile(source / CONFIG_FILE, temporary)
+    if card.folds is not None:
+        with written_atomically(folder / FOLDS) as temporary:
+            shutil.copyfile(card.folds, temporary)
     return Shared(folder, card, write_card(folder / CARD, card))
 
 
@@ -151,6 +159,11 @@ def checksum(folder: Path) -> str:
     """SHA-256 of the weights in a folder of save_pretrained, hexadecimal."""
     with (folder / WEIGHTS_FILE).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folds_file(config: TrainConfig) -> Path | None:
+    """The file of the folds of a run; None where it has none, or they come with the package."""
+    return Path(config.folds) if config.folds is not None and Path(config.folds).is_file() else None
 
 
 def training_command(config: TrainConfig) -> str:
@@ -181,8 +194,8 @@ def _written(name: str, value: Any) -> str:
         return "null"
     if name == "init_from":
         return "INITIAL_WEIGHTS"
-    if name == "folds" and Path(value).suffix:
-        return "FOLDS.json"
+    if name == "folds" and (Path(value).suffix or Path(value).is_file()):
+        return FOLDS if Path(value).is_file() else "FOLDS.json"
     if name == "palette":
         return ",".join(parse_palette(value))
     if isinstance(value, dict):

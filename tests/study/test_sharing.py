@@ -19,7 +19,9 @@ from uctrans.inference.evaluate import EvaluateConfig
 from uctrans.models import ModelFileError
 from uctrans.sharing import NOT_IN_THE_COMMAND, ShareConfig, SharingError, share, training_command
 from uctrans.study import ModelStudyConfig, comparison, study_models
-from uctrans.study.schedule import Budget
+from uctrans.study.best import best_runs
+from uctrans.study.schedule import Budget, Schedule
+from uctrans.study.sharing import share_best
 from uctrans.training import TrainConfig
 
 yaml = pytest.importorskip("yaml", reason="the training extra is not installed")
@@ -179,6 +181,31 @@ def test_the_training_command_repeats_settings_of_every_kind(tmp_path):
     named = {"folds": "FOLDS.json", "init_from": "INITIAL_WEIGHTS", "palette": ["#000000", "#ff0000"]}
     expected = config.to_dict() | {"data": "DATA", "output": "RUN"} | named
     assert parsed == expected
+
+
+def test_a_study_names_images_and_licence_and_gives_its_folds_along(finished, capsys):
+    own = {"dataset_name": "MoNuSeg 2018", "license": "cc-by-nc-sa-4.0"}
+    print(study_models(replace(finished, **own)))
+    assert "--license names their licence" in capsys.readouterr().out
+    for model in MODELS:
+        content = front_matter(Path(finished.output) / "weights" / model)
+        assert content["license"] == "cc-by-nc-sa-4.0"
+        assert content["model-index"][0]["results"][0]["dataset"]["name"] == "MoNuSeg 2018"
+
+
+def test_the_folds_of_a_study_lie_beside_the_card(finished, tmp_path):
+    folds = {"folds": [{"train": ["train0", "train1"], "val": ["val0"]}]}
+    (tmp_path / "own.json").write_text(json.dumps(folds))
+    of_a_fold = replace(finished, folds=str(tmp_path / "own.json"), fold=0)
+    schedule = Schedule(finished.plan(), {}, Budget(), 1)
+    chosen = best_runs(finished, schedule)["unet"]
+    run = of_a_fold.run(chosen.run.variant, chosen.run.seed)
+    share_best(of_a_fold, {"unet": replace(chosen, run=replace(chosen.run, config=run.config))}, None)
+    folder = Path(finished.output) / "weights" / "unet"
+    (command,) = blocks(folder, "sh")[1:]
+    assert "--folds folds.json --fold 0" in command
+    assert json.loads((folder / "folds.json").read_text()) == folds
+    assert "`folds.json` lies beside this file:" in (folder / "README.md").read_text()
 
 
 def test_an_edited_card_is_kept(finished):

@@ -539,6 +539,8 @@ def test_a_folder_of_something_else_is_refused(finished, settings, tmp_path, no_
         ("--score-size huge", "score_size: 'huge' is not known"),
         ("--score-resolution native", "set score_size to native too"),
         ("--cross-validation monuseg --folds monuseg --fold 0", "leave out folds and fold"),
+        ("--folds 5", "every fold where cross_validation names them: --cross-validation 5; folds goes with fold"),
+        ("--folds monuseg", "--cross-validation monuseg;"),
         ("--model-options {\"layers\":2}", "none of unet, uctransnet, dual_branch_uctransnet takes layers"),
         ("--epochs 0", "epochs: 0 is too small"),
         ("--device cuda:99", "device: cuda:99 is not there"),
@@ -562,7 +564,7 @@ def test_settings_of_the_study_itself_and_several_processes_are_refused(settings
     with pytest.raises(StudyError, match="seeds: is empty"):
         ModelStudyConfig(**settings | {"seeds": ()}, output="study")
     with pytest.raises(ConfigError, match="fold and folds belong together"):
-        ModelStudyConfig(**settings, output="study", folds="monuseg")
+        ModelStudyConfig(**settings, output="study", fold=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(StudyError, match="without torchrun"):
         study_models(ModelStudyConfig(**settings, output=str(tmp_path / "study")))

@@ -47,6 +47,9 @@ class StudyConfig(TrainConfig, ABC):
             The table tells what there is; the same command goes on. None takes as long as it takes.
         keep_checkpoints: Keep last.pt and best.pt of finished runs, which take several times the room of the weights.
             Without them a finished run cannot go on to a larger patience.
+        dataset_name: What the cards of shared weights call the images; none takes the name of their folder.
+        license: Licence of the shared weights by its name on the hub, cc-by-nc-sa-4.0; none leaves a comment in its
+            place.
         progress: Show the bar and the lines of every epoch too, beside the line of every run.
 
     Raises:
@@ -66,9 +69,16 @@ class StudyConfig(TrainConfig, ABC):
     processes: int = 1
     minutes: float | None = None
     keep_checkpoints: bool = True
+    dataset_name: str | None = None
+    license: str | None = None
     progress: bool = False
 
     def __post_init__(self):
+        if self.folds is not None and self.fold is None:
+            raise StudyError(
+                f"folds: a study trains on every fold where cross_validation names them: --cross-validation {self.folds}"
+                "; folds goes with fold, of a study on a single one"
+            )
         super().__post_init__()
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         for name in self.set_by_the_study:

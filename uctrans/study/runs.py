@@ -77,8 +77,8 @@ class StudyResult:
         lines = [f"Table and pictures are in {self.output}: {', '.join(names)}"]
         if (weights := self.output / WEIGHTS).is_dir():
             lines += [
-                f"The weights of the best run of each network, by validation Dice, are in {weights}, with a card each",
-                f"that a licence is to be named in. To share one: {upload_command(weights / 'NAME', 'NAME')}",
+                f"The weights of the best run of each network, by validation Dice, are in {weights}, with a card each;",
+                f"--license names their licence. To share one: {upload_command(weights / 'NAME', 'NAME')}",
             ]
         return lines
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from uctrans.model_card import CardScores, ModelCard
 from uctrans.models.base import read_config
-from uctrans.sharing import checksum, prediction_flags, training_command, write_shared
+from uctrans.sharing import checksum, folds_file, prediction_flags, training_command, write_shared
 from uctrans.study.best import BestRun
 from uctrans.study.config import StudyConfig
 from uctrans.study.files import WEIGHTS
@@ -40,7 +40,7 @@ def _card(name: str, chosen: BestRun, config: StudyConfig, fingerprint: str | No
         checksum=checksum(chosen.weights),
         selection=_selection(chosen),
         command=training_command(dataclasses.replace(run.config, patience=chosen.patience)),
-        dataset=Path(config.data).resolve().name,
+        dataset=config.dataset_name or Path(config.data).resolve().name,
         fingerprint=fingerprint,
         scores=CardScores(
             means=result.scores,
@@ -51,6 +51,8 @@ def _card(name: str, chosen: BestRun, config: StudyConfig, fingerprint: str | No
             flags=prediction_flags(scoring),
             runs=scores,
         ),
+        license=config.license,
+        folds=folds_file(run.config),
     )
 
 
