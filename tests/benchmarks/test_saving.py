@@ -24,7 +24,16 @@ def test_only_files_that_are_written_in_between_hold_up_the_training(config, mon
         write_files(folder, checkpoint, is_best)
 
     monkeypatch.setattr(saving, "write_files", write)
-    monkeypatch.setattr(saving.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(saving, "_now", lambda: clock[0])
     medians = saving.measure(config, rounds=3, steps=1)
     assert medians == {"steps": 0.0, "written in between": 5.0, "written beside": 0.0, "held up": 0.0}
     assert written == [True] * 4  # the first round is a warm-up
+
+
+@pytest.mark.parametrize(("scheduled", "now"), [("1000 250000000 3\n", 9.75), (None, 10.0)])
+def test_time_without_a_core_is_not_counted(tmp_path, monkeypatch, scheduled, now):
+    monkeypatch.setattr(saving, "SCHEDULED", tmp_path / "schedstat")
+    monkeypatch.setattr(saving.time, "perf_counter", lambda: 10.0)
+    if scheduled:
+        (tmp_path / "schedstat").write_text(scheduled)
+    assert saving._now() == now
