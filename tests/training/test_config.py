@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from uctrans.study import SkipStudyConfig
 from uctrans.training import ConfigError, TrainConfig
 from uctrans.training.config import changed_fields
 
@@ -93,6 +94,15 @@ def test_unusable_values_are_refused_by_name(field, value):
 def test_checkpointing_is_refused_with_compile():
     with pytest.raises(ConfigError, match=r"^checkpointing: .* give up one"):
         TrainConfig(data="d", output="o", checkpointing=True, compile=True)
+
+
+def test_a_patience_that_ends_before_the_next_validation_is_refused():
+    with pytest.raises(ConfigError, match=r"^patience: 5 epochs .* give at least 10"):
+        TrainConfig(data="d", output="o", patience=5, val_every=10)
+    TrainConfig(data="d", output="o", patience=10, val_every=10)
+    TrainConfig(data="d", output="o", patience=5, val_every=10, epochs=10)  # one validation, at the end
+    with pytest.raises(ConfigError, match=r"^patience: 5 epochs"):
+        SkipStudyConfig(data="d", output="o", patience=(5, 20), val_every=10)
 
 
 def test_loss_weights_that_are_both_zero_are_refused():

@@ -76,8 +76,8 @@ class StudyConfig(TrainConfig, ABC):
     def __post_init__(self):
         if self.folds is not None and self.fold is None:
             raise StudyError(
-                f"folds: a study trains on every fold where cross_validation names them: --cross-validation {self.folds}"
-                "; folds goes with fold, of a study on a single one"
+                "folds: a study trains on every fold where cross_validation names them: "
+                f"--cross-validation {self.folds}; folds goes with fold, of a study on a single one"
             )
         super().__post_init__()
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}

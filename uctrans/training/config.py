@@ -98,7 +98,8 @@ class TrainConfig:
         optimizer: adam or adamw.
         learning_rate: Learning rate at the start of each cosine period.
         min_learning_rate: Learning rate that each cosine period falls towards.
-        restart_period: Epochs of a cosine period; none makes it a single one, over all epochs.
+        restart_period: Epochs of a cosine period; none makes it a single one, over all epochs, so choose epochs for it:
+            early stopping may come long before the rate has fallen, and other epochs on resume change it from there on.
         warmup_epochs: First epochs, in which the learning rate rises in equal steps to that of the cosine.
         weight_decay: Weight decay of the optimizer.
         dice_weight: Weight of the Dice loss.
@@ -195,6 +196,12 @@ class TrainConfig:
             raise ConfigError(
                 f"learning_rate: {self.learning_rate} must be positive and not below min_learning_rate "
                 f"({self.min_learning_rate}); raise it or lower min_learning_rate"
+            )
+        smallest = min(self.patience, default=self.epochs) if isinstance(self.patience, tuple) else self.patience
+        if smallest < self.val_every < self.epochs:
+            raise ConfigError(
+                f"patience: {smallest} epochs after the best are over before the next validation, which comes every "
+                f"{self.val_every} epochs (val_every); give at least {self.val_every}"
             )
         if self.dice_weight + self.cross_entropy_weight <= 0:
             raise ConfigError("dice_weight: both loss weights are 0; give dice_weight or cross_entropy_weight a value")
