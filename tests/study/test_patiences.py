@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import uctrans
-from uctrans.study import ModelStudyConfig, StudyError, single, study_models
+from uctrans.study import ModelStudyConfig, StudyError, single, study_models, summary
 from uctrans.training import load_checkpoint
 from uctrans.training import loop as training_loop
 
@@ -89,6 +89,23 @@ def test_a_larger_patience_goes_on_and_a_smaller_is_refused(both, config, tmp_pa
         study_models(replace(copy, patience=(2, 3)))
     with pytest.raises(AssertionError, match="something was trained"):
         study_models(replace(copy, patience=(3, 4)))
+
+
+def test_one_cosine_that_early_stopping_ended_is_told(config, tmp_path, capsys):
+    config = replace(config, restart_period=None, epochs=9, patience=(1, 9), output=str(tmp_path / "study"))
+    text = study_models(config).table.markdown()
+    assert "Stopped early, before their learning rate had fallen to its end: 1 of 2 of unet." in text
+    assert capsys.readouterr().out.startswith(
+        "unet: the learning rate falls once, over all of 9 epochs, and a patience"
+    )
+
+
+def test_the_table_says_where_a_uctransnet_from_a_unet_starts(config):
+    models = ("unet", "uctransnet_from_unet")
+    (remark,) = summary._remark_on_starts(replace(config, models=models))
+    assert remark == "uctransnet_from_unet: starts at every patience from the U-Net of patience 3."
+    assert summary._remark_on_starts(replace(config, models=models, patience=3)) == []
+    assert summary._remark_on_starts(config) == []
 
 
 def test_the_weights_that_training_replaces_are_kept(config, tmp_path):

@@ -121,7 +121,8 @@ def test_effects_are_mean_differences_from_the_first_recipe_fold_by_fold(undistu
         assert float(rows[recipe]["effect_mean"]) == pytest.approx(statistics.mean(differences), abs=1e-12)
         assert float(rows[recipe]["effect_deviation"]) == pytest.approx(statistics.stdev(differences), abs=1e-12)
     text = (undisturbed / "table.md").read_text()
-    assert "choose by it, not by test scores" in text
+    assert "choose by it, not by test scores. Each run's epoch was chosen on these images too" in text
+    assert "Nothing is chosen by it" in text
     assert "from published with the same seed and fold" in text
     assert "different sizes" in text  # the others are scored at the 32 pixels of this test
 
@@ -133,11 +134,16 @@ def test_a_difference_has_a_sign():
     better = Row("better", "unet", 50, [0, 0], scores, cost, validation=[0.6, 0.7], effects=[0.1, 0.0])
     worse = Row("worse", "unet", 50, [0], {name: values[:1] for name, values in scores.items()}, cost,
                 validation=[0.3], effects=[-0.2])  # fmt: skip
-    lines = Table([first, better, worse], "", "", "", baseline="published").markdown().splitlines()
+    table = Table([first, better, worse], "", "", "", baseline="published")
+    lines = table.markdown().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:5]]
     assert cells[0][3:5] == ["val Dice", "effect"]
     assert [line[4] for line in cells[2:]] == ["", "+0.0500 ± 0.0707", "-0.2000"]
     assert cells[2][3] == "0.6000 ± 0.1414"
+    assert [record["effect_pairs"] for record in table.records()] == [0, 2, 1]
+    assert "over the pairs. Pairs that" in table.markdown()
+    fewer = replace(better, effects=[0.1])
+    assert "over the pairs, 1 of better. Pairs that" in replace(table, rows=[first, fewer, worse]).markdown()
 
 
 def test_a_finished_study_trains_nothing_and_another_scoring_is_refused(undisturbed, config, no_training):

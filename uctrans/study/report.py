@@ -13,11 +13,14 @@ from uctrans.writing import written_atomically
 TITLES = {"dice": "Dice", "iou": "IoU", "aji": "AJI", "pq": "PQ"}
 ALWAYS = ("dice", "iou")
 SINGLE_RUN = "single run"
+BEST_NOTE = "Best: the highest test score of a run. Nothing is chosen by it."
 VALIDATION_NOTE = (
-    "val Dice: of the images that training was validated on, scored likewise; choose by it, not by test scores."
+    "val Dice: of the images that training was validated on, scored likewise; choose by it, not by test scores. Each "
+    "run's epoch was chosen on these images too, so it is higher than on images that chose nothing."
 )
 EFFECT_NOTE = (
-    "Effect: difference in val Dice from {} with the same seed and fold, mean ± sample deviation over the pairs."
+    "Effect: difference in val Dice from {} with the same seed and fold, mean ± sample standard deviation over the "
+    "pairs{}. Pairs that share images are not independent of each other."
 )
 
 
@@ -62,7 +65,7 @@ class Table:
     scored_on: str
     step: str
     image_size: str
-    remark: str = ""
+    remarks: list[str] = field(default_factory=list)
     baseline: str | None = None
 
     @property
@@ -96,7 +99,7 @@ class Table:
         if self.has_validation:
             record |= _mean_and_deviation("validation_dice", row.validation)
         if self.baseline is not None:
-            record |= _mean_and_deviation("effect", row.effects)
+            record |= _mean_and_deviation("effect", row.effects) | {"effect_pairs": len(row.effects)}
         for name in self.scores:
             scores = row.scores.get(name, [])
             record |= _mean_and_deviation(name, scores)
@@ -168,15 +171,21 @@ class Table:
         return [
             *(["Not complete: runs of a row that are not over yet are in none of its scores."] if open_runs else []),
             f"Scores: {spread}; each run's is the mean over {self.scored_on}.",
-            *([self.remark] if self.remark else []),
+            BEST_NOTE,
+            *self.remarks,
             *([VALIDATION_NOTE] * self.has_validation),
-            *([] if self.baseline is None else [EFFECT_NOTE.format(self.baseline)]),
+            *([] if self.baseline is None else [EFFECT_NOTE.format(self.baseline, self._fewer_pairs())]),
             *(["Ensemble: mean of the folds' probabilities, for each seed with all its folds."] * self.has_ensembles),
             *([f"Failed, in no score: {'; '.join(dict.fromkeys(failed))}."] if failed else []),
             f"GFLOP: forward pass of one image of {self.image_size} pixels, by PyTorch's FlopCounterMode.",
             f"s/step: median of {TIMED_STEPS} training steps, {self.step}, {self._measured_on()}.",
             *self._notes_on_memory(),
         ]
+
+    def _fewer_pairs(self) -> str:
+        """Of which rows there are fewer pairs than runs, as a run of the baseline is missing."""
+        rows = [row for row in self.rows if row.variant != self.baseline and len(row.effects) < len(row.seeds)]
+        return "".join(f", {len(row.effects)} of {row.variant}" for row in rows)
 
     def _names(self) -> list[str]:
         """What the chart calls the rows."""

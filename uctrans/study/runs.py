@@ -32,7 +32,7 @@ from uctrans.study.files import (
 from uctrans.study.plan import PlannedRun, variant_folder
 from uctrans.study.processes import run_here, run_in_processes
 from uctrans.study.recipe import RecipeStudyConfig
-from uctrans.study.report import Table
+from uctrans.study.report import Table, between
 from uctrans.study.schedule import Budget, Schedule
 from uctrans.study.sharing import share_best
 from uctrans.study.summary import make_ensembles, make_table
@@ -118,6 +118,7 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
     budget = Budget(None if config.minutes is None else 60 * config.minutes)
     folder, plan = Path(config.output), config.plan()
     marker = check_study(config, kind, plan)
+    _tell_cosines_without_an_end(config, plan)
     write_record(folder / MARKER, marker)
     if isinstance(config.cross_validation, int):
         _keep_folds(config)
@@ -143,6 +144,19 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
             "memory was short"
         )
     return _study_result(folder, table, "" if is_complete else TIME_IS_UP, schedule)
+
+
+def _tell_cosines_without_an_end(config: StudyConfig, plan: list[PlannedRun]) -> None:
+    """Print a line where early stopping may end trainings long before their learning rate has fallen."""
+    runs = plan[: len(config.variants())]
+    early = [run for run in runs if run.config.restart_period is None and config.patiences[0] < run.config.epochs]
+    if early:
+        print(
+            f"{', '.join(run.variant.name for run in early)}: the learning rate falls once, over all of "
+            f"{between([run.config.epochs for run in early])} epochs, and a patience of {config.patiences[0]} may stop "
+            "a run long before; for the whole fall give epochs, and as much patience",
+            flush=True,
+        )
 
 
 def _study_result(folder: Path, table: Table | None, stopped_by: str, schedule: Schedule) -> StudyResult:

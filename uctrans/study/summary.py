@@ -1,5 +1,6 @@
 """What the runs of a study come to: a row for each network and patience, with the ensembles of folds."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def make_table(config: StudyConfig, schedule: Schedule) -> Table | None:
             for run in schedule.plan
         ),
         image_size=_alternatives(_pixels(run) for run in schedule.plan),
-        remark=_remark_on_instance_maps(results),
+        remarks=[*_remark_on_instance_maps(results), *_remark_on_starts(config), *_remark_on_cosines(outcomes)],
         baseline=config.baseline,
     )
 
@@ -186,11 +187,33 @@ def _ensemble_folder(config: StudyConfig, members: list[tuple[PlannedRun, Result
     return seed_folder(config.output, run.variant, run.seed) / ENSEMBLE_FOLDER / f"patience_{patience}"
 
 
-def _remark_on_instance_maps(results: list[Result]) -> str:
-    """Over which test images AJI and PQ go; "" where it is all, as with Dice, or where there are no such scores."""
+def _remark_on_instance_maps(results: list[Result]) -> list[str]:
+    """Over which test images AJI and PQ go; nothing where it is all, as with Dice, or there are no such scores."""
     scored = [result for result in results if result.scores.get("aji") is not None]
     counts = [result.counts.get("aji") for result in scored]
     if not scored or counts == [result.images for result in scored]:
-        return ""
+        return []
     number = "their number was not kept" if None in counts else f"{between(counts)} of {scored[0].images}"
-    return f"AJI and PQ: each run's is the mean over the test images with an instance map, {number}."
+    return [f"AJI and PQ: each run's is the mean over the test images with an instance map, {number}."]
+
+
+def _remark_on_starts(config: StudyConfig) -> list[str]:
+    """Where the rows of smaller patiences are not what a study with these alone would give."""
+    names = [variant.name for variant in config.variants() if variant.from_unet]
+    if not names or len(config.patiences) == 1:
+        return []
+    return [f"{', '.join(names)}: starts at every patience from the U-Net of patience {config.patiences[-1]}."]
+
+
+def _remark_on_cosines(outcomes: list[tuple[PlannedRun, Outcome]]) -> list[str]:
+    """How many runs early stopping ended in the midst of the one fall of their learning rate."""
+    ends = [
+        (run.variant.name, result.stopped_by)
+        for run, found in outcomes
+        if run.config.restart_period is None
+        for result in found.results.values()
+    ]
+    stopped = Counter(name for name, stopped_by in ends if stopped_by == "early stopping")
+    all_ends = Counter(name for name, _ in ends)
+    counts = ", ".join(f"{number} of {all_ends[name]} of {name}" for name, number in stopped.items())
+    return [f"Stopped early, before their learning rate had fallen to its end: {counts}."] if counts else []
