@@ -1,4 +1,4 @@
-"""Convolution, batch norm and ReLU on Triton: the same function, state and statistics as the three modules in a row.
+"""Convolution, batch norm, ReLU and pool on Triton: the same function, state and statistics as the modules in a row.
 
 Without a GPU the kernels run in Triton's interpreter.
 """
@@ -11,7 +11,7 @@ from torch import nn
 
 import uctrans
 from uctrans import set_backend
-from uctrans.layers import ConvNormAct, DoubleConv, DualBranchEncoder, Encoder
+from uctrans.layers import ConvNormAct, ConvNormActPool, DoubleConv, DualBranchEncoder, Encoder
 from uctrans.layers import blocks as blocks_module
 from uctrans.layers.nested import DilatedConvNormAct
 
@@ -39,36 +39,53 @@ def outputs_gradients_and_buffers(module, steps=3):
     found = []
     for step in range(steps):
         feature = maps(step).requires_grad_()
-        output = module(feature)
-        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(step)).to(DEVICE)
-        found += [output.detach(), *torch.autograd.grad(output, [feature, *module.parameters()], weight)]
+        outputs = module(feature)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator = torch.Generator().manual_seed(step)
+        weights = [torch.randn(output.shape, generator=generator).to(DEVICE) for output in outputs]
+        found += [output.detach() for output in outputs]
+        found += torch.autograd.grad(outputs, [feature, *module.parameters()], weights)
     return [*found, *(buffer.clone() for buffer in module.buffers())]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """One entry a call of the operator."""
+    """One entry a call of an operator."""
     made = []
 
-    def counted(*arguments, **options):
-        made.append(arguments)
-        return operator(*arguments, **options)
+    def count(operator):
+        def counted(*arguments, **options):
+            made.append(arguments)
+            return operator(*arguments, **options)
 
-    operator = blocks_module.batch_norm_relu
-    monkeypatch.setattr(blocks_module, "batch_norm_relu", counted)
+        monkeypatch.setattr(blocks_module, operator.__name__, counted)
+
+    count(blocks_module.batch_norm_relu)
+    count(blocks_module.batch_norm_relu_pool)
     return made
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_triton_is_the_three_modules(dilation, training, calls):
-    module = block(dilation=dilation).train(training)
+@pytest.mark.parametrize(("kind", "dilation"), [(ConvNormAct, 1), (ConvNormAct, 2), (ConvNormActPool, 1)])
+def test_triton_is_the_modules(kind, dilation, training, calls):
+    module = block(kind, dilation=dilation).train(training)
     expected = outputs_gradients_and_buffers(set_backend(copy.deepcopy(module), "composed"))
     assert calls == []
     found = outputs_gradients_and_buffers(set_backend(module, "triton"))
     assert len(calls) == 3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert found[-1].item() == (3 if training else 0)  # batches are counted
+
+
+def test_pool_is_that_of_the_block_without_it():
+    """On every backend: the very map, what PyTorch pools of it, and names of weights that fit both."""
+    for backend in ("reference", "composed", "triton"):
+        plain, pooling = block(), block(ConvNormActPool)
+        pooling.load_state_dict(plain.state_dict())
+        feature, pooled = set_backend(pooling, backend)(maps())
+        expected = set_backend(plain, backend)(maps())
+        assert torch.equal(feature, expected)
+        assert torch.equal(pooled, nn.MaxPool2d(2)(expected))
 
 
 # On a GPU auto is Triton, which the tests above hold to the modules.
@@ -95,7 +112,7 @@ def test_elsewhere_the_modules_run_as_ever(backend, calls):
     ids=["cumulative average", "no parameters", "no running statistics", "group norm", "none"],
 )
 def test_other_norms_run_as_they_are(norm, calls):
-    module = block()
+    module = block(ConvNormActPool)
     module.norm = norm.to(DEVICE)
     expected = outputs_gradients_and_buffers(set_backend(copy.deepcopy(module), "composed"))
     found = outputs_gradients_and_buffers(set_backend(module, "triton"))
