@@ -144,6 +144,16 @@ def test_another_number_of_folds_is_refused(moved, no_training):
     assert study_models(moved).finished == 8
 
 
+def test_folds_that_deal_the_images_otherwise_are_refused(moved, no_training):
+    file = Path(moved.output) / "folds.json"
+    folds = json.loads(file.read_text())["folds"]
+    file.write_text(json.dumps({"folds": [dict(fold, train=fold["train"][::-1]) for fold in folds]}))
+    assert study_models(moved).finished == 8
+    file.write_text(json.dumps({"folds": folds[::-1]}))
+    with pytest.raises(StudyError, match=rf"folds: {file} no longer deals the images .*; restore it, or name"):
+        study_models(moved)
+
+
 def test_folds_of_a_file(settings, tmp_path, no_training):
     names = [*(f"train{number}" for number in range(4)), "val0", "val1"]
     folds = [{"train": names[:3], "val": names[3:]}, {"train": names[3:], "val": names[:3]}]

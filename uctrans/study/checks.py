@@ -1,6 +1,8 @@
 """What a study makes sure of before it trains or writes anything."""
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,12 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> Marke
     _check_marker(folder, before, marker)
     free = [name for name in FREE if name != "data" or before.images is not None]
     free += ["folds"] if marker.folds else []  # a file of the study, which may have moved
-    if config.cross_validation is not None:
-        folds_of(config)
+    names = _names_in_folds(config)
+    if names is not None and before.names_in_folds not in (None, names):
+        raise StudyError(
+            f"folds: {config.folds_source or config.folds} no longer deals the images as it did when the study in "
+            f"{folder} began; restore it, or name another output folder"
+        )
     for run in plan:
         _check_run(run, free)
     first_runs = plan[: len(config.variants())]
@@ -65,7 +71,7 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> Marke
         for run in first_runs:
             check_backend_runs(run.config, device)
         _check_test_images(config, first_runs)
-    return marker
+    return dataclasses.replace(marker, names_in_folds=names or before.names_in_folds)
 
 
 def fingerprint(data: str) -> str:
@@ -80,6 +86,15 @@ def fingerprint(data: str) -> str:
             sizes = [path.stat().st_size for path in (sample.image, sample.mask)]
             digest.update(f"{split} {sample.name} {sizes}\n".encode())
     return digest.hexdigest()
+
+
+def _names_in_folds(config: StudyConfig) -> str | None:
+    """A text that tells whether the folds of a study hold the same names; None where it has no folds."""
+    if config.cross_validation is None and config.folds is None:
+        return None
+    folds = load_folds(config.folds, config.data) if config.cross_validation is None else folds_of(config)
+    parts = [{part: sorted(fold[part]) for part in ("train", "val")} for fold in folds]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def folds_of(config: StudyConfig) -> list[Fold]:

@@ -53,11 +53,13 @@ class Marker:
         images: fingerprint of its images, see `uctrans.study.checks.fingerprint`; None of a study begun before it was
             kept.
         folds: how many the study made itself, None where it did not.
+        names_in_folds: digest of their names; None without folds, and of a study begun before it was kept.
     """
 
     study: str
     images: str | None = None
     folds: int | None = None
+    names_in_folds: str | None = None
 
 
 @dataclass(frozen=True)
