@@ -12,8 +12,9 @@ import pytest
 from uctrans import cli
 from uctrans.study import RecipeStudyConfig, StudyError, single, study_recipes, summary
 from uctrans.study.cost import Cost
-from uctrans.study.files import Result, read_record
+from uctrans.study.files import Outcome, Result, read_record
 from uctrans.study.report import Row, Table
+from uctrans.study.schedule import Budget, Schedule
 from uctrans.training import load_checkpoint
 
 RECIPES = """
@@ -184,6 +185,21 @@ def test_scores_of_weights_that_were_trained_anew_are_taken_anew(moved, undistur
     assert first == second != result_of(undisturbed, "turned", 0)["scores"]
 
 
+def test_the_time_that_scoring_takes_tells_nothing_of_training(config):
+    plan = [run for run in config.plan() if run.fold == 0]
+    first, turned, averaged, _ = plan
+    schedule = Schedule(plan, {name: Cost(10, 10, 0.1, None, "cpu") for name in NAMES}, Budget(), 1)
+    schedule.ended, result = {}, Result("", 0, {"dice": 0.5, "iou": 0.5}, 2, "", {}, 1, 1, "epochs", 60.0)
+    assert (schedule._seconds_to_go(averaged), schedule._seconds_to_go(turned)) == (None, 0.0)
+    schedule.ended = {
+        run.config.output: Outcome({50: replace(result, seconds=seconds)}, None, is_over=True)
+        for run, seconds in ((first, 60.0), (turned, 2.0))
+    }
+    later = replace(config, output=config.output + "_later").run(averaged.variant, 0, 0)
+    assert schedule._seconds_to_go(later) == pytest.approx(60)
+    assert schedule._seconds_to_go(turned) == pytest.approx(2)
+
+
 def test_a_recipe_of_scoring_alone_fails_and_recovers_with_the_training_it_takes(moved, undisturbed, capsys):
     run = Path(moved.output) / "runs/published/seed_0/fold_0"
     (run / PATIENCE).rename(run / "kept")
@@ -227,6 +243,7 @@ def test_the_shipped_recipes_can_be_trained(data, tmp_path):
         ("a: {ema_decy: 0.9}", "a: ema_decy: no such setting; did you mean ema_decay?"),
         ("a: {zzz: 1}", "a: zzz: no such setting; leave it out"),
         ("a: {patience: 5}", "a: patience: is the same for all recipes; give it as a flag"),
+        ("a: {}\nb: {}\na: {ema_decay: 0.9}", "own.yaml: a is named more than once; name each once"),
         ("a: 5", "a holds 5; write its settings, or {} for none"),
         ("../a: {}", "'../a' names a folder too"),
         ("a: {ema_decay: 2}", "a: ema_decay: 2.0 never moves"),

@@ -118,7 +118,10 @@ def test_a_run_without_any_validation_dice_leaves_its_network_without_a_best(fin
     change(run_of(folder, "unet", 1) / "best" / "config.json", metadata={})
     (folder / "runs" / "unet" / "seed_1" / "metrics.csv").unlink()
     study_models(finished)
-    assert "unet: no run is its best" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        f"unet: no run is its best, {run_of(folder, 'unet', 1)} has lost its validation Dice; delete the folder" in out
+    )
     assert [path.name for path in (folder / "weights").iterdir()] == ["uctransnet"]
 
 
@@ -276,6 +279,20 @@ def test_without_weights_or_time_there_is_no_new_picture(finished, monkeypatch, 
     assert (folder / "comparison.png").read_bytes() == before
     assert uctrans.load_model(folder / "weights" / "unet").name == "unet", "the former weights are lost"
     assert uctrans.load_model(folder / "weights" / "uctransnet").name == "uctransnet"
+
+
+def test_scores_of_single_images_that_are_lost_are_named_with_the_command_that_brings_them_back(finished, capsys):
+    folder = Path(finished.output)
+    best = run_of(folder, "unet", best_seed(folder, "unet"))
+    (best / "test" / "metrics.csv").unlink()
+    study_models(finished)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "comparison.png is not drawn" in line]
+    words = shlex.split(line.partition("; uctrans ")[2].removesuffix(" writes it anew"))
+    previous = signal.getsignal(signal.SIGTERM)
+    assert cli.main([*words, "--device", "cpu"]) == 0
+    signal.signal(signal.SIGTERM, previous)
+    study_models(finished)
+    assert "is not drawn" not in capsys.readouterr().out
 
 
 def test_a_single_run_is_shared(undisturbed, data, tmp_path, capsys):

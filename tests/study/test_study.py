@@ -269,6 +269,8 @@ def test_settings_that_change_no_result_may_change(finished, no_training, undist
     changes = {"device": "auto", "threads": 2, "graph": False, "compile": True, "save_minutes": 0, "progress": True}
     study_models(replace(finished, checkpointing=True))
     result = study_models(replace(finished, **changes))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     assert table_of(result.output) == table_of(undisturbed)
     assert "on cpu, 1 thread." in result.table.markdown(), "the time is of the device it was measured on"
 
@@ -674,6 +676,8 @@ def test_the_cost_says_what_is_unusual_about_it(settings, tmp_path, monkeypatch)
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu(settings, tmp_path):
     config = ModelStudyConfig(**settings | {"device": "cuda"}, output=str(tmp_path / "study"))
+    reserved = torch.cuda.memory_reserved()
     measured = cost.measure(config.run(config.variants()[0], 0).config)
+    assert torch.cuda.memory_reserved() <= reserved, "kept from the processes of the study"
     assert 0 < measured.peak_memory < torch.cuda.get_device_properties(0).total_memory
     assert measured.device == torch.cuda.get_device_name(0)

@@ -69,9 +69,8 @@ def _best_run(variant: Variant, config: StudyConfig, schedule: Schedule) -> Best
         for run, result in peers:
             dice = _validation_dice(run, patience, result)
             if dice is None:
-                print(
-                    f"{variant.name}: no run is its best, {run.at(patience)} has lost its validation Dice", flush=True
-                )
+                lost = f"{run.at(patience)} has lost its validation Dice"
+                print(f"{variant.name}: no run is its best, {lost}; {anew(run.folder)}", flush=True)
                 return None
             if best is None or dice > best.validation_dice:
                 best = BestRun(

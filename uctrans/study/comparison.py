@@ -7,6 +7,7 @@ study that is called again knows that there is nothing new to draw.
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from uctrans.inference.figures import ModelsRow, choose_rows, models_figure
 from uctrans.inference.files import write_json
 from uctrans.models import ModelFileError
 from uctrans.study.best import BestRun
-from uctrans.study.config import StudyConfig
+from uctrans.study.config import StudyConfig, StudyError
 from uctrans.study.files import COMPARED, COMPARISON
 from uctrans.study.schedule import Budget
 from uctrans.study.single import SCORED, evaluation
@@ -36,8 +37,8 @@ def draw_comparison(config: StudyConfig, best: dict[str, BestRun], budget: Budge
     obstacles = [chosen.obstacle for chosen in best.values() if chosen.obstacle]
     try:
         shown = {} if obstacles or not best else _shown(best)
-    except (OSError, ValueError, KeyError) as error:
-        shown, obstacles = {}, [f"the scores of single test images are lost ({error})"]
+    except StudyError as error:
+        shown, obstacles = {}, [str(error)]
     if shown and (folder / COMPARISON).exists() and _read(folder / COMPARED) == shown:
         return
     if shown and budget.is_over:
@@ -57,6 +58,9 @@ def _shown(best: dict[str, BestRun]) -> dict[str, Any]:
     """What the picture is to show, as JSON holds it: images with their ranks, and the runs with their Dice."""
     dice = {name: _dice_of_images(chosen) for name, chosen in best.items()}
     images = list(next(iter(dice.values())))
+    for name, chosen in best.items():
+        if list(dice[name]) != images:
+            raise StudyError(f"{chosen.folder} has scores of other test images; {_scored_anew(chosen)}")
     means = [float(np.mean([scores[image] for scores in dice.values()])) for image in images]
     rows = [(images[position], rank) for position, rank in choose_rows(means)]
     return {
@@ -76,8 +80,20 @@ def _shown(best: dict[str, BestRun]) -> dict[str, Any]:
 
 
 def _dice_of_images(chosen: BestRun) -> dict[str, float]:
-    with (chosen.folder / SCORED["test"] / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return {row["name"]: float(row["dice"]) for row in csv.DictReader(file)}
+    path = chosen.folder / SCORED["test"] / "metrics.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row["name"]: float(row["dice"]) for row in csv.DictReader(file)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StudyError(f"{path} cannot be read ({error!r}); {_scored_anew(chosen)}") from error
+
+
+def _scored_anew(chosen: BestRun) -> str:
+    words = ["uctrans", "evaluate", "-i", chosen.run.config.data, "-o", str(chosen.folder / SCORED["test"])]
+    words += ["--model", str(chosen.folder), "--overwrite"]
+    for name, value in chosen.run.scored.items():
+        words += [f"--{name.removeprefix('score_')}", value]
+    return f"{shlex.join(words)} writes it anew"
 
 
 def _draw(path: Path, config: StudyConfig, best: dict[str, BestRun], shown: dict[str, Any]) -> None:

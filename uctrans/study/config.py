@@ -87,10 +87,10 @@ class StudyConfig(TrainConfig, ABC):
         check_scoring(self.scoring)
         if isinstance(self.seeds, int) and self.seeds < 1:
             raise StudyError(f"seeds: {self.seeds} is too small; give at least 1")
-        _check_list("seeds", self.seed_list, "5, or 3,7,11")
+        check_list("seeds", self.seed_list, "5, or 3,7,11")
         if min(self.seed_list) < 0:
             raise StudyError(f"seeds: {min(self.seed_list)} is negative; give seeds from 0 up")
-        _check_list("patience", list(self.patiences), "50, or 50,100")
+        check_list("patience", list(self.patiences), "50, or 50,100")
         if self.cross_validation is not None and self.folds is not None:
             raise StudyError("cross_validation: takes every fold itself; leave out folds and fold")
         if isinstance(self.cross_validation, str) and self.cross_validation.isdecimal():
@@ -208,7 +208,7 @@ class ModelStudyConfig(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_list("models", [name for name in self.models if name], "unet,uctransnet")
+        check_list("models", [name for name in self.models if name], "unet,uctransnet")
         try:
             taken = {name: _options_of(_network(name)) for name in self.models}
         except ValueError as error:
@@ -258,7 +258,8 @@ def check_scoring(scoring: dict[str, str], source: str = "") -> None:
         raise StudyError(f"{source}score_resolution: native needs native scores; set score_size to native too")
 
 
-def _check_list(name: str, items: list, example: str) -> None:
+def check_list(name: str, items: list, example: str) -> None:
+    """Raise StudyError where items are missing, or named twice."""
     if not items:
         raise StudyError(f"{name}: is empty; write it like {example}")
     if doubled := [str(item) for item in dict.fromkeys(items) if items.count(item) > 1]:

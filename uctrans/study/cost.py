@@ -77,6 +77,10 @@ def measure(config: TrainConfig) -> Cost:
         peak_memory = torch.cuda.max_memory_allocated(group.device) if is_cuda else None
         device = torch.cuda.get_device_name(group.device) if is_cuda else str(group.device)
         device += ", no CUDA graphs" if is_cuda and run.obstacle_to_capture is not None else ""
+        del run, batch
+        if is_cuda:  # the processes of a study need the memory that this one would keep
+            gc.collect()
+            torch.cuda.empty_cache()
     if not is_cuda:
         threads = torch.get_num_threads()
         device += f", {threads} thread{'s' if threads > 1 else ''}"

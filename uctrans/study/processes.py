@@ -119,6 +119,8 @@ def _work(run: PlannedRun, config: StudyConfig, stop_at: float | None, answers: 
     if run.config.threads is None and choose_device(run.config.device).type == "cpu":
         threads = max(1, torch.get_num_threads() // config.processes)
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, threads=threads))
+    if run.config.threads is not None:  # a run that is only scored sets none itself
+        torch.set_num_threads(run.config.threads)
     try:
         stopped_by = train_and_score(run, config, stop_at)
         answer = ("stopped", stopped_by) if stopped_by else ("done", "")

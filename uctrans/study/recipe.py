@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uctrans.extras import import_extra
-from uctrans.study.config import SCORING, SET_BY_THE_STUDY, StudyConfig, StudyError, check_scoring
+from uctrans.study.config import SCORING, SET_BY_THE_STUDY, StudyConfig, StudyError, check_list, check_scoring
 from uctrans.study.plan import Variant
 from uctrans.training import ConfigError, TrainConfig
 
@@ -30,7 +30,8 @@ class RecipeStudyConfig(StudyConfig):
     Args:
         recipes: A shipped name, monuseg-224, or a YAML file. It maps the name of each recipe to its settings: those of
             uctrans train, and score_size, score_resolution and score_tta. The others are compared with the first. A
-            recipe that differs from one before it in scoring alone takes that one's weights.
+            recipe that differs from one before it in scoring alone takes that one's weights. In a study that goes on, a
+            recipe with other settings than before needs another name.
     """
 
     recipes: str = "monuseg-224"
@@ -85,11 +86,13 @@ def load_recipes(path_or_name: str | Path) -> Recipes:
         path = shipped[str(path_or_name)]
     yaml = import_extra("yaml", "training")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StudyError(f"recipes: {path} cannot be read as YAML ({error}); write it like monuseg-224.yaml") from error
     if not isinstance(content, dict) or not content:
         raise StudyError(f"recipes: {path} holds no recipes; write 'name: {{setting: value}}' lines")
+    check_list(f"recipes: {path}", [key.value for key, _ in node.value], "name: {setting: value}")
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     for name, settings in content.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from uctrans.extras import import_extra
 from uctrans.sharing import upload_command
 from uctrans.study.best import best_runs
@@ -115,6 +117,8 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         raise StudyError("a study is started without torchrun; with processes it has several runs at a time")
     for package in ("matplotlib", "monai"):  # a missing one is told before the work, not after it
         import_extra(package, "training")
+    if config.threads is not None:  # for what is only scored here; a training sets them itself
+        torch.set_num_threads(config.threads)
     budget = Budget(None if config.minutes is None else 60 * config.minutes)
     folder, plan = Path(config.output), config.plan()
     marker = check_study(config, kind, plan)

@@ -99,14 +99,19 @@ class Schedule:
         print(line, flush=True)
 
     def _seconds_to_go(self, run: PlannedRun) -> float | None:
-        """Estimated from finished runs of the same network, or of others and the time of a step; None without any."""
+        """Estimated from finished runs of the same network, or of others and the time of a step; None without any.
+
+        Runs that train tell nothing of those that only score, which take next to no time beside them.
+        """
         finished = [
             (other.variant.name, _seconds(self.ended[other.config.output]))
             for other in self.plan
-            if other.config.output in self.ended and self.ended[other.config.output].failure is None
+            if other.config.output in self.ended
+            and self.ended[other.config.output].failure is None
+            and (other.trained_by is None) == (run.trained_by is None)
         ]
         if not finished:
-            return None
+            return None if run.trained_by is None else 0.0
         own = [seconds for name, seconds in finished if name == run.variant.name]
         steps = sum(self.costs[name].seconds_a_step for name, _ in finished)
         others = sum(seconds for _, seconds in finished) / steps * self.costs[run.variant.name].seconds_a_step
