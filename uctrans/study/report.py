@@ -16,7 +16,7 @@ SINGLE_RUN = "single run"
 BEST_NOTE = "Best: the highest test score of a run. Nothing is chosen by it."
 VALIDATION_NOTE = (
     "val Dice: of the images that training was validated on, scored likewise; choose by it, not by test scores. Each "
-    "run's epoch was chosen on these images too, so it is higher than on images that chose nothing."
+    "run's epoch was chosen on these images too, which makes it optimistic."
 )
 EFFECT_NOTE = (
     "Effect: difference in val Dice from {} with the same seed and fold, mean ± sample standard deviation over the "
@@ -183,7 +183,7 @@ class Table:
         ]
 
     def _fewer_pairs(self) -> str:
-        """Of which rows there are fewer pairs than runs, as a run of the baseline is missing."""
+        """Of which rows there are fewer pairs than runs, as a run of the baseline is missing or scored otherwise."""
         rows = [row for row in self.rows if row.variant != self.baseline and len(row.effects) < len(row.seeds)]
         return "".join(f", {len(row.effects)} of {row.variant}" for row in rows)
 

@@ -108,26 +108,32 @@ def _row(
 def _effects(
     schedule: Schedule, scored: list[tuple[PlannedRun, Result]], baseline: str | None, patience: int
 ) -> list[float]:
-    """Differences in validation Dice from the baseline, where there are results of both with the same seed and fold."""
+    """Differences in validation Dice from the baseline with the same seed and fold, where both are scored alike."""
     others = {(run.seed, run.fold): run for run in schedule.plan if run.variant.name == baseline}
     effects = []
     for run, result in scored:
         if run.variant.name == baseline or not others:
             continue
         other = schedule.of(others[run.seed, run.fold]).results.get(patience)
-        pair = [each.validation.get("dice") for each in (result, other) if each is not None]
-        if len(pair) == 2 and None not in pair:
+        if other is None or _size_of(result) != _size_of(other):
+            continue
+        pair = [each.validation.get("dice") for each in (result, other)]
+        if None not in pair:
             effects.append(pair[0] - pair[1])
     return effects
 
 
 def _scored_at(results: list[Result]) -> str:
     """The pixels that were counted; by variant where they are not the same for all."""
-    # Results from before both protocols were called by the one name: they resize alike.
-    sizes = {result.variant: result.scored_at.replace("augmented-224", "uctransnet-224") for result in results}
+    sizes = {result.variant: _size_of(result) for result in results}
     if len(set(sizes.values())) == 1:
         return sizes[results[0].variant]
     return "different sizes, so they do not compare: " + "; ".join(f"{name} at {size}" for name, size in sizes.items())
+
+
+def _size_of(result: Result) -> str:
+    # Former results call the protocols by two names, though they resize alike.
+    return result.scored_at.replace("augmented-224", "uctransnet-224")
 
 
 def _pixels(run: PlannedRun) -> str:
