@@ -17,7 +17,8 @@ def test_views_and_allocations_launch_nothing():
 def test_the_fused_operators_replace_the_published_ones():
     counts = {backend: count("uctransnet", backend, **SMALL) for backend in BACKENDS}
     assert counts["triton"].total() < counts["reference"].total() / 3
-    assert counts["triton"]["uctrans::skip_gate"] == 4
+    assert counts["triton"]["uctrans::skip_gate"] == counts["triton"]["uctrans::batch_norm_relu_pool"] == 4
+    assert "aten::max_pool2d_with_indices" not in counts["triton"]
     assert not any(name.startswith("uctrans::") for name in counts["reference"])
     assert all(
         operators["aten::convolution"] == counts["reference"]["aten::convolution"] for operators in counts.values()
