@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from uctrans.capture import CapturedForward, CudaRecorder
-from uctrans.inference.precision import keep_weights_cast
+from uctrans.precision import keep_weights_cast
 
 from .gate import relative_error
 from .network_race import Arena

@@ -34,7 +34,9 @@ WITHOUT_KERNELS = (
 MOST_SHOWN = 12
 
 
-class _Launched(TorchDispatchMode):
+class Launched(TorchDispatchMode):
+    """Counts the operators that are dispatched, without views and allocations, in ``operators``."""
+
     def __init__(self):
         super().__init__()
         self.operators = Counter()
@@ -56,7 +58,7 @@ def count(model_name: str, backend: str, batch: int = 4, pixels: int = 224, base
     masks = torch.empty(batch, pixels, pixels, dtype=torch.uint8, device="meta")
     # The loss switches autocast off, which this device does not have.
     without_autocast = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    with without_autocast, _Launched() as launched:
+    with without_autocast, Launched() as launched:
         segmentation_loss(model(images), masks, backend=backend).backward()
     return launched.operators
 

@@ -20,7 +20,7 @@ from uctrans.training.build import build_optimizer
 from uctrans.training.captured_step import CapturedStep
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
-from uctrans.training.step import EpochTotals, TrainStep
+from uctrans.training.step import EpochTotals, TrainStep, training_forward
 
 from .network_race import Arena
 from .networks import (
@@ -154,8 +154,9 @@ class ProjectTraining(Training):
         )
         self.totals, self.group = EpochTotals(device), Processes(0, 1, device)
         self.index = torch.arange(problem.batch, device=device)
+        as_trained = training_forward(self.model, config, self.group)
         self.step = TrainStep(
-            forward=compiled(self.model, variant),
+            forward=as_trained if variant.compile_mode is None else compiled(self.model, variant),
             model=self.model,
             optimizer=build_optimizer(config, self.model, device),
             average=None,

@@ -2,13 +2,13 @@ from collections import Counter
 
 import torch
 
-from benchmarks.launches import BACKENDS, _Launched, count, table
+from benchmarks.launches import BACKENDS, Launched, count, table
 
 SMALL = {"batch": 2, "pixels": 64, "base_channels": 8}
 
 
 def test_views_and_allocations_launch_nothing():
-    with _Launched() as launched:
+    with Launched() as launched:
         tensor = torch.empty(4, 4, device="meta")
         (tensor.t()[1:] + 1).relu_()
     assert launched.operators == Counter({"aten::add": 1, "aten::relu_": 1})

@@ -17,9 +17,9 @@ import uctrans
 from uctrans.capture import CapturedForward, CudaRecorder
 from uctrans.data import Protocol, get_protocol
 from uctrans.inference.files import InferenceError
-from uctrans.inference.precision import keep_weights_cast
 from uctrans.kernels import resolve_backend
 from uctrans.layers.backend import layers_with_backend
+from uctrans.precision import keep_weights_cast
 from uctrans.tiling import OVERLAP, tiled
 
 DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the weights' metadata name none

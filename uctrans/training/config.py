@@ -107,8 +107,8 @@ class TrainConfig:
         patience: Epochs without a better validation Dice after which training stops.
         first_best_epoch: First epoch whose weights may become the best (the last epoch where a run is shorter).
         val_every: Epochs from one validation to the next.
-        save_minutes: Least minutes from one checkpoint to the next, 0 saves every epoch; the best epochs, the last one,
-            and a run that a signal stops are saved in any case.
+        save_minutes: Least minutes from one checkpoint to the next, 0 saves every epoch that the disk keeps up with;
+            the best epochs, the last one, and a run that a signal stops are saved in any case.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
         ema_decay: Decay of the exponential moving average of the weights, which is then what is validated; 0 is off.
         seed: Seed of initial weights, order of images, augmentation and dropout.

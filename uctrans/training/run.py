@@ -33,7 +33,7 @@ from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes, with_sync_batch_norm
 from uctrans.training.ema import WeightAverage
 from uctrans.training.errors import CheckpointError
-from uctrans.training.step import EpochTotals, TrainStep, plain_forward
+from uctrans.training.step import EpochTotals, TrainStep, plain_forward, training_forward
 
 
 class Run:
@@ -73,15 +73,13 @@ class Run:
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.validated_model = self.average.model if self.average else self.model
         self.optimizer = build_optimizer(config, self.model, group.device)
-        forward = group.wrap(self.model)
 
         self.order_generator = torch.Generator(group.device).manual_seed(derived_seed(config.seed, "order", 0))
         self.augment_generator = torch.Generator(group.device)
         self._seed_generators(0)
         self.totals = EpochTotals(group.device)
         self.step = TrainStep(
-            # Static shapes: the last, smaller batch of an epoch is compiled apart, once.
-            forward=torch.compile(forward, dynamic=False) if config.compile else forward,
+            forward=training_forward(self.model, config, group),
             model=self.model,
             optimizer=self.optimizer,
             average=self.average,

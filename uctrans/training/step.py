@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from uctrans.data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from uctrans.precision import casting_together
 from uctrans.tiling import tiled
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
@@ -68,7 +69,7 @@ class TrainStep:
     """Callable: train on the images at some positions of the data.
 
     Attributes:
-        forward: the network as it is called (itself, compiled, or wrapped for several processes).
+        forward: the network as it is called, see :func:`training_forward`.
         model: the network itself.
         optimizer: its optimizer.
         average: the moving average of its weights, if any.
@@ -139,6 +140,17 @@ def validate(
 def validation_batch_size(protocol: Any, config: TrainConfig) -> int:
     """Images of one validation step: one where they keep their own sizes."""
     return 1 if protocol.keeps_resolution else config.batch_size
+
+
+def training_forward(model: torch.nn.Module, config: TrainConfig, group: Processes) -> Callable[[torch.Tensor], Any]:
+    """Return ``model`` as a training step calls it: in several processes, compiled, or with its weights cast at once.
+
+    The compiler has its own way with casts, and several processes exchange the gradients of the parameters themselves.
+    """
+    forward = group.wrap(model)
+    if config.compile:
+        return torch.compile(forward, dynamic=False)  # the last, smaller batch of an epoch is compiled apart, once
+    return casting_together(model, torch.bfloat16) if config.amp == "bf16" and group.count == 1 else forward
 
 
 def plain_forward(model: torch.nn.Module, config: TrainConfig) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,129 @@
+"""Weights that are cast once and for all, or all at once: the same bits as under autocast alone."""
+
+import copy
+
+import pytest
+import torch
+
+import uctrans
+from benchmarks.launches import Launched
+from uctrans.precision import casting_together, keep_weights_cast, modules_cast_by_autocast
+from uctrans.training.losses import segmentation_loss
+
+
+def network(name, **options):
+    torch.manual_seed(0)
+    options = {"base_channels": 4, **options}
+    if name != "unet":
+        options = {"image_size": 48, "num_layers": 2, "num_heads": 2, **options}
+    model = uctrans.create_model(name, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():  # no two alike, no zeros
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("unet", {}),
+        ("uctransnet", {"backend": "composed"}),
+        ("uctransnet", {"backend": "reference"}),
+        ("dual_branch_uctransnet", {"backend": "composed"}),
+        ("dual_branch_uctransnet", {"backend": "reference"}),
+    ],
+)
+@torch.no_grad()
+def test_outputs_under_autocast_are_the_same_to_the_bit(name, options, dtype):
+    model = network(name, **options)
+    cast = keep_weights_cast(copy.deepcopy(model), dtype)
+    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype, cache_enabled=False):
+        assert torch.equal(cast(image), model(image))
+
+
+@torch.no_grad()
+def test_outputs_of_the_triton_operators_are_the_same_to_the_bit():
+    if not torch.cuda.is_available():
+        pytest.importorskip("triton")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
+    model = network("uctransnet", backend="triton").to(device)
+    cast = keep_weights_cast(copy.deepcopy(model), dtype)
+    image = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.autocast(device, dtype, cache_enabled=False):
+        assert torch.equal(cast(image), model(image))
+
+
+@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+def test_what_autocast_leaves_alone_stays_in_float32(name):
+    model = keep_weights_cast(network(name), torch.bfloat16)
+    kept = {key for key, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert all(word in "\n".join(kept) for word in (["norm", "position", "gate"] if name != "unet" else ["norm"]))
+    cast = sum(p.numel() for p in model.parameters() if p.dtype == torch.bfloat16)
+    assert cast > 0.8 * sum(p.numel() for p in model.parameters())
+
+
+def train_once(model, forward, device, dtype, image):
+    """Logits of a call in training under autocast; the gradients stay in ``model``."""
+    torch.manual_seed(2)  # of dropout
+    with torch.autocast(device, dtype, cache_enabled=False):
+        logits = forward(image)
+    masks = torch.ones(len(image), *image.shape[2:], dtype=torch.uint8, device=device)
+    masks[:, ::2] = 0
+    segmentation_loss(logits, masks, backend="composed").backward()
+    return logits
+
+
+def assert_the_same_training(model, device, dtype, image):
+    """Of a copy whose weights are cast together; return the copy."""
+    model = model.train().to(memory_format=torch.channels_last)
+    other = copy.deepcopy(model)
+    logits = train_once(model, model, device, dtype, image)
+    assert torch.equal(train_once(other, casting_together(other, dtype), device, dtype, image), logits)
+    for (name, parameter), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert same.grad.dtype == torch.float32, name
+        assert same.grad.stride() == parameter.grad.stride(), name
+        assert torch.equal(same.grad, parameter.grad), name
+    for (name, buffer), same in zip(model.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(same, buffer), name
+
+
+@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+def test_a_training_step_has_fewer_casts(name):
+    model = network(name).train()
+    weights = sum(len(list(module.parameters())) for _, module in modules_cast_by_autocast(model))
+    casts = []
+    for forward in (model, casting_together(model, torch.bfloat16)):
+        with Launched() as launched:
+            train_once(model, forward, "cpu", torch.bfloat16, torch.rand(1, 3, 48, 48))
+        casts.append(launched.operators["aten::_to_copy"])
+    assert casts[0] - casts[1] > 1.8 * weights > 0  # there and back, but for a few that an operator casts itself
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+def test_a_training_step_has_the_same_bits(name, is_checkpointing):
+    model = network(name)
+    if is_checkpointing:
+        uctrans.set_checkpointing(model)
+    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    assert_the_same_training(model, "cpu", torch.bfloat16, image)
+
+
+def test_a_training_step_of_the_triton_operators_likewise():
+    if not torch.cuda.is_available():
+        pytest.importorskip("triton")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
+    model = network("uctransnet", backend="triton", base_channels=2, num_layers=1).to(device)
+    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1)).to(device)
+    assert_the_same_training(model, device, dtype, image)
+
+
+def test_a_weight_that_is_not_used_has_no_gradient():
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "idle": torch.nn.Linear(3, 2)})
+    model.forward = model["used"].forward
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        casting_together(model, torch.bfloat16)(torch.rand(4, 3)).sum().backward()
+    assert model["used"].weight.grad.abs().sum() > 0
+    assert model["idle"].weight.grad is None and model["idle"].bias.grad is None
