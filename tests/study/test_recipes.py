@@ -145,6 +145,8 @@ def test_a_difference_has_a_sign():
     assert [line[4] for line in cells[2:]] == ["", "+0.0500 ± 0.0707", "-0.2000"]
     assert cells[2][3] == "0.6000 ± 0.1414"
     assert [record["effect_pairs"] for record in table.records()] == [0, 2, 1]
+    errors = [record["effect_standard_error"] for record in table.records()]
+    assert errors == [None, pytest.approx(0.05), None]
     assert "over the pairs. Pairs that" in table.markdown()
     fewer = replace(better, effects=[0.1])
     assert "over the pairs, 1 of better. Pairs that" in replace(table, rows=[first, fewer, worse]).markdown()

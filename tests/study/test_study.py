@@ -25,6 +25,7 @@ from uctrans.data.instances import write_instances
 from uctrans.data.writing import write_png
 from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, cost, runs, single, study_models, study_skips
 from uctrans.study.cost import Cost
+from uctrans.study.lock import only_call
 from uctrans.study.report import Row, Table
 from uctrans.training import ConfigError, TrainConfig, TrainingError, load_checkpoint
 from uctrans.training import loop as training_loop
@@ -140,6 +141,15 @@ def test_a_finished_study_is_only_told_again(finished, no_training, undisturbed,
     assert (result.finished, result.total, result.stopped_by) == (4, 4, "")
     assert table_of(result.output) == table_of(undisturbed)
     assert result.table.markdown() in str(result)
+
+
+def test_a_second_call_at_the_same_time_is_refused(finished, no_training, undisturbed):
+    with (
+        only_call(Path(finished.output)),
+        pytest.raises(StudyError, match=r"another call of this study works in .*; wait for its end"),
+    ):
+        study_models(finished)
+    assert table_of(study_models(finished).output) == table_of(undisturbed)
 
 
 def test_a_stopped_study_goes_on_and_ends_like_an_undisturbed_one(settings, tmp_path, monkeypatch, capsys, undisturbed):

@@ -1,6 +1,7 @@
 """The table of a study, as CSV and Markdown, and its bar chart."""
 
 import csv
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ class Table:
     def records(self) -> list[dict[str, Any]]:
         """One mapping a row, numbers in full: scores 0..1, deviations of samples, bytes; None where there is none.
 
-        There is no mean without a run, and no deviation with less than two.
+        There is no mean without a run, and no deviation with less than two. Standard errors are those of independent
+        runs, which runs on folds of the same images are not quite.
         """
         return [self._record(row) for row in self.rows]
 
@@ -255,7 +257,12 @@ class Table:
 
 def _mean_and_deviation(name: str, scores: list[float]) -> dict[str, float | None]:
     mean, deviation, number = mean_and_deviation(scores)
-    return {f"{name}_mean": mean if number else None, f"{name}_deviation": deviation if number > 1 else None}
+    several = number > 1
+    return {
+        f"{name}_mean": mean if number else None,
+        f"{name}_deviation": deviation if several else None,
+        f"{name}_standard_error": deviation / math.sqrt(number) if several else None,
+    }
 
 
 def between(numbers: list[int]) -> str:

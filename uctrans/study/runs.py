@@ -27,10 +27,12 @@ from uctrans.study.files import (
     MARKER,
     TABLE,
     WEIGHTS,
+    Marker,
     MeasuredCost,
     read_record,
     write_record,
 )
+from uctrans.study.lock import only_call
 from uctrans.study.plan import PlannedRun, variant_folder
 from uctrans.study.processes import run_here, run_in_processes
 from uctrans.study.recipe import RecipeStudyConfig
@@ -123,10 +125,17 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
     folder, plan = Path(config.output), config.plan()
     marker = check_study(config, kind, plan)
     _tell_cosines_without_an_end(config, plan)
-    write_record(folder / MARKER, marker)
-    if isinstance(config.cross_validation, int):
-        _keep_folds(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_call(folder):
+        write_record(folder / MARKER, marker)
+        if isinstance(config.cross_validation, int):
+            _keep_folds(config)
+        return _train_and_tell(config, plan, marker, budget)
 
+
+def _train_and_tell(config: StudyConfig, plan: list[PlannedRun], marker: Marker, budget: Budget) -> StudyResult:
+    """Do the runs that are not over, then write what there is."""
+    folder = Path(config.output)
     costs = {run.variant.name: _cost(run, config) for run in plan[: len(config.variants())]}
     schedule = Schedule(plan, costs, budget, config.processes)
     stopped_by = (run_here if config.processes == 1 else run_in_processes)(schedule, config)
