@@ -318,6 +318,23 @@ def test_a_single_run_is_shared(undisturbed, data, tmp_path, capsys):
     assert "±" not in text, "a single run has no deviation"
 
 
+def test_a_single_run_of_folds_gives_them_along(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "runs" / "unet" / "seed_0" / "best", run / "best")
+    (tmp_path / "own.json").write_text('{"folds": []}')
+    settings = TrainConfig.load_yaml(undisturbed / "runs" / "unet" / "seed_0" / "config.yaml")
+    replace(settings, folds=str(tmp_path / "own.json"), fold=0).save_yaml(run / "config.yaml")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "folds.json").write_text("mine")
+    with pytest.raises(ValueError, match="set overwrite to replace them"):
+        share(ShareConfig(str(run), str(shared)))
+    (shared / "folds.json").unlink()
+    share(ShareConfig(str(run), str(shared)))
+    assert (shared / "folds.json").read_text() == '{"folds": []}'
+    assert "--folds folds.json --fold 0" in blocks(shared, "sh")[1]
+
+
 def test_what_cannot_be_shared_is_refused(undisturbed, data, tmp_path):
     runs = undisturbed / "runs" / "unet"
     config = ShareConfig(str(runs / "seed_0"), str(tmp_path / "shared"))
