@@ -167,7 +167,7 @@ COMMANDS = {
         function="study_recipes",
         report=str,
         paths=_STUDY_PATHS,
-        examples=("uctrans study recipes -i data -o studies/recipes --cross-validation monuseg --seeds 1",),
+        examples=("uctrans study recipes -i data -o studies/recipes --cross-validation 5 --epochs 300 --patience 300",),
         hidden=tuple(field for field in _SET_BY_A_STUDY if field != "model"),
     ),
     "benchmark": Command(

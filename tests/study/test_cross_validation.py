@@ -44,6 +44,15 @@ def run_folder(folder, model, seed, fold):
     return folder / "runs" / model / f"seed_{seed}" / f"fold_{fold}"
 
 
+@pytest.mark.parametrize(("written", "expected"), [("5", 5), ("monuseg", "monuseg")])
+def test_folds_without_a_fold_are_all_folds(written, expected, settings):
+    config = ModelStudyConfig(**settings, output="study", folds=written)
+    assert (config.cross_validation, config.folds) == (expected, None)
+    assert config.fold_list() == [0, 1, 2, 3, 4]
+    alone = ModelStudyConfig(**settings, output="study", folds=written, fold=3)
+    assert (alone.cross_validation, alone.folds, alone.fold_list()) == (None, written, [None])
+
+
 def test_every_seed_trains_on_every_fold(undisturbed, table_of):
     folds = json.loads((undisturbed / "folds.json").read_text())["folds"]
     development = {*(f"train{number}" for number in range(4)), "val0", "val1"}

@@ -37,7 +37,8 @@ class StudyConfig(TrainConfig, ABC):
         seeds: How many seeds, counted from 0, or the seeds themselves: 5, or 3,7,11; [7] is the seed 7 alone.
         cross_validation: Every seed trains once on each fold of a shipped name, monuseg, or of a JSON file; a number
             makes that many folds of the images of train and val, the same for all seeds, and keeps them in folds.json
-            of the study. None trains all runs on the same images, those of the train split or of folds and fold.
+            of the study. None trains all runs on the same images, those of the train split or of folds and fold;
+            folds without fold is the same as cross_validation.
         score_size: Size at which images are scored: protocol, native, or a protocol that resizes, see uctrans evaluate.
         score_resolution: What the network sees when score_size is native: protocol, the resized image, or native tiles.
         score_tta: Test-time transforms whose probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
@@ -74,11 +75,8 @@ class StudyConfig(TrainConfig, ABC):
     progress: bool = False
 
     def __post_init__(self):
-        if self.folds is not None and self.fold is None:
-            raise StudyError(
-                "folds: a study trains on every fold where cross_validation names them: "
-                f"--cross-validation {self.folds}; folds goes with fold, of a study on a single one"
-            )
+        if self.folds is not None and self.fold is None and self.cross_validation is None:  # every fold, then
+            self.cross_validation, self.folds = self.folds, None
         super().__post_init__()
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         for name in self.set_by_the_study:
