@@ -99,10 +99,22 @@ def test_comments_are_no_part_of_what_the_page_is_of(monkeypatch, tmp_path):
     shutil.copytree(package, tmp_path / "kernels")
     monkeypatch.setattr(resources, "__file__", str(tmp_path / "kernels/resources.py"))
     before, kernel = fingerprint(), tmp_path / "kernels/skip_gate/triton_gate.py"
-    kernel.write_text("# a remark\n\n" + kernel.read_text())
+    kernel.write_text("# a remark\n\n" + kernel.read_text() + "    # another")
     assert fingerprint() == before
     kernel.write_text(kernel.read_text().replace("tl.load", "tl.store", 1))
     assert fingerprint() != before
+
+
+def test_the_page_is_of_every_file_that_has_a_kernel(monkeypatch, tmp_path):
+    package = Path(resources.__file__).parent
+    shutil.copytree(package, tmp_path / "kernels")
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "kernels/resources.py"))
+    files = [path for path in (tmp_path / "kernels").rglob("*.py") if "\n@triton.jit\n" in path.read_text()]
+    assert {"partial_sums.py", "triton_windows.py", "triton.py"} <= {path.name for path in files}
+    for path in files:
+        before, code = fingerprint(), path.read_text()
+        path.write_text(code.replace("\n        ", "\n    ", 1))  # a line that leaves its block
+        assert path.read_text() != code and fingerprint() != before, path
 
 
 def test_a_page_of_kernels_with_faults_is_not_written(monkeypatch, tmp_path, capsys):
