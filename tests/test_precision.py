@@ -7,6 +7,7 @@ import torch
 
 import uctrans
 from benchmarks.launches import Launched
+from uctrans import precision
 from uctrans.precision import casting_together, keep_weights_cast, modules_cast_by_autocast
 from uctrans.training.losses import segmentation_loss
 
@@ -111,13 +112,77 @@ def test_a_training_step_has_the_same_bits(name, is_checkpointing):
     assert_the_same_training(model, "cpu", torch.bfloat16, image)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the test below runs them in bfloat16")
 def test_a_training_step_of_the_triton_operators_likewise():
-    if not torch.cuda.is_available():
-        pytest.importorskip("triton")
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
-    model = network("uctransnet", backend="triton", base_channels=2, num_layers=1).to(device)
-    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1)).to(device)
-    assert_the_same_training(model, device, dtype, image)
+    pytest.importorskip("triton")
+    model = network("uctransnet", backend="triton", base_channels=2, num_layers=1)
+    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    assert_the_same_training(model, "cpu", torch.float16, image)
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+def test_gradients_lie_as_one_launch_for_many_casts_them(name, is_checkpointing, monkeypatch):
+    """On CUDA one launch casts many tensors only where all lie as their copies do; else each has one of its own."""
+    casts = []
+
+    def note_and_cast(tensors, dtypes):
+        copies = cast(tensors, dtypes)
+        casts.append([tensor.stride() == copy.stride() for tensor, copy in zip(tensors, copies, strict=True)])
+        assert len({tensor.dtype for tensor in tensors}) == len(set(dtypes)) == 1
+        return copies
+
+    cast = precision._cast
+    monkeypatch.setattr(precision, "_cast", note_and_cast)
+    model = network(name).train().to(memory_format=torch.channels_last)
+    if is_checkpointing:
+        uctrans.set_checkpointing(model)
+    train_once(model, casting_together(model, torch.bfloat16), "cpu", torch.bfloat16, torch.rand(2, 3, 48, 48))
+    there, back = casts
+    assert len(there) == len(back) and all(there) and all(back)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+def test_on_a_gpu_a_training_step_has_the_same_bits(name, is_checkpointing):
+    model = network(name, base_channels=16).cuda()
+    if is_checkpointing:
+        uctrans.set_checkpointing(model)
+    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1)).cuda()
+    # Gradients of weights that cuDNN adds up in any order would differ from run to run.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        assert_the_same_training(model, "cuda", torch.bfloat16, image)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+def test_on_a_gpu_few_launches_cast_all_weights(name):
+    """There and back: what casts a list of tensors, and what casts one, by the names of PyTorch's kernels."""
+    model = network(name, base_channels=16).cuda().train().to(memory_format=torch.channels_last)
+    weights = [parameter for _, module in modules_cast_by_autocast(model) for parameter in module.parameters()]
+    launches = []
+    for tensors, dtype in ((weights, torch.bfloat16), ([weight.bfloat16() for weight in weights], torch.float32)):
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            precision._cast(tensors, [dtype] * len(tensors))
+            torch.cuda.synchronize()
+        on_device = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+        launches.append(sum(event.count for event in on_device))
+    assert 0 < sum(launches) < len(weights) / 4, launches
+
+
+def test_a_weight_that_two_modules_share_is_cast_once():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    inputs, gradients, outputs = torch.rand(4, 3), [], []
+    for forward in (model, casting_together(model, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            outputs.append(forward(inputs))
+        gradients.append(torch.autograd.grad(outputs[-1].float().sum(), list(model.parameters())))
+    assert torch.equal(*outputs)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)  # the sum of two is rounded to bfloat16
 
 
 def test_a_weight_that_is_not_used_has_no_gradient():

@@ -46,13 +46,16 @@ def casting_together(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor],
 
     The numbers are those of autocast, and so are the gradients, in float32 where the parameters are: only the launches
     are fewer. A weight that several operations take gets the sum of its gradients in ``dtype``, where autocast would
-    add them in float32.
+    add them in float32. All gradients in ``dtype`` are kept until the last one is there, at the end of backward. What
+    activation checkpointing computes again casts its weights by itself.
     """
-    weights = {
-        f"{prefix}.{name}": parameter
+    cast_by_autocast = {
+        f"{prefix}.{name}"
         for prefix, module in modules_cast_by_autocast(model)
-        for name, parameter in module.named_parameters()
+        for name, _ in module.named_parameters()
     }
+    # A parameter that several modules share comes once here, and ``functional_call`` gives its copy to all of them.
+    weights = {name: parameter for name, parameter in model.named_parameters() if name in cast_by_autocast}
 
     def forward(images: Tensor) -> Any:
         cast = _CastTogether.apply(dtype, *weights.values())
