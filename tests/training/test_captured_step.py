@@ -22,6 +22,7 @@ SETTINGS = {
     "average": {"ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.01},
     "bf16": {"amp": "bf16"},
     "checkpointing": {**TINY_TRANSFORMER, "checkpointing": True},
+    "bf16, checkpointing, average": {**TINY_TRANSFORMER, "amp": "bf16", "checkpointing": True, "ema_decay": 0.9},
     "native": NATIVE,
     "classes": {"classes": 3, "palette": "#000000,#ffffff,#ff0000"},
 }

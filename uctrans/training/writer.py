@@ -1,8 +1,9 @@
 """Checkpoints are written beside the training: it goes on once its state is copied, and a thread writes the copy.
 
-One save is written at a time and one more waits, so copies take twice the memory of the state at most: of the host,
-pinned where the state lies on a CUDA device. A newer save takes the place of the one that waits, which would have been
-replaced on the disk at once: a disk that is slower than the epochs holds up no epoch, however many are the best so far.
+One save is written at a time and one more waits, so there are two copies of the state at most: in memory of the host,
+pinned where the state lies on a CUDA device, of which PyTorch takes the next power of two of bytes for each tensor. A
+newer save takes the place of the one that waits, which would have been replaced on the disk at once: a disk that is
+slower than the epochs holds up no epoch, however many are the best so far.
 But a best epoch that waits gives way only to a better one; a save that is none waits until it is being written.
 
 The thread never calls CUDA, which could spoil a CUDA graph that the training is recording at that moment.
@@ -103,6 +104,7 @@ class CheckpointWriter:
             with self._changed:
                 self._is_over = True
                 self._changed.notify_all()
+        self._thread.join()  # else it might be the last to hold pinned memory, and to give that back calls CUDA
 
     def _work(self) -> None:
         while (save := self._next()) is not None:
