@@ -1,10 +1,11 @@
 """A training step of a whole network as it is timed: forward, published loss, backward, Adam, on a batch at hand.
 
-Ours is the training step of the project itself (:mod:`uctrans.training`), its loss and its sums of loss and Dice
-included; the others have the loss in plain PyTorch and no sums. Nothing is augmented. What is captured is warmed up,
-rehearsed and recorded in one way, that of the project. The candidate ``published`` has
-what the published script has: eager float32, TF32 as PyTorch sets it (in convolutions alone), Adam as PyTorch makes it
-by default. All others have the fused Adam, and a compiled one has the loss compiled with the network.
+Ours is the training step of the project itself (:mod:`uctrans.training`), its loss, its sums of loss and Dice and,
+where it is not compiled, its cast of all weights at once included; the others have the loss in plain PyTorch, no sums,
+and the casts of autocast. Nothing is augmented. What is captured is warmed up, rehearsed and recorded in one way, that
+of the project. The candidate ``published`` has what the published script has: eager float32, TF32 as PyTorch sets it
+(in convolutions alone), Adam as PyTorch makes it by default. All others have the fused Adam, and a compiled one has the
+loss compiled with the network.
 """
 
 from collections.abc import Callable
