@@ -3,13 +3,14 @@
     OMP_NUM_THREADS=1 python -m benchmarks.saving
 
 UCTransNet of the published width with Adam's moments, on small images, on the device there is. A sample is the time of
-a few steps, alone, after files that were written in between, and after a save that goes on beside them. The steps take
-longer than the files, so that whatever a save takes from them is in the sample. On Linux, time in which the training
-was ready to go on and had no core is not counted: it is that of a machine with a core to spare for writing. Files go
-into a folder for temporary ones, or into ``--folder``, whose disk may be another.
+some steps, alone, after files that were written in between, and after a save that goes on beside them. Unless their
+number is given, they take twice as long as the files, so that whatever a save takes from them is in the sample. On
+Linux, time in which the training was ready to go on and had no core is not counted: it is that of a machine with a core
+to spare for writing. Files go into a folder for temporary ones, or into ``--folder``, whose disk may be another.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -25,12 +26,15 @@ from uctrans.training.distributed import processes
 from uctrans.training.loop import open_writer, write_files
 from uctrans.training.run import Run
 
-STEPS = 10
+FEWEST_STEPS = 10
+TIMES_THE_FILES = 2  # what the steps of a sample take at least
 SCHEDULED = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, nanoseconds ready and without one, ...
 
 
-def measure(config: TrainConfig, rounds: int, steps: int = STEPS) -> dict[str, float]:
-    """Return medians over ``rounds`` in seconds: what either way adds to the steps, and how long a save holds them up.
+def measure(config: TrainConfig, rounds: int, steps: int | None = None) -> tuple[dict[str, float], int]:
+    """Return medians over ``rounds`` in seconds, and how many steps a sample has: ``steps``, or enough of them.
+
+    The medians are those of the steps alone, of what either way adds to them, and of how long a save holds them up.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: as for ``uctrans.training.train``.
@@ -56,16 +60,17 @@ def measure(config: TrainConfig, rounds: int, steps: int = STEPS) -> dict[str, f
             for name, way in ways.items():
                 started = _now()
                 way()
-                _train(lambda: run.step(index), steps)
+                _train(lambda: run.step(index), steps or FEWEST_STEPS)
                 samples[name].append(_now() - started)
                 writer.wait()
             if number == 0:  # memory is allocated
                 samples = {name: [] for name in samples}
+                steps = steps or _enough_steps(ways["written in between"], lambda: run.step(index))
     medians = {name: statistics.median(values) for name, values in samples.items()}
     for name in ("written in between", "written beside"):
         added = [sample - alone for sample, alone in zip(samples[name], samples["steps"], strict=True)]
         medians[name] = statistics.median(added)
-    return medians
+    return medians, steps
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base-channels", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="of a sample (default: twice as long as the files take)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", help="where the files go")
     given = parser.parse_args(arguments)
@@ -87,10 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
             batch_size=2,
             device=given.device,
         )
-        seconds = measure(config, given.rounds, given.steps)
+        seconds, steps = measure(config, given.rounds, given.steps)
         written = (Path(config.output) / "last.pt").stat().st_size
     print(f"last.pt and best.pt: {written / 1e6:.0f} MB; medians of {given.rounds}, seconds")
-    print(f"{given.steps} steps alone: {seconds['steps']:.2f}")
+    print(f"{steps} steps alone: {seconds['steps']:.2f}")
     print(f"a best epoch that is written in between adds {seconds['written in between']:.2f}")
     print(f"written beside, it adds {seconds['written beside']:.2f}; the next step waits {seconds['held up']:.3f}")
 
@@ -98,6 +103,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _now() -> float:
     without_a_core = int(SCHEDULED.read_text().split()[1]) if SCHEDULED.exists() else 0
     return time.perf_counter() - 1e-9 * without_a_core
+
+
+def _enough_steps(write: Callable[[], None], step: Callable[[], None]) -> int:
+    started = _now()
+    write()
+    written = _now()
+    _train(step, FEWEST_STEPS)
+    seconds_a_step = (_now() - written) / FEWEST_STEPS
+    return max(FEWEST_STEPS, math.ceil(TIMES_THE_FILES * (written - started) / seconds_a_step))
 
 
 def _train(step: Callable[[], None], count: int) -> None:
