@@ -1,7 +1,7 @@
 """Weights in the dtype that autocast would cast them to: kept so for inference, cast in one go for training.
 
 Autocast casts each weight by itself in every call, and its gradient back: two launches a weight and step, of a few
-microseconds each, whatever its size. UCTransNet has 168 such weights.
+microseconds each, whatever its size. UCTransNet has 152 such weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
