@@ -2,12 +2,14 @@ import copy
 import gc
 import math
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uctrans.training import TrainConfig
+from uctrans.training import step as step_module
 from uctrans.training.build import build_optimizer, learning_rate
 from uctrans.training.distributed import Processes
 from uctrans.training.ema import WeightAverage
@@ -257,3 +259,21 @@ def test_processes_share_an_epoch_evenly(make_config):
     seen = [position for share in shares for batch in share for position in batch]
     assert len(set(seen)) == 6
     assert [run.images_before(step) for step in range(run.steps_per_epoch + 1)] == [0, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "called"),
+    [
+        ({"amp": "bf16"}, 1, "cast at once"),
+        ({"amp": "no"}, 1, "the model"),
+        ({"amp": "bf16"}, 2, "in two processes"),
+        ({"amp": "bf16", "compile": True}, 1, "compiled"),
+    ],
+    ids=str,
+)
+def test_how_the_network_is_called(make_config, monkeypatch, settings, count, called):
+    """Both ways to cast give the same bits, so that only this shows which one is taken."""
+    group = SimpleNamespace(count=count, wrap=lambda model: model if count == 1 else "in two processes")
+    monkeypatch.setattr(step_module, "casting_together", lambda model, dtype: "cast at once")
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: "compiled")
+    assert step_module.training_forward("the model", make_config(**settings), group) == called
