@@ -128,6 +128,33 @@ def test_a_recording_as_large_as_half_of_what_is_free_is_kept():
         assert replays_of(forward, recorder, images(1, 3, 4, 4)) == replays
 
 
+@pytest.mark.parametrize("calls", [0, 1, 2], ids=["warm-up", "rehearsal", "recording"])
+def test_where_memory_is_too_short_beside_recordings_they_are_forgotten(calls):
+    forward, recorder = forward_of_sizes(recordings_that_fit=9)
+    small, large, is_short = images(1, 3, 4, 4), images(3, 3, 4, 4), False
+
+    def network_that_needs_all(batch):
+        if is_short and len(batch) == 3 and any(shape.recording for shape in forward._shapes.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch * 2
+
+    forward.forward = network_that_needs_all
+    assert replays_of(forward, recorder, small) == 2
+    for _ in range(calls):
+        forward(large)
+    is_short = True
+    assert replays_of(forward, recorder, large) == 0
+    assert replays_of(forward, recorder, small) == 2  # it was forgotten, and is recorded again
+
+
+def test_a_network_for_which_there_is_too_little_memory_says_so():
+    def large(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        CapturedForward(large, HostRecorder())(images(1, 3, 4, 4))
+
+
 def test_memory_of_what_is_forgotten_is_free_at_once():
     alive = []
 
@@ -236,6 +263,12 @@ try:
     raise SystemExit("the recording passed")
 except CaptureError as error:
     print("failed with", error)
+for way in (recorder.rehearse, recorder.record):
+    try:
+        way(lambda: torch.empty(1 << 50, device="cuda"))
+        raise SystemExit("there was enough memory")
+    except torch.OutOfMemoryError as error:
+        print("failed with", error)
 torch.nn.functional.dropout(torch.rand(8, device="cuda"))
 replay = recorder.record(lambda: torch.nn.functional.dropout(batch) + 1).replay
 replay(), torch.cuda.synchronize()

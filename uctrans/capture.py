@@ -82,11 +82,14 @@ class CudaRecorder:
 
         Raises:
             CaptureError: the work waits for the device.
+            torch.OutOfMemoryError: there is too little memory for it, recorded or not.
         """
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode(RAISING)
         try:
             return self.warm_up(work)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise CaptureError(f"the work waits for the device, or fails: {error}") from error
         finally:
@@ -97,6 +100,7 @@ class CudaRecorder:
 
         Raises:
             CaptureError: the work does what cannot be recorded.
+            torch.OutOfMemoryError: there is too little memory for its pool beside what else is there.
         """
         # A graph that is destroyed in the midst of a recording would end it, and cycles are collected at any time.
         gc.collect()
@@ -108,6 +112,9 @@ class CudaRecorder:
             graph.capture_begin(pool=self.pool)
             try:
                 result = work()
+            except torch.OutOfMemoryError:
+                self._abandon(graph)
+                raise
             except Exception as error:
                 self._abandon(graph)
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
@@ -163,7 +170,8 @@ class CapturedForward:
     A shape is computed plainly when it comes for the first and the second time and recorded when it comes again; the
     ``SHAPES_KEPT`` shapes used last are remembered. Their recordings take ``SHARE_OF_FREE_MEMORY`` of the memory that
     was free before the first of them, and beyond it only while one is made: those that were not used for longest go. A
-    shape that takes more alone is computed plainly from then on. Weights that change in place are seen; a network that
+    shape that takes more alone is computed plainly from then on, and so is one for which there is too little memory
+    beside the recordings, which all go then. Weights that change in place are seen; a network that
     is moved, set to another backend or to training needs another ``CapturedForward``.
 
     Args:
@@ -184,8 +192,19 @@ class CapturedForward:
 
         Raises:
             CaptureError: the network cannot be recorded.
+            torch.OutOfMemoryError: there is too little memory, even without recordings.
         """
         key = (images.shape, images.stride(), images.dtype)
+        try:
+            return self._call(key, images)
+        except torch.OutOfMemoryError:
+            pass  # after this block, as the error holds on to what the call has made
+        self._shapes.clear()
+        self._too_large.add(key)
+        self.recorder.free_memory()
+        return self.forward(images)
+
+    def _call(self, key: tuple, images: Tensor) -> Tensor:
         if key in self._too_large:
             return self.forward(images)
         shape = self._shapes.setdefault(key, _Shape())
