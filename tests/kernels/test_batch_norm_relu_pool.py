@@ -406,6 +406,28 @@ class TestOnAGpu:
         reached.scatter_(2, winners.flatten(2), 1.0)
         assert torch.equal(d_feature != 0, (reached.reshape(output.shape) != 0) & (output > 0))
 
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    def test_more_elements_than_32_bits_count(self, memory_format):
+        """By given statistics the last image has the very bits that it has alone; by those of the batch it is like it."""
+        batch, channels, height, width = 41, 64, 1024, 800
+        assert batch * channels * height * width > 2**31
+        if torch.cuda.mem_get_info()[0] < 2**35:
+            pytest.skip("needs 32 GiB of memory that is free")
+        _, *parameters = inputs_of((1, channels, 2, 2), torch.bfloat16, memory_format)
+
+        def drawn_map(scale):
+            size = (batch, channels, height // scale, width // scale)
+            return torch.empty(size, dtype=torch.bfloat16, device=DEVICE, memory_format=memory_format).normal_()
+
+        feature, upstream = drawn_map(1), [drawn_map(1), drawn_map(2)]
+        output, pooled, d_feature, *_ = results([feature, *parameters], upstream, training=False, **TRITON)
+        last = [each[-1:] for each in upstream]
+        expected = results([feature[-1:], *parameters], last, training=False, **TRITON)
+        assert_same_bits([output[-1:], pooled[-1:], d_feature[-1:]], expected[:3])
+        output, pooled = batch_norm_relu_pool(feature, *parameters, None, None, training=True, **TRITON)
+        assert output[-1].float().mean().item() == pytest.approx(output[0].float().mean().item(), rel=0.01)
+        assert_same_bits([pooled[-1:]], [F.max_pool2d(output[-1:], 2)])
+
     def test_reduce_overhead(self):
         """What torch.compile makes of it goes into CUDA graphs."""
         torch._dynamo.reset()
