@@ -408,7 +408,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
     def test_more_elements_than_32_bits_count(self, memory_format):
-        """By given statistics the last image has the very bits that it has alone; by those of the batch it is like it."""
+        """By given statistics the last image has the very bits that it has alone; by those of the batch it is alike."""
         batch, channels, height, width = 41, 64, 1024, 800
         assert batch * channels * height * width > 2**31
         if torch.cuda.mem_get_info()[0] < 2**35:
