@@ -137,7 +137,7 @@ def test_only_resume_takes_settings_from_the_output_folder(tmp_path, capsys):
     assert cli.parse(resume)[1].epochs == 5
     assert cli.parse([*resume, "--config", str(tmp_path / "other.yaml")])[1].epochs == 2000
     assert "data" in error_of(capsys, *resume, "false")
-    assert "data" in error_of(capsys, "train", "-o", tmp_path / "nothing", "--resume")
+    assert "no run to resume" in error_of(capsys, "train", "-o", tmp_path / "nothing", "--resume")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
     """``--config`` with the config.yaml of the run that ``train`` is to resume, unless ``words`` name a file."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-i", "--input", "--data")
     parser.add_argument("-o", "--output")
     parser.add_argument("-c", "--config")
     parser.add_argument("--resume")
@@ -68,6 +69,8 @@ def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
     if given.config is not None or given.output is None or str(given.resume).lower() != "true":
         return []
     file = Path(given.output) / "config.yaml"
+    if not file.exists() and given.input is None:
+        raise CommandLineError(f"{file} does not exist, so there is no run to resume; name the folder of one")
     return [f"--config={file}"] if file.exists() else []
 
 

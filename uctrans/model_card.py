@@ -22,6 +22,7 @@ NO_LICENSE = (
 STAMP_NOTE = ": of the text above as it was written, which tells whether it was edited"
 STAMP = re.compile(rf"\n<!-- uctrans ([0-9a-f]{{16}}){STAMP_NOTE} -->\s*\Z")
 DIGITS = 6
+OF_PREDICTOR = ("resolution", "tta", "channel_order")  # settings in words that load_predictor takes
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,15 @@ class ModelCard:
             f"uctrans predict -i images -o masks --model {shlex.quote(self.title)}{flags}\n"
             "```\n\n"
             "The command prepares images as training did; in Python that is "
-            f'`uctrans.inference.load_predictor("{self.title}").probabilities_of_image(image)`. '
+            f'`uctrans.inference.load_predictor("{self.title}"{self._arguments()}).probabilities_of_image(image)`. '
             f'From the hub: `uctrans.load_model(huggingface_hub.snapshot_download("OWNER/{self.title}"))`.'
         )
+
+    def _arguments(self) -> str:
+        """The flags of prediction that ``load_predictor`` takes too, as its arguments."""
+        words = shlex.split("" if self.scores is None else self.scores.flags)
+        flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+        return "".join(f", {name}={flags[name]!r}" for name in OF_PREDICTOR if name in flags)
 
     def _evaluation(self) -> str:
         dice, epoch = self._metadata.get("best_dice"), self._metadata.get("best_epoch")

@@ -15,6 +15,7 @@ import uctrans
 from uctrans.data import parse_palette
 from uctrans.inference import PredictConfig
 from uctrans.inference.files import output_folder, refuse_existing
+from uctrans.inference.predictor import transforms_in_words
 from uctrans.model_card import CARD, FOLDS, CardScores, ModelCard, write_card
 from uctrans.models.base import CONFIG_FILE, WEIGHTS_FILE, read_config
 from uctrans.models.files import BEST_FOLDER
@@ -188,6 +189,12 @@ def prediction_flags(settings: dict[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
 
 
+def scored_in_words(scored_at: str, tta: str) -> str:
+    """How scores were taken: the pixels that were counted, and what probabilities are the mean of, if anything."""
+    words = transforms_in_words(tta)
+    return f"{scored_at}, each probability {words}" if words else scored_at
+
+
 def _written(name: str, value: Any) -> str:
     """A setting as the command line takes it."""
     if value is None:
@@ -219,7 +226,7 @@ def _scores(folder: Path, model: dict[str, Any]) -> CardScores:
             counts=summary["count"],
             images=summary["images"],
             split=summary["settings"]["split"],
-            scored_at=summary["scored_at"],
+            scored_at=scored_in_words(summary["scored_at"], summary["settings"]["tta"]),
             flags=prediction_flags(summary["settings"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

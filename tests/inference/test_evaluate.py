@@ -118,6 +118,28 @@ def test_images_of_a_fold(brightness_model, use_model, dataset, tmp_path):
         evaluate(config(dataset, tmp_path, split="val", **settings))
 
 
+def test_what_probabilities_are_the_mean_of_is_told(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    lines = {
+        tta: evaluate(config(dataset, tmp_path, tta=tta, overwrite=True)).table() for tta in ("none", "flips", "d4")
+    }
+    assert "mean over" not in lines["none"]
+    assert "Each probability is the mean over 4 flips" in lines["flips"]
+    assert "Each probability is the mean over 8 flips and rotations" in lines["d4"]
+
+
+def test_a_folder_that_comes_unsplit_is_told_and_can_be_scored_whole(brightness_model, use_model, dataset, tmp_path):
+    use_model(brightness_model())
+    drawn = evaluate(config(dataset / "test", tmp_path))
+    assert len(drawn.rows) == 1
+    assert "comes unsplit: 1 of its 3 images are drawn for test" in drawn.table()
+    whole = evaluate(config(dataset / "test", tmp_path, split="all", overwrite=True))
+    assert [row["name"] for row in whole.rows] == ["all", "half", "none"]
+    assert "unsplit" not in whole.table()
+    assert len(evaluate(config(dataset, tmp_path, split="all", overwrite=True)).rows) == 3
+    assert "unsplit" not in evaluate(config(dataset, tmp_path, overwrite=True)).table()
+
+
 def test_table(brightness_model, use_model, dataset, tmp_path):
     use_model(brightness_model())
     lines = evaluate(config(dataset, tmp_path)).table().splitlines()

@@ -122,6 +122,7 @@ def test_effects_are_mean_differences_from_the_first_recipe_fold_by_fold(undistu
         assert float(rows[recipe]["effect_mean"]) == pytest.approx(statistics.mean(differences), abs=1e-12)
         assert float(rows[recipe]["effect_deviation"]) == pytest.approx(statistics.stdev(differences), abs=1e-12)
     text = (undisturbed / "table.md").read_text()
+    assert "Each probability is one prediction, but of turned, the mean over 8 flips and rotations." in text
     assert "choose by it, not by test scores. Each run's epoch was chosen on these images too" in text
     assert "Nothing is chosen by it" in text
     assert "from published with the same seed and fold" in text

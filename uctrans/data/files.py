@@ -133,6 +133,11 @@ def _of_several_splits(root: str | os.PathLike, splits: Iterable[str]) -> list[S
     return [by_name[name] for name in sorted(by_name)]
 
 
+def drawn_from(root: str | os.PathLike) -> int | None:
+    """How many images a folder has whose splits are drawn; None where it comes split."""
+    return None if _split_folders(Path(root)) else len(find_samples(root))
+
+
 def find_images(path: str | os.PathLike) -> list[Sample]:
     """One image file, or all images of a folder sorted by name, as samples without masks.
 

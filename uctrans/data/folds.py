@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uctrans.data.errors import DataError, shorten
-from uctrans.data.files import Sample, find_development_samples, find_samples
+from uctrans.data.files import Sample, find_all_samples, find_development_samples, find_samples
 
 FOLDS_FOLDER = Path(__file__).parent / "folds"
 Fold = dict[str, list[str]]
@@ -70,8 +70,9 @@ def load_folds(path_or_name: str | os.PathLike, root: str | os.PathLike | None =
         if unknown:
             raise DataError(
                 f"{path} names images that are not among the {len(known)} of train and val in {root}: "
-                f"{shorten(unknown)}. Correct the names, or choose other folds; test images never belong in a fold, "
-                "and in a folder that does not come split a fifth of the images is drawn for testing."
+                f"{shorten(unknown)}. Take folds of these images: a study makes them, --cross-validation 5, or write a "
+                "file. Test images never belong in a fold, and in a folder that does not come split a fifth of the "
+                "images is drawn for testing."
             )
     return folds
 
@@ -81,13 +82,15 @@ def find_split(root: str | os.PathLike, split: str, folds: str | None = None, fo
 
     Args:
         root: dataset folder.
-        split: train, val or test; the test split is the same under all folds.
+        split: train, val or test, or all of these; the test split is the same under all folds.
         folds: file or shipped name, see `load_folds`; None takes the folder's own train and val.
         fold: which of them, counted from 0.
 
     Raises:
         DataError: as for `load_folds` and :func:`uctrans.data.find_samples`, or there is no such fold.
     """
+    if split == "all":
+        return find_all_samples(root)
     if folds is None or split == "test":
         return find_samples(root, split)
     loaded = load_folds(folds, root)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from uctrans.data import find_split
+from uctrans.data.files import drawn_from
 from uctrans.data.instances import find_instances
 from uctrans.extras import import_extra
 from uctrans.inference.comparing import Compared, Comparison, score_sizes
@@ -26,6 +27,7 @@ from uctrans.inference.files import (
 from uctrans.inference.instance_metrics import INSTANCE_METRICS, score_instances
 from uctrans.inference.instances import SEED_DISTANCE, SMALLEST_OBJECT
 from uctrans.inference.metrics import METRICS, dice, hd95, iou, mean_and_deviation, mean_over_classes
+from uctrans.inference.predictor import transforms_in_words
 from uctrans.writing import written_atomically
 
 INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
@@ -41,7 +43,7 @@ class EvaluateConfig:
             probabilities are averaged.
         data: Folder of the data set, in any layout that uctrans.data.find_samples knows.
         output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
-        split: train, val or test.
+        split: train, val or test; or all, every image of the folder.
         folds: Cross-validation folds: a shipped name or a JSON file; train and val are those of the fold then.
         fold: Which of the folds, counted from 0.
         size: protocol scores at the protocol's size, image and mask resized its way (the published convention); native
@@ -131,6 +133,20 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
 
 
+def _remarks(config: EvaluateConfig, images: int) -> tuple[str, ...]:
+    """What is to be known of scores beside the pixels that were counted."""
+    remarks = []
+    if words := transforms_in_words(config.tta):
+        remarks.append(f"Each probability is {words}")
+    total = None if config.split == "all" else drawn_from(config.data)
+    if total is not None:
+        remarks.append(
+            f"{config.data} comes unsplit: {images} of its {total} images are drawn for {config.split}, the same for "
+            "training and scores; --split all scores every one"
+        )
+    return tuple(remarks)
+
+
 def evaluate(config: EvaluateConfig) -> EvaluationResult:
     """Score a model on a split of a data set.
 
@@ -209,4 +225,4 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         },
     )
     unscored = 0 if with_instances else len(instance_maps)
-    return EvaluationResult(rows, mean, deviation, count, scored_at, folder, unscored)
+    return EvaluationResult(rows, mean, deviation, count, scored_at, folder, unscored, _remarks(config, len(rows)))

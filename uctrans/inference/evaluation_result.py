@@ -26,6 +26,7 @@ class EvaluationResult:
             instances.png.
         unscored_instance_maps: Number of instance maps that lie beside the masks and belong to another size than that
             which was scored.
+        remarks: What else is to be known of the scores, in sentences.
     """
 
     rows: list[dict[str, Any]]
@@ -35,6 +36,7 @@ class EvaluationResult:
     scored_at: str
     output: Path
     unscored_instance_maps: int = 0
+    remarks: tuple[str, ...] = ()
 
     def table(self) -> str:
         """The scores as plain text: a line an image (the first where there are many), then mean and deviation."""
@@ -57,7 +59,7 @@ class EvaluationResult:
         return "\n".join([*lines, f"{len(self.rows)} images, scored at {self.scored_at}", *self._remarks()])
 
     def _remarks(self) -> list[str]:
-        remarks = []
+        remarks = [*self.remarks]
         undefined = len(self.rows) - self.count["hd95"]
         if undefined:
             remarks.append(

@@ -35,6 +35,12 @@ TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
 }
 
 
+def transforms_in_words(tta: str) -> str:
+    """What is averaged over, "the mean over 8 flips and rotations"; "" where it is one prediction."""
+    count = len(TRANSFORMS[tta])
+    return "" if count == 1 else f"the mean over {count} {'flips' if tta == 'flips' else 'flips and rotations'}"
+
+
 def transform(images: Tensor, turns: int, flip: bool) -> Tensor:
     """Flip the columns of ``(..., H, W)`` where ``flip``, then turn counter-clockwise by ``turns`` quarters."""
     return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from uctrans.model_card import CardScores, ModelCard
 from uctrans.models.base import read_config
-from uctrans.sharing import checksum, folds_file, prediction_flags, training_command, write_shared
+from uctrans.sharing import checksum, folds_file, prediction_flags, scored_in_words, training_command, write_shared
 from uctrans.study.best import BestRun
 from uctrans.study.config import StudyConfig
 from uctrans.study.files import WEIGHTS
@@ -47,7 +47,7 @@ def _card(name: str, chosen: BestRun, config: StudyConfig, fingerprint: str | No
             counts=result.counts,
             images=result.images,
             split="test",
-            scored_at=result.scored_at,
+            scored_at=scored_in_words(result.scored_at, run.scored["score_tta"]),
             flags=prediction_flags(scoring),
             runs=scores,
         ),

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from uctrans.data import get_protocol
+from uctrans.inference.predictor import transforms_in_words
 from uctrans.study.checks import SCORING_DEFAULTS
 from uctrans.study.config import StudyConfig, StudyError
 from uctrans.study.cost import Cost
@@ -61,7 +62,12 @@ def make_table(config: StudyConfig, schedule: Schedule) -> Table | None:
             for run in schedule.plan
         ),
         image_size=_alternatives(_pixels(run) for run in schedule.plan),
-        remarks=[*_remark_on_instance_maps(results), *_remark_on_starts(config), *_remark_on_cosines(outcomes)],
+        remarks=[
+            *_remark_on_transforms(outcomes),
+            *_remark_on_instance_maps(results),
+            *_remark_on_starts(config),
+            *_remark_on_cosines(outcomes),
+        ],
         baseline=config.baseline,
     )
 
@@ -191,6 +197,17 @@ def _score_ensemble(config: StudyConfig, members: list[tuple[PlannedRun, Result]
 def _ensemble_folder(config: StudyConfig, members: list[tuple[PlannedRun, Result]], patience: int) -> Path:
     run = members[0][0]
     return seed_folder(config.output, run.variant, run.seed) / ENSEMBLE_FOLDER / f"patience_{patience}"
+
+
+def _remark_on_transforms(outcomes: list[tuple[PlannedRun, Outcome]]) -> list[str]:
+    """Of which rows each probability is a mean over flips; nothing where none is."""
+    words = {run.variant.name: transforms_in_words(run.scored["score_tta"]) for run, _ in outcomes}
+    if not any(words.values()):
+        return []
+    if len(set(words.values())) == 1:
+        return [f"Each probability is {next(iter(words.values()))}."]
+    averaged = [f"{name}, {text}" for name, text in words.items() if text]
+    return [f"Each probability is one prediction, but of {'; '.join(averaged)}."]
 
 
 def _remark_on_instance_maps(results: list[Result]) -> list[str]:

@@ -68,7 +68,7 @@ class TrainConfig:
     Args:
         data: Folder of the data set, in any layout that ``uctrans.data.find_samples`` knows.
         output: Run folder: checkpoints, best weights, metrics and logs are written here.
-        model: Name of the network, see ``uctrans.list_models()``.
+        model: Name of the network: uctransnet, dual_branch_uctransnet or unet (``uctrans.list_models()``).
         base_channels: Channels of the first encoder level.
         image_size: Height and width in pixels that images are resized to, under the protocol native those of the
             crops; one number means square, none the protocol's.
