@@ -75,9 +75,7 @@ def test_load_folds(root, tmp_path):
 @pytest.mark.parametrize("name", ["nobody", "t"], ids=["unknown image", "test image"])
 def test_names_the_dataset_does_not_have(root, tmp_path, name):
     path = write_folds(tmp_path, [{"train": ["a", name], "val": ["b"]}])
-    with pytest.raises(
-        DataError, match=rf"folds\.json names images that are not among the 5 .*: {name}\. Take folds"
-    ):
+    with pytest.raises(DataError, match=rf"folds\.json names images that are not among the 5 .*: {name}\. Take folds"):
         load_folds(path, root)
 
 
