@@ -16,6 +16,7 @@ import uctrans
 from uctrans import cli
 from uctrans.inference import dice, evaluate
 from uctrans.inference.evaluate import EvaluateConfig
+from uctrans.model_card import CardScores, ModelCard
 from uctrans.models import ModelFileError
 from uctrans.sharing import NOT_IN_THE_COMMAND, ShareConfig, SharingError, share, training_command
 from uctrans.study import ModelStudyConfig, comparison, study_models
@@ -352,3 +353,12 @@ def test_what_cannot_be_shared_is_refused(undisturbed, data, tmp_path):
             share(replace(config, **changes))
     assert (tmp_path / "shared" / "README.md").read_text() == written
     assert not (tmp_path / "new").exists()
+
+
+def test_a_card_predicts_in_python_as_for_its_scores():
+    scores = CardScores(
+        {"dice": 0.5}, {"dice": 2}, 2, "test", "the size", "--tta d4 --threshold 0.4 --resolution native"
+    )
+    card = ModelCard("nuclei", {"name": "unet"}, "0" * 64, "The only run.", scores=scores)
+    assert "load_predictor(\"nuclei\", resolution='native', tta='d4').probabilities" in str(card)
+    assert 'load_predictor("nuclei").probabilities' in str(replace(card, scores=None))
