@@ -12,7 +12,7 @@ from uctrans.data import Protocol, Sample, get_protocol, list_protocols, load_te
 from uctrans.data.instances import check_truth, read_instances
 from uctrans.inference.instances import instances_of, mask_classes, mask_probabilities
 from uctrans.inference.overlays import class_colours
-from uctrans.inference.predictor import load_predictor, to_labels
+from uctrans.inference.predictor import predictor_of, to_labels
 
 if TYPE_CHECKING:
     from uctrans.inference.evaluate import EvaluateConfig
@@ -56,19 +56,7 @@ class Comparison:
 
     def __init__(self, config: "EvaluateConfig"):
         self._config = config
-        self.predictor = load_predictor(
-            config.model,
-            config.backend,
-            device=config.device,
-            resolution=config.resolution,
-            tile=config.tile,
-            overlap=config.overlap,
-            tta=config.tta,
-            amp=config.amp,
-            batch_size=config.batch_size,
-            channel_order=config.channel_order,
-            graph=config.graph,
-        )
+        self.predictor = predictor_of(config)
         self.model = self.predictor.model
         self.classes, self.palette = mask_classes(self.model), self.model.metadata.get("palette")
         self.scored_as = _protocol_of_scores(self.predictor.protocol, config.size)

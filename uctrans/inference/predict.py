@@ -23,7 +23,7 @@ from uctrans.inference.instances import (
     mask_probabilities,
 )
 from uctrans.inference.overlays import class_colours, instance_overlay, overlay
-from uctrans.inference.predictor import Predictor, load_predictor, to_labels
+from uctrans.inference.predictor import Predictor, predictor_of, to_labels
 from uctrans.writing import written_atomically
 
 PROBABILITY_FORMATS = ("none", "png", "npy")
@@ -191,19 +191,7 @@ def predict(config: PredictConfig) -> list[Path]:
     plan = _plan(samples, folder, config)
     if not config.overwrite:
         refuse_existing([path for files in plan for path in files.values()], "this prediction")
-    predictor = load_predictor(
-        config.model,
-        config.backend,
-        device=config.device,
-        resolution=config.resolution,
-        tile=config.tile,
-        overlap=config.overlap,
-        tta=config.tta,
-        amp=config.amp,
-        batch_size=config.batch_size,
-        channel_order=config.channel_order,
-        graph=config.graph,
-    )
+    predictor = predictor_of(config)
     written: list[Path] = []
     failures: dict[Path, str] = {}
     pairs = zip(samples, plan, strict=True)

@@ -26,6 +26,7 @@ DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the w
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
 RESOLUTIONS = ("protocol", "native")
 AMP = ("no", "bf16")
+SETTINGS = ("device", "resolution", "tile", "overlap", "tta", "amp", "batch_size", "channel_order", "graph")
 
 # A test-time transform: quarter turns counter-clockwise, after a flip of the columns where the second value is True.
 TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
@@ -280,3 +281,8 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
     if settings.get("amp") == "bf16":
         keep_weights_cast(model, torch.bfloat16)
     return Predictor(model, **settings)
+
+
+def predictor_of(config: Any) -> Predictor:
+    """The `Predictor` that the settings of an evaluation or a prediction ask for; raises as `load_predictor`."""
+    return load_predictor(config.model, config.backend, **{name: getattr(config, name) for name in SETTINGS})
