@@ -11,7 +11,7 @@ from .channel_attention import channel_attention, projected_attention_maps, proj
 from .packed_layer_norm import cross_layer_norm, packed_layer_norm
 from .packed_linear import packed_linear
 from .packed_mlp import packed_mlp
-from .segmentation_sums import segmentation_scores, segmentation_sums
+from .segmentation_loss import segmentation_scores, segmentation_sums
 from .skip_gate import skip_gate
 
 __all__ = [

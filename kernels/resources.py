@@ -223,7 +223,7 @@ def _skip_gate(section: Section) -> Launches:
 
 
 def _segmentation_sums(section: Section) -> Launches:
-    from .segmentation_sums import triton, triton_scores
+    from .segmentation_loss import triton, triton_scores
 
     def launch(batch: int, classes: int, pixels: int, memory_format: torch.memory_format) -> None:
         if memory_format == torch.channels_last:

@@ -1,6 +1,6 @@
 """The sums of segmentation losses and what is made of them in plain PyTorch, and what the public functions refuse.
 
-What the Triton operators compute is in ``test_segmentation_sums_triton.py``.
+What the Triton operators compute is in ``test_segmentation_loss_triton.py``.
 """
 
 import math
@@ -11,7 +11,7 @@ from drawn import drawn
 from torch.nn import functional as F
 
 from uctrans.kernels import segmentation_scores, segmentation_sums
-from uctrans.kernels.segmentation_sums import explicit, reference, scores
+from uctrans.kernels.segmentation_loss import explicit, reference, scores
 from uctrans.kernels.testing import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

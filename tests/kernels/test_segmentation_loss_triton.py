@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from drawn import drawn
-from test_segmentation_sums import (
+from test_segmentation_loss import (
     FORMATS,
     SHAPES,
     assert_as_exact_as_the_reference,
@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uctrans.kernels import segmentation_scores, segmentation_sums
-from uctrans.kernels.segmentation_sums import composed, dispatch, operator, reference, scores
+from uctrans.kernels.segmentation_loss import composed, dispatch, operator, reference, scores
 from uctrans.kernels.testing import assert_within_budget, poisoned_allocations
 
 pytest.importorskip("triton")
@@ -74,7 +74,7 @@ class TestErrorBudget:
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
     @pytest.mark.parametrize("classes", [1, 3])
     def test_launch_configurations(self, classes, memory_format, configuration, monkeypatch):
-        from uctrans.kernels.segmentation_sums import triton
+        from uctrans.kernels.segmentation_loss import triton
 
         change_constants(monkeypatch, triton, configuration)
         draws = [sums_inputs(2, classes, 5, 7, torch.float32, memory_format)]
@@ -84,7 +84,7 @@ class TestErrorBudget:
     def test_more_parts_than_are_added_at_once(self, monkeypatch):
         """That the configuration does what its name says."""
         from uctrans.kernels import partial_sums
-        from uctrans.kernels.segmentation_sums import triton
+        from uctrans.kernels.segmentation_loss import triton
 
         change_constants(monkeypatch, triton, CONFIGURATIONS["more parts than are added at once"])
         added = []
@@ -176,7 +176,7 @@ class TestStrides:
 
     @pytest.mark.parametrize("classes", [1, 3])
     def test_logits_in_either_format_are_not_copied(self, classes):
-        from uctrans.kernels.segmentation_sums import triton
+        from uctrans.kernels.segmentation_loss import triton
 
         for memory_format in FORMATS:
             logits, masks = sums_inputs(2, classes, 4, 5, torch.float32, memory_format)
@@ -262,7 +262,7 @@ def scores_inputs(batch, classes, dtype=torch.float32):
 class TestScores:
     @pytest.fixture(params=[{}, *SCORES_CONFIGURATIONS.values()], ids=["as it is", *SCORES_CONFIGURATIONS])
     def configuration(self, request, monkeypatch):
-        from uctrans.kernels.segmentation_sums import triton_scores
+        from uctrans.kernels.segmentation_loss import triton_scores
 
         change_constants(monkeypatch, triton_scores, request.param)
 
@@ -334,7 +334,7 @@ class TestScores:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 3])
 def test_bitwise_repeatable(classes, dtype, monkeypatch):
-    from uctrans.kernels.segmentation_sums import triton
+    from uctrans.kernels.segmentation_loss import triton
 
     change_constants(monkeypatch, triton, MANY_PARTS)
     logits, masks = sums_inputs(2, classes, 5, 7, dtype)
