@@ -183,7 +183,7 @@ def test_backend_that_cannot_run_is_refused_before_the_first_image(uctransnet_fo
         ({"tile": 0}, "tile must be at least 1"),
         ({"overlap": 1.0}, "overlap must lie in"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"device": "tpu9000"}, "is not known"),
+        ({"device": "tpu9000"}, "device: .tpu9000. is not a device"),
     ],
 )
 def test_bad_settings(brightness_model, settings, message):
@@ -193,7 +193,7 @@ def test_bad_settings(brightness_model, settings, message):
 
 def test_missing_cuda_is_named(brightness_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(InferenceError, match='use "cpu" or "auto"'):
+    with pytest.raises(InferenceError, match="device: cuda is not there; give auto or cpu"):
         Predictor(brightness_model(), device="cuda")
 
 

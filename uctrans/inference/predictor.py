@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import uctrans
 from uctrans.capture import CapturedForward, CudaRecorder
 from uctrans.data import Protocol, get_protocol
+from uctrans.devices import find_device
 from uctrans.inference.files import InferenceError
 from uctrans.kernels import resolve_backend
 from uctrans.layers.backend import layers_with_backend
@@ -54,23 +55,15 @@ def inverse_transform(images: Tensor, turns: int, flip: bool) -> Tensor:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` (CUDA where there is one, otherwise the CPU) or a device by PyTorch's name.
+    """Return the device called ``device``, see `uctrans.devices.find_device`.
 
     Raises:
-        InferenceError: No such device, or CUDA is asked for and not there.
+        InferenceError: There is no such device.
     """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InferenceError(f'The device "{device}" is not known: use "auto", "cpu", "cuda" or "cuda:1".') from error
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InferenceError(
-            f'The device "{device}" is not there, {torch.cuda.device_count()} CUDA devices were found: '
-            'use "cpu" or "auto".'
-        )
-    return resolved
+        return find_device(device)
+    except ValueError as error:
+        raise InferenceError(str(error)) from error
 
 
 def image_size_of(model: nn.Module) -> tuple[int, int] | None:

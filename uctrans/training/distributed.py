@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from uctrans.devices import find_device
 from uctrans.training.errors import ConfigError
 
 
@@ -85,23 +86,15 @@ class Processes:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device called ``name``; auto is CUDA where there is one, otherwise the CPU.
+    """Return the device called ``name``; the GPU of this process where it is "cuda".
 
     Raises:
         ConfigError: there is no such device.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is not a device; give auto, cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank or 0)
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise ConfigError(f"device: {device} is not there; give auto or cpu, or start no more processes than GPUs")
-    return device
+        return find_device(name, local_rank or 0)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @contextlib.contextmanager
