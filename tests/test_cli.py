@@ -16,8 +16,8 @@ import yaml
 
 from uctrans import __version__, cli
 from uctrans.data import read_mask, write_demo_dataset
-from uctrans.data.writing import write_png
 from uctrans.demo import DemoConfig, DemoError, run_demo
+from uctrans.writing import write_png
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--base-channels", "2", "--image-size", "32", "--batch-size", "5", "--threads", "1", "--no-progress")

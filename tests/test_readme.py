@@ -15,7 +15,7 @@ from skimage.io import imread
 
 from uctrans import UCTransNet, cli, to_upstream
 from uctrans.data import find_development_samples, load_folds
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

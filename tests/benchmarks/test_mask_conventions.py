@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.mask_conventions import at_least_half, main, nearest, published, table, there_and_back
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 
 def square(side, low, high):

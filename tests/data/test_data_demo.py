@@ -8,7 +8,7 @@ from skimage.data import immunohistochemistry
 
 from uctrans.data import DataError, find_samples, get_protocol, load_tensors, read_image, write_demo_dataset
 from uctrans.data.demo import label_nuclei
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 SPLITS = ("train", "val", "test")
 

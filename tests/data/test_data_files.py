@@ -1,12 +1,14 @@
 """Folder layouts, pairing by stem, seeded splits, and what is wrong with a folder."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 
 from uctrans.data import DataError, find_development_samples, find_images, find_samples
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 
 def put_images(folder, *names, size=(6, 5)):
@@ -187,3 +189,10 @@ def test_find_images(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"notes\.txt is not an image"):
         find_images(tmp_path / "notes.txt")
+
+
+def test_import_is_light():
+    heavy = "skimage scipy defusedxml imageio PIL tifffile monai matplotlib"
+    code = f"import sys, uctrans.data; print([name for name in '{heavy}'.split() if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

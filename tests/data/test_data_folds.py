@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uctrans.data import DataError, find_samples, load_folds, make_folds
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 NAMES = ["a", "b", "c", "d", "e"]
 

@@ -6,7 +6,7 @@ import skimage.io
 
 from uctrans.data import DataError, Sample, find_samples
 from uctrans.data.instances import check_truth, find_instances, read_instances, write_instances
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 MAP = np.array([[0, 300, 300], [65535, 0, 1]])
 

@@ -17,7 +17,7 @@ from uctrans.data import (
     read_annotation,
     read_mask,
 )
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 SQUARE = [(2, 3), (5, 3), (5, 8), (2, 8)]
 

@@ -1,12 +1,10 @@
-"""What the commands share for writing: whole files or none, JSON that every reader takes, extras by name."""
+"""What the commands share for writing: JSON that every reader takes, output folders, extras by name."""
 
 import json
 import math
 import sys
 
-import numpy as np
 import pytest
-from skimage.io import imread
 
 from uctrans.extras import import_extra
 from uctrans.inference.files import (
@@ -15,28 +13,7 @@ from uctrans.inference.files import (
     progress_bar,
     refuse_existing,
     write_json,
-    write_png,
 )
-from uctrans.writing import written_atomically
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new/scores.txt"
-    with written_atomically(path) as temporary:
-        temporary.write_text("first")
-        assert temporary.suffix == ".txt"
-        assert not path.exists()
-    assert path.read_text() == "first"
-
-    def fail():
-        with written_atomically(path) as temporary:
-            temporary.write_text("sec")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert path.read_text() == "first"
-    assert [entry.name for entry in path.parent.iterdir()] == ["scores.txt"]
 
 
 def test_json_has_no_nan(tmp_path):
@@ -44,13 +21,6 @@ def test_json_has_no_nan(tmp_path):
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"a": [None, 1.5, [None]], "b": {"c": "ü"}, "d": None}
     assert "NaN" not in text
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3), (1, 1)])
-def test_png_comes_back(shape, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    write_png(tmp_path / "a.png", pixels)
-    assert np.array_equal(imread(tmp_path / "a.png"), pixels)
 
 
 def test_output_folder(tmp_path):

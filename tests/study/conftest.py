@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from uctrans.data.writing import write_png
 from uctrans.study import cost, runs, single
+from uctrans.writing import write_png
 
 SIZE = 32
 

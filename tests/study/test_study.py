@@ -22,7 +22,6 @@ import uctrans
 from uctrans import cli
 from uctrans.data import DataError
 from uctrans.data.instances import write_instances
-from uctrans.data.writing import write_png
 from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, cost, runs, single, study_models, study_skips
 from uctrans.study.cost import Cost
 from uctrans.study.lock import only_call
@@ -30,6 +29,7 @@ from uctrans.study.report import Row, Table
 from uctrans.training import ConfigError, TrainConfig, TrainingError, load_checkpoint
 from uctrans.training import loop as training_loop
 from uctrans.training.checkpoint import save_checkpoint
+from uctrans.writing import write_png
 
 SIZE = 32
 MODELS = ("unet", "uctransnet")

@@ -1,7 +1,6 @@
 import errno
 import os
 import pickle
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -73,20 +72,11 @@ def test_write_stopped_by_the_keyboard_leaves_the_old_file_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_new_names_are_put_on_the_disk_after_the_content(tmp_path, monkeypatch):
-    synced = []
-    fsync = os.fsync
-
-    def noted(descriptor):
-        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        synced.append(("folder" if is_folder else "content", sorted(path.name for path in tmp_path.iterdir())))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    write_atomically(tmp_path / "a", lambda file: file.write(b"new"))
-    assert synced == [("content", [".a.tmp"]), ("folder", ["a"])]
-    copy_checkpoint(tmp_path / "a", tmp_path / "b")
-    assert synced[2:] == [("folder", ["a", "b"])]
+def test_checkpoints_of_killed_processes_are_cleared_away(tmp_path):
+    for name in (".last-1.pt", ".best-1.pt"):
+        (tmp_path / name).write_bytes(b"half")
+    save_checkpoint(tmp_path / "last.pt", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".best-1.pt", "last.pt"]
 
 
 def test_folder_without_permission_is_named(tmp_path):

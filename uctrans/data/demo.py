@@ -7,7 +7,7 @@ import numpy as np
 
 from uctrans.data.errors import DataError, shorten
 from uctrans.data.files import SPLITS
-from uctrans.data.writing import write_bytes, write_png
+from uctrans.writing import write_bytes, write_png
 
 TILE = 128  # pixels
 # Row and column of the tiles held out, all others are for training. Both show glands and the tissue between them.

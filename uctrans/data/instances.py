@@ -11,7 +11,7 @@ from uctrans.data.errors import DataError, shorten
 from uctrans.data.files import IMAGE_SUFFIXES, Sample
 from uctrans.data.images import decode_mask, read_image
 from uctrans.data.pixels import read_pixels
-from uctrans.data.writing import write_png
+from uctrans.writing import write_png
 
 INSTANCES = "instances"
 HIGHEST_NUMBER = np.iinfo(np.uint16).max

@@ -14,7 +14,7 @@ from uctrans.data.errors import DataError, shorten
 from uctrans.data.files import find_all_samples, list_images
 from uctrans.data.images import decode_mask, read_image
 from uctrans.data.instances import INSTANCES, LEAST_AGREEMENT, agreement, find_instances, write_instances
-from uctrans.data.writing import write_bytes, write_png
+from uctrans.writing import write_bytes, write_png
 
 XML_SUFFIX = ".xml"
 MASKS, SUMMARY = "masks", "annotations.json"

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from uctrans.extras import import_extra
 from uctrans.writing import written_atomically
 
@@ -59,14 +57,6 @@ def refuse_existing(paths: list[Path], what: str) -> None:
             f"{len(existing)} of the files of {what} exist already: {named}. "
             "Choose another output folder, or set overwrite to replace them."
         )
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 ``(H, W)`` or ``(H, W, 3)`` as PNG, atomically."""
-    from skimage.io import imsave
-
-    with written_atomically(path) as temporary:
-        imsave(temporary, pixels, check_contrast=False)
 
 
 def _without_nan(value: Any) -> Any:

@@ -13,7 +13,6 @@ from uctrans.inference.files import (
     progress_bar,
     refuse_bad_instance_settings,
     refuse_existing,
-    write_png,
 )
 from uctrans.inference.instances import (
     SEED_DISTANCE,
@@ -24,7 +23,7 @@ from uctrans.inference.instances import (
 )
 from uctrans.inference.overlays import class_colours, instance_overlay, overlay
 from uctrans.inference.predictor import Predictor, predictor_of, to_labels
-from uctrans.writing import written_atomically
+from uctrans.writing import write_png, written_atomically
 
 PROBABILITY_FORMATS = ("none", "png", "npy")
 

@@ -10,10 +10,11 @@
 dict for each process; in a checkpoint between two epochs ``order`` and ``totals`` are None and ``step`` is 0.
 """
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ import torch
 from uctrans.models import ModelFileError, read_checkpoint
 from uctrans.models.base import load_state
 from uctrans.training.errors import CheckpointError
+from uctrans.writing import remove_unfinished, written_atomically
 
 FORMAT = "uctrans-checkpoint"
 VERSION = 1
@@ -36,38 +38,23 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         CheckpointError: the file cannot be written. What was at ``path`` before is still there, whole.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # RuntimeError is how torch.save reports a failed write
-        raise CheckpointError(_write_failure(path, error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _failures_named(path), written_atomically(path) as temporary, temporary.open("wb") as file:
+        write(file)
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write ``checkpoint`` to ``path`` atomically; CheckpointError as for ``write_atomically``."""
+    """Write ``checkpoint`` to ``path`` atomically; raise CheckpointError as ``write_atomically`` does."""
+    remove_unfinished(path)
     write_atomically(path, lambda file: torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, file))
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Give a complete checkpoint a second name, atomically and without writing it again where the disk can link."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    except OSError:
-        with source.open("rb") as content:
-            write_atomically(target, lambda file: shutil.copyfileobj(content, file))
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Give a complete checkpoint a second name, atomically and without a copy where the disk can link."""
+    with _failures_named(target), written_atomically(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -119,14 +106,13 @@ def load_weights(model: torch.nn.Module, saved: dict[str, Any], path: str | Path
     load_state(model, saved["state"], path)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system can: a file renamed before outlives a power cut."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+@contextlib.contextmanager
+def _failures_named(path: Path) -> Iterator[None]:
+    """Turn a failure to write ``path`` into a CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        raise CheckpointError(_write_failure(path, error)) from error
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,85 @@
+"""Files are whole or not there."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+from skimage.io import imread
+
+from uctrans.writing import remove_unfinished, write_bytes, write_png, written_atomically
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/scores.txt"
+    with written_atomically(path) as temporary:
+        temporary.write_text("first")
+        assert temporary.suffix == ".txt"
+        assert not path.exists()
+    assert path.read_text() == "first"
+
+    def fail(error):
+        with written_atomically(path) as temporary:
+            temporary.write_text("sec")
+            raise error
+
+    for error in (OSError("disk full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fail(error)
+        assert path.read_text() == "first"
+        assert [entry.name for entry in path.parent.iterdir()] == ["scores.txt"]
+
+
+def test_a_failed_rename_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+
+    def fail(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_new_names_are_put_on_the_disk_after_the_content(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(("folder" if is_folder else "content", (tmp_path / "a").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_bytes(tmp_path / "a", b"new")
+    assert synced == [("content", False), ("folder", True)]
+
+
+def test_a_name_as_long_as_the_disk_allows_is_written(tmp_path):
+    path = tmp_path / f"{'a' * 251}.bin"
+    write_bytes(path, b"content")
+    assert path.read_bytes() == b"content"
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    own = tmp_path / f".a-{os.getpid()}.bin"
+    other, of_another_file = tmp_path / ".a-1.bin", tmp_path / ".b-1.bin"
+    for left in (own, other, of_another_file):
+        left.write_bytes(b"half of a longer file")
+    write_bytes(tmp_path / "a.bin", b"new")
+    assert not own.exists()
+    assert other.exists()
+    remove_unfinished(tmp_path / "a.bin")
+    assert sorted(tmp_path.iterdir()) == [of_another_file, tmp_path / "a.bin"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 4), "uint8"), ((3, 4, 3), "uint8"), ((1, 1), "uint8"), ((3, 4), "uint16")]
+)
+def test_png_comes_back(shape, dtype, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
+    write_png(tmp_path / "new" / "a.png", pixels)
+    assert np.array_equal(imread(tmp_path / "new" / "a.png"), pixels)
