@@ -2,7 +2,7 @@
 
 ``latency`` is the time of one call with nothing before or after it, the host's part included, as a user meets it;
 ``throughput`` is device time, of calls that follow each other. All that is captured, ours and the others, goes through
-the project's :class:`uctrans.capture.CapturedForward`, its copies into and out of the graph included.
+the project's :class:`uctrans.graphs.CapturedForward`, its copies into and out of the graph included.
 
 Ours has its weights cast to bfloat16 once, as :func:`uctrans.inference.predictor.load_predictor` does; the published
 operations are under plain autocast, which casts them at every call.
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uctrans.capture import CapturedForward, CudaRecorder
-from uctrans.precision import keep_weights_cast
+from uctrans.graphs import CapturedForward, CudaRecorder
+from uctrans.weight_casts import keep_weights_cast
 
 from .gate import relative_error
 from .network_race import Arena

@@ -8,9 +8,9 @@ import torch
 
 import uctrans
 from benchmarks.launches import Launched
-from uctrans import precision
-from uctrans.precision import casting_together, keep_weights_cast, modules_cast_by_autocast
+from uctrans import weight_casts
 from uctrans.training.losses import segmentation_loss
+from uctrans.weight_casts import casting_together, keep_weights_cast, modules_cast_by_autocast
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +81,7 @@ def test_the_published_network_has_as_many_weights_that_autocast_casts_as_is_sai
     with torch.device("meta"):
         model = uctrans.create_model("uctransnet")
     count = len(weights_cast_by_autocast(model))
-    assert f"{count} such weights" in precision.__doc__
+    assert f"{count} such weights" in weight_casts.__doc__
     for document in ("CHANGELOG.md", "docs/design.md"):
         assert f"UCTransNet's {count} weights" in (ROOT / document).read_text(encoding="utf-8")
 
@@ -153,8 +153,8 @@ def test_gradients_lie_as_one_launch_for_many_casts_them(name, is_checkpointing,
         assert len({tensor.dtype for tensor in tensors}) == len(set(dtypes)) == 1
         return copies
 
-    cast = precision._cast
-    monkeypatch.setattr(precision, "_cast", note_and_cast)
+    cast = weight_casts._cast
+    monkeypatch.setattr(weight_casts, "_cast", note_and_cast)
     model = network(name).train().to(memory_format=torch.channels_last)
     if is_checkpointing:
         uctrans.set_checkpointing(model)
@@ -185,7 +185,7 @@ def test_on_a_gpu_few_launches_cast_all_weights(name):
     launches = []
     for tensors, dtype in ((weights, torch.bfloat16), ([weight.bfloat16() for weight in weights], torch.float32)):
         with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            precision._cast(tensors, [dtype] * len(tensors))
+            weight_casts._cast(tensors, [dtype] * len(tensors))
             torch.cuda.synchronize()
         on_device = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
         launches.append(sum(event.count for event in on_device))

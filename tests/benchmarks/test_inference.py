@@ -11,7 +11,7 @@ from benchmarks.network_race import Arena
 from benchmarks.networks import CANDIDATES, MODELS, OURS, NetworkProblem, one_by_one
 from benchmarks.records import Record, read_lines
 from tests.benchmarks.test_training_step import Benchmark
-from tests.host_recorder import HostRecorder
+from tests.support import HostRecorder
 
 SMALL = NetworkProblem("uctransnet", 2, pixels=32, base_channels=4, device="cpu")
 UNCOMPILED = [name for name, variant in CANDIDATES.items() if variant.compile_mode is None]

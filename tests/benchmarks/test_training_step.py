@@ -21,7 +21,7 @@ from benchmarks.training_step import (
     target,
     training,
 )
-from tests.host_recorder import HostRecorder
+from tests.support import HostRecorder
 from uctrans.training import TrainingError, captured_step
 from uctrans.training.losses import segmentation_loss
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import uctrans
-from tests.host_recorder import HostRecorder
 from tests.models.test_models import NAMES, build
+from tests.support import HostRecorder
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0}
 TRANSFORMERS = [name for name in NAMES if name != "unet"]

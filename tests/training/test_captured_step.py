@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.host_recorder import HostRecorder
+from tests.support import HostRecorder
 from uctrans.training import TrainConfig, TrainingError, build, captured_step, train
 from uctrans.training import run as run_module
 from uctrans.training.captured_step import PLAIN_STEPS, CapturedStep, obstacle_to_capture

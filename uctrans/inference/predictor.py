@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import uctrans
-from uctrans.capture import CapturedForward, CudaRecorder
 from uctrans.data import Protocol, get_protocol
 from uctrans.devices import find_device
+from uctrans.graphs import CapturedForward, CudaRecorder
 from uctrans.inference.files import InferenceError
 from uctrans.kernels import resolve_backend
 from uctrans.layers.backend import layers_with_backend
-from uctrans.precision import keep_weights_cast
 from uctrans.tiling import OVERLAP, tiled
+from uctrans.weight_casts import keep_weights_cast
 
 DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the weights' metadata name none
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue

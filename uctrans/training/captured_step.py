@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from uctrans.capture import CaptureError, CudaRecorder, Recording
+from uctrans.graphs import CaptureError, CudaRecorder, Recording
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
 from uctrans.training.errors import TrainingError

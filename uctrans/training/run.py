@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from uctrans import __version__
-from uctrans.capture import CapturedForward, CudaRecorder
 from uctrans.data import parse_palette
+from uctrans.graphs import CapturedForward, CudaRecorder
 from uctrans.models import set_checkpointing
 from uctrans.models.base import load_state
 from uctrans.training.build import (

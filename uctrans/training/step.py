@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from uctrans.data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
-from uctrans.precision import casting_together
 from uctrans.tiling import tiled
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
 from uctrans.training.ema import WeightAverage
 from uctrans.training.losses import BatchCounts, batch_counts, image_dice, loss_and_dice
+from uctrans.weight_casts import casting_together
 
 LEAST_PROBABILITY = 1e-6  # keeps the loss of blended probabilities finite
 

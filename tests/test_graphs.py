@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import uctrans
-from tests.host_recorder import HostRecorder
-from uctrans.capture import SHAPES_KEPT, CapturedForward, CaptureError, CudaRecorder
+from tests.support import HostRecorder
+from uctrans.graphs import SHAPES_KEPT, CapturedForward, CaptureError, CudaRecorder
 
 
 def network():
@@ -249,7 +249,7 @@ def test_on_a_gpu_the_size_of_a_recording_is_memory_that_is_free_again_without_i
 # In a process of its own: a recording that fails may leave another one in no state to go on.
 AFTER_A_FAILURE = """
 import torch
-from uctrans.capture import CaptureError, CudaRecorder
+from uctrans.graphs import CaptureError, CudaRecorder
 
 recorder, batch = CudaRecorder(), torch.rand(8, device="cuda")
 try:
