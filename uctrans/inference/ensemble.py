@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import uctrans
 from uctrans.inference.files import InferenceError
 from uctrans.inference.predictor import protocol_of
+from uctrans.models.base import probabilities
 
 SHARED_METADATA = ("target", "palette", "class_names")
 SMALLEST_PROBABILITY = 1e-7  # its logit and that of 1 - 1e-7 are finite in float32
@@ -65,7 +66,7 @@ class Ensemble(nn.Module):
 
         Softmax (sigmoid where there is one class) gives the mean back, which is clamped to 1e-7..1 - 1e-7.
         """
-        total = sum(_probabilities(model(image).float()) for model in self.models)
+        total = sum(probabilities(model(image).float()) for model in self.models)
         mean = (total / len(self.models)).clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
         return mean.logit() if self.classes == 1 else mean.log()
 
@@ -83,10 +84,6 @@ def load_model_or_ensemble(path: str | Path) -> nn.Module:
     if "" in names:
         raise InferenceError(f'A name is empty in "{path}": write the models of an ensemble as runs/a,runs/b.')
     return Ensemble([uctrans.load_model(name) for name in names], names)
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
 def _meaning(model: nn.Module) -> dict[str, Any]:

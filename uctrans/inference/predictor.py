@@ -20,6 +20,7 @@ from uctrans.graphs import CapturedForward, CudaRecorder
 from uctrans.inference.files import InferenceError
 from uctrans.kernels import resolve_backend
 from uctrans.layers.backend import layers_with_backend
+from uctrans.models.base import probabilities
 from uctrans.tiling import OVERLAP, tiled
 from uctrans.weight_casts import keep_weights_cast
 
@@ -132,15 +133,15 @@ def probabilities_of(model: nn.Module, amp: str) -> Callable[[Tensor], Tensor]:
     ``amp`` is ``"no"`` or ``"bf16"``.
     """
 
-    def probabilities(inputs: Tensor) -> Tensor:
+    def forward(inputs: Tensor) -> Tensor:
         autocast = contextlib.nullcontext()
         if amp == "bf16":  # without the cache of casts, which must not outlive the capture of a CUDA graph
             autocast = torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False)
         with autocast:
             logits = model(inputs).float()
-        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+        return probabilities(logits)
 
-    return probabilities
+    return forward
 
 
 def _chosen(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -161,6 +161,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
     model.load_state_dict(state)
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Return class probabilities of logits (B, classes, H, W): sigmoid of a single channel, softmax over several."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H', W'): repeat the last row and column up to multiples of ``multiple``."""
     # With //, not %: torch.compile makes sizes symbols when they change, and cannot trace a modulus of a negated one.

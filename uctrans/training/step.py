@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from uctrans.data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from uctrans.models.base import probabilities
 from uctrans.tiling import tiled
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
@@ -168,13 +169,9 @@ def predict_logits(
 ) -> torch.Tensor:
     """Logits of network input (B, 3, H, W); of blended probabilities under a protocol that keeps the resolution."""
 
-    def probabilities(tiles: torch.Tensor) -> torch.Tensor:
-        logits = forward(tiles).float()
-        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
-
     if not protocol.keeps_resolution:
         return forward(images)
-    blended = tiled(probabilities, images, protocol.image_size, config.batch_size)
+    blended = tiled(lambda tiles: probabilities(forward(tiles).float()), images, protocol.image_size, config.batch_size)
     return torch.logit(blended, LEAST_PROBABILITY) if blended.shape[1] == 1 else blended.clamp(LEAST_PROBABILITY).log()
 
 
