@@ -20,6 +20,7 @@ from uctrans.demo import DemoConfig, DemoError, run_demo
 from uctrans.writing import write_png
 
 ROOT = Path(__file__).parents[1]
+EXPORT = ["export", "-i", "model", "-o", "exported"]
 TINY = ("--base-channels", "2", "--image-size", "32", "--batch-size", "5", "--threads", "1", "--no-progress")
 
 
@@ -169,7 +170,7 @@ def test_a_bad_config_file(content, named, tmp_path, capsys):
         ("export --model nowhere -o exported", "nowhere"),
         ("prepare monuseg -i nowhere --images nowhere -o out", "nowhere"),
         ("prepare monuseg -i nowhere -o data", "nowhere does not exist: give an XML file"),
-        ("benchmark --device tpu", "tpu"),
+        ("train -i data -o run --device tpu", "tpu"),
     ],
 )
 def test_mistakes_end_in_one_line(words, named, data, tmp_path, monkeypatch, capsys):
@@ -210,20 +211,20 @@ def test_errors_the_user_can_mend(error, shown, monkeypatch, capsys):
     def fail(settings):
         raise error
 
-    monkeypatch.setattr("uctrans.benchmark.benchmark", fail)
-    assert shown in error_of(capsys, "benchmark")
+    monkeypatch.setattr("uctrans.inference.export", fail)
+    assert shown in error_of(capsys, *EXPORT)
     monkeypatch.setenv("UCTRANS_DEBUG", "1")
     with pytest.raises(type(error)):
-        cli.main(["benchmark"])
+        cli.main(EXPORT)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(settings):
         raise RuntimeError("the tensors disagree")
 
-    monkeypatch.setattr("uctrans.benchmark.benchmark", fail)
+    monkeypatch.setattr("uctrans.inference.export", fail)
     with pytest.raises(RuntimeError, match="disagree"):
-        cli.main(["benchmark"])
+        cli.main(EXPORT)
 
 
 def test_without_jsonargparse(monkeypatch, capsys):
@@ -303,12 +304,9 @@ def test_palette_of_colours_with_hashes(palette, tmp_path):
 @pytest.mark.parametrize(
     ("words", "field", "expected"),
     [
-        ("benchmark --sizes 224,512", "sizes", (224, 512)),
-        ("benchmark --sizes 224", "sizes", (224,)),
-        ("benchmark --sizes=[224,512]", "sizes", (224, 512)),
-        ("benchmark --backends reference,composed", "backends", ("reference", "composed")),
-        ("benchmark --backends composed", "backends", ("composed",)),
-        ("benchmark --backends none", "backends", None),
+        ("train -i data -o run --image-size=[64,96]", "image_size", (64, 96)),
+        ("export -i model -o folder --image-size none", "image_size", None),
+        ("export -i model -o folder --formats torch,onnx", "formats", ("torch", "onnx")),
         ("train -i data -o run --image-size 64,96", "image_size", (64, 96)),
         ("train -i data -o run --image-size 64", "image_size", 64),
         ("export -i model -o folder --formats onnx", "formats", ("onnx",)),
@@ -321,22 +319,23 @@ def test_lists_are_written_without_brackets(words, field, expected):
 
 def test_lists_in_a_config_file(tmp_path, capsys):
     config = tmp_path / "config.yaml"
-    config.write_text("sizes: [64, 96]\nbackends: [composed]\n")
-    settings = cli.parse(["benchmark", "--config", str(config)])[1]
-    assert (settings.sizes, settings.backends) == ((64, 96), ("composed",))
-    config.write_text("sizes: 64\nbackends: null\n")
-    settings = cli.parse(["benchmark", "--config", str(config)])[1]
-    assert (settings.sizes, settings.backends) == ((64,), None)
-    config.write_text("sizes: [many]\n")
-    assert "--sizes: ['many'] does not fit; write it like 224,512" in error_of(capsys, "benchmark", "--config", config)
+    words = ["export", "-i", "model", "-o", "folder", "--config", str(config)]
+    config.write_text("image_size: [64, 96]\nformats: [onnx]\n")
+    settings = cli.parse(words)[1]
+    assert (settings.image_size, settings.formats) == ((64, 96), ("onnx",))
+    config.write_text("image_size: null\nformats: onnx\n")
+    settings = cli.parse(words)[1]
+    assert (settings.image_size, settings.formats) == (None, ("onnx",))
+    config.write_text("image_size: [many]\n")
+    assert "--image-size: ['many'] does not fit; write it like 224 or 224,320" in error_of(capsys, *words)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("benchmark --sizes many", "--sizes: 'many' does not fit; write it like 224,512 ("),
-        ("benchmark --sizes 64,", "--sizes: '64,' does not fit; write it like 224,512 ("),
-        ("benchmark --threads many", "--threads: many does not fit; give a whole number or null ("),
+        ("train -i data -o run --image-size many", "--image-size: 'many' does not fit; write it like 224 or 224,320 ("),
+        ("train -i data -o run --image-size 64,", "--image-size: '64,' does not fit; write it like 224 or 224,320 ("),
+        ("train -i data -o run --threads many", "--threads: many does not fit; give a whole number or null ("),
         ("train -i data -o run --image-size 1,2,3", "--image-size: '1,2,3' does not fit; write it like 224 or 224,320"),
         ("train -i data -o run --epochs 1.5", "--epochs: 1.5 does not fit; give a whole number ("),
         ("train -i data -o run --resume maybe", "--resume: maybe does not fit; give true or false ("),

@@ -51,7 +51,6 @@ def test_the_readme_has_what_these_tests_look_for():
         "evaluate",
         "predict",
         "export",
-        "benchmark",
         "prepare",
     }
 

@@ -170,15 +170,6 @@ COMMANDS = {
         examples=("uctrans study recipes -i data -o studies/recipes --cross-validation 5 --epochs 300 --patience 300",),
         hidden=tuple(field for field in _SET_BY_A_STUDY if field != "model"),
     ),
-    "benchmark": Command(
-        summary="time a model's backends against each other on this machine",
-        module="uctrans.benchmark",
-        settings="BenchmarkConfig",
-        function="benchmark",
-        report=str,
-        paths={"output": ("output", "folder for benchmark.json; without it the table is only printed")},
-        examples=("uctrans benchmark", "uctrans benchmark --model attention --sizes 224,512 --mode training"),
-    ),
 }
 
 

@@ -74,11 +74,6 @@ LISTED = {
         "epochs without a better validation Dice after which training stops; several share one training, which is "
         "scored at each",
     ),
-    "sizes": (_CommaList(int, "224,512"), "sides of the square images, in pixels"),
-    "backends": (
-        _CommaList(str, "a,b"),
-        "backends to compare: reference,composed; none takes all that this machine can run",
-    ),
 }
 
 # What a value of a type is called in the message about one that is of another.
