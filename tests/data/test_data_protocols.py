@@ -1,5 +1,7 @@
 """Resizing, channel order, and datasets as tensors."""
 
+from types import SimpleNamespace
+
 import imageio.v3
 import numpy as np
 import pytest
@@ -8,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from uctrans.data import DataError, Sample, find_samples, get_protocol, list_protocols, load_tensors, read_image
+from uctrans.data import (
+    DataError,
+    Sample,
+    find_samples,
+    get_protocol,
+    list_protocols,
+    load_tensors,
+    protocol_of,
+    read_image,
+)
 from uctrans.data.resizing import resize_bilinear
 
 
@@ -38,6 +49,21 @@ def test_protocol_names_and_sizes():
 def test_protocol_that_does_not_exist(arguments, message):
     with pytest.raises(DataError, match=message):
         get_protocol(**arguments)
+
+
+def test_protocol_of_a_model_follows_its_metadata():
+    def protocol(metadata=None, channel_order=None, **config):
+        return protocol_of(SimpleNamespace(metadata=metadata or {}, config=config), channel_order)
+
+    assert protocol({"image_size": [32, 48], "channel_order": "bgr"}) == get_protocol("uctransnet-224", (32, 48), "bgr")
+    assert protocol({"channel_order": "bgr"}, "rgb").channel_order == "rgb"
+    assert protocol({"protocol": "native", "image_size": 64}) == get_protocol("native", 64)
+    assert protocol(image_size=96).image_size == (96, 96)
+    assert protocol(image_size=None).image_size == (224, 224)
+    with pytest.raises(DataError, match="channel_order"):
+        protocol(channel_order="grb")
+    with pytest.raises(DataError, match="protocol"):
+        protocol({"protocol": "unheard-of"})
 
 
 def test_resize_has_the_bits_of_opencv():

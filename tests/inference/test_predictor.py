@@ -5,13 +5,11 @@ import pytest
 import torch
 
 import uctrans
-from uctrans.data import DataError
 from uctrans.inference import InferenceError, Predictor, load_predictor
 from uctrans.inference.predictor import (
     TRANSFORMS,
     enlarge,
     inverse_transform,
-    protocol_of,
     to_labels,
     to_model_channels,
     transform,
@@ -124,18 +122,6 @@ def test_channel_order(unet_folder):
         bgr, load_predictor(unet_folder, device="cpu").probabilities_of_image(image[..., ::-1].copy())
     )
     assert (rgb - bgr).abs().max() > 1e-5
-
-
-def test_protocol_follows_the_metadata(brightness_model):
-    protocol = protocol_of(brightness_model(metadata={"image_size": [32, 48], "channel_order": "bgr"}))
-    assert (protocol.name, tuple(protocol.image_size), protocol.channel_order) == ("uctransnet-224", (32, 48), "bgr")
-    assert protocol_of(brightness_model(metadata={"channel_order": "bgr"}), "rgb").channel_order == "rgb"
-    assert tuple(protocol_of(brightness_model(image_size=96)).image_size) == (96, 96)
-    assert tuple(protocol_of(brightness_model(image_size=None)).image_size) == (224, 224)
-    with pytest.raises(DataError, match="channel_order"):
-        protocol_of(brightness_model(), "grb")
-    with pytest.raises(DataError, match="protocol"):
-        protocol_of(brightness_model(metadata={"protocol": "unheard-of"}))
 
 
 def test_bf16_is_close_and_float32_comes_out(unet_folder):

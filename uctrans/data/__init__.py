@@ -11,7 +11,7 @@ from uctrans.data.monuseg import PreparedImage, prepare_instances, prepare_monus
 from uctrans.data.native import NativeImages, load_native
 from uctrans.data.native_augmentation import NativeAugmentation
 from uctrans.data.palettes import colours_to_labels, labels_to_colours, parse_palette
-from uctrans.data.protocols import NativeProtocol, Protocol, get_protocol, list_protocols
+from uctrans.data.protocols import NativeProtocol, Protocol, get_protocol, list_protocols, protocol_of
 from uctrans.data.tensors import SegmentationTensors, load_tensors
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "parse_palette",
     "prepare_instances",
     "prepare_monuseg",
+    "protocol_of",
     "read_annotation",
     "read_image",
     "read_mask",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from uctrans.data.augmentation import turn_flip_rotate
@@ -17,6 +17,7 @@ from uctrans.data.errors import DataError
 from uctrans.data.native_augmentation import NativeAugmentation, augment_strongly
 from uctrans.data.resizing import resize_bilinear
 
+DEFAULT_PROTOCOL = "uctransnet-224"
 CHANNEL_ORDERS = ("rgb", "bgr")
 
 
@@ -37,7 +38,7 @@ class Protocol:
     name: str
     image_size: tuple[int, int]
     channel_order: str = "rgb"
-    resizes_as: ClassVar[str] = "uctransnet-224"
+    resizes_as: ClassVar[str] = DEFAULT_PROTOCOL
     keeps_resolution: ClassVar[bool] = False
     crops_per_image: ClassVar[int] = 1
 
@@ -152,7 +153,7 @@ class NativeProtocol(Protocol):
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("uctransnet-224", (224, 224)),
+        Protocol(DEFAULT_PROTOCOL, (224, 224)),
         AugmentedProtocol("augmented-224", (224, 224)),
         NativeProtocol("native", (256, 256)),
     )
@@ -165,7 +166,7 @@ def list_protocols() -> list[str]:
 
 
 def get_protocol(
-    name: str = "uctransnet-224",
+    name: str = DEFAULT_PROTOCOL,
     image_size: int | Sequence[int] | None = None,
     channel_order: str = "rgb",
     **options: Any,
@@ -192,3 +193,22 @@ def get_protocol(
     if unknown := [option for option in options if option not in known]:
         raise DataError(f"The protocol {name} has no {unknown[0]}: leave it out, or choose another protocol.")
     return replace(protocol, image_size=tuple(image_size), channel_order=channel_order, **options)
+
+
+def protocol_of(model: nn.Module, channel_order: str | None = None) -> Protocol:
+    """Return the protocol a model was trained under, by its ``metadata``, or else its ``config``.
+
+    Weights without metadata get ``uctransnet-224`` at the model's own image size.
+
+    Args:
+        model: has the dicts ``metadata`` and ``config``.
+        channel_order: "rgb" or "bgr", replaces the order that the metadata name.
+
+    Raises:
+        DataError: an unknown protocol or channel order.
+    """
+    return get_protocol(
+        model.metadata.get("protocol") or DEFAULT_PROTOCOL,
+        image_size=model.metadata.get("image_size") or model.config.get("image_size"),
+        channel_order=channel_order or model.metadata.get("channel_order") or CHANNEL_ORDERS[0],
+    )

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import uctrans
+from uctrans.data import protocol_of
 from uctrans.inference.files import InferenceError
-from uctrans.inference.predictor import protocol_of
 from uctrans.models.base import probabilities
 
 SHARED_METADATA = ("target", "palette", "class_names")

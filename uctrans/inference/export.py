@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import uctrans
+from uctrans.data import protocol_of
 from uctrans.extras import import_extra
 from uctrans.inference.export_checks import Run, check_program, checked_shapes, failing_as_export_error
 from uctrans.inference.files import InferenceError, output_folder, refuse_existing, write_json
-from uctrans.inference.predictor import image_size_of, protocol_of
 from uctrans.layers.backend import layers_with_backend
 from uctrans.layers.tokens import PatchEmbedding
 
@@ -169,7 +169,7 @@ RUNNERS = {"torch": _run_torch, "onnx": _run_onnx}
 
 def _validated_size(config: ExportConfig, model: nn.Module, grid: int) -> tuple[int, int]:
     if config.image_size is None:
-        size = image_size_of(model) or protocol_of(model).image_size
+        size = protocol_of(model).image_size
     else:
         size = config.image_size if isinstance(config.image_size, tuple | list) else (config.image_size,) * 2
     if len(size) != 2 or min(size) < 1:

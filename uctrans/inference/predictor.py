@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import uctrans
-from uctrans.data import Protocol, get_protocol
+from uctrans.data import protocol_of
 from uctrans.devices import find_device
 from uctrans.graphs import CapturedForward, CudaRecorder
 from uctrans.inference.files import InferenceError
@@ -24,7 +24,6 @@ from uctrans.models.base import probabilities
 from uctrans.tiling import OVERLAP, tiled
 from uctrans.weight_casts import keep_weights_cast
 
-DEFAULT_PROTOCOL, DEFAULT_CHANNEL_ORDER = "uctransnet-224", "rgb"  # where the weights' metadata name none
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
 RESOLUTIONS = ("protocol", "native")
 AMP = ("no", "bf16")
@@ -65,30 +64,6 @@ def resolve_device(device: str) -> torch.device:
         return find_device(device)
     except ValueError as error:
         raise InferenceError(str(error)) from error
-
-
-def image_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width the model was trained at, by its metadata or else its configuration; None where neither says."""
-    size = model.metadata.get("image_size") or model.config.get("image_size")
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def protocol_of(model: nn.Module, channel_order: str | None = None) -> Protocol:
-    """The protocol the model was trained under, by its metadata.
-
-    Weights without metadata get ``uctransnet-224`` at the model's own image size. ``channel_order`` ("rgb" or "bgr")
-    replaces the order that the metadata name.
-
-    Raises:
-        DataError: An unknown protocol or channel order.
-    """
-    return get_protocol(
-        model.metadata.get("protocol") or DEFAULT_PROTOCOL,
-        image_size=image_size_of(model),
-        channel_order=channel_order or model.metadata.get("channel_order") or DEFAULT_CHANNEL_ORDER,
-    )
 
 
 def to_model_channels(images: Tensor, in_channels: int, channel_order: str) -> Tensor:
