@@ -1,9 +1,10 @@
-"""Which implementation of an operator runs: the paper's steps, plain PyTorch at its fastest, or Triton."""
+"""Which form of an operator runs: the paper's steps, PyTorch at its fastest, or Triton."""
 
 import os
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "composed", "reference")
 ENVIRONMENT_VARIABLE = "UCTRANS_BACKEND"
@@ -21,7 +22,7 @@ def check_backend(backend: str) -> str:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """Turn a requested backend into the one that runs on ``device``: ``triton``, ``composed`` or ``reference``.
+    """Return the backend that runs on ``device``: ``triton``, ``composed`` or ``reference``.
 
     ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set and not empty; else by
     ``triton`` on a GPU that the kernels run on, and by ``composed`` anywhere else. A backend asked for by name runs or
@@ -46,13 +47,38 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def choose_form(backend: str, tensor: Tensor, name: str, *, fits: bool = True) -> str:
+    """Return the form in which a public function runs: ``triton``, ``composed`` or ``reference``.
+
+    Args:
+        backend: backend that was asked for.
+        tensor: argument that decides device and dtype.
+        name: name of the public function, for errors.
+        fits: whether the sizes are within the limits of the kernels. Beyond them ``composed`` takes the place of
+            ``triton``, also where ``triton`` was asked for by name.
+
+    Raises:
+        ValueError: see :func:`resolve_backend`.
+        NotImplementedError: see :func:`resolve_backend`; or ``triton`` was asked for by name and ``tensor`` is float64,
+            which ``auto`` leaves to ``composed``.
+    """
+    form = resolve_backend(backend, tensor.device)
+    if form != "triton":
+        return form
+    if tensor.dtype == torch.float64:
+        if backend == "triton":
+            raise NotImplementedError(f"the Triton operator of {name} computes in float32; use backend='composed'")
+        return "composed"
+    return "triton" if fits else "composed"
+
+
 def is_interpreting() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors (``TRITON_INTERPRET=1``, set before the first use)."""
+    """Return whether Triton runs kernels in Python, on the CPU: ``TRITON_INTERPRET=1``, set before the first use."""
     return os.environ.get(INTERPRETER_VARIABLE) == "1"
 
 
 def obstacle_to_triton(device: torch.device) -> str | None:
-    """Why the Triton operators cannot run on ``device``, or ``None`` where they can."""
+    """Return why the Triton operators cannot run on ``device``, or ``None`` where they can."""
     if find_spec("triton") is None:
         return "the Triton operators need the package triton (pip install triton), which is not installed"
     if is_interpreting():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .precision import is_autocast_on
+from .formats import is_autocast_on
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REMEDY = "convert them with .to(dtype), or run under torch.autocast"

@@ -113,7 +113,7 @@ def compiling_for(family: str, architecture: int | str) -> Iterator[list[Compile
 
 
 def _describe(binary: Any, grid: tuple[int, ...]) -> CompiledKernel:
-    from .launching import current_architecture
+    from .launch import current_architecture
 
     metadata = binary.metadata
     is_cuda = metadata.target.backend == "cuda"

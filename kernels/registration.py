@@ -1,57 +1,82 @@
-"""How an operator is made known to torch: dispatch to CPU and CUDA, shapes without data, gradients, autocast.
+"""How an operator is made known to torch: its launcher, shapes without data, gradient, and autocast.
 
 Operators are functional (they write none of their inputs), so that ``torch.compile`` may put them into CUDA graphs.
+They run Triton kernels on CUDA, and on the CPU in Triton's interpreter; the public functions choose PyTorch elsewhere.
 """
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .backend import INTERPRETER_VARIABLE, is_interpreting
 
 NAMESPACE = "uctrans"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def define_operator(
-    name: str, schema: str, *, implementations: dict[str, Callable[..., Any]], fake: Callable[..., Any]
-) -> None:
-    """Define ``uctrans::name`` with one implementation a dispatch key (``CPU``, ``CUDA``) and its fake.
+def register_operator(
+    name: str, schema: str, *, launcher: str, backward_of: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``uctrans::name``; use as a decorator of its fake.
+
+    The fake takes the operator's arguments and returns empty tensors of the shapes, dtypes and strides that the
+    launcher returns. A call launches on the device of its first tensor.
 
     Args:
         name: name of the operator.
         schema: arguments and results, as in ``(Tensor query, float eps) -> Tensor``.
-        implementations: what runs, by dispatch key.
-        fake: returns empty tensors of the shapes, dtypes and strides that the implementations return.
+        launcher: ``package.module:function``, imported at the first call because it needs the package triton.
+        backward_of: public function whose gradient this operator computes. It has no gradient of its own: asking for
+            one raises ``NotImplementedError``.
     """
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key, implementation in implementations.items():
-        LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    module, _, function = launcher.partition(":")
+
+    def launch(*arguments: Any) -> Any:
+        first_tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+        with torch.cuda.device_of(first_tensor):
+            return getattr(import_module(module), function)(*arguments)
+
+    def interpret(*arguments: Any) -> Any:
+        if not is_interpreting():
+            raise NotImplementedError(
+                f"{NAMESPACE}::{name} runs on a CUDA device, or on the CPU with {INTERPRETER_VARIABLE}=1; "
+                f"use backend='composed' (the same results)"
+            )
+        return launch(*arguments)
+
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"the Triton operator of {backward_of} has no second derivative; "
+            f"use backend='composed' for gradients of gradients"
+        )
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, launch, "CUDA")
+        LIBRARY.impl(name, interpret, "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        if backward_of is not None:
+            register_gradient(name, lambda ctx, inputs, output: None, refuse)
+        return fake
+
+    return register
 
 
-def define_gradient(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+def register_gradient(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give ``uctrans::name`` a backward; see ``torch.library.register_autograd``."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def refuse_double_backward(name: str, public_name: str) -> None:
-    """Let a gradient of ``uctrans::name``, itself the backward of ``public_name``, raise ``NotImplementedError``."""
-
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise NotImplementedError(
-            f"the Triton operator of {public_name} has no second derivative; "
-            f"use backend='composed' for gradients of gradients"
-        )
-
-    define_gradient(name, lambda ctx, inputs, output: None, backward)
-
-
 def cast_under_autocast(name: str, left_alone: Sequence[int] = ()) -> None:
-    """Under autocast, hand ``uctrans::name`` its floating-point tensors in autocast's dtype (float64 stays).
+    """Under autocast, give ``uctrans::name`` its floating-point tensors in autocast's dtype, except float64.
 
-    The arguments at the positions ``left_alone`` keep theirs.
+    Args:
+        name: name of the operator.
+        left_alone: positions of arguments that keep their dtype.
     """
     operator = getattr(getattr(torch.ops, NAMESPACE), name)
     for device_type, key in AUTOCAST_KEYS.items():
@@ -78,3 +103,29 @@ def _cast(argument: Any, device_type: str, dtype: torch.dtype) -> Any:
     if argument.device.type != device_type or argument.dtype == torch.float64:
         return argument
     return argument.to(dtype)
+
+
+# The operators that still bring implementations of their own.
+def define_operator(
+    name: str, schema: str, *, implementations: dict[str, Callable[..., Any]], fake: Callable[..., Any]
+) -> None:
+    """Define ``uctrans::name`` with one implementation a dispatch key (``CPU``, ``CUDA``) and its fake."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key, implementation in implementations.items():
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+define_gradient = register_gradient
+
+
+def refuse_double_backward(name: str, public_name: str) -> None:
+    """Let a gradient of ``uctrans::name``, itself the backward of ``public_name``, raise ``NotImplementedError``."""
+
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"the Triton operator of {public_name} has no second derivative; "
+            f"use backend='composed' for gradients of gradients"
+        )
+
+    define_gradient(name, lambda ctx, inputs, output: None, backward)

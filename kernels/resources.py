@@ -378,7 +378,7 @@ def page(reports: Iterable[dict[str, Any]]) -> str:
 def fingerprint() -> str:
     """A text that changes with what the page rests on: the lines of the kernels, their launchers and this module."""
     package, digest = Path(__file__).parent, hashlib.sha256()
-    files = [package / f"{name}.py" for name in ("resources", "compilation", "launching", "partial_sums")]
+    files = [package / f"{name}.py" for name in ("resources", "compilation", "launch")]
     for path in [*files, *sorted(package.glob("*/triton*.py"))]:
         lines = map(str.rstrip, path.read_text(encoding="utf-8").splitlines())
         code = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))

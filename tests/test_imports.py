@@ -17,7 +17,7 @@ OPTIONAL = (
     *("tensorboard", "yaml", "tqdm", "onnx", "onnxruntime", "huggingface_hub"),
 )
 # Kernels and what launches them import triton at the top; nothing imports them before something is launched.
-TRITON_FILES = ("triton*", "launching", "partial_sums")
+TRITON_FILES = ("triton*", "launch")
 MODULES_BEYOND_TORCH = 160  # half of them our own; scikit-image alone would be several hundred
 TIME_BEYOND_TORCH = 1.0  # of the time that importing torch takes; a lax bound on a quantity that noise moves
 

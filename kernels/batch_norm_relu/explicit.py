@@ -6,8 +6,7 @@ It takes and returns what the launchers in ``triton.py`` do, on any device and i
 import torch
 from torch import Tensor
 
-from ..layout import memory_format_of
-from ..precision import statistics_dtype
+from ..formats import memory_format_of, statistics_dtype
 
 
 def forward(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_dtypes_and_devices, check_numbers_type
-from ..precision import statistics_dtype
+from ..formats import statistics_dtype
 from . import composed, dispatch, reference  # noqa: F401 (dispatch registers the operators)
 
 EPS = 1e-5

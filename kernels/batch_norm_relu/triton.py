@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..layout import empty_map
+from ..formats import empty_map
 from . import triton_channels, triton_layout, triton_maps
 from .triton_layout import count_parts, cut_evenly, cut_into_parts, maps_of, programs_of
 

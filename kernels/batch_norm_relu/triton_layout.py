@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..layout import memory_format_of
+from ..formats import memory_format_of
 from .triton_maps import Cut, Map
 
 TILE = 2048  # elements

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batch_norm_relu import dispatch
-from ..layout import empty_map
+from ..formats import empty_map
 from ..registration import define_gradient, define_operator, refuse_double_backward
 from . import explicit
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..batch_norm_relu import explicit
-from ..layout import empty_map
-from ..precision import statistics_dtype
+from ..formats import empty_map, statistics_dtype
 
 
 def forward(feature: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batch_norm_relu.triton import add_gradient_sums, contiguous, inverse_count, statistics
 from ..batch_norm_relu.triton_layout import Layout, count_parts, cut_evenly, cut_into_parts, maps_of, programs_of
-from ..layout import empty_map
+from ..formats import empty_map
 from . import triton_windows
 from .triton_windows import Size
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dropout import keep_mask, keep_scale, row_keys
-from ..precision import statistics_dtype
+from ..formats import statistics_dtype
 
 # Random bits of dropout: a 64-bit draw is read as four 16-bit lanes.
 LANES = 4

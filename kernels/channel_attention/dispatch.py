@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import is_interpreting
-from ..precision import statistics_dtype
+from ..formats import statistics_dtype
 from ..registration import cast_under_autocast, define_gradient, define_operator, refuse_double_backward
 from . import explicit
 from .explicit import Saved

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import keep_mask, keep_scale, row_keys
-from ..precision import statistics_dtype
+from ..formats import statistics_dtype
 
 ONLY_FOR_KERNELS = ("head_outputs", "query_token_means", "key_token_means", "key_gram", "key_means")
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..dropout import WORD, drop_threshold, keep_scale
-from ..launching import current_architecture, product_precision
+from ..launch import current_architecture, product_precision
 from .dispatch import has_aligned_rows
 from .explicit import Saved, gram_dtype
 from .triton_attention import (

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..launching import SMALLEST_TILE, current_architecture
+from ..launch import SMALLEST_TILE, current_architecture
 
 MOST_TOKEN_TILES = 3
 FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own

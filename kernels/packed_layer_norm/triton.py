@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..partial_sums import add_parts
+from ..launch import add_parts
 
 
 class Warps(NamedTuple):

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import SMALLEST_TILE, current_architecture, product_precision
-from ..partial_sums import add_parts
+from ..launch import SMALLEST_TILE, add_parts, current_architecture, product_precision
 from .triton_products import before_scale, locate, of_scale, projected, projected_back, row_offsets
 
 

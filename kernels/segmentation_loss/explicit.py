@@ -7,8 +7,7 @@ arithmetic. Comparisons write floats, which takes a fraction of the time that bo
 import torch
 from torch import Tensor
 
-from ..layout import empty_map
-from ..precision import statistics_dtype
+from ..formats import empty_map, statistics_dtype
 
 BINARY_SUMS, CLASS_SUMS, COUNTS = 4, 3, 3
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..precision import statistics_dtype
+from ..formats import statistics_dtype
 
 
 def segmentation_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_map
-from ..partial_sums import add_parts
+from ..formats import empty_map
+from ..launch import add_parts
 from .explicit import BINARY_SUMS, CLASS_SUMS, COUNTS
 
 NUM_WARPS = 4

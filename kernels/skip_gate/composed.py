@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ..precision import statistics_dtype
+from ..formats import statistics_dtype
 
 
 def skip_gate(

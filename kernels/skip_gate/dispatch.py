@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import is_interpreting
-from ..layout import empty_map
-from ..precision import statistics_dtype
+from ..formats import empty_map, statistics_dtype
 from ..registration import define_gradient, define_operator, refuse_double_backward
 from . import explicit
 

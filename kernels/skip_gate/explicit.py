@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import memory_format_of
-from ..precision import statistics_dtype
+from ..formats import memory_format_of, statistics_dtype
 
 
 def forward(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_dtypes_and_devices
-from ..precision import output_dtype
+from ..formats import output_dtype
 from . import composed, dispatch, reference  # noqa: F401 (dispatch registers the operator)
 
 

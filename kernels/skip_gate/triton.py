@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..layout import empty_map, memory_format_of
+from ..formats import empty_map, memory_format_of
 from . import triton_gate, triton_maps
 from .triton_maps import Grid, Map
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from uctrans.kernels import batch_norm_relu, batch_norm_relu_pool
 from uctrans.kernels.batch_norm_relu_pool import composed, dispatch, explicit
-from uctrans.kernels.layout import memory_format_of
+from uctrans.kernels.formats import memory_format_of
 from uctrans.kernels.testing import assert_within_budget, poisoned_allocations
 
 pytest.importorskip("triton")

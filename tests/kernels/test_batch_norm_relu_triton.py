@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uctrans.kernels import batch_norm_relu
 from uctrans.kernels.batch_norm_relu import dispatch, explicit
-from uctrans.kernels.layout import memory_format_of
+from uctrans.kernels.formats import memory_format_of
 from uctrans.kernels.testing import poisoned_allocations
 
 pytest.importorskip("triton")

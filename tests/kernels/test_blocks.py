@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from uctrans.kernels.channel_attention import triton_blocks
 from uctrans.kernels.channel_attention.triton_blocks import Problem
-from uctrans.kernels.launching import SHARED_MEMORY, SHARED_MEMORY_OF_HIP, Architecture
+from uctrans.kernels.launch import SHARED_MEMORY, SHARED_MEMORY_OF_HIP, Architecture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

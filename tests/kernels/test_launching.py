@@ -12,7 +12,7 @@ from uctrans.kernels.testing import AttentionShape, attention_inputs
 
 pytest.importorskip("triton")
 
-from uctrans.kernels import launching
+from uctrans.kernels import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MATMUL = torch.backends.cuda.matmul
@@ -84,14 +84,14 @@ SPELLINGS = [
 @pytest.mark.parametrize(("set_precision", "expected"), SPELLINGS)
 def test_products_are_as_exact_as_those_of_torch(set_precision, expected):
     set_precision()
-    assert launching.product_precision(torch.float32) == expected
-    assert launching.product_precision(torch.float16) == "ieee"
+    assert launch.product_precision(torch.float32) == expected
+    assert launch.product_precision(torch.float16) == "ieee"
 
 
 @pytest.mark.parametrize("is_allowed", [False, True])
 def test_a_torch_without_fp32_precision(is_allowed, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=is_allowed))
-    assert launching.product_precision(torch.float32) == ("tf32" if is_allowed else "ieee")
+    assert launch.product_precision(torch.float32) == ("tf32" if is_allowed else "ieee")
 
 
 @NEEDS_FP32_PRECISION

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from uctrans.kernels.checks import check_dtypes_and_devices
-from uctrans.kernels.precision import is_autocast_on, output_dtype
+from uctrans.kernels.formats import is_autocast_on, output_dtype
 
 
 def cast(weight, feature):

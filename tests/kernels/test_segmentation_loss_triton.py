@@ -83,7 +83,7 @@ class TestErrorBudget:
 
     def test_more_parts_than_are_added_at_once(self, monkeypatch):
         """That the configuration does what its name says."""
-        from uctrans.kernels import partial_sums
+        from uctrans.kernels import launch
         from uctrans.kernels.segmentation_loss import triton
 
         change_constants(monkeypatch, triton, CONFIGURATIONS["more parts than are added at once"])
@@ -91,7 +91,7 @@ class TestErrorBudget:
         monkeypatch.setattr(triton, "add_parts", lambda parts, dtype: added.append(parts) or parts.sum(0))
         kernels(*sums_inputs(1, 1, 9, 11, torch.float32))
         assert [parts.shape for parts in added] == [(50, 4), (50, 3)]
-        assert len(added[0]) > partial_sums.LARGEST_BLOCK_PARTS
+        assert len(added[0]) > launch.LARGEST_BLOCK_PARTS
 
     @pytest.mark.parametrize("classes", [1, 3])
     def test_explicit_form(self, classes, monkeypatch):

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uctrans.kernels import skip_gate
-from uctrans.kernels.layout import memory_format_of
+from uctrans.kernels.formats import memory_format_of
 from uctrans.kernels.skip_gate import dispatch, explicit, reference
 from uctrans.kernels.testing import outputs_and_gradients, poisoned_allocations
 
