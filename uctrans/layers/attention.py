@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..kernels import check_backend, projected_attention_maps, projected_channel_attention
-from .checks import check_counts, check_probabilities
+from .arguments import check_counts, check_probabilities
 from .packed import PackedLinear, linear_weights
 
 
@@ -15,7 +15,7 @@ class ChannelAttention(nn.Module):
     Args:
         channels: width of each scale.
         num_heads: heads; every head projects to the full width, and the heads are averaged.
-        dropout: probability of dropping an entry of the attention map, and of the output projection.
+        dropout: probability of dropping an entry of the attention maps and of the output.
         backend: see :func:`uctrans.kernels.resolve_backend`.
     """
 
@@ -31,7 +31,7 @@ class ChannelAttention(nn.Module):
         self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """(B, N, sum C), (B, N, sum C) -> (B, N, sum C)."""
+        """Attend from ``tokens`` to ``context``: two (B, N, sum C) -> (B, N, sum C)."""
         mixed = projected_channel_attention(
             tokens,
             context,
@@ -43,5 +43,5 @@ class ChannelAttention(nn.Module):
         return self.output_dropout(self.output(mixed))
 
     def attention_maps(self, tokens: Tensor, context: Tensor) -> list[Tensor]:
-        """One (B, C, sum C) a scale: the softmax maps before dropout, mean over heads."""
+        """Return one (B, C, sum C) a scale: the softmax maps before dropout, averaged over the heads."""
         return projected_attention_maps(tokens, context, self.query, self.key_value, backend=self.backend)

@@ -6,10 +6,13 @@ from ..kernels import check_backend
 
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:
-    """Let every layer of ``model`` use ``backend`` (``auto``, ``triton``, ``composed`` or ``reference``); returns it.
+    """Switch every layer of ``model`` to ``backend`` (``auto``, ``triton``, ``composed`` or ``reference``).
 
-    Parameters are shared by all backends, so this changes speed and never results beyond rounding. Whether ``triton``
-    can run is checked when the model does, for only then is its device known.
+    All backends share one set of parameters and compute the same function: switching changes the speed, and results by
+    rounding only. Whether ``triton`` can run is checked when the model runs, because it depends on the device.
+
+    Returns:
+        ``model`` itself.
 
     Raises:
         ValueError: the name is unknown, or ``model`` has no layer with a backend.
@@ -26,5 +29,5 @@ def set_backend(model: nn.Module, backend: str) -> nn.Module:
 
 
 def layers_with_backend(model: nn.Module) -> list[nn.Module]:
-    """The layers of ``model``, itself included, whose operators have several implementations."""
+    """Return the modules of ``model``, itself included, whose operators have several implementations."""
     return [module for module in model.modules() if hasattr(module, "backend")]

@@ -15,13 +15,13 @@ Maps = TypeVar("Maps", Tensor, tuple[Tensor, Tensor])
 class ConvNormAct(nn.Sequential):
     """3x3 convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W).
 
-    On Triton, batch norm and ReLU are one operator. It takes the place of ``nn.BatchNorm2d`` with its default settings;
-    what else ``norm`` may have been replaced by, as by ``nn.SyncBatchNorm``, runs as it is, before ``act``.
+    On Triton, batch norm and ReLU are one operator if ``norm`` is an ``nn.BatchNorm2d`` with its default settings. Any
+    other ``norm``, such as ``nn.SyncBatchNorm``, runs as a module, followed by ``act``.
 
     Args:
         in_channels: width of the feature.
         out_channels: width of the result.
-        backend: see :func:`uctrans.kernels.resolve_backend`; ``composed`` and ``reference`` are the same here.
+        backend: see :func:`uctrans.kernels.resolve_backend`; here ``composed`` and ``reference`` are the same.
         dilation: distance between the taps of the convolution, in pixels.
     """
 
@@ -34,28 +34,29 @@ class ConvNormAct(nn.Sequential):
         self.backend = check_backend(backend)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Convolve, normalise, and leave what is positive."""
+        """Convolve, normalise and rectify."""
         feature = self.conv(feature)
         if self._is_one_operator(feature):
             return _normalised(batch_norm_relu, self.norm, feature, self.backend)
         return self.act(self.norm(feature))
 
     def _is_one_operator(self, feature: Tensor) -> bool:
-        """Whether Triton runs and computes what ``norm`` does; a cumulative average counts batches on the host."""
+        """Return whether the Triton operator computes what ``norm`` and ``act`` do."""
         norm = self.norm
         is_plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+        # Without momentum, batch norm keeps a cumulative average, whose count it would read on the host.
         return resolve_backend(self.backend, feature.device) == "triton" and is_plain and norm.momentum is not None
 
 
 class ConvNormActPool(ConvNormAct):
-    """:class:`ConvNormAct`, and the maxima of 2x2 pixels of its map: (B, in, H, W) -> both of its results.
+    """:class:`ConvNormAct` followed by 2x2 max pooling: (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2).
 
-    (B, out, H, W) is for whoever keeps a stage's map, (B, out, H // 2, W // 2) for the stage below. On Triton, batch
-    norm, ReLU and pool are one operator. Weights have the names of :class:`ConvNormAct`.
+    Both maps are returned: the first for the skip, the second for the stage below. On Triton, batch norm, ReLU and
+    pooling are one operator. The weights have the names of :class:`ConvNormAct`.
     """
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolve, normalise, leave what is positive, and pool."""
+        """Convolve, normalise, rectify and pool."""
         feature = self.conv(feature)
         if self._is_one_operator(feature):
             return _normalised(batch_norm_relu_pool, self.norm, feature, self.backend)
@@ -64,7 +65,7 @@ class ConvNormActPool(ConvNormAct):
 
 
 def _normalised(operator: Callable[..., Maps], norm: nn.BatchNorm2d, feature: Tensor, backend: str) -> Maps:
-    """What ``operator`` makes of ``norm`` and ``feature``, with the running statistics updated as ``norm`` does."""
+    """Call ``operator`` with the parameters of ``norm``, and update the running statistics as ``norm`` does."""
     if norm.training:
         norm.num_batches_tracked.add_(1)
     return operator(
@@ -91,7 +92,7 @@ class DoubleConv(nn.Sequential):
 
 
 class DoubleConvPool(nn.Sequential):
-    """:class:`DoubleConv`, and the maxima of 2x2 pixels: (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2)."""
+    """:class:`DoubleConv` with 2x2 max pooling: (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2)."""
 
     def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
         super().__init__(
@@ -101,29 +102,26 @@ class DoubleConvPool(nn.Sequential):
 
 
 class DownStage(nn.Module):
-    """Convolve a pooled map twice, and pool it again for the stage below.
-
-    (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2)
-    """
+    """A stage of the encoder: convolve twice and pool, (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2)."""
 
     def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
         super().__init__()
         self.convs = DoubleConvPool(in_channels, out_channels, backend)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of this stage, and the pooled one."""
+        """Return the map of this stage, and the pooled one for the stage below."""
         return self.convs(pooled)
 
 
 class DeepestStage(nn.Module):
-    """Convolve a pooled map twice; nothing is below: (B, in, H, W) -> (B, out, H, W)."""
+    """The last stage of the encoder: convolve twice, (B, in, H, W) -> (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
         super().__init__()
         self.convs = DoubleConv(in_channels, out_channels, backend)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """The map of this stage."""
+        """Return the map of this stage."""
         return self.convs(pooled)
 
 
@@ -134,7 +132,10 @@ class Encoder(nn.Module):
         in_channels: channels of the image.
         channels: width of each scale; scale ``i`` has ``1/2^i`` of the image's resolution. The deepest feature keeps
             the width of the last scale.
-        backend: of the blocks; see :func:`uctrans.kernels.resolve_backend`.
+        backend: see :func:`uctrans.kernels.resolve_backend`.
+
+    Attributes:
+        size_multiple: height and width of the image must be multiples of it.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], backend: str = "auto"):
@@ -142,9 +143,10 @@ class Encoder(nn.Module):
         self.stem = ConvNormActPool(in_channels, channels[0], backend)
         self.stages = nn.ModuleList(DownStage(narrow, wide, backend) for narrow, wide in itertools.pairwise(channels))
         self.stages.append(DeepestStage(channels[-1], channels[-1], backend))
+        self.size_multiple = 2 ** len(channels)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(B, in_channels, H, W) -> ([(B, C_i, H/2^i, W/2^i)], (B, C_last, H/2^n, W/2^n))."""
+        """Return the features [(B, C_i, H/2^i, W/2^i)] and the deepest one (B, C_last, H/2^n, W/2^n)."""
         feature, pooled = self.stem(image)
         features = [feature]
         *stages, deepest = self.stages

@@ -3,17 +3,17 @@
 from torch import Tensor, nn
 
 from ..kernels import check_backend, skip_gate
-from .checks import check_counts
+from .arguments import check_counts
 
 
 class ChannelGate(nn.Module):
-    """Gate the channels of a skip feature by what the decoder holds, and concatenate both.
+    """Weight the channels of a skip feature by a gate from skip and decoder, and concatenate the decoder feature.
 
     Args:
         skip_channels: width of the skip feature.
-        decoder_channels: width of the decoder feature; ``None`` for a gate by the skip alone.
+        decoder_channels: width of the decoder feature; ``None`` computes the gate from the skip alone.
         backend: see :func:`uctrans.kernels.resolve_backend`.
-        concatenate: put the upsampled decoder feature behind the gated skip; ``False`` returns the gated skip alone.
+        concatenate: append the upsampled decoder feature to the gated skip; ``False`` returns the gated skip alone.
 
     Source: UCTransNet (AAAI 2022), channel-wise cross attention (CCA).
     """
@@ -33,9 +33,21 @@ class ChannelGate(nn.Module):
     def forward(
         self, encoder_feature: Tensor, decoder_feature: Tensor | None = None, tokens: Tensor | None = None
     ) -> Tensor:
-        """(B, C, H, W), (B, D, H/q, W/q), tokens to add to the skip (B, C, H/p, W/p) -> (B, C + D, H, W)."""
+        """Return the gated skip and the upsampled decoder feature, (B, C + D, H, W).
+
+        Args:
+            encoder_feature: (B, C, H, W).
+            decoder_feature: (B, D, H/q, W/q), or ``None`` if the gate has no ``decoder_channels``.
+            tokens: (B, C, H/p, W/p), upsampled and added to the encoder feature first; ``None`` for nothing to add.
+
+        Raises:
+            ValueError: shapes or devices do not fit.
+            TypeError: dtypes do not fit.
+        """
         if decoder_feature is not None and self.decoder is None:
-            raise ValueError("this gate was made for no decoder feature (decoder_channels=None), and was given one")
+            raise ValueError(
+                "decoder_feature: this gate was made for no decoder feature (decoder_channels=None); leave it out"
+            )
         return skip_gate(
             encoder_feature,
             tokens,

@@ -1,4 +1,4 @@
-"""Blocks of the dual-branch network: regular and dilated convolutions side by side, and a small U inside a level."""
+"""Blocks of the dual-branch network: parallel regular and dilated convolutions, and a small U inside each level."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_counts
 from .blocks import ConvNormAct, DoubleConv, DownStage
-from .checks import check_counts
 
 
 class DilatedConvNormAct(ConvNormAct):
-    """3x3 convolution whose taps are ``dilation`` pixels apart, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W)."""
+    """3x3 convolution with taps ``dilation`` pixels apart, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int, backend: str = "auto"):
         check_counts(in_channels=in_channels, out_channels=out_channels, dilation=dilation)
@@ -19,15 +19,15 @@ class DilatedConvNormAct(ConvNormAct):
 
 
 class DualBranchDown(nn.Module):
-    """Halve the resolution, then convolve twice without and twice with dilation: (B, in, H, W) -> (B, out, H/2, W/2).
+    """Pool, then convolve in a regular and a dilated branch: (B, in, H, W) -> (B, out, H/2, W/2).
 
-    Both branches read the pooled map, and each gives half of the channels.
+    Each branch convolves the pooled map twice and computes half of the channels.
 
     Args:
         in_channels: width of the feature.
         out_channels: width of the result, an even number.
-        dilation: of the dilated branch.
-        backend: of the blocks; see :func:`uctrans.kernels.resolve_backend`.
+        dilation: distance between the taps of the dilated branch, in pixels.
+        backend: see :func:`uctrans.kernels.resolve_backend`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int = 2, backend: str = "auto"):
@@ -43,20 +43,17 @@ class DualBranchDown(nn.Module):
         )
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Pool, then concatenate both branches, the regular one first."""
+        """Pool, then concatenate the results of both branches, the regular one first."""
         pooled = self.pool(feature)
         return torch.cat([self.regular(pooled), self.dilated(pooled)], dim=1)
 
 
 class U2DownBlock(DownStage):
-    """Convolve twice, then halve the resolution: (B, in, H, W) -> (B, out, H, W) and (B, out, H/2, W/2).
-
-    The map before pooling is what the way up takes; the pooled one goes on down.
-    """
+    """Convolve twice, then pool: (B, in, H, W) -> (B, out, H, W) for the skip and (B, out, H/2, W/2) to go down."""
 
 
 class U2UpBlock(nn.Module):
-    """Double the resolution by a transposed convolution, concatenate, convolve twice.
+    """Double the resolution by a transposed convolution, concatenate the skip, convolve twice.
 
     (B, skip_channels, H, W) and (B, in_channels, H/2, W/2) -> (B, out_channels, H, W)
     """
@@ -67,18 +64,18 @@ class U2UpBlock(nn.Module):
         self.convs = DoubleConv(2 * skip_channels, out_channels, backend)
 
     def forward(self, skip: Tensor, feature: Tensor) -> Tensor:
-        """``skip`` is what :class:`U2DownBlock` kept before it pooled."""
+        """Concatenate ``skip``, the unpooled map of a :class:`U2DownBlock`, and the upsampled ``feature``."""
         return self.convs(torch.cat([skip, self.upsample(feature)], dim=1))
 
 
 class NestedU(nn.Module):
-    """A small U inside a level of a network, and a residual around it: (B, C, H, W) -> (B, C, H, W).
+    """A small U with a residual connection around it: (B, C, H, W) -> (B, C, H, W).
 
     Args:
         channels: width of the feature.
         inner_channels: width of every map inside the U.
         depth: how many times the U halves the map; height and width must be multiples of ``2**depth``.
-        backend: of the blocks; see :func:`uctrans.kernels.resolve_backend`.
+        backend: see :func:`uctrans.kernels.resolve_backend`.
 
     Source: U^2-Net (Qin et al., Pattern Recognition 2020), residual U-block.
     """
@@ -91,7 +88,7 @@ class NestedU(nn.Module):
         self.up = nn.ModuleList(U2UpBlock(inner_channels, inner_channels, width, backend) for width in outer)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Down, up again, and added to what came in.
+        """Run the U and add its result to ``feature``.
 
         Raises:
             ValueError: the map cannot be halved ``depth`` times.
@@ -115,16 +112,19 @@ class NestedU(nn.Module):
 
 
 class DualBranchEncoder(nn.Module):
-    """The contracting path: dual-branch down-sampling between levels, a nested U inside each level.
+    """The contracting path with dual-branch down-sampling between levels and a nested U inside each level.
 
     Args:
         in_channels: channels of the image.
         channels: width of each scale, finest first; scale ``i`` has ``1/2^i`` of the image's resolution. The deepest
             feature keeps the width of the last scale.
-        dilations: of the dilated branch of each down-sampling, finest first.
-        depths: of the nested U of each scale; 0 for none.
+        dilations: dilation of the dilated branch of each down-sampling, finest first.
+        depths: depth of the nested U of each scale; 0 for none.
         nested_channels: width inside the nested U of each scale.
-        backend: of the blocks; see :func:`uctrans.kernels.resolve_backend`.
+        backend: see :func:`uctrans.kernels.resolve_backend`.
+
+    Attributes:
+        size_multiple: height and width of the image must be multiples of it.
     """
 
     def __init__(
@@ -147,9 +147,10 @@ class DualBranchEncoder(nn.Module):
             DualBranchDown(narrow, wide, dilation, backend)
             for (narrow, wide), dilation in zip(itertools.pairwise(widths), dilations, strict=True)
         )
+        self.size_multiple = 2 ** max(len(channels), *(scale + depth for scale, depth in enumerate(depths)))
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(B, in_channels, H, W) -> ([(B, C_i, H/2^i, W/2^i)], (B, C_last, H/2^n, W/2^n))."""
+        """Return the features [(B, C_i, H/2^i, W/2^i)] and the deepest one (B, C_last, H/2^n, W/2^n)."""
         features, deepest = [], self.stem(image)
         for nested, stage in zip(self.nested, self.stages, strict=True):
             features.append(nested(deepest))

@@ -1,6 +1,7 @@
 """From features to tokens and back: patch embedding and reconstruction."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ class PatchEmbedding(nn.Module):
     Args:
         channels: width of the feature.
         patch_size: side of a patch in pixels of this scale.
-        grid: rows and columns of the position embedding; features of another grid get it interpolated (bicubic).
+        grid: rows and columns of the position embedding; for features of another grid it is interpolated (bicubic).
         dropout: probability of dropping an entry.
     """
 
@@ -25,20 +26,20 @@ class PatchEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, rows * patch_size, columns * patch_size) -> (B, rows * columns, C)."""
+        """Embed a feature: (B, C, rows * patch_size, columns * patch_size) -> (B, rows * columns, C)."""
         patches = self.projection(feature)
         position = self.position
         if position.shape[-2:] != patches.shape[-2:]:
             position = F.interpolate(position, size=patches.shape[-2:], mode="bicubic", align_corners=False)
-        return self.dropout((patches + position).flatten(2).transpose(1, 2))
+        return self.dropout(rearrange(patches + position, "b c rows columns -> b (rows columns) c"))
 
 
 class Reconstruct(nn.Module):
-    """1x1 convolution, batch norm and ReLU over tokens on their way back to full resolution.
+    """1x1 convolution, batch norm and ReLU of tokens before they are added to the feature.
 
-    The three commute with nearest-neighbour upsampling, so the ``composed`` path runs them on the token grid and leaves
-    upsampling to whoever reads the result; only the running variance knows the number of pixels, and is corrected. The
-    ``reference`` path upsamples first, as published. Both results tile the feature.
+    The published network upsamples the tokens first, and so does ``reference``. The three operations commute with
+    nearest-neighbour upsampling, so the other backends run them on the token grid and leave upsampling to the reader of
+    the result. Only the running variance depends on the number of pixels; it is corrected.
     """
 
     def __init__(self, channels: int, patch_size: int, backend: str):
@@ -49,7 +50,7 @@ class Reconstruct(nn.Module):
         self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, C, rows, columns) -> (B, C, rows, columns), times ``patch_size`` on the reference path."""
+        """Return (B, C, rows, columns), or ``patch_size`` times as many rows and columns with ``reference``."""
         if resolve_backend(self.backend, tokens.device) == "reference":
             upsampled = F.interpolate(tokens.contiguous(), scale_factor=self.patch_size, mode="nearest")
             return F.relu(self.norm(self.conv(upsampled)))
@@ -61,11 +62,11 @@ class Reconstruct(nn.Module):
             return norm(tokens)
         count = tokens.shape[0] * tokens.shape[2] * tokens.shape[3]
         if count <= 1 or norm.momentum is None:
-            # No unbiased variance that could be corrected, or a cumulative average: normalise at full size.
+            # A single token has no unbiased variance to correct, nor has a cumulative average: normalise at full size.
             upsampled = norm(F.interpolate(tokens, scale_factor=self.patch_size, mode="nearest"))
             return upsampled[:, :, :: self.patch_size, :: self.patch_size]
-        # Autograd holds on to the buffer that batch norm updates, so batch norm is given a copy of it. It writes
-        # (1 - m) old + m v n/(n-1) there; upsampled maps would give n'/(n'-1) in place of n/(n-1).
+        # Autograd keeps the buffer that batch norm updates, so batch norm gets a copy. It writes
+        # (1 - m) old + m v n/(n-1) to it; upsampled maps would have n'/(n'-1) in place of n/(n-1).
         updated = norm.running_var.clone()
         normalised = functional_call(norm, {"running_var": updated}, (tokens,))
         count = count * _processes(norm)
@@ -76,7 +77,7 @@ class Reconstruct(nn.Module):
 
 
 def _processes(norm: nn.Module) -> int:
-    """Processes whose tokens share the statistics of ``norm``; they are taken to hold equal batches."""
+    """Return the number of processes that share the statistics of ``norm``; their batches are assumed to be equal."""
     if isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(norm.process_group)
     return 1

@@ -1,15 +1,16 @@
-"""The channel transformer (CCT): encoder features of all scales, mixed channel by channel."""
+"""The channel transformer (CCT) mixes the encoder features of all scales, channel by channel."""
 
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import check_backend, cross_layer_norm
 from ..kernels.checks import check_dtypes_and_devices
+from .arguments import check_counts, check_probabilities, check_sequence
 from .attention import ChannelAttention
-from .checks import check_counts, check_probabilities, check_sequence
 from .packed import LAYER_NORM_EPS, PackedLayerNorm, PackedMlp
 from .tokens import PatchEmbedding, Reconstruct
 
@@ -35,16 +36,16 @@ class TransformerLayer(nn.Module):
         self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Attend, then mix within each scale."""
+        """Attend to the channels of all scales, then mix within each scale."""
         tokens = tokens + self.attention(*self._normalise(tokens))
         return self.mlp(self.mlp_norm(tokens), residual=tokens)
 
     def attention_maps(self, tokens: Tensor) -> list[Tensor]:
-        """One (B, C, sum C) a scale, for the tokens this layer receives."""
+        """Return one (B, C, sum C) a scale for the tokens (B, N, sum C) that this layer receives."""
         return self.attention.attention_maps(*self._normalise(tokens))
 
     def _normalise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of each scale by themselves, for the queries, and of all together, for keys and values."""
+        """Return tokens normalised within each scale, for the queries, and over all scales, for keys and values."""
         return cross_layer_norm(
             tokens,
             self.query_norm.channels,
@@ -58,24 +59,25 @@ class TransformerLayer(nn.Module):
 
 
 class ChannelTransformer(nn.Module):
-    """Skip features of any encoder in, the same features enriched by all scales out.
+    """Enrich the skip features of any encoder by the features of all other scales.
 
     Args:
         channels: width of each scale, finest first. ``None`` switches a scale off: it takes no part and has no weights.
-        patch_sizes: side of a patch at each scale, in pixels of that scale. All scales must come to one token grid, so
-            with features at 1, 1/2, 1/4, 1/8 of the image these are p, p/2, p/4, p/8.
-        grid: rows and columns of tokens that the position embeddings are learned for; others are interpolated.
+        patch_sizes: side of a patch at each scale, in pixels of that scale. All scales must have the same token grid,
+            so with features at 1, 1/2, 1/4, 1/8 of the image these are p, p/2, p/4, p/8.
+        grid: rows and columns of tokens that the position embeddings are learned for; for other grids they are
+            interpolated.
         num_layers: transformer layers.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the MLPs over their width.
+        mlp_ratio: hidden width of the MLPs, as a multiple of their width.
         embedding_dropout: dropout after the patch embedding.
         attention_dropout: dropout of attention maps and output projections.
         mlp_dropout: dropout inside the MLPs.
         backend: see :func:`uctrans.kernels.resolve_backend`.
 
     Raises:
-        ValueError: an argument, or a feature, does not fit; the message names it.
-        TypeError: what should be a list, an int or a tensor is something else, or dtypes are mixed outside autocast.
+        ValueError: an argument or a feature does not fit; the message names it.
+        TypeError: an argument or a feature is of the wrong type, or dtypes are mixed outside autocast.
 
     Source: UCTransNet (AAAI 2022), channel-wise cross fusion transformer (CCT).
     """
@@ -119,7 +121,7 @@ class ChannelTransformer(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """[(B, C_i, H_i, W_i)] -> [(B, C_i, H_i, W_i)]: each feature plus its reconstructed tokens."""
+        """Add its reconstructed tokens to each feature: [(B, C_i, H_i, W_i)] -> [(B, C_i, H_i, W_i)]."""
         enriched = []
         for feature, tokens in zip(features, self.token_maps(features), strict=True):
             if feature is not None:
@@ -128,7 +130,7 @@ class ChannelTransformer(nn.Module):
         return enriched
 
     def token_maps(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """[(B, C_i, H_i, W_i)] -> [(B, C_i, h, w)]: what :meth:`forward` adds, before its nearest upsampling."""
+        """Return what :meth:`forward` adds, before upsampling: [(B, C_i, H_i, W_i)] -> [(B, C_i, h, w)]."""
         tokens, grid = self._embed(features)
         for layer in self.layers:
             tokens = layer(tokens)
@@ -137,7 +139,7 @@ class ChannelTransformer(nn.Module):
     def token_maps_with_attention(
         self, features: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], list[list[Tensor]]]:
-        """:meth:`token_maps`, and ``maps[layer][scale]``: (B, C, sum C), mean over heads, before dropout."""
+        """Return :meth:`token_maps`, and ``maps[layer][scale]``: (B, C, sum C), before dropout, mean over the heads."""
         tokens, grid = self._embed(features)
         maps = []
         for layer in self.layers:
@@ -154,7 +156,7 @@ class ChannelTransformer(nn.Module):
         return tokens, grid
 
     def _check_features(self, features: Sequence[Tensor | None]) -> tuple[int, int]:
-        """The token grid of the features; an error where they are not what this transformer was made for."""
+        """Return the token grid of the features; raise if they do not fit this transformer."""
         check_sequence("features", features, "one (B, C, H, W) a scale, finest first")
         if [feature is not None for feature in features] != self.is_active:
             raise ValueError(
@@ -168,24 +170,25 @@ class ChannelTransformer(nn.Module):
             if feature.ndim != 4 or feature.shape[1] != width or 0 in feature.shape[2:]:
                 raise ValueError(f"{name} must be (B, {width}, height, width); got {tuple(feature.shape)}")
             if feature.shape[0] != batch:
-                raise ValueError(f"all features must hold as many images: {name} holds {feature.shape[0]}, not {batch}")
+                raise ValueError(
+                    f"all features must have the same batch size: {name} holds {feature.shape[0]}, not {batch}"
+                )
             patch, (height, width) = embedding.projection.kernel_size[0], feature.shape[2:]
             if height % patch or width % patch:
                 raise ValueError(
-                    f"{name} is {height}x{width} pixels, no multiple of its patch size {patch}: pad the image so that "
-                    f"every scale is"
+                    f"{name} is {height}x{width} pixels, no multiple of its patch size {patch}: pad the image"
                 )
             grids.append((height // patch, width // patch))
         if any(grid != grids[0] for grid in grids):
-            raise ValueError(f"all scales must come to one token grid; these features come to {grids}")
+            raise ValueError(f"all scales must have one token grid; these features have {grids}")
         return grids[0]
 
     def _reconstruct(self, tokens: Tensor, grid: tuple[int, int]) -> list[Tensor | None]:
-        token_maps = tokens.transpose(1, 2).unflatten(2, grid).split(self.channels, dim=1)
-        reconstructed = iter(
-            [reconstruct(tokens) for reconstruct, tokens in zip(self.reconstructions, token_maps, strict=True)]
-        )
-        return [next(reconstructed) if active else None for active in self.is_active]
+        rows, columns = grid
+        token_maps = rearrange(tokens, "b (rows columns) c -> b c rows columns", rows=rows, columns=columns)
+        scales = zip(self.reconstructions, token_maps.split(self.channels, dim=1), strict=True)
+        reconstructed = iter([reconstruct(token_map) for reconstruct, token_map in scales])
+        return [next(reconstructed) if is_active else None for is_active in self.is_active]
 
 
 def _check_scales(channels: Sequence[int | None], patch_sizes: Sequence[int], grid: tuple[int, int]) -> None:

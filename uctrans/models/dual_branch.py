@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..kernels import check_backend
 from ..layers import DualBranchEncoder
-from ..layers.checks import check_counts, check_probabilities, check_whole_numbers, is_whole_number
+from ..layers.arguments import check_counts, check_probabilities, check_whole_numbers, is_whole_number
 from .base import SegmentationModel
 from .gated import TransformerSkips, check_patches
 from .registry import register_model

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import ChannelGate, ChannelTransformer, DoubleConv
-from ..layers.checks import check_whole_numbers, is_whole_number
+from ..layers.arguments import check_whole_numbers, is_whole_number
 from .base import check_image, pad_to_multiple
 
 

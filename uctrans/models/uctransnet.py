@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..kernels import check_backend
 from ..layers import Encoder
-from ..layers.checks import check_counts, check_probabilities
+from ..layers.arguments import check_counts, check_probabilities
 from .base import ModelFileError, SegmentationModel
 from .gated import TransformerSkips, check_patches
 from .registry import register_model

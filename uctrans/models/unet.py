@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import DoubleConv, Encoder
-from ..layers.checks import check_counts, check_whole_numbers, is_whole_number
+from ..layers.arguments import check_counts, check_whole_numbers, is_whole_number
 from .base import SegmentationModel, check_image, pad_to_multiple
 from .registry import register_model
 
