@@ -295,7 +295,7 @@ class TestUCTransNet:
         with pytest.raises(ValueError, match=message):
             build("uctransnet", **options)
 
-    def test_starts_from_a_unet(self, tmp_path):
+    def test_starts_from_a_unet(self):
         unet = randomised(build("unet"))
         model = build("uctransnet")
         untouched = {key: value.clone() for key, value in model.state_dict().items()}
@@ -304,9 +304,6 @@ class TestUCTransNet:
         assert taken == list(unet.state_dict())
         assert all(torch.equal(state[key], value) for key, value in unet.state_dict().items())
         assert all(torch.equal(state[key], untouched[key]) for key in state.keys() - set(taken))
-
-        unet.save_pretrained(tmp_path)
-        assert build("uctransnet").load_unet(tmp_path) == taken
 
     def test_refuses_to_start_with_another_number_of_scales(self):
         model = build("uctransnet", patch_sizes=(32, 16, 8, 4, 2), base_channels=(4, 8, 16, 32, 32))
@@ -339,10 +336,17 @@ class TestUCTransNet:
             model.load_unet(build("unet", **options))
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
-    def test_refuses_to_start_from_another_model(self, tmp_path):
-        build("uctransnet").save_pretrained(tmp_path)
-        with pytest.raises(uctrans.ModelFileError, match="start from the checkpoint of a 'unet'"):
-            build("uctransnet").load_unet(tmp_path)
+    def test_refuses_to_start_from_what_is_no_unet(self, tmp_path):
+        with pytest.raises(TypeError, match=r"must be a UNet, such as uctrans.load_model gives; got UCTransNet"):
+            build("uctransnet").load_unet(build("uctransnet"))
+        with pytest.raises(TypeError, match=r"must be a UNet, .* got str"):
+            build("uctransnet").load_unet(str(tmp_path))
+
+
+def test_a_unet_starts_a_uctransnet_and_no_other_model():
+    assert [name for name in NAMES if build(name).can_start_from_unet] == ["uctransnet"]
+    with pytest.raises(uctrans.ModelFileError, match="does not fit this DualBranchUCTransNet"):
+        build("dual_branch_uctransnet").load_unet(build("unet"))
 
 
 class TestUNet:
@@ -381,7 +385,7 @@ class TestConfig:
             def __init__(self, **options):
                 super().__init__(base_channels=2, **options)
 
-        assert Narrow(classes=2).config == {"classes": 2}
+        assert Narrow(classes=2).config == build("unet", base_channels=2, classes=2).config
 
 
 class TestRegistry:
@@ -409,7 +413,8 @@ class TestRegistry:
             def __init__(self, **options):
                 super().__init__(base_channels=2, **options)
 
-        assert uctrans.create_model("narrow", classes=2).classes == 2
+        model = uctrans.create_model("narrow", classes=2)
+        assert (model.name, model.classes, model.config) == ("narrow", 2, {"classes": 2})
 
     def test_name_taken(self):
         with pytest.raises(ValueError, match="registered already"):

@@ -1,14 +1,13 @@
 """The networks, their registry and their files."""
 
-from .base import ModelFileError, SegmentationModel
-from .checkpoint import read_checkpoint
-from .checkpointing import set_checkpointing
+from .activation_checkpointing import set_checkpointing
+from .base import ModelFileError, SegmentationModel, read_checkpoint
 from .dual_branch import DualBranchUCTransNet
 from .files import load_model
+from .published import load_upstream, to_upstream
 from .registry import create_model, list_models, register_model
-from .uctransnet import UCTransNet
+from .uctransnet import UCTransNet, resize_positions
 from .unet import UNet
-from .upstream import load_upstream, resize_positions, to_upstream
 
 __all__ = [
     "DualBranchUCTransNet",

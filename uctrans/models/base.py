@@ -1,18 +1,21 @@
-"""What every model shares: its name and configuration, and saving and loading them with the weights."""
+"""The base class of the networks: name, configuration, and files."""
 
-import inspect
 import json
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..extras import import_extra
 from ..kernels.checks import check_dtypes_and_devices
-from ..writing import written_atomically
+from ..writing import write_bytes
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -25,45 +28,31 @@ class ModelFileError(ValueError):
 class SegmentationModel(nn.Module):
     """Base of the networks.
 
-    Subclasses are decorated with :func:`uctrans.models.registry.register_model`, which sets ``name``, and take only
-    arguments that JSON can hold; those become ``config``.
+    Subclasses are decorated with :func:`uctrans.models.registry.register_model`, which sets ``name`` and records the
+    constructor's arguments as ``config``.
 
     Attributes:
         name: registry name.
-        config: every constructor argument with its value.
-        metadata: free-form JSON-able notes, saved and restored with the weights (protocol, scores, palette, ...).
+        config: every constructor argument with its value, as JSON holds it.
+        metadata: notes that JSON can hold, saved and restored with the weights (protocol, scores, palette, ...).
         in_channels: channels of the image.
         classes: channels of the logits.
+        can_start_from_unet: whether the model has a method ``load_unet`` that takes the weights of a U-Net.
     """
 
     name: str
+    config: dict[str, Any]
     in_channels: int
     classes: int
+    can_start_from_unet = False
 
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        original = cls.__init__
-        signature = inspect.signature(original)
-
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            arguments = {key: _plain(value) for key, value in bound.arguments.items() if key != "self"}
-            for key, parameter in signature.parameters.items():
-                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                    arguments |= arguments.pop(key)
-            original(self, **arguments)
-            self.config = arguments
-            self.metadata = getattr(self, "metadata", {})
-
-        __init__.__signature__ = signature
-        __init__.__doc__ = original.__doc__
-        cls.__init__ = __init__
+    def __init__(self) -> None:
+        super().__init__()
+        self.metadata: dict[str, Any] = {}
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``; each file is replaced as a whole."""
-        saved = {"name": self.name, "config": self.config, "metadata": self.metadata, "state": self.state_dict()}
-        return write_model(Path(folder), saved)
+        return write_model(Path(folder), self._saved())
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: str = "cpu") -> Self:
@@ -79,7 +68,7 @@ class SegmentationModel(nn.Module):
         """
         folder = Path(source)
         if not folder.is_dir():
-            folder = Path(_hub().snapshot_download(str(source), revision=revision))
+            folder = Path(import_extra("huggingface_hub", "hub").snapshot_download(str(source), revision=revision))
         config = read_config(folder)
         name, metadata = config.pop("name"), config.pop("metadata", {})
         if name != cls.name:
@@ -95,31 +84,35 @@ class SegmentationModel(nn.Module):
         return model.to(device)
 
     def push_to_hub(self, repository: str, *, private: bool = False, message: str = "Upload model") -> str:
-        """Upload weights and configuration to ``owner/name`` on the Hugging Face hub; returns the commit's address.
+        """Upload weights and configuration to ``owner/name`` on the Hugging Face hub.
+
+        Returns:
+            The address of the commit.
 
         Raises:
             ImportError: ``huggingface_hub`` is not installed (``pip install "uctrans[hub]"``).
         """
-        hub = _hub()
+        hub = import_extra("huggingface_hub", "hub")
         hub.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
 
+    def _saved(self) -> dict[str, Any]:
+        return {"name": self.name, "config": self.config, "metadata": self.metadata, "state": self.state_dict()}
+
 
 def write_model(folder: Path, saved: dict[str, Any]) -> Path:
-    """Write the files of :meth:`SegmentationModel.save_pretrained` for a model's name, config, metadata and state."""
+    """Write ``model.safetensors`` and ``config.json`` of a model, given as its name, config, metadata and state."""
     state = {key: value.detach().contiguous() for key, value in saved["state"].items()}
-    with written_atomically(folder / WEIGHTS_FILE) as temporary:
-        temporary.write_bytes(safetensors.torch.save(state))
+    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(state))
     text = json.dumps({"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}, indent=2)
-    with written_atomically(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+    write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
     return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json`` of a saved model; raise :class:`ModelFileError` where there is none to read."""
+    """Read ``config.json`` of a saved model; raise :class:`ModelFileError` if it is missing or damaged."""
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -132,8 +125,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_checkpoint(path: str | Path) -> Any:
+    """Read a file of ``torch.save`` onto the CPU without executing anything in it.
+
+    Raises:
+        ModelFileError: the file is missing, truncated, not a checkpoint, or holds pickled objects.
+    """
+    # The authors' training code stores its scores as NumPy scalars; these are plain numbers.
+    number_types = [type(np.dtype(name)) for name in ("float32", "float64", "int64")]
+    rebuild_scalar = np.float64(0).__reduce__()[0]
+    try:
+        with torch.serialization.safe_globals([rebuild_scalar, np.dtype, *number_types]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} does not exist: check the path") from None
+    except pickle.UnpicklingError:
+        # PyTorch's own message advises loading without weights_only, which would execute what the file holds.
+        raise ModelFileError(
+            f"{path} is no checkpoint, or holds more than tensors and plain values, which is never executed here: "
+            f"save its state dict alone with torch.save, or download it again"
+        ) from None
+    except Exception as error:  # arbitrary bytes make torch.load fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFileError(f"{path} is truncated or no checkpoint ({reason}): copy or download it again") from None
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``model``; :class:`ModelFileError` where it is missing, corrupt or another's."""
+    """Load a safetensors file; raise :class:`ModelFileError` if it is missing, damaged or of another model."""
     try:
         state = safetensors.torch.load_file(path)
     except FileNotFoundError:
@@ -144,14 +162,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """``model.load_state_dict`` with an error that says what differs and where ``state`` came from."""
+    """Load a state dict; raise :class:`ModelFileError` with what differs, and ``source``, if it does not fit."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     if missing or unexpected or reshaped:
         differences = [
-            f"{len(keys)} {what} (first: {keys[0]})"
-            for what, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", reshaped))
+            f"{len(keys)} {problem} (first: {keys[0]})"
+            for problem, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", reshaped))
             if keys
         ]
         raise ModelFileError(
@@ -167,8 +185,8 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H', W'): repeat the last row and column up to multiples of ``multiple``."""
-    # With //, not %: torch.compile makes sizes symbols when they change, and cannot trace a modulus of a negated one.
+    """Repeat the last row and column up to multiples of ``multiple``: (B, C, H, W) -> (B, C, H', W')."""
+    # torch.compile cannot trace the shorter -side % multiple where sizes change and become symbols.
     missing_rows, missing_columns = ((side + multiple - 1) // multiple * multiple - side for side in image.shape[-2:])
     if missing_rows == 0 and missing_columns == 0:
         return image
@@ -176,29 +194,14 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def check_image(image: Tensor, in_channels: int, weight: Tensor) -> None:
-    """Raise ``ValueError`` or ``TypeError`` unless ``image`` is a (B, in_channels, H, W) that meets ``weight``.
+    """Raise unless ``image`` is a (B, in_channels, H, W) on the device of ``weight`` and, outside autocast, its dtype.
 
-    That is, on its device and, outside autocast, of its dtype.
+    Raises:
+        ValueError: shape or device do not fit.
+        TypeError: the dtype does not fit.
     """
     if image.ndim != 4 or image.shape[1] != in_channels or 0 in image.shape[2:]:
         raise ValueError(f"the image must be (B, {in_channels}, height, width); got {tuple(image.shape)}")
     if not image.is_floating_point():
         raise TypeError(f"the image must be floating point in [0, 1]; got {image.dtype}: divide by 255 first")
     check_dtypes_and_devices(image=image, weights=weight)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON holds it: sequences and arrays as new lists, numpy's numbers as Python's."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [_plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ImportError('the Hugging Face hub needs huggingface_hub: pip install "uctrans[hub]"') from None
-    return huggingface_hub

@@ -1,56 +1,55 @@
-"""The dual-branch UCTransNet: dilated convolutions beside regular ones, and a small U inside every level."""
+"""The dual-branch UCTransNet: parallel regular and dilated convolutions, and a small U inside every level."""
 
 import math
 from collections.abc import Sequence
 
-from ..kernels import check_backend
 from ..layers import DualBranchEncoder
-from ..layers.arguments import check_counts, check_probabilities, check_whole_numbers, is_whole_number
-from .base import SegmentationModel
-from .gated import TransformerSkips, check_patches
+from ..layers.arguments import check_whole_numbers, is_whole_number
 from .registry import register_model
-from .unet import scale_widths
+from .uctransnet import UCTransNet, padded_size
 
 SINGLE = {"dilations": "a whole number, such as 2, or ", "nested_channels": "a whole number, such as 32, or None, or "}
 
 
 @register_model("dual_branch_uctransnet")
-class DualBranchUCTransNet(TransformerSkips, SegmentationModel):
-    """UCTransNet with an encoder that sees further.
+class DualBranchUCTransNet(UCTransNet):
+    """UCTransNet with another encoder, which sees further.
 
-    Every down-sampling convolves the pooled map twice without and twice with dilation, side by side, and every level
-    carries a U^2-Net block: a small U with a residual around it. The maps of all levels feed the channel transformer,
-    and its gated outputs are the skips. 74.04 million parameters and 116.5 GFLOP forward at 224 x 224 with the
-    defaults, of which the small Us take 10.33 million and 45.3 GFLOP.
+    Every down-sampling convolves the pooled map twice without and twice with dilation, in parallel, and every level has
+    a U^2-Net block: a small U with a residual connection around it. Transformer, gates and decoder are those of
+    UCTransNet. 74.04 million parameters and 116.5 GFLOP forward at 224 x 224 with the defaults, of which the small Us
+    take 10.33 million and 45.3 GFLOP.
 
     Args:
         in_channels: channels of the image.
         classes: channels of the logits; 1 for a binary mask.
         image_size: side, or (height, width), that the position embeddings are learned for; any other size works too.
-        base_channels: width of the finest scale, each next one doubling it; or the widths of all scales. From the
-            second scale on they are even, as each branch gives half.
-        dilations: of the dilated branch: one for all down-samplings, or one for each, finest first.
-        depths: how many times the U inside each level halves its map, finest first; 0 for a level without one.
-        nested_channels: width inside the U of the finest level, each next one doubling it; or the widths inside all;
-            ``None`` for half of each level's own width.
+        base_channels: width of the finest scale, which doubles from scale to scale; or the widths of all scales. From
+            the second scale on they are even, because each branch gives half.
+        dilations: dilation of the dilated branch: one for all down-samplings, or one for each, finest first.
+        depths: how many times the U inside each level halves its map, finest first; 0 for a level without a U.
+        nested_channels: width inside the U of the finest level, which doubles from level to level; or the widths inside
+            all Us; ``None`` for half of the width of each level.
         num_layers: transformer layers.
         num_heads: attention heads.
-        patch_sizes: side of a patch at each scale, finest first, each half of the one before; as many as there are
-            scales.
-        mlp_ratio: hidden width of the MLPs over their width.
+        patch_sizes: side of a patch at each scale, finest first, each half of the one before; their number is the
+            number of scales.
+        mlp_ratio: hidden width of the MLPs, as a multiple of their width.
         embedding_dropout: dropout after the patch embeddings.
         attention_dropout: dropout of attention maps and output projections.
         mlp_dropout: dropout inside the MLPs.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``; see :func:`uctrans.set_backend`.
 
     Raises:
-        ValueError: an argument does not fit the others, or the maps of an image of ``image_size`` cannot hold a
+        ValueError: an argument does not fit the others, or the maps of an image of ``image_size`` are too small for a
             dilation or depth; the message names it.
-        TypeError: what should be an int, or a list of them, is something else.
+        TypeError: an argument is of the wrong type.
 
     Source: Wang et al., UCTransNet, AAAI 2022, for transformer and gates; Qin et al., U^2-Net, Pattern Recognition
     2020, for the U inside a level.
     """
+
+    can_start_from_unet = False
 
     def __init__(
         self,
@@ -70,56 +69,48 @@ class DualBranchUCTransNet(TransformerSkips, SegmentationModel):
         mlp_dropout: float = 0.0,
         backend: str = "auto",
     ):
-        super().__init__()
-        check_backend(backend)
-        check_patches(patch_sizes)
-        check_counts(
-            in_channels=in_channels, classes=classes, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio
-        )
-        check_probabilities(
-            embedding_dropout=embedding_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout
-        )
-        num_scales = len(patch_sizes)
-        channels = _even_widths(base_channels, num_scales)
-        dilations = [dilations] * num_scales if is_whole_number(dilations) else dilations
-        _check_per_scale("dilations", dilations, num_scales, at_least=1)
-        _check_per_scale("depths", depths, num_scales, at_least=0)
-
-        self.in_channels, self.classes = in_channels, classes
-        self.patch_size = patch_sizes[0]
-        self.size_multiple = math.lcm(patch_sizes[0], 2**num_scales)
-        _check_depths(depths, self._padded(image_size), image_size)
-        # From here on images are padded until the nested U of every level can halve its map.
-        self.size_multiple = math.lcm(self.size_multiple, *(2 ** (scale + depth) for scale, depth in enumerate(depths)))
-        _check_dilations(dilations, self._padded(image_size), image_size)
-
-        self.encoder = DualBranchEncoder(
-            in_channels, channels, dilations, depths, _nested_widths(nested_channels, channels), backend
-        )
-        self._build_skips_and_decoder(
-            channels,
-            patch_sizes,
-            image_size,
-            backend,
+        # Set before the base class builds the encoder from them.
+        self.dilations, self.depths, self.nested_channels = dilations, depths, nested_channels
+        super().__init__(
+            in_channels=in_channels,
+            classes=classes,
+            image_size=image_size,
+            base_channels=base_channels,
             num_layers=num_layers,
             num_heads=num_heads,
+            patch_sizes=patch_sizes,
             mlp_ratio=mlp_ratio,
             embedding_dropout=embedding_dropout,
             attention_dropout=attention_dropout,
             mlp_dropout=mlp_dropout,
+            backend=backend,
         )
 
+    def _build_encoder(
+        self, channels: tuple[int, ...], image_size: int | Sequence[int], backend: str
+    ) -> DualBranchEncoder:
+        num_scales = len(channels)
+        _check_even(channels)
+        dilations = [self.dilations] * num_scales if is_whole_number(self.dilations) else self.dilations
+        _check_per_scale("dilations", dilations, num_scales, at_least=1)
+        _check_per_scale("depths", self.depths, num_scales, at_least=0)
+        nested_channels = _nested_widths(self.nested_channels, channels)
+        multiple = math.lcm(self.patch_size, 2**num_scales)
+        _check_depths(self.depths, padded_size(image_size, multiple), image_size)
+        encoder = DualBranchEncoder(self.in_channels, channels, dilations, self.depths, nested_channels, backend)
+        # The encoder asks for larger multiples if a small U halves its map more often than the levels below do.
+        multiple = math.lcm(multiple, encoder.size_multiple)
+        _check_dilations(dilations, padded_size(image_size, multiple), image_size)
+        return encoder
 
-def _even_widths(base_channels: int | Sequence[int], num_scales: int) -> tuple[int, ...]:
-    """Widths of the scales; those that two branches make must have a half. The deepest has the last one's."""
-    channels = scale_widths(base_channels, num_scales)
-    made_by_branches = channels[1:] or channels
-    if any(width % 2 for width in made_by_branches):
+
+def _check_even(channels: Sequence[int]) -> None:
+    """Refuse odd widths of the scales that two branches compute; the deepest feature is as wide as the last scale."""
+    if any(width % 2 for width in channels[1:] or channels):
         raise ValueError(
             f"base_channels must be even from the second scale on (with one scale, there), as each branch gives half; "
             f"got {list(channels)}"
         )
-    return channels
 
 
 def _nested_widths(nested_channels: int | Sequence[int] | None, channels: Sequence[int]) -> list[int]:
@@ -133,8 +124,8 @@ def _nested_widths(nested_channels: int | Sequence[int] | None, channels: Sequen
 
 def _check_per_scale(name: str, values: Sequence[int], num_scales: int, at_least: int) -> None:
     example = tuple(range(num_scales, 0, -1))
-    what = f"{SINGLE.get(name, '')}a list of whole numbers, one for each of {num_scales} scales, such as {example}"
-    check_whole_numbers(name, values, what)
+    kind = f"{SINGLE.get(name, '')}a list of whole numbers, one for each of {num_scales} scales, such as {example}"
+    check_whole_numbers(name, values, kind)
     if len(values) != num_scales:
         raise ValueError(
             f"{name} needs one number for each of the {num_scales} scales of patch_sizes; got {len(values)}: "
@@ -145,7 +136,7 @@ def _check_per_scale(name: str, values: Sequence[int], num_scales: int, at_least
 
 
 def _check_depths(depths: Sequence[int], padded: Sequence[int], image_size: int | Sequence[int]) -> None:
-    """Refuse a depth that halves a map below a pixel, of an image padded as without nested Us."""
+    """Refuse a depth that would halve the map of its level below one pixel."""
     for scale, depth in enumerate(depths):
         height, width = (side >> scale for side in padded)
         most = min(height, width).bit_length() - 1
@@ -157,7 +148,7 @@ def _check_depths(depths: Sequence[int], padded: Sequence[int], image_size: int 
 
 
 def _check_dilations(dilations: Sequence[int], padded: Sequence[int], image_size: int | Sequence[int]) -> None:
-    """Refuse a dilation whose taps all miss the map but the middle one."""
+    """Refuse a dilation at which every tap but the middle one misses the map."""
     for stage, dilation in enumerate(dilations, start=1):
         height, width = (side >> stage for side in padded)
         most = max(1, min(height, width) - 1)

@@ -1,12 +1,11 @@
-"""Load a model from whatever file or folder holds one."""
+"""Load a model from any file or folder that holds one."""
 
 from pathlib import Path
 from typing import Any
 
-from .base import CONFIG_FILE, ModelFileError, SegmentationModel, load_state, read_config
-from .checkpoint import read_checkpoint
+from .base import CONFIG_FILE, ModelFileError, SegmentationModel, load_state, read_checkpoint, read_config
+from .published import from_published, is_upstream
 from .registry import model_class
-from .upstream import from_published, is_upstream
 
 CHECKPOINT_FORMAT = "uctrans-checkpoint"
 BEST_FOLDER = "best"
@@ -18,12 +17,12 @@ def load_model(path: str | Path, device: str = "cpu") -> SegmentationModel:
 
     Args:
         path: a folder that ``save_pretrained`` wrote, the folder of a training run (its best weights), a checkpoint of
-            a run (``last.pt``, ``best.pt``; averaged weights where the run kept any), or a published UCTransNet
-            checkpoint (``.pth.tar``, see :func:`uctrans.load_upstream` for its options).
+            a run (``last.pt``, ``best.pt``; the averaged weights if the run kept any), or a published UCTransNet
+            checkpoint (``.pth.tar``; see :func:`uctrans.load_upstream` for more options).
         device: where the weights go.
 
     Raises:
-        ModelFileError: nothing there, a corrupt file, or a file of another kind.
+        ModelFileError: the file is missing, corrupt, or of another kind.
     """
     path = Path(path)
     if not path.exists():
@@ -50,7 +49,7 @@ def _folders_with_a_model(folder: Path) -> list[Path]:
 
 
 def model_class_of(folder: Path) -> type[SegmentationModel]:
-    """The class that ``config.json`` in ``folder`` names."""
+    """Return the class that ``config.json`` in ``folder`` names."""
     try:
         return model_class(read_config(folder)["name"])
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Models by name."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,12 +14,20 @@ _MODELS: dict[str, type[SegmentationModel]] = {}
 
 
 def register_model(name: str) -> Callable[[ModelClass], ModelClass]:
-    """Class decorator: make a model known to :func:`create_model` as ``name``."""
+    """Return a class decorator that makes a model known to :func:`create_model` as ``name``.
+
+    The decorated class also records the arguments it is built with as ``config``, from which a saved model is rebuilt.
+    They must be values that JSON can hold, or arrays and sequences of them, which are recorded as lists.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def register(model_class: ModelClass) -> ModelClass:
         if name in _MODELS:
-            raise ValueError(f"a model named {name!r} is registered already")
+            raise ValueError(f"a model named {name!r} is registered already; choose another name")
         model_class.name = name
+        model_class.__init__ = _recording_config(model_class.__init__)
         _MODELS[name] = model_class
         return model_class
 
@@ -26,12 +35,12 @@ def register_model(name: str) -> Callable[[ModelClass], ModelClass]:
 
 
 def list_models() -> list[str]:
-    """Names that :func:`create_model` knows, sorted."""
+    """Return the names that :func:`create_model` knows, sorted."""
     return sorted(_MODELS)
 
 
 def model_class(name: str) -> type[SegmentationModel]:
-    """The class behind a name; ``ValueError`` with the nearest names where there is none."""
+    """Return the class behind a name; raise ``ValueError`` with the nearest names if there is none."""
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}; {_hint(name, list_models(), 'choose one of ')}")
     return _MODELS[name]
@@ -41,7 +50,7 @@ def create_model(name: str, **options: Any) -> SegmentationModel:
     """Build a model by name: ``create_model("uctransnet", classes=4, base_channels=32)``.
 
     Raises:
-        ValueError: the name is unknown, or an option's value does not fit.
+        ValueError: the name is unknown, or the value of an option does not fit.
         TypeError: the model has no such option.
     """
     kind = model_class(name)
@@ -51,6 +60,32 @@ def create_model(name: str, **options: Any) -> SegmentationModel:
         if option not in parameters and not takes_any:
             raise TypeError(f"{name} has no option {option!r}; {_hint(option, list(parameters), 'it takes ')}")
     return kind(**options)
+
+
+def _recording_config(initialise: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(initialise)
+
+    @functools.wraps(initialise)
+    def __init__(self: SegmentationModel, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = {key: _as_json(value) for key, value in bound.arguments.items() if key != "self"}
+        for key, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(key)
+        initialise(self, **arguments)
+        self.config = arguments  # last, so that the arguments of a subclass replace those it passes to its base
+
+    return __init__
+
+
+def _as_json(value: Any) -> Any:
+    """Return ``value`` as JSON holds it: sequences and arrays as new lists, NumPy's numbers as Python's."""
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_as_json(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _hint(name: str, known: list[str], otherwise: str) -> str:

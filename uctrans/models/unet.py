@@ -1,4 +1,4 @@
-"""The U-Net that UCTransNet grows out of, with any subset of its skip connections."""
+"""The U-Net that UCTransNet extends, with any subset of its skip connections."""
 
 from collections.abc import Sequence
 
@@ -15,27 +15,31 @@ NUM_SCALES = 4
 
 
 class SkipStage(nn.Module):
-    """Upsample, concatenate the skip where there is one, convolve twice: (B, D, H/2, W/2) -> (B, out, H, W)."""
+    """Upsample, concatenate the skip if there is one, convolve twice: (B, D, H/2, W/2) -> (B, out, H, W)."""
 
     def __init__(self, skip_channels: int, decoder_channels: int, out_channels: int):
         super().__init__()
         self.convs = DoubleConv(skip_channels + decoder_channels, out_channels)
 
     def forward(self, skip: Tensor | None, decoded: Tensor) -> Tensor:
-        """``skip``: (B, skip_channels, H, W), or ``None`` where the stage has none."""
+        """Decode ``skip`` (B, skip_channels, H, W), or ``None``, together with ``decoded`` (B, D, H/2, W/2)."""
         decoded = F.interpolate(decoded, scale_factor=2.0, mode="nearest")
         return self.convs(decoded if skip is None else torch.cat([skip, decoded], dim=1))
 
 
 @register_model("unet")
 class UNet(SegmentationModel):
-    """U-Net with nearest upsampling and plain skips; shares the names of its weights with UCTransNet.
+    """U-Net with nearest-neighbour upsampling and plain skips; its weights have the names of UCTransNet's.
 
     Args:
         in_channels: channels of the image.
         classes: channels of the logits; 1 for a binary mask.
-        base_channels: width of the finest of the four scales, each next one doubling it; or the widths of all four.
-        skips: which skip connections exist, 1 the finest to 4 the coarsest; ``()`` for none.
+        base_channels: width of the finest of the four scales, which doubles from scale to scale; or all four widths.
+        skips: which skip connections exist, from 1 for the finest to 4 for the coarsest; ``()`` for none.
+
+    Raises:
+        ValueError: an argument does not fit the others; the message names it.
+        TypeError: an argument is of the wrong type.
     """
 
     def __init__(
@@ -61,10 +65,10 @@ class UNet(SegmentationModel):
         self.head = nn.Conv2d(channels[0], classes, kernel_size=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, in_channels, H, W) of any size -> logits (B, classes, H, W)."""
+        """Return logits (B, classes, H, W) of an image (B, in_channels, H, W) of any size."""
         check_image(image, self.in_channels, self.head.weight)
         height, width = image.shape[-2:]
-        features, decoded = self.encoder(pad_to_multiple(image, 2**NUM_SCALES))
+        features, decoded = self.encoder(pad_to_multiple(image, self.encoder.size_multiple))
         for scale in reversed(range(NUM_SCALES)):
             skip = features[scale] if self.has_skip[scale] else None
             decoded = self.decoder[scale](skip, decoded)
@@ -72,12 +76,12 @@ class UNet(SegmentationModel):
 
 
 def scale_widths(base_channels: int | Sequence[int], num_scales: int) -> tuple[int, ...]:
-    """Widths of the scales: one number doubles from scale to scale, a sequence gives each."""
+    """Return the widths of the scales: one number doubles from scale to scale, a sequence gives each."""
     if is_whole_number(base_channels):
         base_channels = [base_channels * 2**scale for scale in range(num_scales)]
     example = tuple(64 * 2**scale for scale in range(num_scales))
-    what = f"a whole number, such as 64, or a list of one for each of {num_scales} scales, such as {example}"
-    check_whole_numbers("base_channels", base_channels, what)
+    description = f"a whole number, such as 64, or a list of one for each of {num_scales} scales, such as {example}"
+    check_whole_numbers("base_channels", base_channels, description)
     if len(base_channels) != num_scales or min(base_channels) < 1:
         raise ValueError(f"base_channels must be one width, or {num_scales}, at least 1 each; got {base_channels}")
     return tuple(base_channels)

@@ -126,7 +126,7 @@ def start_from(model: SegmentationModel, path: str) -> None:
     source = load_model(path)
     if source.name == model.name:
         load_state(model, source.state_dict(), path)
-    elif hasattr(model, "load_unet") and source.name == "unet":
+    elif model.can_start_from_unet and source.name == "unet":
         model.load_unet(source)
     else:
         raise ConfigError(

@@ -1,58 +1,45 @@
-"""The authors' checkpoints, in and out, bit for bit.
+"""Read and write the checkpoints of the authors' code, bit for bit.
 
-The published network keeps one matrix a head and one module a scale; here heads are stacked and scales are packed.
-Each of our entries corresponds to one or several published ones: stacked along a new axis, joined along the first, or
-taken as they are.
+The published network keeps one matrix a head and one module a scale; here heads are stacked and scales are packed. So
+each entry of our state dict is one published entry, or several that are stacked along a new axis or joined along the
+first.
 """
 
-import copy
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from einops import rearrange
+from torch import Tensor
 
-from .base import ModelFileError, load_state
-from .checkpoint import read_checkpoint
-from .uctransnet import UCTransNet
+from .base import ModelFileError, load_state, read_checkpoint
+from .uctransnet import UCTransNet, resize_positions
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 FIRST_CONVOLUTION = "inc.conv.weight"
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One entry of our state dict and the published entries it is made of."""
-
-    name: str
-    published: tuple[str, ...]
-    join: Callable[[list[Tensor]], Tensor]
-    separate: Callable[[Tensor, list[int]], list[Tensor]]
-
-
 def load_upstream(
     checkpoint: str | Path | dict, *, image_size: int | tuple[int, int] | None = None, channel_order: str = "rgb"
 ) -> UCTransNet:
-    """Build a :class:`UCTransNet` from a published checkpoint; every size is read off the shapes of its entries.
+    """Build a :class:`UCTransNet` from a published checkpoint; all sizes are inferred from the shapes of its entries.
 
     Args:
-        checkpoint: path of a ``.pth``/``.pth.tar`` file, its loaded contents, or a bare state dict. ``module.``
-            prefixes of DataParallel are taken off.
-        image_size: size the model is for; ``None`` keeps the (square) size of the checkpoint. For any other, the
+        checkpoint: path of a ``.pth``/``.pth.tar`` file, its loaded contents, or a bare state dict. The prefix
+            ``module.`` of DataParallel is removed.
+        image_size: size the model is for; ``None`` keeps the (square) size of the checkpoint. For any other size the
             position embeddings are interpolated.
-        channel_order: order of the channels the weights were trained on. The weights published for MoNuSeg and GlaS
-            read images as ``bgr``: the first convolution is then mirrored, and the model takes RGB.
+        channel_order: order of the channels that the weights were trained on. The weights published for MoNuSeg and
+            GlaS read images as ``bgr``; the first convolution is then mirrored, so that the model takes RGB.
 
     Returns:
         The model in evaluation mode, in the dtype of the checkpoint. Its logits are the published network's output
         before the sigmoid.
 
     Raises:
-        ModelFileError: the file is missing, corrupt, or no UCTransNet checkpoint.
+        ModelFileError: the file is missing, corrupt, or not a UCTransNet checkpoint.
         ValueError: ``channel_order`` is neither ``rgb`` nor ``bgr``.
     """
     _check_channel_order(channel_order)
@@ -64,7 +51,7 @@ def load_upstream(
 
 
 def from_published(checkpoint: object, source: object, channel_order: str = "rgb") -> UCTransNet:
-    """:func:`load_upstream` of contents that are loaded already; ``source`` is what errors call them."""
+    """Build a :class:`UCTransNet` as :func:`load_upstream` does from loaded contents; errors name ``source``."""
     state = _state_of(checkpoint, source)
     try:
         model = UCTransNet(**_infer_config(state, source)).to(state[FIRST_CONVOLUTION].dtype)
@@ -80,7 +67,7 @@ def from_published(checkpoint: object, source: object, channel_order: str = "rgb
 
 
 def is_upstream(checkpoint: object) -> bool:
-    """Whether ``checkpoint`` looks like the published network's: a state dict, bare or under ``state_dict``."""
+    """Return whether ``checkpoint`` is like a published one: a state dict, bare or under ``state_dict``."""
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("state_dict", checkpoint)
     return isinstance(checkpoint, dict) and any(
@@ -89,107 +76,69 @@ def is_upstream(checkpoint: object) -> bool:
 
 
 def to_upstream(model: UCTransNet, *, channel_order: str = "rgb") -> dict[str, Tensor]:
-    """The state dict of ``model`` under the published names; the inverse of :func:`load_upstream`, bit for bit.
+    """Return the state dict of ``model`` under the published names; the inverse of :func:`load_upstream`, bit for bit.
 
     ``channel_order="bgr"`` mirrors the first convolution, so that the published code can feed it BGR images.
     """
     _check_channel_order(channel_order)
-    state = model.state_dict()
     published = {}
-    for entry in _entries(model):
-        value = state[entry.name]
-        if entry.name.endswith(".position"):
-            value = value.flatten(2).transpose(1, 2)
-        pieces = entry.separate(value, model.transformer.channels)
-        published |= {name: piece.contiguous().clone() for name, piece in zip(entry.published, pieces, strict=True)}
+    for name, value in model.state_dict().items():
+        entries = zip(_published_names(name, model), _separate(name, value, model), strict=True)
+        published |= {entry: piece.contiguous().clone() for entry, piece in entries}
     if channel_order == "bgr":
         published[FIRST_CONVOLUTION] = _reverse_channels(published[FIRST_CONVOLUTION])
     return published
 
 
-def resize_positions(model: UCTransNet, image_size: int | tuple[int, int]) -> UCTransNet:
-    """A copy of ``model`` for another image size: position embeddings interpolated (bicubic), all else the same."""
-    resized = copy.deepcopy(model)
-    resized.config["image_size"] = image_size if isinstance(image_size, int) else list(image_size)
-    grid = resized.token_grid(image_size)
-    with torch.no_grad():
-        for embedding in resized.transformer.embeddings:
-            if embedding.position.shape[-2:] != grid:
-                position = F.interpolate(embedding.position, size=grid, mode="bicubic", align_corners=False)
-                embedding.position = nn.Parameter(position, requires_grad=embedding.position.requires_grad)
-    return resized
-
-
-def _entries(model: UCTransNet) -> Iterator[_Entry]:
-    for name in model.state_dict():
-        yield _entry(name, len(model.transformer.channels), model.config["num_heads"])
-
-
-def _entry(name: str, scales: int, heads: int) -> _Entry:
-    """Our name -> the published names and how they are joined."""
-    for pattern, template in _RENAMED:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return _Entry(name, (_fill(template, match),), _only, lambda value, _: [value])
-    for pattern, template in _PACKED:
-        match = re.fullmatch(pattern, name)
-        if match:
-            published = tuple(_fill(template, match).replace("{scale}", str(scale + 1)) for scale in range(scales))
-            return _Entry(name, published, torch.cat, lambda value, channels: list(value.split(channels)))
-    for pattern, templates in _STACKED:
-        match = re.fullmatch(pattern, name)
-        if match:
-            filled = [_fill(template, match) for template in templates]
-            published = tuple(one.replace("{head}", str(head)) for one in filled for head in range(heads))
-            lead = (len(templates), heads) if len(templates) > 1 else (heads,)
-            return _Entry(
-                name,
-                published,
-                lambda pieces, lead=lead: torch.stack(pieces).unflatten(0, lead),
-                lambda value, _: list(value.flatten(0, -3)),
-            )
-    raise KeyError(f"no published name is known for {name}")
-
-
-# Our name as a pattern -> the published name; {n} is group n, {n+1} group n counted from 1.
-_RENAMED = [
+# Our name as a pattern, and the published names: {n} is group n, {n+1} group n counted from 1, {scale} stands for one
+# entry a scale, joined along the first axis, and {head} for one entry a head, stacked.
+_NAMES = [
     (r"encoder\.stem\.(.+)", "inc.{1}"),
     (r"encoder\.stages\.(\d+)\.convs\.(.+)", "down{1+1}.nConvs.{2}"),
     (r"transformer\.embeddings\.(\d+)\.projection\.(.+)", "mtc.embeddings_{1+1}.patch_embeddings.{2}"),
     (r"transformer\.embeddings\.(\d+)\.position", "mtc.embeddings_{1+1}.position_embeddings"),
+    (r"transformer\.layers\.(\d+)\.query_norm\.(.+)", "mtc.encoder.layer.{1}.attn_norm{scale}.{2}"),
     (r"transformer\.layers\.(\d+)\.context_norm\.(.+)", "mtc.encoder.layer.{1}.attn_norm.{2}"),
+    (
+        r"transformer\.layers\.(\d+)\.attention\.query\.(\d+)",
+        "mtc.encoder.layer.{1}.channel_attn.query{2+1}.{head}.weight",
+    ),
+    (
+        r"transformer\.layers\.(\d+)\.attention\.key_value",
+        "mtc.encoder.layer.{1}.channel_attn.key.{head}.weight",
+        "mtc.encoder.layer.{1}.channel_attn.value.{head}.weight",
+    ),
     (
         r"transformer\.layers\.(\d+)\.attention\.output\.(\d+)\.weight",
         "mtc.encoder.layer.{1}.channel_attn.out{2+1}.weight",
     ),
+    (r"transformer\.layers\.(\d+)\.mlp_norm\.(.+)", "mtc.encoder.layer.{1}.ffn_norm{scale}.{2}"),
     (r"transformer\.layers\.(\d+)\.mlp\.(\d+)\.expand\.(.+)", "mtc.encoder.layer.{1}.ffn{2+1}.fc1.{3}"),
     (r"transformer\.layers\.(\d+)\.mlp\.(\d+)\.contract\.(.+)", "mtc.encoder.layer.{1}.ffn{2+1}.fc2.{3}"),
+    (r"transformer\.norm\.(.+)", "mtc.encoder.encoder_norm{scale}.{1}"),
     (r"transformer\.reconstructions\.(\d+)\.(.+)", "mtc.reconstruct_{1+1}.{2}"),
     (r"decoder\.(\d+)\.gate\.skip\.(.+)", "up{1+1}.coatt.mlp_x.1.{2}"),
     (r"decoder\.(\d+)\.gate\.decoder\.(.+)", "up{1+1}.coatt.mlp_g.1.{2}"),
     (r"decoder\.(\d+)\.convs\.(.+)", "up{1+1}.nConvs.{2}"),
     (r"head\.(.+)", "outc.{1}"),
 ]
-# One published entry a scale, joined along the first axis.
-_PACKED = [
-    (r"transformer\.layers\.(\d+)\.query_norm\.(.+)", "mtc.encoder.layer.{1}.attn_norm{scale}.{2}"),
-    (r"transformer\.layers\.(\d+)\.mlp_norm\.(.+)", "mtc.encoder.layer.{1}.ffn_norm{scale}.{2}"),
-    (r"transformer\.norm\.(.+)", "mtc.encoder.encoder_norm{scale}.{1}"),
-]
-# One published entry a head, stacked; of keys and values, those of the keys first.
-_STACKED = [
-    (
-        r"transformer\.layers\.(\d+)\.attention\.query\.(\d+)",
-        ("mtc.encoder.layer.{1}.channel_attn.query{2+1}.{head}.weight",),
-    ),
-    (
-        r"transformer\.layers\.(\d+)\.attention\.key_value",
-        (
-            "mtc.encoder.layer.{1}.channel_attn.key.{head}.weight",
-            "mtc.encoder.layer.{1}.channel_attn.value.{head}.weight",
-        ),
-    ),
-]
+
+
+def _published_names(name: str, model: UCTransNet) -> list[str]:
+    """Return the published names of one of our entries; the keys of all heads come before their values."""
+    match, templates = next(
+        (match, templates) for pattern, *templates in _NAMES if (match := re.fullmatch(pattern, name))
+    )
+    names = []
+    for template in templates:
+        filled = _fill(template, match)
+        if "{scale}" in filled:
+            names += [filled.replace("{scale}", str(scale + 1)) for scale in range(len(model.transformer.channels))]
+        elif "{head}" in filled:
+            names += [filled.replace("{head}", str(head)) for head in range(model.config["num_heads"])]
+        else:
+            names.append(filled)
+    return names
 
 
 def _fill(template: str, match: re.Match[str]) -> str:
@@ -200,22 +149,40 @@ def _fill(template: str, match: re.Match[str]) -> str:
     return re.sub(r"\{(\d)(\+1)?\}", group, template)
 
 
-def _only(pieces: list[Tensor]) -> Tensor:
-    return pieces[0]
+def _join(name: str, pieces: list[Tensor], model: UCTransNet) -> Tensor:
+    """Make one of our entries of its published ones."""
+    if name.endswith(".position"):
+        rows, columns = model.token_grid(model.config["image_size"])
+        return rearrange(pieces[0], "one (rows columns) c -> one c rows columns", rows=rows, columns=columns)
+    if name.endswith(".key_value"):
+        return rearrange(pieces, "(kind head) c s -> kind head c s", kind=2)
+    return torch.stack(pieces) if _is_query(name) else torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _separate(name: str, value: Tensor, model: UCTransNet) -> Sequence[Tensor]:
+    """Cut one of our entries into its published ones; the inverse of :func:`_join`."""
+    if name.endswith(".position"):
+        return [rearrange(value, "one c rows columns -> one (rows columns) c")]
+    if name.endswith(".key_value"):
+        return rearrange(value, "kind head c s -> (kind head) c s").unbind()
+    if _is_query(name):
+        return value.unbind()
+    return value.split(model.transformer.channels) if len(_published_names(name, model)) > 1 else [value]
+
+
+def _is_query(name: str) -> bool:
+    return ".attention.query." in name
 
 
 def _converted(state: dict[str, Tensor], model: UCTransNet, source: object) -> dict[str, Tensor]:
-    """The published entries under our names, all of them used."""
+    """Return the published entries under our names; raise if one is missing or left over."""
     left, converted = dict(state), {}
-    for entry in _entries(model):
-        missing = [name for name in entry.published if name not in left]
+    for name in model.state_dict():
+        published = _published_names(name, model)
+        missing = [entry for entry in published if entry not in left]
         if missing:
             raise ModelFileError(f"{source} lacks {missing[0]}: it is no whole UCTransNet checkpoint")
-        value = entry.join([left.pop(name) for name in entry.published])
-        if entry.name.endswith(".position"):
-            grid = model.token_grid(model.config["image_size"])
-            value = value.transpose(1, 2).unflatten(2, grid).contiguous()
-        converted[entry.name] = value
+        converted[name] = _join(name, [left.pop(entry) for entry in published], model)
     if left:
         raise ModelFileError(f"{source} holds {len(left)} entries that UCTransNet has not, first {next(iter(left))}")
     return converted

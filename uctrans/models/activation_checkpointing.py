@@ -1,7 +1,7 @@
-"""Activation checkpointing: stages whose maps are computed again in the backward pass instead of being kept.
+"""Activation checkpointing: compute the maps of a stage again in the backward pass instead of keeping them.
 
-What draws random numbers is never computed twice, as a CUDA graph that is being recorded cannot turn its generator
-back. So the stages of encoder and decoder are checkpointed, and transformer layers without dropout.
+A CUDA graph that is being recorded cannot rewind its random generator, so nothing that draws random numbers is computed
+twice. The stages of encoder and decoder are checkpointed, and transformer layers without dropout.
 """
 
 import contextlib
@@ -20,14 +20,18 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def set_checkpointing(model: nn.Module, on: bool = True) -> nn.Module:
-    """Let ``model``, one of :func:`uctrans.list_models`, keep less for its backward pass, or as much again; returns it.
+    """Switch activation checkpointing of a model on or off.
 
-    Each stage then keeps its inputs alone, and computes the rest once more when its gradient is due. Results, gradients
-    and running statistics are the same; weights keep their names. Passes without gradients are as they were.
+    With checkpointing, each stage keeps only its inputs for the backward pass and computes the rest again there.
+    Results, gradients, running statistics and the names of the weights stay the same. Passes without gradients are not
+    affected.
 
     Args:
-        model: the network; ``torch.compile`` does not take it with checkpointing on.
+        model: one of the models of :func:`uctrans.list_models`. With checkpointing, ``torch.compile`` rejects it.
         on: whether to checkpoint.
+
+    Returns:
+        ``model`` itself.
 
     Raises:
         ValueError: ``model`` has no encoder and decoder.
@@ -49,7 +53,7 @@ def _forward(stage: nn.Module, *inputs: torch.Tensor) -> Any:
 
 @contextlib.contextmanager
 def _throwaway_statistics(stage: nn.Module) -> Iterator[None]:
-    """Give batch norms copies of their running statistics, as this batch has been counted in."""
+    """Give batch norms copies of their running statistics, because the forward pass has counted this batch."""
     norms = [module for module in stage.modules() if isinstance(module, _BatchNorm) and module.training]
     kept = [{name: getattr(norm, name) for name in STATISTICS} for norm in norms]
     for norm, statistics in zip(norms, kept, strict=True):
