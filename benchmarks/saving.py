@@ -22,8 +22,9 @@ import torch
 
 from uctrans.data import write_demo_dataset
 from uctrans.training import TrainConfig
+from uctrans.training.checkpoint import write_files
 from uctrans.training.distributed import processes
-from uctrans.training.loop import open_writer, write_files
+from uctrans.training.loop import open_writer, take_step
 from uctrans.training.run import Run
 
 FEWEST_STEPS = 10
@@ -60,12 +61,12 @@ def measure(config: TrainConfig, rounds: int, steps: int | None = None) -> tuple
             for name, way in ways.items():
                 started = _now()
                 way()
-                _train(lambda: run.step(index), steps or FEWEST_STEPS)
+                _train(lambda: take_step(run, index), steps or FEWEST_STEPS)
                 samples[name].append(_now() - started)
                 writer.wait()
             if number == 0:  # memory is allocated
                 samples = {name: [] for name in samples}
-                steps = steps or _enough_steps(ways["written in between"], lambda: run.step(index))
+                steps = steps or _enough_steps(ways["written in between"], lambda: take_step(run, index))
     medians = {name: statistics.median(values) for name, values in samples.items()}
     for name in ("written in between", "written beside"):
         added = [sample - alone for sample, alone in zip(samples[name], samples["steps"], strict=True)]

@@ -31,10 +31,9 @@ import uctrans
 from uctrans.data import find_samples, load_tensors
 from uctrans.training import TrainConfig
 from uctrans.training.distributed import processes
-from uctrans.training.logs import SilentLog
-from uctrans.training.loop import check_training_was_finite, complete_epoch, open_writer, save, train_epoch
-from uctrans.training.run import Run
-from uctrans.training.step import plain_forward, validate
+from uctrans.training.log import SilentLog
+from uctrans.training.loop import check_training_was_finite, complete_epoch, open_writer, save, train_epoch, validate
+from uctrans.training.run import Run, plain_forward
 
 from .errors import in_short
 from .networks import OURS

@@ -10,18 +10,22 @@ loss compiled with the network.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uctrans.training.build import build_optimizer
-from uctrans.training.captured_step import CapturedStep
+from uctrans.graphs import CudaRecorder
 from uctrans.training.config import TrainConfig
 from uctrans.training.distributed import Processes
-from uctrans.training.step import EpochTotals, TrainStep, training_forward
+from uctrans.training.loop import train_step
+from uctrans.training.losses import EpochTotals
+from uctrans.training.optimization import build_optimizer
+from uctrans.training.run import plain_forward, training_forward
+from uctrans.training.step_graphs import StepGraphs
 
 from .network_race import Arena
 from .networks import (
@@ -66,7 +70,7 @@ def target(problem: NetworkProblem, candidate: str) -> float | None:
 
 @dataclass
 class BaselineStep:
-    """The plain training step of a baseline on one batch; called, and captured, like the project's own (``TrainStep``).
+    """The plain training step of a baseline on one batch; called and recorded like the project's (``train_step``).
 
     Attributes:
         loss_of: the network and its loss: images and masks to a scalar.
@@ -104,19 +108,23 @@ class Training:
         self.problem, self.variant = problem, variant
         self.model = network(problem, variant, dropout).train()
         self.index = torch.arange(problem.batch, device=problem.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), **self._optimizer_settings())
+        self.generator = torch.Generator(problem.device)
         self.step = BaselineStep(
             loss_of=compiled(self._loss_of_batch, variant),
             data=batch(problem, variant),
-            optimizer=torch.optim.Adam(self.model.parameters(), **self._optimizer_settings()),
-            generator=torch.Generator(problem.device),
+            optimizer=self.optimizer,
+            generator=self.generator,
             problem=problem,
             variant=variant,
         )
 
     def runner(self) -> Callable[[], None]:
         """What does one step a call, captured anew where the variant is captured."""
-        step = CapturedStep(self.step) if self.variant.graphed else self.step
-        return lambda: step(self.index)
+        if not self.variant.graphed:
+            return lambda: self.step(self.index)
+        graphs = StepGraphs(self.optimizer, CudaRecorder([self.generator]))
+        return lambda: graphs.run(self.step, self.index)
 
     def loss(self) -> float:
         """The loss of the latest step."""
@@ -156,18 +164,23 @@ class ProjectTraining(Training):
         self.totals, self.group = EpochTotals(device), Processes(0, 1, device)
         self.index = torch.arange(problem.batch, device=device)
         as_trained = training_forward(self.model, config, self.group)
-        self.step = TrainStep(
-            forward=as_trained if variant.compile_mode is None else compiled(self.model, variant),
+        self.optimizer = build_optimizer(config, self.model, device)
+        self.generator = torch.Generator(device)
+        run = SimpleNamespace(
+            forward=as_trained
+            if variant.compile_mode is None
+            else plain_forward(compiled(self.model, variant), config),
             model=self.model,
-            optimizer=build_optimizer(config, self.model, device),
+            optimizer=self.optimizer,
             average=None,
-            data=batch(problem, variant),
+            train_data=batch(problem, variant),
             protocol=SameBatch(),
-            generator=torch.Generator(device),
+            augment_generator=self.generator,
             totals=self.totals,
             group=self.group,
             config=config,
         )
+        self.step = partial(train_step, run)
 
     def loss(self) -> float:
         """The mean loss of the steps since it was last asked for."""

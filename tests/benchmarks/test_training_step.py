@@ -22,7 +22,7 @@ from benchmarks.training_step import (
     training,
 )
 from tests.support import HostRecorder
-from uctrans.training import TrainingError, captured_step
+from uctrans.training import TrainingError
 from uctrans.training.losses import segmentation_loss
 
 SMALL = NetworkProblem("uctransnet", 4, pixels=32, base_channels=4, device="cpu")
@@ -112,7 +112,7 @@ def test_a_compiled_step_is_compiled_with_its_loss_and_checked_as_it_races(monke
     assert settings == {"mode": "max-autotune-no-cudagraphs", "fullgraph": True, "dynamic": False}
     assert work.check()["losses_checked"] == "with dropout"
     assert len(compiled) == 1  # not a second time for the check
-    assert ProjectTraining(SMALL, Variant("composed", compile_mode="default", is_project=True)).step.forward
+    assert ProjectTraining(SMALL, Variant("composed", compile_mode="default", is_project=True)).step.args[0].forward
     assert compiled[1][0].training
 
 
@@ -124,7 +124,7 @@ def test_a_captured_step_is_the_plain_one_and_all_are_recorded_in_one_way(monkey
         recorders.append(HostRecorder(generators))
         return recorders[-1]
 
-    monkeypatch.setattr(captured_step, "CudaRecorder", recorder)
+    monkeypatch.setattr(training_step, "CudaRecorder", recorder)
     losses = {}
     for graphed in (False, True):
         work = training(SMALL, Variant("composed", is_project=is_project, graphed=graphed), dropout=False)
@@ -137,12 +137,12 @@ def test_a_captured_step_is_the_plain_one_and_all_are_recorded_in_one_way(monkey
     assert len(set(losses[True])) == CHECKED_STEPS
     (one,) = recorders
     assert (one.warm_ups, one.rehearsals, one.recordings, one.replays) == (1, 1, 1, CHECKED_STEPS - 2)
-    assert one.generators == [work.step.generator]
+    assert one.generators == [work.generator]
 
 
 def test_a_baseline_that_waits_for_the_device_is_refused_before_it_is_recorded(monkeypatch):
     made = HostRecorder()
-    monkeypatch.setattr(captured_step, "CudaRecorder", lambda generators: made)
+    monkeypatch.setattr(training_step, "CudaRecorder", lambda generators: made)
     work = training(SMALL, Variant("composed"))
     loss_of = work.step.loss_of
     work.step.loss_of = lambda images, masks: loss_of(images, masks) * masks.any().item()
@@ -169,7 +169,7 @@ def test_the_published_step_is_as_the_script_has_it():
     assert {module.backend for module in work.model.modules() if hasattr(module, "backend")} == {"reference"}
     ours = Training(SMALL, CANDIDATES["reference bf16"].on("cpu"))
     images, _ = ours.step.data
-    assert ours.step.optimizer.defaults["fused"] is True
+    assert ours.optimizer.defaults["fused"] is True
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -9,9 +9,9 @@ import uctrans
 from uctrans.data import find_samples, load_native
 from uctrans.inference import ExportConfig, export
 from uctrans.layers import NestedU
-from uctrans.training.build import build_model
 from uctrans.training.config import ConfigError, TrainConfig
 from uctrans.training.losses import image_dice, segmentation_loss
+from uctrans.training.run import build_model
 
 MONUSEG = "UCTRANS_MONUSEG"
 SMALL = {"base_channels": 4, "image_size": 32, "dilations": (2, 2, 2, 1), "num_layers": 1, "num_heads": 2}

@@ -16,7 +16,7 @@ from uctrans.study.schedule import Budget
 from uctrans.training import load_checkpoint
 from uctrans.training import loop as training_loop
 from uctrans.training import signals as training_signals
-from uctrans.training.logs import read_metrics
+from uctrans.training.log import read_metrics
 
 
 @pytest.fixture(scope="module")

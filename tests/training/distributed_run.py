@@ -16,7 +16,6 @@ import torch
 import uctrans
 from uctrans.data import Protocol
 from uctrans.training import TrainConfig, loop, train
-from uctrans.training.step import TrainStep
 
 LONGEST_WAIT = 20  # seconds for torchrun to pass the signal on
 
@@ -42,18 +41,18 @@ def unchanged(protocol, images, masks, generator):
 
 def stop_torchrun_after(steps: int) -> None:
     """Let the first process end torchrun after some steps, and go on once the signal has come back."""
-    step, calls = TrainStep.__call__, []
+    step, calls = loop.train_step, []
 
-    def stopping(self, index):
-        step(self, index)
+    def stopping(run, index):
+        step(run, index)
         calls.append(index)
-        if len(calls) == steps and self.group.is_main:
+        if len(calls) == steps and run.group.is_main:
             handler, deadline = signal.getsignal(signal.SIGTERM), time.monotonic() + LONGEST_WAIT
             os.kill(os.getppid(), signal.SIGTERM)
             while signal.getsignal(signal.SIGTERM) == handler and time.monotonic() < deadline:
                 time.sleep(0.01)
 
-    TrainStep.__call__ = stopping
+    loop.train_step = stopping
 
 
 def keep_weights(kept: dict[str, torch.Tensor]) -> None:

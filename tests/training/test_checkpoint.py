@@ -10,8 +10,8 @@ import torch
 
 import uctrans
 from uctrans.models import ModelFileError
-from uctrans.training import CheckpointError, TrainingError, load_checkpoint, loop, train
-from uctrans.training.checkpoint import copy_checkpoint, load_weights, save_checkpoint, write_atomically
+from uctrans.training import CheckpointError, TrainingError, checkpoint, load_checkpoint, train
+from uctrans.training.checkpoint import copy_checkpoint, load_weights, save_checkpoint, write_files
 
 ROOT = Path(uctrans.__file__).parents[1]
 
@@ -44,34 +44,6 @@ def test_load_model_reads_run_folder_and_checkpoints(finished, assert_same):
     assert_same(dict(uctrans.load_model(folder).state_dict()), best)
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def write(file):
-        file.write(b"ne")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(CheckpointError, match=r"file: cannot be written \(no space.*free space"):
-        write_atomically(path, write)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_stopped_by_the_keyboard_leaves_the_old_file_alone(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def write(file):
-        file.write(b"ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, write)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_checkpoints_of_killed_processes_are_cleared_away(tmp_path):
     for name in (".last-1.pt", ".best-1.pt"):
         (tmp_path / name).write_bytes(b"half")
@@ -79,12 +51,14 @@ def test_checkpoints_of_killed_processes_are_cleared_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".best-1.pt", "last.pt"]
 
 
-def test_folder_without_permission_is_named(tmp_path):
-    def write(file):
+def test_folder_without_permission_is_named(tmp_path, monkeypatch):
+    def forbidden(checkpoint, file):
         raise OSError(errno.EACCES, "Permission denied")
 
+    monkeypatch.setattr(torch, "save", forbidden)
     with pytest.raises(CheckpointError, match="make the folder writable"):
-        write_atomically(tmp_path / "file", write)
+        save_checkpoint(tmp_path / "last.pt", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_keeps_the_previous_checkpoint(finished, make_config, monkeypatch):
@@ -136,7 +110,7 @@ def test_best_weights_that_cannot_be_written_are_named(make_config, monkeypatch)
     def full(folder, saved):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(loop, "write_model", full)
+    monkeypatch.setattr(checkpoint, "write_model", full)
     with pytest.raises(TrainingError, match=r"best.*No space left.*resume"):
         train(make_config())
 
@@ -145,7 +119,7 @@ def test_half_a_file_of_a_killed_process_is_cleared_away(make_config, tmp_path):
     half = tmp_path / "run" / "best" / ".model-1.safetensors"
     run = train(make_config(epochs=1)).run_folder
     half.write_bytes(b"half")
-    loop.write_files(run, load_checkpoint(run / "best.pt"), is_best=True)
+    write_files(run, load_checkpoint(run / "best.pt"), is_best=True)
     assert sorted(path.name for path in (run / "best").iterdir()) == ["config.json", "model.safetensors"]
 
 

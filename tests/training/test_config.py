@@ -92,7 +92,7 @@ def test_unusable_values_are_refused_by_name(field, value):
 
 
 def test_checkpointing_is_refused_with_compile():
-    with pytest.raises(ConfigError, match=r"^checkpointing: .* give up one"):
+    with pytest.raises(ConfigError, match=r"^checkpointing: .* switch one of them off"):
         TrainConfig(data="d", output="o", checkpointing=True, compile=True)
 
 

@@ -13,7 +13,7 @@ from uctrans.data import Protocol
 from uctrans.models import registry
 from uctrans.training import ConfigError, load_checkpoint, train
 from uctrans.training.distributed import choose_device, processes, with_sync_batch_norm
-from uctrans.training.logs import read_metrics
+from uctrans.training.log import read_metrics
 
 ROOT = Path(uctrans.__file__).parents[1]
 PROGRAM = Path(__file__).with_name("distributed_run.py")

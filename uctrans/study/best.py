@@ -11,7 +11,7 @@ from uctrans.study.config import StudyConfig
 from uctrans.study.files import Result
 from uctrans.study.plan import PlannedRun, Variant
 from uctrans.study.schedule import Schedule
-from uctrans.training.logs import read_metrics
+from uctrans.training.log import read_metrics
 
 
 @dataclass(frozen=True)

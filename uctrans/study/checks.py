@@ -16,9 +16,9 @@ from uctrans.study.cost import count
 from uctrans.study.files import COST, MARKER, Marker, MeasuredCost, Outcome, outcome, read_record
 from uctrans.study.plan import PlannedRun, variant_folder
 from uctrans.training import CheckpointError, ConfigError, TrainConfig, load_checkpoint
-from uctrans.training.build import check_backend_runs
+from uctrans.training.checkpoint import RUN_FILES
 from uctrans.training.distributed import choose_device
-from uctrans.training.loop import RUN_FILES
+from uctrans.training.run import check_backend_runs
 
 # Settings that change no result, or of which each result says its own. Another data folder must hold the same images.
 FREE = (

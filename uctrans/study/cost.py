@@ -10,9 +10,8 @@ import torch
 
 from uctrans.data import get_protocol
 from uctrans.training import TrainConfig
-from uctrans.training.build import build_model
 from uctrans.training.distributed import processes
-from uctrans.training.run import Run
+from uctrans.training.run import Run, build_model
 
 WARM_UP_STEPS = 4  # after two a step may be recorded as a CUDA graph, which takes longer than the step
 TIMED_STEPS = 7

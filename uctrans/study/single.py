@@ -18,7 +18,7 @@ from uctrans.study.files import FAILURE, RESULT, Failure, Result, outcome, write
 from uctrans.study.plan import PlannedRun
 from uctrans.training import RunResult, TrainConfig, TrainingError, load_checkpoint, train
 from uctrans.training.checkpoint import save_checkpoint
-from uctrans.training.logs import read_metrics
+from uctrans.training.log import read_metrics
 
 CHECKPOINTS = ("last.pt", "best.pt")
 SCORED = {"test": "test", "val": "validation"}  # split: its folder

@@ -1,10 +1,10 @@
-"""Training: configuration, losses, the training step, the loop, checkpoints and logs."""
+"""Training: configuration, losses, the loop with its step, checkpoints and logs."""
 
-from uctrans.training.checkpoint import load_checkpoint
-from uctrans.training.config import TrainConfig
-from uctrans.training.errors import CheckpointError, ConfigError, TrainingError
-from uctrans.training.loop import RunResult, train
-from uctrans.training.losses import image_dice, segmentation_loss
+from .checkpoint import CheckpointError, load_checkpoint
+from .config import ConfigError, TrainConfig
+from .log import TrainingError
+from .loop import RunResult, train
+from .losses import image_dice, segmentation_loss
 
 __all__ = [
     "CheckpointError",

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: one dict of tensors and plain values, written atomically and read without unpickling code.
+"""Checkpoints of a run: their format, their files, and a thread that writes them while training continues.
+
+A checkpoint is a dict of tensors and plain values that is written atomically and read without unpickling code:
 
     {"format": "uctrans-checkpoint", "version": 1, "train_config": dict, "epoch": complete epochs,
      "model": {"name", "config", "metadata", "state"}, "ema": state or None, "optimizer": state,
@@ -6,72 +8,118 @@
      "generators": one dict of generator states for each process,
      "sampler": {"generator", "train_names", "val_names", "order", "step", "totals"}}
 
-``order`` is the order of the images of an epoch that was left after ``step`` steps, and ``totals`` its sums so far, one
-dict for each process; in a checkpoint between two epochs ``order`` and ``totals`` are None and ``step`` is 0.
+In the middle of an epoch ``order`` is the order of its images, ``step`` the number of steps done, and ``totals`` the
+sums so far, one dict for each process. Between two epochs ``order`` and ``totals`` are None and ``step`` is 0.
 """
 
 import contextlib
+import copy
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from uctrans.models import ModelFileError, read_checkpoint
-from uctrans.models.base import load_state
-from uctrans.training.errors import CheckpointError
-from uctrans.writing import remove_unfinished, written_atomically
+from ..models import ModelFileError, read_checkpoint
+from ..models.base import load_state, write_model
+from ..writing import remove_unfinished, written_atomically
+from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
+from .log import failures_named
 
 FORMAT = "uctrans-checkpoint"
 VERSION = 1
 KEYS = ("train_config", "epoch", "model", "ema", "optimizer", "scheduler", "best", "generators", "sampler")
 MODEL_KEYS = ("name", "config", "metadata", "state")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RUN_FILES = ("last.pt", "best.pt", "best", "metrics.csv", "config.yaml")
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Call ``write`` with a new binary file that replaces ``path`` once it is complete and on the disk.
-
-    Raises:
-        CheckpointError: the file cannot be written. What was at ``path`` before is still there, whole.
-    """
-    with _failures_named(path), written_atomically(path) as temporary, temporary.open("wb") as file:
-        write(file)
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, read or used here; the message names the file and the remedy."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write ``checkpoint`` to ``path`` atomically; raise CheckpointError as ``write_atomically`` does."""
+    """Write ``checkpoint`` to ``path`` atomically.
+
+    Raises:
+        CheckpointError: the file cannot be written. The previous file is still there, whole.
+    """
     remove_unfinished(path)
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, file))
+    with _failed_writes_named(path), written_atomically(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, file)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Give a complete checkpoint a second name, atomically and without a copy where the disk can link."""
-    with _failures_named(target), written_atomically(target) as temporary:
+    """Give a complete checkpoint a second name, atomically and without a copy if the disk can link."""
+    with _failed_writes_named(target), written_atomically(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
 
 
+def write_files(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None:
+    """Write last.pt and, for the best epoch, best.pt and best/, each atomically.
+
+    Raises:
+        CheckpointError, TrainingError: a file cannot be written. The previous one is still there.
+    """
+    if not is_best:
+        save_checkpoint(folder / "last.pt", checkpoint)
+        return
+    with failures_named(folder / "best"):
+        for unfinished in (folder / "best").glob(".*"):  # left by a killed process
+            unfinished.unlink()
+        write_model(folder / "best", checkpoint["model"] | {"state": checkpoint["ema"] or checkpoint["model"]["state"]})
+    # best.pt comes first: if last.pt is not reached, the epoch is repeated and gives the same best.pt.
+    save_checkpoint(folder / "best.pt", checkpoint)
+    copy_checkpoint(folder / "best.pt", folder / "last.pt")
+
+
+def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the checkpoint from which to resume, or None for a new run.
+
+    Raises:
+        CheckpointError: there is nothing to resume, or the checkpoint cannot be read.
+        ConfigError: the output folder already holds a run, or the run to resume has other settings.
+    """
+    folder = Path(config.output)
+    if not config.resume:
+        if found := [name for name in RUN_FILES if (folder / name).exists()]:
+            remedy = "continue it with resume, or " if "last.pt" in found else ""
+            raise ConfigError(f"output: {folder} holds a run already ({', '.join(found)}); {remedy}name another folder")
+        return None
+    path = folder / "last.pt"
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no run to resume; name its folder as output, or train without resume")
+    checkpoint = load_checkpoint(path)
+    if changed := changed_fields(checkpoint["train_config"], config.to_dict()):
+        raise ConfigError(
+            f"{folder}: the run has other settings ({'; '.join(changed)}), and resuming may change only "
+            f"{', '.join(CHANGEABLE_ON_RESUME)}; give the former values, or train in another folder"
+        )
+    return checkpoint
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU, with ``weights_only=True``.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds pickled objects, or is no checkpoint of this format.
+        CheckpointError: the file is missing or damaged, holds pickled objects, or is no checkpoint of this format.
     """
     path = Path(path)
-    remedy = "take another checkpoint of the run (best.pt), or train anew in another output folder"
+    remedy = "take another checkpoint of the run (best.pt), or train in another output folder"
     try:
         checkpoint = read_checkpoint(path)
     except ModelFileError as error:
         raise CheckpointError(f"{error}; or {remedy}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: is not a checkpoint of a training run; name a last.pt or best.pt, or give weights as init_from"
+            f"{path}: is not a checkpoint of a training run; name a last.pt or best.pt, or use init_from for weights"
         )
     if checkpoint.get("version") != VERSION:
         raise CheckpointError(
@@ -107,32 +155,147 @@ def load_weights(model: torch.nn.Module, saved: dict[str, Any], path: str | Path
 
 
 @contextlib.contextmanager
-def _failures_named(path: Path) -> Iterator[None]:
+def _failed_writes_named(path: Path) -> Iterator[None]:
     """Turn a failure to write ``path`` into a CheckpointError."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        raise CheckpointError(_write_failure(path, error)) from error
+        number = getattr(error, "errno", None) or getattr(error.__cause__ or error.__context__, "errno", None)
+        is_forbidden = number in (errno.EACCES, errno.EPERM, errno.EROFS)
+        is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
+        raise CheckpointError(
+            f"{path}: cannot be written ({'no space: ' if is_full else ''}{reason}; {free} MiB free on the disk), and "
+            "the previous file is unchanged; "
+            f"{'make the folder writable' if is_forbidden else 'free space on the disk'} and continue with resume"
+        ) from error
 
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _write_failure(path: Path, error: Exception) -> str:
-    reason = _first_line(error)
-    number = getattr(error, "errno", None) or getattr(error.__cause__ or error.__context__, "errno", None)
-    free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
-    remedy = (
-        "make the folder writable" if number in (errno.EACCES, errno.EPERM, errno.EROFS) else "free space on the disk"
-    )
-    if number in _NO_SPACE:
-        reason = f"no space: {reason}"
-    return (
-        f"{path}: cannot be written ({reason}; {free} MiB free on the disk); what was saved there before is untouched; "
-        f"{remedy} and continue with resume"
-    )
+class StateCopy:
+    """Host memory for copies of a state, used again for the next copy because pinning memory takes long."""
+
+    def __init__(self):
+        self._tensors: dict[tuple, torch.Tensor] = {}
+
+    def take(self, state: Any) -> Any:
+        """Copy nested dicts, lists and tuples with their tensors; this overwrites the result of the previous call."""
+        copied = self._copied(state, ())
+        if torch.cuda.is_initialized():
+            # The next step changes these tensors, so it would have to wait for the copy in any case.
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _copied(self, value: Any, place: tuple) -> Any:
+        if isinstance(value, dict):
+            copied = copy.copy(value)  # keeps the attributes of a state dict
+            copied.update({key: self._copied(item, (*place, key)) for key, item in value.items()})
+            return copied
+        if isinstance(value, list | tuple):
+            return type(value)(self._copied(item, (*place, number)) for number, item in enumerate(value))
+        return self._copied_tensor(value, place) if isinstance(value, torch.Tensor) else value
+
+    def _copied_tensor(self, tensor: torch.Tensor, place: tuple) -> torch.Tensor:
+        kept = self._tensors.get(place)
+        if kept is None or _layout(kept) != _layout(tensor):
+            kept = self._tensors[place] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+@dataclass(frozen=True)
+class _Save:
+    memory: StateCopy
+    checkpoint: dict[str, Any]
+    is_best: bool
+
+
+class CheckpointWriter:
+    """Context manager that calls ``write(checkpoint, is_best)`` in a thread; leaving it waits for all checkpoints.
+
+    Training continues as soon as its state is copied. One checkpoint is written at a time and one more waits, so there
+    are at most two copies of the state, in pinned memory if it is on a CUDA device (PyTorch rounds the bytes of each
+    tensor up to a power of two). A newer checkpoint replaces the waiting one, so a slow disk does not delay training.
+    Only a better epoch may replace a waiting best epoch: any other save blocks until that one is being written.
+
+    An error of ``write`` is raised by the next call of a method, at the latest on leaving. If another error is already
+    being raised, it gets a note. The thread never calls CUDA, which could spoil a CUDA graph that is being recorded.
+    """
+
+    def __init__(self, write: Callable[[dict[str, Any], bool], None]):
+        self._write = write
+        self._changed = threading.Condition()  # guards all attributes below
+        self._free = [StateCopy(), StateCopy()]
+        self._waiting: _Save | None = None
+        self._is_writing = self._is_over = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
+
+    def save(self, checkpoint: dict[str, Any], is_best: bool) -> None:
+        """Copy ``checkpoint`` and write it as soon as possible; raise an error of an earlier one."""
+        with self._changed:
+            self._changed.wait_for(lambda: is_best or self._waiting is None or not self._waiting.is_best)
+            self._raise_failure()
+            memory = self._free.pop() if self._waiting is None else self._waiting.memory
+            self._waiting = None
+        save = _Save(memory, memory.take(checkpoint), is_best)
+        with self._changed:
+            self._waiting = save
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all checkpoints are on the disk; raise an error of writing them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None and not self._is_writing)
+            self._raise_failure()
+
+    def __enter__(self) -> "CheckpointWriter":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.wait()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"also: {failure}")
+        finally:
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
+        self._thread.join()  # its references to pinned memory are gone, whose release calls CUDA
+
+    def _work(self) -> None:
+        while (save := self._next()) is not None:
+            failure = None
+            try:
+                self._write(save.checkpoint, save.is_best)
+            except BaseException as error:  # raised again in the training
+                failure = error
+            with self._changed:
+                self._failure = self._failure or failure
+                self._free.append(save.memory)
+                self._is_writing = False
+                self._changed.notify_all()
+            save = None  # releasing pinned memory calls CUDA, so the training does it
+
+    def _next(self) -> _Save | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is not None or self._is_over)
+            save, self._waiting = self._waiting, None
+            self._is_writing = save is not None
+            self._changed.notify_all()
+            return save
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype

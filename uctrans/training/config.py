@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uctrans.data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
-from uctrans.data.native import TARGETS
-from uctrans.extras import import_extra
-from uctrans.training.errors import ConfigError
+from ..data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from ..data.native import TARGETS
+from ..extras import import_extra
+from ..writing import write_bytes
 
-# A resumed run may change these; any other change would make it another run.
+# A resumed run may change these settings; any other change would make it another run.
 CHANGEABLE_ON_RESUME = (
     "output",
     "resume",
@@ -61,74 +61,79 @@ _AT_LEAST = {
 }
 
 
+class ConfigError(ValueError):
+    """A setting is unusable; the message names the field and the remedy."""
+
+
 @dataclass
 class TrainConfig:
-    """Everything that decides a training run. The defaults are the published protocol ``uctransnet-224``.
+    """Settings of a training run. The defaults are the published protocol ``uctransnet-224``.
 
     Args:
-        data: Folder of the data set, in any layout that ``uctrans.data.find_samples`` knows.
-        output: Run folder: checkpoints, best weights, metrics and logs are written here.
-        model: Name of the network: uctransnet, dual_branch_uctransnet or unet (``uctrans.list_models()``).
+        data: Data set folder, in any layout that ``uctrans.data.find_samples`` reads.
+        output: Run folder for checkpoints, best weights, metrics and logs.
+        model: Network: uctransnet, dual_branch_uctransnet or unet (``uctrans.list_models()``).
         base_channels: Channels of the first encoder level.
-        image_size: Height and width in pixels that images are resized to, under the protocol native those of the
-            crops; one number means square, none the protocol's.
-        classes: 1 for a binary mask, otherwise the number of labels including the background.
-        target: What the network learns: mask; or boundary, under the protocol native with classes 1, background,
-            interior and border of every nucleus, from instance maps in instances/ beside masks/. Its predicted masks
-            are interior and border together, and nuclei that touch come apart better.
-        class_names: Names of the classes, kept with the weights.
+        image_size: Height and width in pixels of what the network sees: images are resized to it, or cropped under the
+            protocol native. One number means a square; none takes the size of the protocol.
+        classes: 1 for binary masks, otherwise the number of labels including the background.
+        target: What the network learns: mask; or boundary, which under the protocol native and with classes 1 means
+            background, interior and border of every nucleus, made of the instance maps in instances/ next to masks/.
+            Its predicted masks join interior and border, and it separates touching nuclei better.
+        class_names: Names of the classes, saved with the weights: background,nucleus.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         model_options: Further arguments of the network, as a mapping or as JSON.
-        init_from: Weights to start from; a U-Net may start a UCTransNet.
-        protocol: uctransnet-224, images resized; augmented-224, the same with the augmentation of native; or native,
-            random crops of full resolution, validated on whole images in tiles (see
+        init_from: Weights to start from; a UCTransNet can start from a U-Net.
+        protocol: uctransnet-224 resizes images; augmented-224 does so with the augmentation of native; native takes
+            random crops at full resolution and validates on whole images in tiles (see
             ``uctrans.data.list_protocols()``).
-        crops_per_image: Crops that an epoch takes of each training image under the protocol native, each at a random
-            place of its own; none takes the protocol's, 16.
-        augmentation: Strengths of the changes to images under the protocols native and augmented-224, as a mapping or
-            as JSON: {"rotation": 45, "stain_scale": 0.1}; names, ranges and defaults in
-            ``uctrans.data.NativeAugmentation``.
-        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the protocol's.
+        crops_per_image: Random crops of each training image in an epoch under the protocol native; none takes the 16
+            of the protocol.
+        augmentation: Strengths of the augmentation under the protocols native and augmented-224, as a mapping or as
+            JSON: {"rotation": 45, "stain_scale": 0.1}. ``uctrans.data.NativeAugmentation`` lists names, ranges and
+            defaults.
+        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes that of the protocol.
         palette: Colours of the classes in colour-coded masks, background first: "#000000,#ff0000".
         folds: Cross-validation folds: a shipped name or a JSON file; none trains on the train split.
-        fold: Which of the folds, counted from 0.
-        epochs: Most epochs to train.
-        batch_size: Images a step in each process. The last, smaller batch of an epoch is kept; several processes share
-            it evenly and leave out the images that remain, others in each epoch and fewer than there are processes.
+        fold: Number of the fold to train on, from 0.
+        epochs: Maximum number of epochs.
+        batch_size: Images in a step of each process. The last batch of an epoch may be smaller. Several processes share
+            it evenly and leave out the remaining images, fewer than there are processes and different in each epoch.
         optimizer: adam or adamw.
         learning_rate: Learning rate at the start of each cosine period.
-        min_learning_rate: Learning rate that each cosine period falls towards.
-        restart_period: Epochs of a cosine period; none makes it a single one, over all epochs, so choose epochs for it:
-            early stopping may come long before the rate has fallen, and other epochs on resume change it from there on.
-        warmup_epochs: First epochs, in which the learning rate rises in equal steps to that of the cosine.
+        min_learning_rate: Learning rate at the end of each cosine period.
+        restart_period: Epochs of a cosine period; none means one period over all epochs. A single cosine schedule needs
+            a patience as large as epochs; otherwise early stopping ends the run while the learning rate is still high.
+        warmup_epochs: Number of first epochs in which the learning rate rises in equal steps to that of the cosine.
         weight_decay: Weight decay of the optimizer.
         dice_weight: Weight of the Dice loss.
         cross_entropy_weight: Weight of the (binary) cross entropy.
         patience: Epochs without a better validation Dice after which training stops.
-        first_best_epoch: First epoch whose weights may become the best (the last epoch where a run is shorter).
+        first_best_epoch: First epoch whose weights can become the best (the last epoch if a run is shorter).
         val_every: Epochs from one validation to the next.
-        save_minutes: Least minutes from one checkpoint to the next, 0 saves every epoch that the disk keeps up with;
-            the best epochs, the last one, and a run that a signal stops are saved in any case.
-        amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
-        ema_decay: Decay of the exponential moving average of the weights, which is then what is validated; 0 is off.
+        save_minutes: Minimum number of minutes between two checkpoints; 0 saves every epoch that the disk keeps up
+            with. The best epochs, the last one and a run that is stopped are always saved.
+        amp: bf16 runs the network under bfloat16 autocast, no runs it in float32.
+        ema_decay: Decay of the exponential moving average of the weights, which is then validated and saved as the
+            best weights; 0 switches it off.
         seed: Seed of initial weights, order of images, augmentation and dropout.
-        device: auto, cpu, cuda, cuda:1, mps.
-        threads: CPU threads of PyTorch; none leaves its default.
-        compile: Compile the network with torch.compile, once for each size of batch (on a CPU, minutes each).
-        graph: Record the training step and validation as CUDA graphs where that is possible, on CUDA in a single
-            process: the same computation, without the host between the kernels.
-        checkpointing: Keep fewer maps for the backward pass and compute the others again: less memory, slower, the same
-            results. Not with compile.
-        deterministic: Use deterministic kernels only, for repeatable bits on a GPU too (slower).
-        sync_batch_norm: Batch statistics over all processes (CUDA only).
-        progress: Show a progress bar and a line an epoch; log.txt is written in any case.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        threads: Number of CPU threads; none takes PyTorch's default.
+        compile: Compile the network with torch.compile, once for each batch size (takes minutes on a CPU).
+        graph: Record training step and validation as CUDA graphs where possible (on CUDA, in a single process): the
+            same computation without a launch of each kernel by the host.
+        checkpointing: Keep fewer maps for the backward pass and recompute the others: less memory, slower, the same
+            results. Cannot be combined with compile.
+        deterministic: Use deterministic kernels only, so that results repeat bit by bit on a GPU too (slower).
+        sync_batch_norm: Compute batch statistics over all processes (CUDA only).
+        progress: Show a progress bar and one line for each epoch; log.txt is always written.
         resume: Continue the run in the output folder. The command line takes the other settings from its config.yaml;
-            in Python give them all (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
+            in Python give all of them (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
             device, threads, progress, save_minutes, learning_rate, min_learning_rate, amp, graph and checkpointing may
-            differ from the run's.
+            differ from those of the run.
 
     Raises:
-        ConfigError: a value has the wrong type or range; the message names the field and the remedy.
+        ConfigError: A value has the wrong type or range; the message names the field and the remedy.
     """
 
     data: str
@@ -200,31 +205,31 @@ class TrainConfig:
         smallest = min(self.patience, default=self.epochs) if isinstance(self.patience, tuple) else self.patience
         if smallest < self.val_every < self.epochs:
             raise ConfigError(
-                f"patience: {smallest} epochs after the best are over before the next validation, which comes every "
-                f"{self.val_every} epochs (val_every); give at least {self.val_every}"
+                f"patience: {smallest} epochs end before the next validation, one in {self.val_every} (val_every); "
+                f"give at least {self.val_every}"
             )
         if self.dice_weight + self.cross_entropy_weight <= 0:
-            raise ConfigError("dice_weight: both loss weights are 0; give dice_weight or cross_entropy_weight a value")
+            raise ConfigError("dice_weight: is 0 like cross_entropy_weight; give one of them a value")
         if self.ema_decay >= 1:
             raise ConfigError(
-                f"ema_decay: {self.ema_decay} never moves; give a value below 1 such as 0.999, or 0 for off"
+                f"ema_decay: {self.ema_decay} would never change the average; give a value below 1 such as 0.999, or 0"
             )
         if self.checkpointing and self.compile:
-            raise ConfigError("checkpointing: torch.compile does not take it; give up one of checkpointing and compile")
+            raise ConfigError("checkpointing: cannot be combined with compile; switch one of them off")
         if (self.fold is None) != (self.folds is None):
-            raise ConfigError("fold: fold and folds belong together; give both (--folds monuseg --fold 0) or neither")
+            raise ConfigError("fold: needs folds and folds needs it; give both (--folds monuseg --fold 0) or neither")
         if self.target == BOUNDARY_TARGET and self.classes != 1:
             raise ConfigError(
-                f"target: {BOUNDARY_TARGET} makes its own {BOUNDARY_CLASSES} classes of binary masks; set classes to 1"
+                f"target: {BOUNDARY_TARGET} makes {BOUNDARY_CLASSES} classes of binary masks itself; set classes to 1"
             )
         if self.class_names is not None and len(self.class_names) != self.classes:
             raise ConfigError(
-                f"class_names: {len(self.class_names)} names for {self.classes} classes; give one name for each class"
+                f"class_names: has {len(self.class_names)} names for {self.classes} classes; give one for each class"
             )
 
     @property
     def network_classes(self) -> int:
-        """Classes of the network's output: those of the masks, or of the boundary-aware target."""
+        """Number of classes of the network's output: those of the masks, or three for the target boundary."""
         return BOUNDARY_CLASSES if self.target == BOUNDARY_TARGET else self.classes
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,27 +238,25 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> "TrainConfig":
-        """Build a configuration of named values; an unknown or missing name raises ConfigError naming ``source``."""
+        """Build a configuration from named values; ConfigError names ``source`` if a name is unknown or missing."""
         names = [item.name for item in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known fields are {', '.join(names)}"
-                raise ConfigError(f"{name}: no such field ({source}); {hint}")
+                hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+                raise ConfigError(f"{name}: there is no such field ({source}); {hint}")
         if missing := [name for name in ("data", "output") if name not in values]:
             raise ConfigError(f"{missing[0]}: is missing ({source}); name a folder")
         return cls(**values)
 
     def save_yaml(self, path: str | Path) -> None:
-        """Write the configuration to a YAML file, atomically."""
-        from uctrans.training.checkpoint import write_atomically
-
+        """Write the configuration to a YAML file, atomically; OSError if it cannot be written."""
         text = import_extra("yaml", "training").safe_dump(self.to_dict(), sort_keys=False)
-        write_atomically(Path(path), lambda file: file.write(text.encode()))
+        write_bytes(Path(path), text.encode())
 
     @classmethod
     def load_yaml(cls, path: str | Path) -> "TrainConfig":
-        """Read a configuration from a YAML file; ConfigError names the file where it is not one."""
+        """Read a configuration from a YAML file; ConfigError names the file if it holds none."""
         yaml = import_extra("yaml", "training")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -267,17 +270,17 @@ class TrainConfig:
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return 'field: before -> now' for each field that differs and may not differ in a resumed run.
+    """Return "field: before -> now" for each field that a resumed run may not change and that differs.
 
-    A field that ``before`` lacks, because the run was begun before there was such a field, has its default.
+    A field that ``before`` lacks has its default: the run is older than the field.
     """
     before = TrainConfig(data=now["data"], output=now["output"]).to_dict() | before
-    names = [name for name in before | now if name not in CHANGEABLE_ON_RESUME]
-    return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+    names = [name for name in now if name not in CHANGEABLE_ON_RESUME]
+    return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names if before[name] != now[name]]
 
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the type that ``hint`` asks for, or raise ConfigError naming the field."""
+    """Return ``value`` as the type of ``hint``; ConfigError names the field if it has another type."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         kind = typing.get_origin(option) or option
@@ -308,7 +311,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def _fits(items: list | tuple, kinds: tuple) -> bool:
-    """Tell whether the items of a sequence have the types of a tuple annotation."""
+    """Return whether the items of a sequence have the types of a tuple annotation."""
     if kinds[-1] is not Ellipsis and len(items) != len(kinds):
         return False
     kind = kinds[0]

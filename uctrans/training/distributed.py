@@ -1,6 +1,6 @@
-"""Several processes started by ``torchrun``: who am I, and the few exchanges that training needs.
+"""The processes that ``torchrun`` starts, and the few exchanges between them that training needs.
 
-Gradients are averaged by DistributedDataParallel. All functions work, and do nothing, in a single process.
+DistributedDataParallel averages the gradients. In a single process all functions work and exchange nothing.
 """
 
 import contextlib
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from uctrans.devices import find_device
-from uctrans.training.errors import ConfigError
+from ..devices import find_device
+from .config import ConfigError
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
+    """This process and the number of all processes of the run.
 
     Attributes:
-        rank: which one this is.
-        count: how many there are.
-        device: what it computes on.
-        hosts: the group in which values in main memory are exchanged, past the device; none where there is one process.
+        rank: Number of this process, from 0.
+        count: Number of processes.
+        device: Device on which this process computes.
+        hosts: Group that exchanges values in main memory without the device; None in a single process.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class Processes:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Tell whether ``flag`` is set in any process. Waits for the other processes, but never for the device."""
+        """Return whether ``flag`` is set in any process. Waits for the other processes, but not for the device."""
         if self.count == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -67,29 +67,29 @@ class Processes:
         return values
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         if self.count > 1:
             dist.barrier()
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return ``model`` such that gradients are averaged over the processes; weights become those of rank 0."""
+        """Return ``model`` with gradients averaged over the processes; all processes get the weights of rank 0."""
         if self.count == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def share_buffers(self, model: torch.nn.Module) -> None:
-        """Give the buffers of ``model`` (batch-norm statistics) the values of rank 0."""
+        """Set the buffers of ``model`` (batch-norm statistics) to the values of rank 0."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device called ``name``; the GPU of this process where it is "cuda".
+    """Return the device called ``name``; "cuda" means the GPU whose number is ``local_rank``.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: There is no such device.
     """
     try:
         return find_device(name, local_rank or 0)
@@ -99,16 +99,16 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
 @contextlib.contextmanager
 def processes(device_name: str) -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started (NCCL between GPUs, gloo for the rest); leave them at the end.
+    """Join the processes that ``torchrun`` started (NCCL between GPUs, otherwise gloo) and leave them at the end.
 
-    Joins nothing where ``torchrun`` was not used, and leaves a group that exists already as it is.
+    Without ``torchrun`` this process is the only one. An existing process group is used and stays as it is.
     """
     local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
     device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if owned:
+    is_owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if is_owned:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
@@ -116,12 +116,12 @@ def processes(device_name: str) -> Iterator[Processes]:
         else:
             yield Processes(0, 1, device)
     finally:
-        if owned:
+        if is_owned:
             dist.destroy_process_group()
 
 
 def with_sync_batch_norm(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Return ``model`` with batch statistics taken over all processes; ConfigError elsewhere than on CUDA."""
+    """Return ``model`` with batch statistics taken over all processes; ConfigError if the device is not CUDA."""
     if device.type != "cuda":
         raise ConfigError(
             f"sync_batch_norm: PyTorch's SyncBatchNorm runs on CUDA only, not on {device.type}; "

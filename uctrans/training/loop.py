@@ -1,37 +1,37 @@
-"""The training loop.
+"""The training loop: epochs, the training step, validation.
 
-A run lives in a folder: config.yaml, last.pt, best.pt, best/ (the best weights, for use), metrics.csv, progress.png,
+A run is a folder with config.yaml, last.pt, best.pt, best/ (the best weights, for use), metrics.csv, progress.png,
 tensorboard/ and log.txt. last.pt is written before the first step, with a best epoch and the last one, after the epoch
-in which ``save_minutes`` ran out, and when a signal stops the run, then in the middle of an epoch: after the step that
-was running, the same in all processes. A run continued from it ends with the very bits of an undisturbed one.
+in which ``save_minutes`` are over, and when a signal stops the run. A signal stops it after the current step, which is
+the same in all processes. A run resumed from last.pt ends with the same bits as one that was never stopped.
 
-Files are written beside the training (see ``uctrans.training.writer``). A run that is killed goes on from what is on
-the disk by then; one that ends in any other way has written everything.
+A thread writes the checkpoints while training continues (see ``uctrans.training.checkpoint``). A killed run resumes
+from what is on the disk; a run that ends in any other way has written everything.
 """
 
 import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from uctrans.models.base import write_model
-from uctrans.training.build import learning_rate
-from uctrans.training.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
-from uctrans.training.config import CHANGEABLE_ON_RESUME, TrainConfig, changed_fields
-from uctrans.training.distributed import Processes, processes
-from uctrans.training.errors import CheckpointError, ConfigError, TrainingError
-from uctrans.training.logs import RunLog, SilentLog, writing
-from uctrans.training.run import Run
-from uctrans.training.signals import StopRequest
-from uctrans.training.step import validate, validation_batch_size
-from uctrans.training.writer import CheckpointWriter
+from ..models.base import probabilities
+from ..tiling import tiled
+from .checkpoint import CheckpointWriter, find_checkpoint, write_files
+from .config import ConfigError, TrainConfig
+from .distributed import Processes, processes
+from .log import RunLog, SilentLog, TrainingError, failures_named
+from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice
+from .optimization import learning_rate
+from .run import Run, plain_forward
+from .signals import StopRequest
 
-RUN_FILES = ("last.pt", "best.pt", "best", "metrics.csv", "config.yaml")
+LEAST_PROBABILITY = 1e-6  # keeps the loss of blended probabilities finite
 NAMES_SHOWN = 16
 
 
@@ -40,11 +40,11 @@ class RunResult:
     """How a run ended.
 
     Attributes:
-        run_folder: where everything was written.
-        best_epoch: the epoch with the best validation Dice, 0 where there was none yet.
-        best_score: its Dice, nan where there was none yet.
-        epochs: complete epochs.
-        stopped_by: "epochs" or "early stopping"; "SIGINT", "SIGTERM" or "time" where it can go on.
+        run_folder: Folder with all files of the run.
+        best_epoch: Epoch with the best validation Dice, 0 if there is none yet.
+        best_score: Validation Dice of the best epoch, nan if there is none yet.
+        epochs: Number of complete epochs.
+        stopped_by: "epochs" or "early stopping"; "SIGINT", "SIGTERM" or "time" if the run can be resumed.
     """
 
     run_folder: Path
@@ -55,17 +55,17 @@ class RunResult:
 
 
 def train(config: TrainConfig, *, stop_at: float | None = None) -> RunResult:
-    """Train a network as ``config`` says, or continue the run in its output folder.
+    """Train a network with the settings of ``config``, or resume the run in its output folder.
 
     Under ``torchrun`` every process calls this; the first one writes the files. At ``stop_at``, a time as of
-    ``time.time()``, the run is stopped after the step that is running and saved, as by a signal.
+    ``time.time()``, the run stops after the current step and is saved, as after a signal.
 
     Raises:
-        ConfigError: a setting cannot be used here, or a resumed run was begun with other settings.
+        ConfigError: a setting cannot be used here, or a resumed run has other settings.
         DataError: the data cannot be used.
         ModelFileError: ``init_from`` cannot be used.
         CheckpointError: a checkpoint cannot be read or written.
-        TrainingError: the loss or the weights are no longer finite, or a log cannot be written.
+        TrainingError: the loss or the weights are not finite, or a log cannot be written.
         ImportError: a package of the extra "training" is missing.
     """
     config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
@@ -75,22 +75,24 @@ def train(config: TrainConfig, *, stop_at: float | None = None) -> RunResult:
         if checkpoint is not None:
             run.load_state_dict(checkpoint, Path(config.output) / "last.pt")
             del checkpoint
-        group.barrier()  # nobody writes before everybody has looked
+        group.barrier()  # no process writes before all have looked for a checkpoint
         with _open_log(run) as log, StopRequest(stop_at) as stop:
             with open_writer(config) as writer:
                 if not config.resume:
                     save(run, writer)
-                    writer.wait()  # a folder with files of a run, but without last.pt, could not be gone on with
+                    writer.wait()  # a folder with files of a run but without last.pt could not be resumed
                 if group.is_main:
-                    dataclasses.replace(config, resume=False).save_yaml(Path(config.output) / "config.yaml")
+                    path = Path(config.output) / "config.yaml"
+                    with failures_named(path):
+                        dataclasses.replace(config, resume=False).save_yaml(path)
                 stopped_by = train_epochs(run, log, stop, writer)
-            log.line(_farewell(run, stopped_by))
-        group.barrier()  # nobody leaves before the files are complete
+            log.line(_summary(run, stopped_by))
+        group.barrier()  # no process returns before the files are complete
     return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by)
 
 
 def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest, writer: CheckpointWriter) -> str:
-    """Train until the run is over; return why."""
+    """Train until the run ends; return the reason, see ``RunResult``."""
     saved = time.perf_counter()
     while run.epoch < run.config.epochs and not run.is_out_of_patience:
         started, images_before = time.perf_counter(), run.images_before(run.steps_done)
@@ -110,21 +112,54 @@ def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest, writer: C
 
 
 def train_epoch(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> bool:
-    """Do the steps that are left of an epoch; return False where a signal came before the last one."""
+    """Do the remaining steps of an epoch; return False if a signal came before the last one."""
     run.begin_epoch()
     while run.steps_done < run.steps_per_epoch:
-        if run.group.any(stop.name is not None):  # the signal may come to the processes at different steps
+        if run.group.any(stop.name is not None):  # the processes may get the signal at different steps
             return False
-        run.step(run.batch(run.steps_done))
+        take_step(run, run.batch(run.steps_done))
         run.steps_done += 1
         log.step()
     return True
 
 
-def complete_epoch(run: Run, log: RunLog | SilentLog, started: float, images_before: int) -> bool:
-    """Read the sums of the epoch, validate, log; tell whether this is the best epoch so far.
+def take_step(run: Run, index: torch.Tensor) -> None:
+    """Do :func:`train_step`, as a CUDA graph if the run records its steps."""
+    if run.step_graphs is None:
+        train_step(run, index)
+    else:
+        run.step_graphs.run(functools.partial(train_step, run), index)
 
-    ``started`` is when this process began or resumed the epoch, after the ``images_before`` first images of it.
+
+def train_step(run: Run, index: torch.Tensor) -> None:
+    """Train on the images at ``index``, int64 (B,) on the device.
+
+    All shapes are static and nothing waits for the device: images and sums stay there, so the step can be recorded as a
+    CUDA graph.
+    """
+    images, masks = run.protocol.training_batch(run.train_data, index, run.augment_generator)
+    counts = None  # a single process counts its pixels while it computes the loss
+    if run.group.count > 1:
+        counts = BatchCounts(*run.group.mean_(torch.stack(batch_counts(masks))))
+
+    run.optimizer.zero_grad(set_to_none=True)
+    logits = run.forward(images)
+    loss, dice = configured_loss_and_dice(logits, masks, run.config, counts)
+    loss.backward()
+    run.optimizer.step()
+    if run.average is not None:
+        run.average.update(run.model)
+    run.totals.add(loss.detach(), dice)
+
+
+def complete_epoch(run: Run, log: RunLog | SilentLog, started: float, images_before: int) -> bool:
+    """Read the sums of the epoch, validate and log; return whether this is the best epoch so far.
+
+    Args:
+        run: The run after the last step of the epoch.
+        log: Log that receives the metrics.
+        started: Time at which this process began or resumed the epoch, as of ``time.perf_counter()``.
+        images_before: Number of images of the epoch before that time.
     """
     train_loss, train_dice = run.totals.read(run.group)
     run.end_epoch()
@@ -161,27 +196,69 @@ def validate_epoch(run: Run) -> tuple[float, float]:
             size = validation_batch_size(run.protocol, run.config)
             names = run.val_data.names[rank :: run.group.count][step * size : (step + 1) * size]
             raise TrainingError(
-                f"epoch {run.epoch}: the validation loss is not finite for {_listed(names)}; look at these images, or "
+                f"epoch {run.epoch}: the validation loss is not finite for {_listed(names)}; check these images, or "
                 f"resume with a lower learning_rate or with amp no. {_kept(run)}"
             )
     return totals.read(run.group)
 
 
+@torch.no_grad()
+def validate(
+    model: torch.nn.Module,
+    data: Any,
+    protocol: Any,
+    config: TrainConfig,
+    group: Processes,
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> EpochTotals:
+    """Return the sums of loss and Dice over this process's share of ``data``: every ``group.count``-th image.
+
+    A protocol that keeps the resolution predicts whole images in tiles, one after the other. ``forward`` is the way to
+    call ``model``, by default :func:`plain_forward`.
+    """
+    forward = forward or plain_forward(model, config)
+    was_training = model.training
+    model.eval()
+    totals = EpochTotals(group.device)
+    positions = torch.arange(group.rank, len(data), group.count, device=group.device)
+    for index in positions.split(validation_batch_size(protocol, config)):
+        images, masks = data.batch(index)
+        logits = predict_logits(forward, protocol.to_input(images), protocol, config)
+        totals.add(*configured_loss_and_dice(logits, masks, config))
+    model.train(was_training)
+    return totals
+
+
+def validation_batch_size(protocol: Any, config: TrainConfig) -> int:
+    """Return the number of images in a validation step: one if images keep their own sizes."""
+    return 1 if protocol.keeps_resolution else config.batch_size
+
+
+def predict_logits(
+    forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, protocol: Any, config: TrainConfig
+) -> torch.Tensor:
+    """Return logits of network input (B, 3, H, W); at full resolution those of probabilities blended from tiles."""
+    if not protocol.keeps_resolution:
+        return forward(images)
+    blended = tiled(lambda tiles: probabilities(forward(tiles).float()), images, protocol.image_size, config.batch_size)
+    return torch.logit(blended, LEAST_PROBABILITY) if blended.shape[1] == 1 else blended.clamp(LEAST_PROBABILITY).log()
+
+
 def check_training_was_finite(run: Run) -> None:
-    """Raise TrainingError, naming the images, where the loss of a step of this epoch was not finite."""
+    """Raise TrainingError, naming the images, if the loss of a step of this epoch was not finite."""
     for rank, step in enumerate(run.group.gather(run.totals.first_bad.item())):
         if step >= 0:
             names = [run.train_data.names[position] for position in run.batch(step, rank).tolist()]
             raise TrainingError(
                 f"epoch {run.epoch + 1}, step {step + 1}: the loss is not finite for the batch of {_listed(names)}; "
-                f"look at these images and masks, or resume with a lower learning_rate or with amp no. {_kept(run)}"
+                f"check these images and masks, or resume with a lower learning_rate or with amp no. {_kept(run)}"
             )
 
 
 def check_weights_are_finite(run: Run) -> None:
-    """Raise TrainingError where the last step, whose loss was finite, has spoilt the weights."""
+    """Raise TrainingError if the last step, whose loss was finite, has made weights that are not."""
     floating = [tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point() and tensor.numel()]
-    # The largest magnitude of each, for all tensors in a few launches.
+    # The largest magnitude of each tensor, in a few launches for all of them.
     if not torch.stack(torch._foreach_norm(floating, math.inf)).isfinite().all():
         raise TrainingError(
             f"epoch {run.epoch + 1}: the last step made weights that are not finite; resume with a lower "
@@ -190,63 +267,20 @@ def check_weights_are_finite(run: Run) -> None:
 
 
 def open_writer(config: TrainConfig) -> CheckpointWriter:
-    """Return what writes the checkpoints of a run into its folder."""
+    """Return the writer of checkpoints into the folder of a run."""
     return CheckpointWriter(functools.partial(write_files, Path(config.output)))
 
 
 def save(run: Run, writer: CheckpointWriter, *, is_best: bool = False) -> None:
-    """Have last.pt written and, for the best epoch, best.pt and best/; raise what went wrong with earlier ones."""
+    """Write last.pt and, for the best epoch, best.pt and best/; raise an error of writing earlier ones."""
     checkpoint = run.state_dict()
     if run.group.is_main:
         writer.save(checkpoint, is_best)
 
 
-def write_files(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None:
-    """Write last.pt and, for the best epoch, best.pt and best/, each as a whole.
-
-    Raises:
-        CheckpointError, TrainingError: a file cannot be written; the one before is still there.
-    """
-    if not is_best:
-        save_checkpoint(folder / "last.pt", checkpoint)
-        return
-    with writing(folder / "best"):
-        for half in (folder / "best").glob(".*"):  # left by a process that was killed
-            half.unlink()
-        write_model(folder / "best", checkpoint["model"] | {"state": checkpoint["ema"] or checkpoint["model"]["state"]})
-    # best.pt comes first: if last.pt is not reached, the epoch is done once more and gives the same best.pt.
-    save_checkpoint(folder / "best.pt", checkpoint)
-    copy_checkpoint(folder / "best.pt", folder / "last.pt")
-
-
-def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the checkpoint to continue from, or None for a new run.
-
-    Raises:
-        CheckpointError: there is nothing to resume, or the checkpoint cannot be read.
-        ConfigError: the output folder holds a run already, or the run to resume has other settings.
-    """
-    folder = Path(config.output)
-    if not config.resume:
-        if found := [name for name in RUN_FILES if (folder / name).exists()]:
-            remedy = "continue it with resume, or " if "last.pt" in found else ""
-            raise ConfigError(f"output: {folder} holds a run already ({', '.join(found)}); {remedy}name another folder")
-        return None
-    path = folder / "last.pt"
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no run to resume; name its folder as output, or train without resume")
-    checkpoint = load_checkpoint(path)
-    if changed := changed_fields(checkpoint["train_config"], config.to_dict()):
-        raise ConfigError(
-            f"{folder}: the run was begun with other settings, which a resumed run keeps: {'; '.join(changed)}. "
-            f"Give the former values, or train anew in another folder (may change: {', '.join(CHANGEABLE_ON_RESUME)})"
-        )
-    return checkpoint
-
-
 def _open_log(run: Run) -> RunLog | SilentLog:
-    config = run.config
-    if not run.group.is_main:
+    config, group = run.config, run.group
+    if not group.is_main:
         return SilentLog()
     folder = Path(config.output)
     try:
@@ -255,26 +289,23 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         raise ConfigError(f"output: {folder} cannot be made a folder ({error}); name another one") from error
     log = RunLog(config, run.epoch, run.steps_done, run.steps_per_epoch)
     size = sum(parameter.numel() for parameter in run.model.parameters())
+    devices = str(group.device) if group.count == 1 else f"{group.count} processes on {group.device.type}"
     log.line(
         f"{'continuing' if config.resume else 'training'} {config.model} ({size / 1e6:.2f} M parameters) on "
-        f"{len(run.train_data)} images, validating on {len(run.val_data)}, {_devices(run.group)}, "
+        f"{len(run.train_data)} images, validating on {len(run.val_data)}, {devices}, "
         f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
     )
     if run.epoch < run.first_best_epoch - 1:
-        log.line(f"the best weights are those of epoch {run.first_best_epoch} or later (first_best_epoch)")
-    if config.graph and run.group.device.type == "cuda":
-        obstacle = run.obstacle_to_capture
+        log.line(f"the best weights will be those of epoch {run.first_best_epoch} or later (first_best_epoch)")
+    if config.graph and group.device.type == "cuda":
+        obstacle = run.obstacle_to_graphs
         log.line("steps are replayed as CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
     if config.compile:
-        log.line("compiling the network: the first step of each size of batch waits for it, on a CPU for minutes")
+        log.line("compiling the network in the first step of each batch size, which takes minutes on a CPU")
     return log
 
 
-def _devices(group: Processes) -> str:
-    return str(group.device) if group.count == 1 else f"{group.count} processes on {group.device.type}"
-
-
-def _farewell(run: Run, stopped_by: str) -> str:
+def _summary(run: Run, stopped_by: str) -> str:
     best = (
         f"best validation Dice {run.best_dice:.4f} at epoch {run.best_epoch}" if run.best_epoch else "no best epoch yet"
     )

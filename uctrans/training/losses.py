@@ -1,22 +1,25 @@
-"""Dice and cross-entropy losses of the published protocol, and the Dice score that validation reports.
+"""Dice and cross-entropy losses of the published protocol, the Dice score of validation, and their sums in an epoch.
 
-Losses take logits and equal the published formulas on probabilities, but stay finite for any logit. They are float32
-(float64 for float64 logits) under autocast too, and never wait for the device. Loss, score and what they are averaged
-over are made of the same few sums over pixels (:func:`uctrans.kernels.segmentation_sums`), taken in one read.
+The losses equal the published formulas for probabilities, but take logits and stay finite for any logit. They are
+float32 (float64 for float64 logits) under autocast too, and never wait for the device. Loss and score come from the
+same sums over pixels (:func:`uctrans.kernels.segmentation_sums`), so logits and masks are read once.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from uctrans import kernels
+from .. import kernels
+from ..data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from .config import TrainConfig
+from .distributed import Processes
 
 
 class BatchCounts(NamedTuple):
-    """What the losses are averaged over: float32 scalars on the device.
+    """Numbers of images and pixels over which the losses are averaged: float32 scalars on the device.
 
-    In training with several processes these are the means over the processes, so that the mean of the processes'
-    losses is the loss of the whole batch.
+    With several processes these are means over the processes, so that the mean of the processes' losses is the loss of
+    the whole batch.
     """
 
     images: torch.Tensor
@@ -39,7 +42,7 @@ def loss_and_dice(
     counts: BatchCounts | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what :func:`segmentation_loss` and :func:`image_dice` do, of one read of logits and masks."""
+    """Return the results of :func:`segmentation_loss` and :func:`image_dice` from one read of logits and masks."""
     sums, pixel_counts = kernels.segmentation_sums(logits, masks, backend=backend)
     return kernels.segmentation_scores(
         sums,
@@ -68,7 +71,7 @@ def segmentation_loss(
         masks: bool or integer (B, height, width), {0, 1} for one class, otherwise labels 0 .. classes - 1.
         dice_weight: weight of the Dice loss.
         cross_entropy_weight: weight of the cross entropy.
-        counts: what to average over; counted from ``masks`` when not given.
+        counts: numbers to average over; by default those of ``masks``.
         backend: implementation, see :func:`uctrans.kernels.segmentation_sums`.
 
     One class, with p = sigmoid(logit) and mask t (the published code's loss):
@@ -78,7 +81,7 @@ def segmentation_loss(
 
     Raises:
         ValueError: the shapes do not belong together.
-        TypeError: the logits are not floating point, or the masks are.
+        TypeError: the logits are not floating point, or the masks are floating point.
     """
     weights = {"dice_weight": dice_weight, "cross_entropy_weight": cross_entropy_weight}
     loss, _dice = loss_and_dice(logits, masks, **weights, counts=counts, backend=backend)
@@ -98,7 +101,78 @@ def image_dice(logits: torch.Tensor, masks: torch.Tensor, *, backend: str = "aut
 
     Raises:
         ValueError: the shapes do not belong together.
-        TypeError: the logits are not floating point, or the masks are.
+        TypeError: the logits are not floating point, or the masks are floating point.
     """
     _loss, dice = loss_and_dice(logits, masks, backend=backend)
     return dice
+
+
+def scored_logits(logits: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """Return the logits whose Dice is taken: for the target boundary those of the whole nucleus, (B, 1, H, W).
+
+    A nucleus is everything but background; its mask is the labels above 0.
+    """
+    if config.target != BOUNDARY_TARGET:
+        return logits
+    logits = logits.float()
+    background, nucleus = logits.split([1, BOUNDARY_CLASSES - 1], dim=1)
+    return nucleus.logsumexp(1, keepdim=True) - background
+
+
+def configured_loss_and_dice(
+    logits: torch.Tensor, masks: torch.Tensor, config: TrainConfig, counts: BatchCounts | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss with the weights and target of ``config``, a scalar, and the Dice of each image, (B,)."""
+    loss, dice = loss_and_dice(
+        logits,
+        masks,
+        dice_weight=config.dice_weight,
+        cross_entropy_weight=config.cross_entropy_weight,
+        counts=counts,
+        backend=config.backend,
+    )
+    if config.target == BOUNDARY_TARGET:
+        dice = image_dice(scored_logits(logits.detach(), config), masks, backend=config.backend)
+    return loss, dice
+
+
+class EpochTotals:
+    """Sums of an epoch on the device: loss, Dice, images, steps; and the first step with a non-finite loss, or -1."""
+
+    NAMES = ("loss", "dice", "images", "steps", "first_bad")
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.dice = torch.zeros((), device=device)
+        self.images = torch.zeros((), device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss: torch.Tensor, dice: torch.Tensor) -> None:
+        """Add one step: its mean loss (scalar) and the Dice of each image (B,)."""
+        self.loss.add_(loss, alpha=len(dice))
+        self.dice.add_(dice.sum())
+        self.images.add_(len(dice))
+        is_first_bad = (self.first_bad < 0) & ~torch.isfinite(loss)
+        self.first_bad.copy_(torch.where(is_first_bad, self.steps, self.first_bad))
+        self.steps.add_(1)
+
+    def reset(self) -> None:
+        """Start a new epoch, in place."""
+        for name in self.NAMES:
+            getattr(self, name).fill_(-1 if name == "first_bad" else 0)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the sums as CPU tensors."""
+        return {name: getattr(self, name).cpu() for name in self.NAMES}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore the sums of a ``state_dict``."""
+        for name in self.NAMES:
+            getattr(self, name).copy_(state[name])
+
+    def read(self, group: Processes) -> tuple[float, float]:
+        """Return mean loss and mean Dice over all images of all processes. Waits for the device."""
+        loss, dice, images = group.sum_(torch.stack([self.loss, self.dice, self.images])).tolist()
+        return loss / images, dice / images

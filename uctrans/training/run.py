@@ -1,56 +1,65 @@
-"""Everything a training run consists of: data, network, optimizer, random generators, and where it has got to.
+"""A training run: data, network, optimizer, random generators, and how far it is.
 
-``Run.state_dict`` holds all that decides what comes next, so that a run continued from it ends with the same bits.
+``Run.state_dict`` holds everything that decides the rest of the run, so a resumed run ends with the same bits.
 """
 
+import functools
+import inspect
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from uctrans import __version__
-from uctrans.data import parse_palette
-from uctrans.graphs import CapturedForward, CudaRecorder
-from uctrans.models import set_checkpointing
-from uctrans.models.base import load_state
-from uctrans.training.build import (
-    build_model,
-    build_optimizer,
-    build_protocol,
-    check_backend_runs,
-    derived_seed,
-    fit_to_device,
-    learning_rate,
-    load_data,
-    set_learning_rate,
-    set_threads_and_determinism,
-    start_from,
+from .. import __version__
+from ..data import (
+    DataError,
+    NativeAugmentation,
+    NativeImages,
+    Protocol,
+    SegmentationTensors,
+    find_split,
+    get_protocol,
+    load_native,
+    load_tensors,
+    parse_palette,
 )
-from uctrans.training.captured_step import CapturedStep, obstacle_to_capture
-from uctrans.training.checkpoint import load_weights
-from uctrans.training.config import TrainConfig
-from uctrans.training.distributed import Processes, with_sync_batch_norm
-from uctrans.training.ema import WeightAverage
-from uctrans.training.errors import CheckpointError
-from uctrans.training.step import EpochTotals, TrainStep, plain_forward, training_forward
+from ..data.native import MASK_TARGET
+from ..graphs import CapturedForward, CudaRecorder
+from ..kernels import resolve_backend
+from ..models import SegmentationModel, load_model, set_checkpointing
+from ..models.base import load_state
+from ..models.registry import model_class
+from ..weight_casts import casting_together
+from .checkpoint import CheckpointError, load_weights
+from .config import ConfigError, TrainConfig
+from .distributed import Processes, with_sync_batch_norm
+from .losses import EpochTotals
+from .optimization import WeightAverage, build_optimizer, fit_to_device, learning_rate, set_learning_rate
+from .step_graphs import StepGraphs, obstacle_to_graphs
 
 
 class Run:
-    """A run at the start of its first epoch, or where ``load_state_dict`` puts it.
+    """A run before its first epoch, or in the state that ``load_state_dict`` restores.
 
     Attributes:
-        epoch: complete epochs.
-        best_epoch: the epoch with the best validation Dice so far, 0 while there is none.
-        best_dice: its Dice, nan while there is none.
-        order: positions of the training images in the order of the present epoch, int64 (images_per_epoch,) on the
-            device.
-        steps_done: steps of the present epoch that are done.
-        model: the network that is trained.
-        validated_model: the network that is validated and kept as best: the moving average where there is one.
-        validation_forward: how it is called.
-        step: trains on one batch.
-        obstacle_to_capture: why no CUDA graphs are used, None where they are.
+        epoch: Number of complete epochs.
+        best_epoch: Epoch with the best validation Dice, 0 if there is none yet.
+        best_dice: Validation Dice of the best epoch, nan if there is none yet.
+        order: Positions of the training images in the order of the current epoch, int64 (images_per_epoch,) on the
+            device; None between two epochs.
+        steps_done: Number of steps done in the current epoch.
+        totals: Sums of loss and Dice in the current epoch.
+        model: The network in training.
+        average: Moving average of its weights, or None.
+        validated_model: The network that is validated and kept as best: the moving average if there is one.
+        forward: Function from images to logits for a training step, in the precision of the configuration.
+        validation_forward: The same for validation.
+        step_graphs: Recordings of the training step, or None if steps run plainly.
+        obstacle_to_graphs: Why steps run plainly, or None if they are recorded.
     """
 
     def __init__(self, config: TrainConfig, group: Processes):
@@ -62,7 +71,7 @@ class Run:
 
         torch.manual_seed(config.seed)
         model = build_model(config, self.protocol.image_size)
-        # The kernels of convolutions read this layout as it is; features take it over from the weights.
+        # Convolutions read this layout without a conversion; feature maps take it over from the weights.
         self.model = model.to(group.device, memory_format=torch.channels_last)
         if config.init_from is not None and not config.resume:
             start_from(self.model, config.init_from)
@@ -78,22 +87,12 @@ class Run:
         self.augment_generator = torch.Generator(group.device)
         self._seed_generators(0)
         self.totals = EpochTotals(group.device)
-        self.step = TrainStep(
-            forward=training_forward(self.model, config, group),
-            model=self.model,
-            optimizer=self.optimizer,
-            average=self.average,
-            data=self.train_data,
-            protocol=self.protocol,
-            generator=self.augment_generator,
-            totals=self.totals,
-            group=group,
-            config=config,
-        )
+        self.forward = training_forward(self.model, config, group)
         self.validation_forward = plain_forward(self.validated_model, config)
-        self.obstacle_to_capture = obstacle_to_capture(config, group)
-        if self.obstacle_to_capture is None:
-            self.step = CapturedStep(self.step)
+        self.step_graphs = None
+        self.obstacle_to_graphs = obstacle_to_graphs(config, group)
+        if self.obstacle_to_graphs is None:
+            self.step_graphs = StepGraphs(self.optimizer, CudaRecorder([self.augment_generator]))
             self.validation_forward = CapturedForward(self.validation_forward, CudaRecorder())
         self.epoch = 0
         self.best_epoch, self.best_dice = 0, math.nan
@@ -102,32 +101,32 @@ class Run:
 
     @property
     def images_per_epoch(self) -> int:
-        """Training images of an epoch; under a protocol of crops each image counts as often as it is cropped."""
+        """Number of training images in an epoch; each crop counts as an image."""
         return len(self.train_data) * self.protocol.crops_per_image
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch; the last may have fewer images."""
+        """Number of steps in an epoch; the last may have fewer images."""
         whole, rest = divmod(self.images_per_epoch, self.config.batch_size * self.group.count)
         return whole + (rest >= self.group.count)
 
     def images_before(self, step: int) -> int:
-        """Return how many images all processes together train on in the first steps of an epoch."""
+        """Return the number of images of all processes in the first ``step`` steps of an epoch."""
         size, count = self.config.batch_size * self.group.count, self.group.count
         return min(step * size, self.images_per_epoch // count * count)
 
     @property
     def first_best_epoch(self) -> int:
-        """The first epoch whose weights may become the best."""
+        """First epoch whose weights can become the best."""
         return min(self.config.first_best_epoch, self.config.epochs)
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether the best epoch lies more than ``patience`` epochs back."""
+        """Whether the best epoch is more than ``patience`` epochs ago."""
         return self.best_epoch > 0 and self.epoch - self.best_epoch > self.config.patience
 
     def begin_epoch(self) -> None:
-        """Draw the order of the next epoch, unless the run stands in the middle of one."""
+        """Draw the order of the next epoch, unless the run is in the middle of one."""
         set_learning_rate(self.optimizer, learning_rate(self.config, self.epoch + 1))
         self.model.train()
         if self.order is None:
@@ -138,7 +137,7 @@ class Run:
             self.order = order % len(self.train_data)
 
     def batch(self, step: int, rank: int | None = None) -> torch.Tensor:
-        """Return the positions of the images that a process (this one) trains on in a step, int64 (B,)."""
+        """Return the positions of the images in a step of a process (by default this one), int64 (B,)."""
         size = self.config.batch_size * self.group.count
         together = self.order[step * size : (step + 1) * size]
         share = len(together) // self.group.count
@@ -152,14 +151,14 @@ class Run:
         self.group.share_buffers(self.model)
 
     def take_score(self, dice: float) -> bool:
-        """Note the validation Dice of the epoch just completed; tell whether its weights are now the best."""
+        """Record the validation Dice of the complete epoch; return whether its weights are now the best."""
         is_best = self.epoch >= self.first_best_epoch and (self.best_epoch == 0 or dice > self.best_dice)
         if is_best:
             self.best_epoch, self.best_dice = self.epoch, dice
         return is_best
 
     def metadata(self) -> dict[str, Any]:
-        """Return what is kept beside the best weights."""
+        """Return the metadata that is saved with the best weights."""
         config = self.config
         return {
             "protocol": self.protocol.name,
@@ -202,14 +201,14 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Continue where a checkpoint was written; CheckpointError where it does not belong to this run."""
+        """Restore the state of a checkpoint; CheckpointError if it does not belong to this run."""
         sampler = state["sampler"]
         for part, data in (("train", self.train_data), ("val", self.val_data)):
             if sampler[f"{part}_names"] != list(data.names):
                 changed = sorted(set(sampler[f"{part}_names"]) ^ set(data.names))[:5]
                 raise CheckpointError(
                     f"{path}: the {part} images are not those the run began with (first: {', '.join(changed)}); "
-                    "restore them, or train anew in another output folder"
+                    "restore them, or train in another output folder"
                 )
         if len(state["generators"]) != self.group.count:
             raise CheckpointError(
@@ -222,7 +221,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         fit_to_device(self.optimizer, self.group.device)
         self.epoch = state["epoch"]
-        if state["best"]["epoch"] >= self.first_best_epoch:  # otherwise the last epoch of a run that now goes on
+        if state["best"]["epoch"] >= self.first_best_epoch:  # otherwise it was the last epoch of a shorter run
             self.best_epoch, self.best_dice = state["best"]["epoch"], state["best"]["dice"]
         self._load_generator_states(state["generators"][self.group.rank], sampler["generator"])
         self.steps_done = sampler["step"]
@@ -240,7 +239,7 @@ class Run:
         }
 
     def _load_generator_states(self, states: dict[str, Any], order_state: torch.Tensor) -> None:
-        if states["device"] != self.group.device.type:  # states of another kind of device mean nothing here
+        if states["device"] != self.group.device.type:  # generators of another kind of device have other states
             self._seed_generators(self.epoch)
             self.order_generator.manual_seed(derived_seed(self.config.seed, "order", self.epoch))
             return
@@ -251,7 +250,153 @@ class Run:
         self.order_generator.set_state(order_state)
 
     def _seed_generators(self, epoch: int) -> None:
-        """Seed dropout and augmentation, which differ from process to process."""
+        """Seed dropout and augmentation, differently in each process."""
         rank = self.group.rank
         torch.manual_seed(derived_seed(self.config.seed, "dropout", epoch, rank))
         self.augment_generator.manual_seed(derived_seed(self.config.seed, "augment", epoch, rank))
+
+
+def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """Return a different seed for each purpose, so that no two generators draw the same numbers."""
+    return int(
+        np.random.SeedSequence([seed, *purpose.encode(), *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
+
+
+def set_threads_and_determinism(config: TrainConfig) -> None:
+    """Set PyTorch's CPU threads and its choice of kernels, for the whole process.
+
+    Unless ``deterministic`` is set, cuDNN times its convolutions on the first batch of each size and keeps the fastest,
+    which may differ from run to run.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def build_protocol(config: TrainConfig) -> Protocol:
+    """Return the protocol of the configuration, with its settings.
+
+    Raises:
+        DataError: there is no such protocol, or it does not take these settings.
+        ConfigError: the target needs another protocol.
+    """
+    options = {"channel_order": config.channel_order, "crops_per_image": config.crops_per_image}
+    options = {name: value for name, value in options.items() if value is not None}
+    if config.augmentation:
+        options["augmentation"] = NativeAugmentation.of(config.augmentation)
+    protocol = get_protocol(config.protocol, config.image_size, **options)
+    if config.target != MASK_TARGET and not protocol.keeps_resolution:
+        raise ConfigError(
+            f"target: {config.target} is learned at full resolution, and {config.protocol} resizes images; set "
+            "protocol to native"
+        )
+    return protocol
+
+
+def load_data(
+    config: TrainConfig, protocol: Protocol, group: Processes
+) -> tuple[SegmentationTensors, SegmentationTensors] | tuple[NativeImages, NativeImages]:
+    """Return training and validation images on the device.
+
+    Raises:
+        DataError: the folder, one of its files or the folds cannot be used, or there are too few images.
+    """
+    parts = [find_split(config.data, split, config.folds, config.fold) for split in ("train", "val")]
+    for name, samples in zip(("training", "validation"), parts, strict=True):
+        if len(samples) < group.count:
+            raise DataError(
+                f"{config.data}: there are {len(samples)} {name} images for {group.count} processes; "
+                "add images, or start fewer processes"
+            )
+    if protocol.keeps_resolution:
+        read = functools.partial(load_native, target=config.target)
+    else:
+        read = functools.partial(load_tensors, protocol=protocol)
+    train, val = (read(part, classes=config.classes, palette=config.palette, device=group.device) for part in parts)
+    return train, val
+
+
+def build_model(config: TrainConfig, image_size: tuple[int, int]) -> SegmentationModel:
+    """Return the network of the configuration, with new weights.
+
+    Raises:
+        ConfigError: there is no such network, or it does not take these options.
+    """
+    kind = _model_class(config)
+    options = {"in_channels": 3, "classes": config.network_classes, "base_channels": config.base_channels}
+    own = {"image_size": list(image_size), "backend": config.backend}
+    taken = inspect.signature(kind).parameters
+    options |= {name: value for name, value in own.items() if name in taken} | config.model_options
+    if unknown := [name for name in options if name not in taken]:
+        raise ConfigError(f"model_options: {config.model} has no {unknown[0]}; it takes {', '.join(taken)}")
+    try:
+        return kind(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"model_options: {config.model} cannot be built from {options} ({error}); change these options"
+        ) from error
+
+
+def check_backend_runs(config: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError if the backend of the network's operators is unknown or cannot run on ``device``."""
+    if "backend" not in inspect.signature(_model_class(config)).parameters:
+        return
+    try:
+        resolve_backend(config.backend, device)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"backend: {error}") from error
+
+
+def _model_class(config: TrainConfig) -> type[SegmentationModel]:
+    try:
+        return model_class(config.model)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def start_from(model: SegmentationModel, path: str) -> None:
+    """Load the weights of a trained network of the same kind into ``model``, or those of a U-Net into a UCTransNet.
+
+    Raises:
+        ConfigError: the network in the file is of another kind.
+        ModelFileError: the file cannot be read, or its network has another size.
+    """
+    source = load_model(path)
+    if source.name == model.name:
+        load_state(model, source.state_dict(), path)
+    elif model.can_start_from_unet and source.name == "unet":
+        model.load_unet(source)
+    else:
+        raise ConfigError(
+            f"init_from: {path} holds a {source.name}, which cannot start a {model.name}; name another file"
+        )
+
+
+def training_forward(model: torch.nn.Module, config: TrainConfig, group: Processes) -> Callable[[torch.Tensor], Any]:
+    """Return ``model`` as a training step calls it: for several processes, compiled, or with its weights cast together.
+
+    The compiler arranges casts itself, and several processes exchange the gradients of the uncast parameters.
+    """
+    forward = group.wrap(model)
+    if config.compile:
+        forward = torch.compile(forward, dynamic=False)  # the last, smaller batch of an epoch is compiled separately
+    elif config.amp == "bf16" and group.count == 1:
+        forward = casting_together(model, torch.bfloat16)
+    return plain_forward(forward, config)
+
+
+def plain_forward(forward: Callable[[torch.Tensor], Any], config: TrainConfig) -> Callable[[torch.Tensor], Any]:
+    """Return ``forward``, images to logits, in the precision of the configuration: float32 or bfloat16 autocast."""
+
+    def in_precision(images: torch.Tensor) -> torch.Tensor:
+        if config.amp == "no":
+            return forward(images)
+        # Each weight is cast once a step in any case, and cached casts must not outlive the recording of a CUDA graph.
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, cache_enabled=False):
+            return forward(images)
+
+    return in_precision

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and the end of the time that was given, as a request to stop at the next safe place."""
+"""SIGINT, SIGTERM and the end of the available time, as requests to stop after the current step."""
 
 import signal
 import threading
@@ -9,12 +9,12 @@ TIME_IS_UP = "time"
 
 
 class StopRequest:
-    """Context manager: the first SIGINT or SIGTERM sets ``name``, a second one acts as it would without us.
+    """Context manager: the first SIGINT or SIGTERM sets ``name``, the second one acts as it did before.
 
-    Signals can be handled in the main thread only; elsewhere they are not noticed here.
+    Python handles signals in the main thread only; in another thread only ``stop_at`` counts.
 
     Args:
-        stop_at: when to stop in any case, as of ``time.time()``, which other processes read too; None is never.
+        stop_at: Time at which to stop, as of ``time.time()``, which all processes share; None means never.
     """
 
     def __init__(self, stop_at: float | None = None):
@@ -24,7 +24,7 @@ class StopRequest:
 
     @property
     def name(self) -> str | None:
-        """Which signal came, "time" where the time is up, or None."""
+        """The name of the signal, "time" if the time is up, or None."""
         if self._signal is None and self._stop_at is not None and time.time() >= self._stop_at:
             return TIME_IS_UP
         return self._signal

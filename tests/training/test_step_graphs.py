@@ -1,15 +1,17 @@
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 from tests.support import HostRecorder
-from uctrans.training import TrainConfig, TrainingError, build, captured_step, train
+from uctrans.training import TrainConfig, TrainingError, optimization, train
 from uctrans.training import run as run_module
-from uctrans.training.captured_step import PLAIN_STEPS, CapturedStep, obstacle_to_capture
 from uctrans.training.distributed import Processes
-from uctrans.training.logs import read_metrics
+from uctrans.training.log import read_metrics
+from uctrans.training.loop import take_step, train_step
 from uctrans.training.run import Run
+from uctrans.training.step_graphs import PLAIN_STEPS, StepGraphs, obstacle_to_graphs
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 STEPS = 50
@@ -37,9 +39,8 @@ def recorders(monkeypatch):
         made.append(HostRecorder(generators))
         return made[-1]
 
-    monkeypatch.setattr(run_module, "obstacle_to_capture", lambda config, group: None if config.graph else "off")
+    monkeypatch.setattr(run_module, "obstacle_to_graphs", lambda config, group: None if config.graph else "off")
     monkeypatch.setattr(run_module, "CudaRecorder", make)
-    monkeypatch.setattr(captured_step, "CudaRecorder", make)
     return made
 
 
@@ -60,7 +61,7 @@ def losses_of(run, steps=STEPS):
             run.begin_epoch()
             seen = 0.0
         batch = run.batch(run.steps_done)
-        run.step(batch)
+        take_step(run, batch)
         run.steps_done += 1
         losses.append((run.totals.loss.item() - seen) / len(batch))
         seen = run.totals.loss.item()
@@ -75,7 +76,7 @@ def test_losses_of_fifty_steps_are_those_of_the_plain_step(make_config, recorder
     assert captured == plain
     assert len(set(plain)) == STEPS
     sizes = {len(run.batch(step)) for step in range(run.steps_per_epoch)}
-    recorder = run.step.recorder
+    recorder = run.step_graphs.recorder
     assert recorder.recordings == len(sizes)
     assert recorder.warm_ups == recorder.rehearsals == len(sizes)
     assert recorder.replays == STEPS - PLAIN_STEPS * len(sizes)
@@ -86,7 +87,7 @@ def test_the_last_smaller_batch_has_a_recording_of_its_own(make_config, recorder
     run = Run(make_config(batch_size=4), CPU)
     losses_of(run, 12)
     assert {len(run.batch(step)) for step in range(run.steps_per_epoch)} == {3, 4}
-    assert sorted(run.step._recorded) == [3, 4]
+    assert sorted(run.step_graphs._recorded) == [3, 4]
 
 
 def test_a_learning_rate_that_is_a_number_would_show(make_config, recorders):
@@ -102,7 +103,7 @@ def test_a_captured_run_ends_like_a_plain_one_also_where_it_is_resumed(
         for parameters in optimizer.param_groups:
             parameters["lr"] = torch.as_tensor(float(parameters["lr"]))
 
-    monkeypatch.setattr(build, "fit_to_device", fit_to_device)
+    monkeypatch.setattr(optimization, "fit_to_device", fit_to_device)
     monkeypatch.setattr(run_module, "fit_to_device", fit_to_device)
     settings = {"epochs": 6, "restart_period": 3, **changes}
     metrics = {}
@@ -137,7 +138,7 @@ def test_a_loss_that_is_not_finite_is_told_of_a_captured_step_too(make_config, r
     with torch.no_grad():
         next(run.model.parameters()).fill_(float("nan"))
     run.begin_epoch()
-    run.step(run.batch(0))
+    take_step(run, run.batch(0))
     assert run.totals.first_bad.item() >= 0
 
 
@@ -151,11 +152,11 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded(make_config):
             index.max().item()
             return training_batch(data, index, generator)
 
-    run.step.protocol = Waiting()
-    step = CapturedStep(run.step, HostRecorder())
-    step(run.batch(0))
+    run.protocol = Waiting()
+    graphs, step = StepGraphs(run.optimizer, HostRecorder()), functools.partial(train_step, run)
+    graphs.run(step, run.batch(0))
     with pytest.raises(TrainingError, match=r"graph: the training step cannot be recorded .* resume with graph off"):
-        step(run.batch(0))
+        graphs.run(step, run.batch(0))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded(make_config):
 )
 def test_where_steps_are_captured(graph, device, count, obstacle):
     config = TrainConfig(data="data", output="run", graph=graph)
-    found = obstacle_to_capture(config, Processes(0, count, torch.device(device)))
+    found = obstacle_to_graphs(config, Processes(0, count, torch.device(device)))
     assert found is None if obstacle is None else obstacle in found
 
 
@@ -187,7 +188,7 @@ def test_on_a_gpu_the_losses_of_fifty_steps_are_those_of_the_plain_step(make_con
     settings = {**deterministic, **changes}
     plain = losses_of(Run(make_config(graph=False, **settings), group))
     run = Run(make_config(**settings), group)
-    assert isinstance(run.step, CapturedStep)
+    assert isinstance(run.step_graphs, StepGraphs)
     captured = losses_of(run)
     torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-4)
 

@@ -8,7 +8,7 @@ import pytest
 from skimage.io import imread
 
 from uctrans.training import TrainingError
-from uctrans.training.logs import COLUMNS, RunLog, SilentLog, draw_progress, read_metrics
+from uctrans.training.log import COLUMNS, RunLog, SilentLog, draw_progress, read_metrics
 
 
 def row(epoch, **changes):

@@ -1,4 +1,4 @@
-"""What a run tells: log.txt, metrics.csv, TensorBoard, a progress picture, and a progress bar."""
+"""The logs of a run: log.txt, metrics.csv, TensorBoard, a picture of the curves, and a progress bar."""
 
 import contextlib
 import csv
@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uctrans.extras import import_extra
-from uctrans.training.checkpoint import write_atomically
-from uctrans.training.config import TrainConfig
-from uctrans.training.errors import TrainingError
+from ..extras import import_extra
+from ..writing import write_bytes
+from .config import TrainConfig
 
 COLUMNS = (
     "epoch",
@@ -29,9 +28,13 @@ CURVES = ("learning_rate", "train_loss", "train_dice", "val_loss", "val_dice")
 SECONDS_BETWEEN_PICTURES = 30
 
 
+class TrainingError(RuntimeError):
+    """Training cannot continue; the message says why and what to do. Checkpoints already written stay as they are."""
+
+
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write in this block into a TrainingError that names ``path``."""
+def failures_named(path: Path) -> Iterator[None]:
+    """Turn an OSError of this block into a TrainingError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -41,7 +44,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class SilentLog:
-    """The log of the processes that write nothing."""
+    """The log of a process that writes no files."""
 
     def __enter__(self):
         return self
@@ -50,27 +53,27 @@ class SilentLog:
         return None
 
     def line(self, text: str) -> None:
-        """Tell nobody."""
+        """Ignore a line of text."""
 
     def step(self) -> None:
-        """Count nothing."""
+        """Ignore a step."""
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Keep nothing."""
+        """Ignore the metrics of an epoch."""
 
 
 class RunLog:
-    """The log of a run in its folder; a context manager that closes it.
+    """The log of a run in its folder, a context manager.
 
     Args:
-        config: names the folder and says whether to show progress.
-        epoch: complete epochs; later rows of metrics.csv are dropped, as they will be written again.
-        step: steps already done in the epoch after that.
-        steps_per_epoch: steps of an epoch.
+        config: Settings of the run: its folder, and whether to show progress.
+        epoch: Complete epochs; later rows of metrics.csv are removed, as they will be written again.
+        step: Steps already done in the next epoch.
+        steps_per_epoch: Steps of an epoch.
 
     Raises:
-        ImportError: a package of the extra "training" is missing.
-        TrainingError: a file cannot be written.
+        ImportError: A package of the extra "training" is missing.
+        TrainingError: A file cannot be written.
     """
 
     def __init__(self, config: TrainConfig, epoch: int, step: int, steps_per_epoch: int):
@@ -78,7 +81,7 @@ class RunLog:
         self.show = config.progress
         self.next_picture = 0.0
         import_extra("matplotlib", "training")
-        with writing(self.folder):
+        with failures_named(self.folder):
             self.rows = _trimmed_rows(self.folder / "metrics.csv", epoch)
             self.board = import_extra("torch.utils.tensorboard", "training").SummaryWriter(
                 str(self.folder / "tensorboard"), purge_step=epoch + 1
@@ -87,7 +90,7 @@ class RunLog:
             total=config.epochs * steps_per_epoch,
             initial=epoch * steps_per_epoch + step,
             unit="step",
-            disable=None if self.show else True,  # None hides the bar where the output is no terminal
+            disable=None if self.show else True,  # None hides the bar if the output is not a terminal
             dynamic_ncols=True,
             mininterval=0.5,
         )
@@ -97,31 +100,31 @@ class RunLog:
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self.bar.close()
-        with writing(self.folder / "tensorboard"):
+        with failures_named(self.folder / "tensorboard"):
             self.board.close()
         if self.rows and error is None:
             draw_progress(self.rows, self.folder / "progress.png")
 
     def line(self, text: str) -> None:
-        """Write a line to log.txt, and show it where progress is shown."""
-        with writing(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        """Write a line to log.txt, and show it if progress is shown."""
+        with failures_named(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self.show:
             self.bar.write(text)
 
     def step(self) -> None:
-        """Move the progress bar on by a step."""
+        """Advance the progress bar by a step."""
         self.bar.update()
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Write the metrics of an epoch, one value for each of ``COLUMNS``; None where there is no value."""
-        with writing(self.folder / "metrics.csv"), (self.folder / "metrics.csv").open("a", newline="") as file:
+        """Write the metrics of an epoch, one value (or None) for each of ``COLUMNS``."""
+        with failures_named(self.folder / "metrics.csv"), (self.folder / "metrics.csv").open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
         self.rows.append({name: row[name] for name in COLUMNS})
-        with writing(self.folder / "tensorboard"):
+        with failures_named(self.folder / "tensorboard"):
             for name in CURVES:
                 if row[name] is not None:
                     self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
@@ -133,9 +136,9 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.csv, numbers as int and float and None where there is no value.
+    """Return the rows of a metrics.csv, with numbers as int or float and empty cells as None.
 
-    A last line that was cut off is left out. No file means no rows.
+    An incomplete last line is left out. A missing file has no rows.
     """
     path = Path(path)
     if not path.exists():
@@ -146,7 +149,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss and Dice of training and validation against the epoch into a PNG file, atomically."""
+    """Draw loss and Dice of training and validation over the epochs into a PNG file, atomically."""
     figure_type = import_extra("matplotlib.figure", "training").Figure
     figure = figure_type(figsize=(10, 4))
     axes = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.13, "top": 0.92})
@@ -165,11 +168,12 @@ def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:
     axes[1].legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
-    write_atomically(path, lambda file: file.write(picture.getvalue()))
+    with failures_named(path):
+        write_bytes(path, picture.getvalue())
 
 
 def _trimmed_rows(path: Path, epoch: int) -> list[dict[str, Any]]:
-    """Return the rows of complete epochs and leave only those in the file."""
+    """Remove the rows after ``epoch`` from the file and return the others."""
     if not path.exists():
         return []
     rows = [row for row in read_metrics(path) if row["epoch"] <= epoch]
@@ -177,7 +181,7 @@ def _trimmed_rows(path: Path, epoch: int) -> list[dict[str, Any]]:
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_bytes(path, text.getvalue().encode())
     return rows
 
 
