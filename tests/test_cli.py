@@ -169,7 +169,7 @@ def test_a_bad_config_file(content, named, tmp_path, capsys):
         ("predict -i nowhere -o masks --model nowhere", "nowhere"),
         ("export --model nowhere -o exported", "nowhere"),
         ("prepare monuseg -i nowhere --images nowhere -o out", "nowhere"),
-        ("prepare monuseg -i nowhere -o data", "nowhere does not exist: give an XML file"),
+        ("prepare monuseg -i nowhere -o data", "nowhere: does not exist; name an XML file"),
         ("train -i data -o run --device tpu", "tpu"),
     ],
 )

@@ -8,7 +8,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tests.kernels.drawn import drawn
 from uctrans.data import get_protocol
-from uctrans.data.augmentation import draw_maps, rotation_maps, sample_nearest, turn_flip_maps, turn_flip_rotate
+from uctrans.data.augmentation import (
+    draw_turns_and_rotations,
+    rotation_maps,
+    sample_nearest,
+    turn_flip_maps,
+    turn_flip_rotate,
+)
 
 
 def make_batch(*shape, seed=0):
@@ -62,7 +68,7 @@ def test_rotation_by_zero_is_exact():
 
 def test_probabilities_and_ranges():
     count = 40_000
-    maps = draw_maps(count, True, torch.device("cpu"), torch.Generator().manual_seed(0))
+    maps = draw_turns_and_rotations(count, True, torch.device("cpu"), torch.Generator().manual_seed(0))
     determinant = torch.linalg.det(maps)
     identity = (maps == torch.eye(2)).all(dim=(1, 2))
     mirrored = determinant < 0  # a turn and one flip mirror; a rotation does not
@@ -81,7 +87,7 @@ def test_probabilities_and_ranges():
 
 
 def test_maps_that_are_not_square_are_never_turned_by_a_quarter():
-    maps = draw_maps(2000, False, torch.device("cpu"), torch.Generator().manual_seed(0))
+    maps = draw_turns_and_rotations(2000, False, torch.device("cpu"), torch.Generator().manual_seed(0))
     assert maps[:, 0, 0].abs().min() > 0.9
 
 

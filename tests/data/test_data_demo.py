@@ -72,12 +72,12 @@ def test_needs_no_network_and_repeats_bit_for_bit(demo, tmp_path, monkeypatch):
 def test_folder_with_other_images_is_left_alone(tmp_path):
     write_png(tmp_path / "train" / "images" / "mine.png", np.zeros((4, 4), dtype=np.uint8))
     before = contents(tmp_path)
-    with pytest.raises(DataError, match=r"holds other images \(train/images/mine\.png\): choose a new"):
+    with pytest.raises(DataError, match=r"holds other images \(train/images/mine\.png\); choose a new"):
         write_demo_dataset(tmp_path)
     assert contents(tmp_path) == before
 
 
 def test_path_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="file is a file"):
+    with pytest.raises(DataError, match="file: is a file"):
         write_demo_dataset(tmp_path / "file")

@@ -2,13 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.support import put_pairs
 from uctrans.data import DataError, find_samples, load_folds, make_folds
-from uctrans.writing import write_png
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -16,9 +15,7 @@ NAMES = ["a", "b", "c", "d", "e"]
 @pytest.fixture
 def root(tmp_path):
     for split, names in {"train": NAMES[:3], "val": NAMES[3:], "test": ["t"]}.items():
-        for name in names:
-            for kind in ("images", "masks"):
-                write_png(tmp_path / "data" / split / kind / f"{name}.png", np.zeros((4, 4), dtype=np.uint8))
+        put_pairs(tmp_path / "data" / split, *names)
     return tmp_path / "data"
 
 
@@ -43,11 +40,11 @@ def test_every_name_validates_once(count, n, seed):
 
 
 def test_folds_that_cannot_be_made():
-    with pytest.raises(DataError, match="6 folds of 5 images"):
+    with pytest.raises(DataError, match="6 cannot be made of 5 images"):
         make_folds(NAMES, 6)
-    with pytest.raises(DataError, match="1 folds"):
+    with pytest.raises(DataError, match="1 cannot be made"):
         make_folds(NAMES, 1)
-    with pytest.raises(DataError, match="more than once: a"):
+    with pytest.raises(DataError, match="names: a are given more than once"):
         make_folds([*NAMES, "a"], 2)
 
 
@@ -75,23 +72,21 @@ def test_load_folds(root, tmp_path):
 @pytest.mark.parametrize("name", ["nobody", "t"], ids=["unknown image", "test image"])
 def test_names_the_dataset_does_not_have(root, tmp_path, name):
     path = write_folds(tmp_path, [{"train": ["a", name], "val": ["b"]}])
-    with pytest.raises(DataError, match=rf"folds\.json names images that are not among the 5 .*: {name}\. Take folds"):
+    with pytest.raises(DataError, match=rf"folds\.json: names images that are not among the 5 .*: {name}; use folds"):
         load_folds(path, root)
 
 
 def test_drawn_test_images_of_a_flat_folder(tmp_path):
-    for name in NAMES:
-        for kind in ("images", "masks"):
-            write_png(tmp_path / "flat" / kind / f"{name}.png", np.zeros((4, 4), dtype=np.uint8))
+    put_pairs(tmp_path / "flat", *NAMES)
     (drawn,) = (sample.name for sample in find_samples(tmp_path / "flat", "test"))
     rest = [name for name in NAMES if name != drawn]
     assert load_folds(write_folds(tmp_path, make_folds(rest, 2)), tmp_path / "flat") == make_folds(rest, 2)
-    with pytest.raises(DataError, match=rf"among the 4 of train and val .*: {drawn}\. .*drawn for testing"):
+    with pytest.raises(DataError, match=rf"among the 4 of train and val .*: {drawn}; .*drawn for testing"):
         load_folds(write_folds(tmp_path, make_folds(NAMES, 2)), tmp_path / "flat")
 
 
 def test_name_in_train_and_val(tmp_path):
-    with pytest.raises(DataError, match="fold 0: in train and in val at once: b"):
+    with pytest.raises(DataError, match="fold 0 has b in train and in val"):
         load_folds(write_folds(tmp_path, [{"train": ["a", "b"], "val": ["b"]}]))
 
 
@@ -99,24 +94,24 @@ def test_name_in_train_and_val(tmp_path):
     "folds", [[], {}, ["a"], [{"train": ["a"]}], [{"train": ["a"], "val": []}], [{"train": ["a"], "val": [1]}]]
 )
 def test_malformed_folds(tmp_path, folds):
-    with pytest.raises(DataError, match=r"folds\.json must hold"):
+    with pytest.raises(DataError, match=r"folds\.json: holds no folds; write"):
         load_folds(write_folds(tmp_path, folds))
 
 
 @pytest.mark.parametrize("content", [b"[]", b"3"])
 def test_folds_file_of_another_form(tmp_path, content):
     (tmp_path / "folds.json").write_bytes(content)
-    with pytest.raises(DataError, match="must hold"):
+    with pytest.raises(DataError, match="holds no folds"):
         load_folds(tmp_path / "folds.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00"])
 def test_folds_file_that_is_not_json(tmp_path, content):
     (tmp_path / "folds.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"folds\.json is not a JSON file"):
+    with pytest.raises(DataError, match=r"folds\.json: is not a JSON file"):
         load_folds(tmp_path / "folds.json")
 
 
 def test_folds_that_do_not_exist(tmp_path):
-    with pytest.raises(DataError, match=r"neither a file nor one of the folds that come with the package: monuseg"):
+    with pytest.raises(DataError, match=r"nor one of the folds that come with the package; choose from monuseg"):
         load_folds(tmp_path / "other.json")

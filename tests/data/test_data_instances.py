@@ -54,7 +54,7 @@ def test_two_maps_of_one_image(tmp_path):
     samples = find_samples(write_dataset(tmp_path, "a"))
     write_instances(tmp_path / "instances" / "a.png", MAP)
     skimage.io.imsave(tmp_path / "instances" / "a.tif", MAP.astype(np.uint16), check_contrast=False)
-    with pytest.raises(DataError, match=r"a\.png and .*a\.tif are instance maps of one image: remove one"):
+    with pytest.raises(DataError, match=r"a\.tif: is an instance map of the same image as .*a\.png; remove one"):
         find_instances(samples)
 
 
@@ -62,14 +62,14 @@ def test_two_maps_of_one_image(tmp_path):
     ("pixels", "message"),
     [
         (MAP.T.astype(np.uint16), r"is 3 x 2 pixels \(height x width\), but its image is 2 x 3"),
-        (np.zeros((2, 3, 3), dtype=np.uint8), "has colours: save one number a nucleus"),
-        (np.array([[0, 255, 0]] * 2, dtype=np.uint8), "is a mask, not an instance map: number the nuclei"),
+        (np.zeros((2, 3, 3), dtype=np.uint8), "has colours; save an instance map with one number for each nucleus"),
+        (np.array([[0, 255, 0]] * 2, dtype=np.uint8), "is a mask, not an instance map; number the nuclei"),
         (np.full((2, 3), 255, dtype=np.uint8), "is a mask, not an instance map"),
     ],
 )
 def test_files_that_are_no_instance_map_of_the_image(tmp_path, pixels, message):
     write_png(tmp_path / "a.png", pixels)
-    with pytest.raises(DataError, match=rf"a\.png {message}"):
+    with pytest.raises(DataError, match=rf"a\.png: {message}"):
         read_instances(tmp_path / "a.png", np.ones((2, 3), dtype=np.uint8))
 
 
@@ -95,7 +95,7 @@ def test_a_map_of_the_same_nuclei_may_differ_from_the_mask(tmp_path, shift):
 )
 def test_a_map_of_another_image_is_refused(tmp_path, instances, mask):
     write_instances(tmp_path / "a.png", instances)
-    with pytest.raises(DataError, match=r"a\.png is not that of its image: .* a Dice of 0\.\d\d, below 0\.5\. Put"):
+    with pytest.raises(DataError, match=r"a\.png: is not the instance map of its image.* 0\.\d\d, below 0\.5; put"):
         read_instances(tmp_path / "a.png", mask)
 
 
@@ -127,10 +127,10 @@ def test_truth_that_is_right(pairs, recwarn):
 @pytest.mark.parametrize(
     ("file", "pixels", "message"),
     [
-        ("masks/b.png", np.zeros((40, 30), dtype=np.uint8), r"masks/b\.png is 40 x 30 pixels"),
-        ("instances/b.png", nuclei(size=50), r"instances/b\.png is 50 x 50 pixels .* its image is 40 x 40"),
-        ("instances/b.png", nuclei(8), r"instances/b\.png is not that of its image"),
-        ("instances/b.png", (nuclei() > 0) * np.uint8(255), r"instances/b\.png is a mask"),
+        ("masks/b.png", np.zeros((40, 30), dtype=np.uint8), r"masks/b\.png: is 40 x 30 pixels"),
+        ("instances/b.png", nuclei(size=50), r"instances/b\.png: is 50 x 50 pixels .* its image is 40 x 40"),
+        ("instances/b.png", nuclei(8), r"instances/b\.png: is not the instance map of its image"),
+        ("instances/b.png", (nuclei() > 0) * np.uint8(255), r"instances/b\.png: is a mask"),
     ],
 )
 def test_truth_that_is_wrong_is_told_at_once(pairs, file, pixels, message):
@@ -162,7 +162,7 @@ def test_a_map_that_fits_loosely_is_told(pairs):
 @pytest.mark.parametrize("name", ["b.npy", "B.png", "b.TXT"])
 def test_files_that_may_be_meant_for_a_sample_without_a_map_are_told(pairs, name):
     (pairs / "instances/b.png").rename(pairs / "instances" / name)
-    with pytest.warns(UserWarning, match=rf"Passed over .*instances/{name}: .*the name of its mask, capitals included"):
+    with pytest.warns(UserWarning, match=rf"Ignored .*instances/{name}: .*the name of its mask, capitals included"):
         assert list(find_instances(find_samples(pairs))) == ["a"]
 
 
@@ -173,6 +173,6 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize("number", [-1, 65536])
 def test_numbers_that_16_bits_cannot_hold(tmp_path, number):
-    with pytest.raises(DataError, match=r"a\.png would hold numbers from .*16-bit PNG holds 0 to 65535"):
+    with pytest.raises(DataError, match=r"a\.png: would hold numbers from .*16-bit PNG holds 0 to 65535"):
         write_instances(tmp_path / "a.png", np.array([[0, number]]))
     assert not (tmp_path / "a.png").exists()

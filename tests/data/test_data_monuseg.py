@@ -78,7 +78,7 @@ def test_the_image_folder_is_never_written_to(tmp_path, images, folder, overwrit
     before = (images / "a.png").read_bytes()
     path = write_xml(tmp_path / "a.xml", SQUARE)
     for source in (images, link):
-        with pytest.raises(DataError, match=rf"{folder} is the folder of the images.*choose another output folder"):
+        with pytest.raises(DataError, match=rf"{folder}: is the folder of the images.*choose another output folder"):
             prepare_monuseg(path, source, tmp_path, overwrite=overwrite)
     assert (images / "a.png").read_bytes() == before
     assert not (tmp_path / "annotations.json").exists()
@@ -90,7 +90,7 @@ def test_existing_files_are_replaced_only_when_asked(tmp_path, images, existing)
     file = tmp_path / "out" / existing
     file.parent.mkdir(parents=True)
     file.write_bytes(b"hand-made")
-    with pytest.raises(DataError, match=rf"1 of the files to write exist already: .*{existing}.*set overwrite"):
+    with pytest.raises(DataError, match=rf"{existing}: 1 of the files to write exist already; .*set overwrite"):
         prepare_monuseg(path, images, tmp_path / "out")
     assert [item.read_bytes() for item in (tmp_path / "out").rglob("*.*")] == [b"hand-made"]
     prepare_monuseg(path, images, tmp_path / "out", overwrite=True)
@@ -134,7 +134,7 @@ def test_resolution_may_be_missing(tmp_path, attributes):
 
 
 def test_annotation_without_nuclei_gives_an_empty_mask_and_a_warning(tmp_path, images):
-    with pytest.warns(UserWarning, match=r"a\.xml outlines no nucleus inside its image"):
+    with pytest.warns(UserWarning, match=r"a\.xml: outlines no nucleus inside its image"):
         prepare_monuseg(write_xml(tmp_path / "a.xml", [(50, 50), (60, 50), (60, 60)]), images, tmp_path)
     assert skimage.io.imread(tmp_path / "masks" / "a.png").max() == 0
 
@@ -142,7 +142,7 @@ def test_annotation_without_nuclei_gives_an_empty_mask_and_a_warning(tmp_path, i
 def test_annotation_without_image(tmp_path, images):
     write_xml(tmp_path / "xml" / "a.xml", SQUARE)
     write_xml(tmp_path / "xml" / "b.xml", SQUARE)
-    with pytest.raises(DataError, match=r"No image of the same stem in .*images for the annotations b\.xml: add"):
+    with pytest.raises(DataError, match=r"images: has no image of the same stem for the annotations b\.xml; add"):
         prepare_monuseg(tmp_path / "xml", images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -150,7 +150,7 @@ def test_annotation_without_image(tmp_path, images):
 @pytest.mark.parametrize("content", ["", "not xml", "<Annotations><Region></Annotations>"])
 def test_file_that_is_no_xml(tmp_path, images, content):
     (tmp_path / "a.xml").write_text(content)
-    with pytest.raises(DataError, match=r"a\.xml is not well-formed XML .*export it anew"):
+    with pytest.raises(DataError, match=r"a\.xml: is not well-formed XML .*export it again"):
         prepare_monuseg(tmp_path / "a.xml", images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -158,7 +158,7 @@ def test_file_that_is_no_xml(tmp_path, images, content):
 @pytest.mark.parametrize("encoding", ["foo", "shift_jis", "rot13", "idna"])
 def test_encoding_that_cannot_be_read(tmp_path, encoding):
     (tmp_path / "a.xml").write_text(f'<?xml version="1.0" encoding="{encoding}"?><Annotations/>')
-    with pytest.raises(DataError, match=r"a\.xml declares a text encoding that cannot be read .*save it as UTF-8"):
+    with pytest.raises(DataError, match=r"a\.xml: declares a text encoding that cannot be read .*save it as UTF-8"):
         read_annotation(tmp_path / "a.xml")
 
 
@@ -169,13 +169,13 @@ def test_encoding_that_cannot_be_read(tmp_path, encoding):
 )
 def test_entities_are_refused(tmp_path, declaration):
     (tmp_path / "a.xml").write_text(f"<!DOCTYPE x [{declaration}]><Annotations>&b;</Annotations>")
-    with pytest.raises(DataError, match=r"a\.xml declares entities.*was not read"):
+    with pytest.raises(DataError, match=r"a\.xml: declares entities.*was not read"):
         read_annotation(tmp_path / "a.xml")
 
 
 def test_xml_of_another_kind(tmp_path):
     (tmp_path / "a.xml").write_text("<annotation/>")
-    with pytest.raises(DataError, match=r"a\.xml is not an Aperio annotation \(its root is <annotation>"):
+    with pytest.raises(DataError, match=r"a\.xml: is not an Aperio annotation \(its root is <annotation>"):
         read_annotation(tmp_path / "a.xml")
 
 
@@ -183,17 +183,17 @@ def test_xml_of_another_kind(tmp_path):
 def test_vertex_without_coordinates(tmp_path, vertex):
     path = write_xml(tmp_path / "a.xml", SQUARE)
     path.write_text(path.read_text().replace('X="5" Y="3"', vertex))
-    with pytest.raises(DataError, match=r"a\.xml, region 1: a vertex has X=.*not two numbers"):
+    with pytest.raises(DataError, match=r"a\.xml: region 1 has a vertex with X=.*not two numbers"):
         read_annotation(path)
 
 
 def test_missing_folders_and_files(tmp_path, images):
-    with pytest.raises(DataError, match="nowhere does not exist"):
+    with pytest.raises(DataError, match="nowhere: does not exist"):
         prepare_monuseg(tmp_path / "nowhere", images, tmp_path)
     with pytest.raises(DataError, match=r"holds no \.xml file"):
         prepare_monuseg(images, images, tmp_path)
     path = write_xml(tmp_path / "a.xml", SQUARE)
-    with pytest.raises(DataError, match="nowhere is not a folder"):
+    with pytest.raises(DataError, match="nowhere: is not a folder"):
         prepare_monuseg(path, tmp_path / "nowhere", tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         read_annotation(tmp_path / "b.xml")

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
+from tests.data.support import put, random_pixels
 from uctrans.data import (
     DataError,
     Sample,
@@ -20,11 +20,7 @@ from uctrans.data import (
     protocol_of,
     read_image,
 )
-from uctrans.data.resizing import resize_bilinear
-
-
-def random_pixels(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+from uctrans.data.protocols import resize_bilinear
 
 
 def test_protocol_names_and_sizes():
@@ -38,10 +34,10 @@ def test_protocol_names_and_sizes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "nativ"}, "Unknown protocol 'nativ': choose one of augmented-224, native, uctransnet-224"),
-        ({"crops_per_image": 2}, "uctransnet-224 has no crops_per_image"),
+        ({"name": "nativ"}, "protocol: 'nativ' is unknown; choose one of augmented-224, native, uctransnet-224"),
+        ({"crops_per_image": 2}, "crops_per_image: the protocol uctransnet-224 has no such option"),
         ({"name": "native", "crops_per_image": 0}, "crops_per_image=0"),
-        ({"image_size": 0}, "1 or more pixels"),
+        ({"image_size": 0}, "of 1 pixel or more"),
         ({"image_size": (8, 8, 3)}, "give height and width"),
         ({"channel_order": "gbr"}, "choose one of rgb, bgr"),
     ],
@@ -120,8 +116,7 @@ def test_to_input():
 def dataset(tmp_path):
     for name, size in {"a": (20, 30), "b": (16, 16)}.items():
         for kind, pixels in {"images": random_pixels(*size, 3), "masks": random_pixels(*size) // 128 * 255}.items():
-            (tmp_path / kind).mkdir(exist_ok=True)
-            imageio.v3.imwrite(tmp_path / kind / f"{name}.png", pixels)
+            put(tmp_path / kind / f"{name}.png", pixels)
     return tmp_path
 
 
@@ -142,18 +137,18 @@ def test_tensors_move_together(dataset):
 
 
 def test_load_tensors_of_nothing(dataset):
-    with pytest.raises(DataError, match="no samples"):
+    with pytest.raises(DataError, match="there are none to load"):
         load_tensors([], get_protocol(), 1)
 
 
 def test_load_tensors_without_a_mask(dataset):
     sample = Sample("a", dataset / "images" / "a.png", None)
-    with pytest.raises(DataError, match=r"No mask for .*a\.png"):
+    with pytest.raises(DataError, match=r"a\.png: has no mask"):
         load_tensors([sample], get_protocol(), 1)
 
 
 def test_load_tensors_names_the_damaged_file(dataset):
     path = dataset / "images" / "b.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"b\.png cannot be read"):
+    with pytest.raises(DataError, match=r"b\.png: cannot be read"):
         load_tensors(find_samples(dataset), get_protocol(image_size=8), 1)

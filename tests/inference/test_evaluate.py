@@ -248,7 +248,7 @@ def test_all_truth_is_checked_before_the_first_image_is_predicted(
         write_instances(dataset / "test/instances/none.png", np.roll(instances, 8, axis=1))
     else:
         imsave(dataset / "test/masks/none.png", np.zeros((8, 16), dtype=np.uint8), check_contrast=False)
-    with pytest.raises(DataError, match=rf"{broken}.none\.png is"):
+    with pytest.raises(DataError, match=rf"{broken}.none\.png: is"):
         evaluate(config(dataset, tmp_path, size="native"))
     assert not model.seen
 
@@ -292,7 +292,7 @@ def test_a_boundary_aware_model_is_scored_as_nucleus_and_background(
 def test_an_instance_map_of_another_size(brightness_model, use_model, dataset, tmp_path):
     use_model(brightness_model())
     write_instances(dataset / "test/instances/half.png", two_nuclei(dataset)[:8])
-    with pytest.raises(DataError, match=r"instance map .*half\.png is 8 x 16 pixels .* its image is 16 x 16"):
+    with pytest.raises(DataError, match=r"half\.png: is 8 x 16 pixels .* its image is 16 x 16"):
         evaluate(config(dataset, tmp_path, size="native"))
     assert not (tmp_path / "scores").exists()
 

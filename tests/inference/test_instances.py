@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from uctrans.data.boundary import BACKGROUND, BORDER, INTERIOR, boundary_target
+from uctrans.data.instances import BACKGROUND, BORDER, INTERIOR, boundary_target
 from uctrans.inference.instance_metrics import score_instances
 from uctrans.inference.instances import SMALLEST_OBJECT, SMALLEST_SEED, nucleus_probability, to_instances
 
@@ -229,11 +229,11 @@ def test_bad_probabilities_and_settings(probabilities, settings, message):
 @pytest.mark.parametrize(
     ("labels", "width", "message"),
     [
-        (np.zeros((4, 4)), 1, "integers of the shape"),
-        (np.zeros((4, 4), dtype=bool), 1, "integers of the shape"),
-        (np.zeros((1, 4, 4), dtype=int), 1, "integers of the shape"),
-        (np.full((4, 4), -1), 1, "got -1"),
-        (np.zeros((4, 4), dtype=int), 0, "border_width must be 1"),
+        (np.zeros((4, 4)), 1, "is not a map of integers"),
+        (np.zeros((4, 4), dtype=bool), 1, "is not a map of integers"),
+        (np.zeros((1, 4, 4), dtype=int), 1, "is not a map of integers"),
+        (np.full((4, 4), -1), 1, "holds -1"),
+        (np.zeros((4, 4), dtype=int), 0, "border_width=0"),
     ],
 )
 def test_bad_instance_maps_for_the_target(labels, width, message):

@@ -450,9 +450,9 @@ def test_a_full_disk_stops_the_study_and_fails_no_run(finished, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("images/test1.png", b"", "test1.png cannot be read"),
-        ("masks/test1.png", np.zeros((SIZE, SIZE + 1), np.uint8), "test1.png is 32 x 33 pixels"),
-        ("instances/test1.png", np.ones((SIZE + 1, SIZE), np.int32), "instance map .*test1.png is 33 x 32 pixels"),
+        ("images/test1.png", b"", "test1.png: cannot be read"),
+        ("masks/test1.png", np.zeros((SIZE, SIZE + 1), np.uint8), "masks/test1.png: is 32 x 33 pixels"),
+        ("instances/test1.png", np.ones((SIZE + 1, SIZE), np.int32), "instances/test1.png: is 33 x 32 pixels"),
     ],
 )
 def test_bad_test_data_are_told_before_anything_is_trained(

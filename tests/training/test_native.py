@@ -172,10 +172,10 @@ def test_boundary_logits_are_scored_by_their_nuclei(make_native):
             ConfigError,
             "protocol to native",
         ),
-        ({"protocol": "uctransnet-224"}, DataError, "uctransnet-224 has no crops_per_image"),
+        ({"protocol": "uctransnet-224"}, DataError, "crops_per_image: the protocol uctransnet-224 has no such option"),
         ({"crops_per_image": 0}, ConfigError, "crops_per_image: 0 is too small"),
         ({"augmentation": {"zoom": 1}}, DataError, "augmentation: there is no 'zoom'"),
-        ({"augmentation": {"rotation": 400}}, DataError, "rotation=400 must be a number of 0 to 180"),
+        ({"augmentation": {"rotation": 400}}, DataError, "rotation=400 is out of range; give a number from 0 to 180"),
         ({"augmentation": "{"}, ConfigError, "augmentation: '{' is not JSON"),
     ],
 )
@@ -185,5 +185,5 @@ def test_settings_that_cannot_be(make_native, changes, error, message):
 
 
 def test_boundary_target_without_instance_maps(make_native, image_folder):
-    with pytest.raises(DataError, match=r"needs an instance map.*none for train0, train1.*train/instances"):
+    with pytest.raises(DataError, match=r"train/instances: no instance map.*for train0, train1"):
         train(make_native(target="boundary", data=str(image_folder)))

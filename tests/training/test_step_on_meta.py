@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uctrans.data import SegmentationTensors
-from uctrans.data.native import NativeImages
+from uctrans.data.tensors import NativeImages
 from uctrans.training import TrainConfig
 from uctrans.training.distributed import Processes
 from uctrans.training.loop import train_step

@@ -1,18 +1,15 @@
 """Datasets: find, read, resize, augment, and prepare images and masks."""
 
-from uctrans.data.aperio import Annotation, fill_polygons, read_annotation
-from uctrans.data.boundary import boundary_target
-from uctrans.data.demo import write_demo_dataset
-from uctrans.data.errors import DataError
-from uctrans.data.files import Sample, find_development_samples, find_images, find_samples
-from uctrans.data.folds import find_split, load_folds, make_folds
-from uctrans.data.images import read_image, read_mask
-from uctrans.data.monuseg import PreparedImage, prepare_instances, prepare_monuseg
-from uctrans.data.native import NativeImages, load_native
-from uctrans.data.native_augmentation import NativeAugmentation
-from uctrans.data.palettes import colours_to_labels, labels_to_colours, parse_palette
-from uctrans.data.protocols import NativeProtocol, Protocol, get_protocol, list_protocols, protocol_of
-from uctrans.data.tensors import SegmentationTensors, load_tensors
+from .augmentation import NativeAugmentation
+from .demo import write_demo_dataset
+from .find import DataError, Sample, find_development_samples, find_images, find_samples
+from .folds import find_split, load_folds, make_folds
+from .instances import boundary_target
+from .monuseg import Annotation, PreparedImage, fill_polygons, prepare_instances, prepare_monuseg, read_annotation
+from .palettes import colours_to_labels, labels_to_colours, parse_palette
+from .protocols import NativeProtocol, Protocol, get_protocol, list_protocols, protocol_of
+from .read import read_image, read_mask
+from .tensors import NativeImages, SegmentationTensors, load_native, load_tensors
 
 __all__ = [
     "Annotation",

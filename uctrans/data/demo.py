@@ -1,16 +1,15 @@
-"""A small dataset that comes with scikit-image: one immunohistochemistry photograph cut into labelled tiles."""
+"""Demonstration dataset: one immunohistochemistry photograph of scikit-image, cut into labelled tiles."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 
-from uctrans.data.errors import DataError, shorten
-from uctrans.data.files import SPLITS
-from uctrans.writing import write_bytes, write_png
+from ..writing import write_bytes, write_png
+from .find import SPLITS, DataError, shorten
 
 TILE = 128  # pixels
-# Row and column of the tiles held out, all others are for training. Both show glands and the tissue between them.
+# Row and column of the tiles that are not for training. Both splits show glands and the tissue between them.
 VAL_TILES = ((0, 1), (2, 0), (3, 2))
 TEST_TILES = ((0, 2), (2, 2), (3, 1))
 
@@ -54,7 +53,6 @@ def write_demo_dataset(folder: str | os.PathLike) -> Path:
     from skimage.data import immunohistochemistry
 
     folder = Path(folder)
-    files = {folder / "README.txt": README.encode()}
     tiles = {}
     image = immunohistochemistry()
     mask = label_nuclei(image)
@@ -65,11 +63,10 @@ def write_demo_dataset(folder: str | os.PathLike) -> Path:
             name = f"tile_{row}{column}.png"
             tiles[folder / split / "images" / name] = image[part]
             tiles[folder / split / "masks" / name] = mask[part] * np.uint8(255)
-    _refuse_other_files(folder, files.keys() | tiles.keys())
+    _refuse_other_files(folder, set(tiles))
     for path, pixels in tiles.items():
         write_png(path, pixels)
-    for path, content in files.items():
-        write_bytes(path, content)
+    write_bytes(folder / "README.txt", README.encode())
     return folder
 
 
@@ -83,7 +80,7 @@ def label_nuclei(image: np.ndarray) -> np.ndarray:
     haematoxylin, dab = (gaussian(stains[..., channel], SMOOTHING) for channel in (0, 2))
     blue = haematoxylin > threshold_otsu(haematoxylin)
     brown = dab > threshold_otsu(dab)
-    # Between nuclei of a stained gland there is some blue too; there a nucleus is where blue outweighs brown.
+    # Stained glands are somewhat blue between their nuclei too, so a nucleus is where blue outweighs brown.
     excess = haematoxylin - DAB_WEIGHT * dab
     nuclei = blue & (excess > threshold_otsu(excess[blue & brown]))
     nuclei = _drop_small_regions(opening(nuclei, disk(1)))
@@ -102,8 +99,8 @@ def _drop_small_regions(mask: np.ndarray) -> np.ndarray:
 
 def _refuse_other_files(folder: Path, ours: set[Path]) -> None:
     if folder.is_file():
-        raise DataError(f"{folder} is a file: choose a folder for the demonstration data.")
+        raise DataError(f"{folder}: is a file; choose a folder for the demonstration data")
     present = (path for split in SPLITS for path in (folder / split).rglob("*") if path.is_file())
     others = sorted(path.relative_to(folder) for path in present if path not in ours)
     if others:
-        raise DataError(f"{folder} holds other images ({shorten(others)}): choose a new or empty folder.")
+        raise DataError(f"{folder}: holds other images ({shorten(others)}); choose a new or empty folder")

@@ -1,4 +1,4 @@
-"""Cross-validation folds: made from names and a seed, kept as a file, checked against a dataset folder."""
+"""Cross-validation folds: made from names and a seed, kept in a file, checked against a dataset folder."""
 
 import json
 import os
@@ -6,8 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from uctrans.data.errors import DataError, shorten
-from uctrans.data.files import Sample, find_all_samples, find_development_samples, find_samples
+from .find import DataError, Sample, find_all_samples, find_development_samples, find_samples, shorten
 
 FOLDS_FOLDER = Path(__file__).parent / "folds"
 Fold = dict[str, list[str]]
@@ -25,12 +24,13 @@ def make_folds(names: Sequence[str], n: int = 5, seed: int = 0) -> list[Fold]:
         n of {"train": names, "val": names}, sorted; each name is in "val" exactly once.
 
     Raises:
-        DataError: too few names or folds, or a name given twice.
+        DataError: there are too few names or folds, or a name is given twice.
     """
     if len(set(names)) != len(names):
-        raise DataError(f"Names are given more than once: {shorten(sorted({x for x in names if names.count(x) > 1}))}.")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"names: {shorten(repeated)} are given more than once; name each image once")
     if not 2 <= n <= len(names):
-        raise DataError(f"{n} folds of {len(names)} images: choose 2 to {len(names)} folds, and have 2 images or more.")
+        raise DataError(f"folds: {n} cannot be made of {len(names)} images; choose 2 to the number of images")
     shuffled = sorted(names)
     random.Random(seed).shuffle(shuffled)
     held_out = [set(shuffled[start::n]) for start in range(n)]
@@ -47,47 +47,47 @@ def load_folds(path_or_name: str | os.PathLike, root: str | os.PathLike | None =
         root: dataset folder that must have every name, outside its test split; None checks the file alone.
 
     Raises:
-        DataError: a missing or malformed file, a name that is in train and val of one fold, a name that the dataset
-            does not have, or one of its test images.
+        DataError: the file is missing or malformed, or a name is in train and val of one fold, is not in the dataset,
+            or is one of its test images.
     """
     path = _folds_path(path_or_name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not a JSON file ({error}): write it as make_folds gives it.") from error
+        raise DataError(f"{path}: is not a JSON file ({error}); write one with the result of make_folds") from error
     folds = content.get("folds") if isinstance(content, dict) else None
     if not isinstance(folds, list) or not folds or not all(_is_fold(fold) for fold in folds):
-        raise DataError(f'{path} must hold {{"folds": [{{"train": [names], "val": [names]}}, ...]}}, no list empty.')
+        raise DataError(
+            f'{path}: holds no folds; write {{"folds": [{{"train": [names], "val": [names]}}, ...]}}, no list empty'
+        )
     for number, fold in enumerate(folds):
         shared = sorted(set(fold["train"]) & set(fold["val"]))
         if shared:
-            raise DataError(
-                f"{path}, fold {number}: in train and in val at once: {shorten(shared)}. Remove them from one."
-            )
+            raise DataError(f"{path}: fold {number} has {shorten(shared)} in train and in val; remove them from one")
     if root is not None:
         known = {sample.name for sample in find_development_samples(root)}
         unknown = sorted({name for fold in folds for name in fold["train"] + fold["val"]} - known)
         if unknown:
             raise DataError(
-                f"{path} names images that are not among the {len(known)} of train and val in {root}: "
-                f"{shorten(unknown)}. Take folds of these images: a study makes them, --cross-validation 5, or write a "
-                "file. Test images never belong in a fold, and in a folder that does not come split a fifth of the "
-                "images is drawn for testing."
+                f"{path}: names images that are not among the {len(known)} of train and val in {root}: "
+                f"{shorten(unknown)}; use folds of these images, from a file or from a study with --cross-validation 5 "
+                "(test images never belong in a fold; of a folder that does not come split, a fifth is drawn for "
+                "testing)"
             )
     return folds
 
 
 def find_split(root: str | os.PathLike, split: str, folds: str | None = None, fold: int | None = None) -> list[Sample]:
-    """The samples of a split, or of train or val of a fold.
+    """Return the samples of a split, or of train or val of a fold.
 
     Args:
         root: dataset folder.
-        split: train, val or test, or all of these; the test split is the same under all folds.
+        split: "train", "val", "test" or "all"; the test split is the same for all folds.
         folds: file or shipped name, see `load_folds`; None takes the folder's own train and val.
-        fold: which of them, counted from 0.
+        fold: number of the fold, from 0.
 
     Raises:
-        DataError: as for `load_folds` and :func:`uctrans.data.find_samples`, or there is no such fold.
+        DataError: as `load_folds` and :func:`uctrans.data.find_samples`, or there is no such fold.
     """
     if split == "all":
         return find_all_samples(root)
@@ -107,7 +107,9 @@ def _folds_path(path_or_name: str | os.PathLike) -> Path:
     shipped = {file.stem: file for file in sorted(FOLDS_FOLDER.glob("*.json"))}
     if str(path_or_name) in shipped:
         return shipped[str(path_or_name)]
-    raise DataError(f"{path} is neither a file nor one of the folds that come with the package: {', '.join(shipped)}.")
+    raise DataError(
+        f"{path}: is neither a file nor one of the folds that come with the package; choose from {', '.join(shipped)}"
+    )
 
 
 def _is_fold(fold) -> bool:

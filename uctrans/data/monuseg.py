@@ -1,35 +1,37 @@
-"""Masks and instance maps of images from nucleus outlines, as MoNuSeg publishes them."""
+"""Masks and instance maps from nucleus outlines in Aperio ImageScope XML, as MoNuSeg publishes them."""
 
 import json
+import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from uctrans.data.aperio import describe_hidden, paint_polygons, read_annotation
-from uctrans.data.errors import DataError, shorten
-from uctrans.data.files import find_all_samples, list_images
-from uctrans.data.images import decode_mask, read_image
-from uctrans.data.instances import INSTANCES, LEAST_AGREEMENT, agreement, find_instances, write_instances
-from uctrans.writing import write_bytes, write_png
+from ..extras import import_extra
+from ..writing import write_bytes, write_png
+from .find import DataError, find_all_samples, list_images, shorten
+from .instances import HIGHEST_NUMBER, INSTANCES, LEAST_AGREEMENT, agreement, find_instances, write_instances
+from .read import Doubts, decode_mask, read_image
 
 XML_SUFFIX = ".xml"
 MASKS, SUMMARY = "masks", "annotations.json"
+MIN_VERTICES = 3
+HIDDEN = "{} outlines lie wholly under others and have no number in the instance map."
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """What was made of the outlines of one image.
+    """Result of the preparation of one image.
 
     Attributes:
         name: stem of its files.
         nuclei: nuclei in the instance map.
         skipped: regions with fewer than three vertices.
-        hidden: nuclei that others cover wholly, so that they have no pixel of their own.
-        microns_per_pixel: resolution, None where the annotation does not say.
+        hidden: nuclei that others cover wholly, so they have no pixel of their own.
+        microns_per_pixel: resolution, or None if the annotation does not name it.
     """
 
     name: str
@@ -39,120 +41,201 @@ class PreparedImage:
     microns_per_pixel: float | None
 
 
+@dataclass(frozen=True)
+class Annotation:
+    """Outlines of the nuclei of one image.
+
+    Attributes:
+        polygons: one (vertices, 2) float64 array of (x, y) in pixels for each nucleus, in the order of the file; x = 0
+            and y = 0 are the centre of the first pixel, and points may lie outside the image.
+        skipped: number of regions with fewer than three vertices, which are left out.
+        microns_per_pixel: resolution, or None if the file does not name it.
+    """
+
+    polygons: list[np.ndarray]
+    skipped: int
+    microns_per_pixel: float | None
+
+
 def prepare_monuseg(
     annotations: str | os.PathLike, images: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False
 ) -> list[PreparedImage]:
     """Write a mask and an instance map for each annotated image; for a dataset with masks see `prepare_instances`.
 
-    ``output/masks/NAME.png`` is 0/255 uint8, ``output/instances/NAME.png`` is uint16 with 0 for background and nuclei
-    from 1 on without gaps, both of the image's size; ``output/annotations.json`` has the fields of `PreparedImage` by
-    name. Where outlines overlap the smaller nucleus has the pixels, see :func:`uctrans.data.fill_polygons`; a nucleus
-    that is left without any is counted as hidden, with a warning that names the file. With ``output`` the parent of an
-    images folder named ``images``, the result is a dataset folder. Everything is read and checked before the first file
-    is written; images without an annotation are passed over.
+    ``output/masks/NAME.png`` is uint8 of 0 and 255. ``output/instances/NAME.png`` is uint16 with 0 for background and
+    nuclei numbered from 1 without gaps; see :func:`uctrans.data.fill_polygons` for overlaps. Both have the size of the
+    image. ``output/annotations.json`` has the fields of `PreparedImage` by name. If the images lie in
+    ``output/images``, the result is a dataset folder. Images without an annotation are ignored. Everything is read and
+    checked before the first file is written.
 
     Args:
         annotations: folder of XML files, or one of them.
-        images: folder with an image of the same stem for each XML file (may be the same folder).
+        images: folder with an image of the same stem for each XML file; may be the same folder.
         output: folder to write to.
-        overwrite: replace files that are there already, masks included; False refuses to.
+        overwrite: whether to replace existing files, masks included.
 
     Raises:
-        DataError: a missing folder, no XML file, an annotation without an image, a file that cannot be read, a file
-            that would be replaced, or ``images`` being a folder that masks or instances would go to.
+        DataError: a folder is missing, there is no XML file, an annotation has no image, a file cannot be read or would
+            be replaced, or masks or instances would be written to the folder of the images.
         ImportError: defusedxml is not installed.
     """
     annotation_files = _list_annotations(Path(annotations))
     if not Path(images).is_dir():
-        raise DataError(f"{images} is not a folder: give the folder of the annotated images.")
+        raise DataError(f"{images}: is not a folder; name the folder of the annotated images")
     image_files = list_images(Path(images), companions=frozenset({XML_SUFFIX}))
-    _refuse_without_image(
+    _check_images(
         annotation_files,
         image_files,
         images,
-        "; for images that lie in train, val and test folders beside their masks, name the folder of these as output "
-        "and leave images out",
+        "; if the images lie in train, val and test folders beside masks, name their parent as output and leave out "
+        "images",
     )
     output = Path(output)
-    names = [file.stem for file in annotation_files]
     for folder in (output / MASKS, output / INSTANCES):
         if folder.is_dir() and folder.samefile(images):
             raise DataError(
-                f"{folder} is the folder of the images, which the results would replace: choose another output folder."
+                f"{folder}: is the folder of the images, which the results would replace; choose another output folder"
             )
+    names = [file.stem for file in annotation_files]
     files = [output / folder / f"{name}.png" for folder in (MASKS, INSTANCES) for name in names]
     if not overwrite:
-        _refuse_existing(
+        _check_free(
             [*files, output / SUMMARY],
-            "Choose another output folder, set overwrite to replace them, or leave images out to keep the masks and "
+            "choose another output folder, set overwrite to replace them, or leave out images to keep the masks and "
             "add instance maps",
         )
     prepared, maps = _fill_outlines(annotation_files, image_files)
     for name, instances in maps.items():
         write_png(output / MASKS / f"{name}.png", np.where(instances > 0, np.uint8(255), np.uint8(0)))
         write_instances(output / INSTANCES / f"{name}.png", instances)
-    write_bytes(output / SUMMARY, _summary(prepared))
+    _write_summary(output / SUMMARY, prepared)
     return prepared
 
 
 def prepare_instances(
     annotations: str | os.PathLike, data: str | os.PathLike, *, overwrite: bool = False
 ) -> list[PreparedImage]:
-    """Write an instance map beside the mask of each annotated image of a dataset, whose masks stay as they are.
+    """Write an instance map beside the mask of each annotated image of a dataset; masks stay as they are.
 
-    The annotations may be of images of several splits. ``instances`` beside the folder of an image's mask takes
-    ``NAME.png`` (see `prepare_monuseg` for its content), and ``data/annotations.json`` the fields of `PreparedImage` by
-    name. Everything is read and checked before the first file is written; images without an annotation are passed over.
+    Each map is ``instances/NAME.png`` beside the folder of the mask, as `prepare_monuseg` writes it;
+    ``data/annotations.json`` has the fields of `PreparedImage` by name. The annotations may belong to several splits.
+    Images without an annotation are ignored. Everything is read and checked before the first file is written.
 
     Args:
         annotations: folder of XML files, or one of them.
-        data: dataset with masks in any layout that :func:`uctrans.data.find_samples` knows.
-        overwrite: replace instance maps that are there already; False refuses to.
+        data: dataset with masks in any layout of :func:`uctrans.data.find_samples`.
+        overwrite: whether to replace existing instance maps.
 
     Raises:
-        DataError: a folder that is no dataset, no XML file, an annotation without an image in any split, a file that
-            cannot be read or would be replaced, or outlines that do not fit the mask of their image.
+        DataError: the folder is no dataset, there is no XML file, an annotation has no image in any split, a file
+            cannot be read or would be replaced, or outlines do not fit the mask of their image.
         ImportError: defusedxml is not installed.
     """
     annotation_files, data = _list_annotations(Path(annotations)), Path(data)
     if (data / "images").is_dir() and not (data / MASKS).is_dir():
-        raise DataError(f"{data} has images and no masks: to have masks made of the outlines, give images as well.")
+        raise DataError(f"{data}: has images and no masks; give images as well, to make masks of the outlines")
     samples = {sample.name: sample for sample in find_all_samples(data)}
     image_files = {name: sample.image for name, sample in samples.items()}
-    _refuse_without_image(annotation_files, image_files, data)
+    _check_images(annotation_files, image_files, data)
     annotated = [samples[file.stem] for file in annotation_files]
     files = {sample.name: sample.mask.parent.parent / INSTANCES / f"{sample.name}.png" for sample in annotated}
     if not overwrite:
-        _refuse_existing([*files.values(), data / SUMMARY], "Set overwrite to replace them; masks stay as they are")
+        _check_free([*files.values(), data / SUMMARY], "set overwrite to replace them; masks stay as they are")
     if others := [file for file in find_instances(annotated).values() if file not in files.values()]:
-        raise DataError(f"Instance maps that are no PNG files are there already: {shorten(others)}. Remove them first.")
+        raise DataError(f"{data}: has instance maps that are not PNG files ({shorten(others)}); remove them")
     prepared, maps = _fill_outlines(annotation_files, image_files)
     for file in annotation_files:
-        mask, _ = decode_mask(samples[file.stem].mask, 1, None, maps[file.stem].shape)
+        mask_file = samples[file.stem].mask
+        mask = decode_mask(mask_file, 1, None, maps[file.stem].shape, Doubts())
         if (dice := agreement(maps[file.stem], mask)) < LEAST_AGREEMENT:
             raise DataError(
-                f"The outlines in {file} do not fit the mask {samples[file.stem].mask} (Dice {dice:.2f}, below "
-                f"{LEAST_AGREEMENT}), so they are of another image: take the file out of the annotations folder."
+                f"{file}: its outlines do not fit the mask {mask_file} (Dice {dice:.2f}, below {LEAST_AGREEMENT}), so "
+                "they belong to another image; take the file out of the annotations folder"
             )
     for name, instances in maps.items():
         write_instances(files[name], instances)
-    write_bytes(data / SUMMARY, _summary(prepared))
+    _write_summary(data / SUMMARY, prepared)
     return prepared
+
+
+def read_annotation(path: str | os.PathLike) -> Annotation:
+    """Read one Aperio XML file: ``Annotations/Annotation/Regions/Region/Vertices/Vertex`` with X and Y.
+
+    Regions with fewer than three vertices are skipped, with one warning that names the file and their number.
+
+    Raises:
+        DataError: the file is not XML, declares entities, is no Aperio annotation, or has a vertex without finite
+            coordinates.
+        ImportError: defusedxml is not installed.
+    """
+    path = Path(path)
+    root = _parse_xml(path)
+    if root.tag != "Annotations":
+        raise DataError(
+            f"{path}: is not an Aperio annotation (its root is <{root.tag}>, not <Annotations>); export it again"
+        )
+    outlines = [_read_vertices(region, path) for region in root.iter("Region")]
+    polygons = [outline for outline in outlines if len(outline) >= MIN_VERTICES]
+    skipped = len(outlines) - len(polygons)
+    if skipped:
+        warnings.warn(f"{path}: {skipped} regions with fewer than {MIN_VERTICES} vertices were skipped.", stacklevel=2)
+    return Annotation(polygons, skipped, _read_resolution(root.get("MicronsPerPixel")))
+
+
+def fill_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Fill outlines into an instance map, (H, W) uint16: 0 background, nuclei from 1 without gaps, in the given order.
+
+    A pixel belongs to a polygon whose outline holds its centre. Parts outside the image are cut off. Where polygons
+    overlap, the smaller one lies on top (the earlier one of two with equal size), so a large outline never swallows a
+    nucleus inside it. A polygon that others cover wholly gets no number, and a warning counts such polygons. A polygon
+    without a pixel in the image gets no number.
+
+    Args:
+        polygons: (vertices, 2) arrays of (x, y) in pixels.
+        shape: (H, W).
+
+    Raises:
+        DataError: there are more nuclei than 16 bits can number.
+    """
+    instances, hidden = _paint_polygons(polygons, shape)
+    if hidden:
+        warnings.warn(HIDDEN.format(hidden), stacklevel=2)
+    return instances
+
+
+def _paint_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """Return the instance map, and the number of polygons in the image whose pixels all belong to others."""
+    from skimage.draw import polygon as polygon_pixels
+
+    pixels = [polygon_pixels(vertices[:, 1], vertices[:, 0], shape) for vertices in polygons]
+    if len(pixels) > HIGHEST_NUMBER:
+        raise DataError(
+            f"polygons: {len(pixels)} nuclei in one image are more than a 16-bit map can number; annotate tiles of it"
+        )
+    areas = [len(rows) for rows, _ in pixels]
+    painted = np.zeros(shape, dtype=np.uint16)
+    for index in sorted(range(len(pixels)), key=lambda index: (-areas[index], -index)):
+        painted[pixels[index]] = index + 1
+    visible = np.unique(painted)
+    visible = visible[visible > 0]
+    numbers = np.zeros(len(pixels) + 1, dtype=np.uint16)
+    numbers[visible] = np.arange(1, len(visible) + 1)
+    return numbers[painted], int(np.count_nonzero(areas)) - len(visible)
 
 
 def _fill_outlines(
     annotation_files: list[Path], image_files: Mapping[str, Path]
 ) -> tuple[list[PreparedImage], dict[str, np.ndarray]]:
-    """What the summary says of each image, and the instance maps by name."""
+    """Return the summaries of the images, and their instance maps by name."""
     prepared, maps = [], {}
     for file in annotation_files:
         annotation = read_annotation(file)
-        instances, hidden = paint_polygons(annotation.polygons, read_image(image_files[file.stem]).shape[:2])
+        instances, hidden = _paint_polygons(annotation.polygons, read_image(image_files[file.stem]).shape[:2])
         nuclei = int(instances.max())
         if hidden:
-            warnings.warn(f"{file}: {describe_hidden(hidden)}.", stacklevel=3)
+            warnings.warn(f"{file}: {HIDDEN.format(hidden)}", stacklevel=3)
         if nuclei == 0:
-            warnings.warn(f"{file} outlines no nucleus inside its image; what is made of it is empty.", stacklevel=3)
+            warnings.warn(f"{file}: outlines no nucleus inside its image, so its instance map is empty.", stacklevel=3)
         maps[file.stem] = instances
         prepared.append(PreparedImage(file.stem, nuclei, annotation.skipped, hidden, annotation.microns_per_pixel))
     return prepared, maps
@@ -162,32 +245,76 @@ def _list_annotations(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path} does not exist: give an XML file or a folder of them.")
+        raise DataError(f"{path}: does not exist; name an XML file or a folder of them")
     files = sorted(
         file for file in path.iterdir() if file.suffix.lower() == XML_SUFFIX and not file.name.startswith(".")
     )
     if not files:
-        raise DataError(f"{path} holds no {XML_SUFFIX} file: give the folder of the annotations.")
+        raise DataError(f"{path}: holds no {XML_SUFFIX} file; name the folder of the annotations")
     return files
 
 
-def _refuse_without_image(
+def _check_images(
     annotation_files: list[Path], image_files: Mapping[str, Path], folder: str | os.PathLike, further_remedy: str = ""
 ) -> None:
     without_image = [file.name for file in annotation_files if file.stem not in image_files]
     if without_image:
         raise DataError(
-            f"No image of the same stem in {folder} for the annotations {shorten(without_image)}: add the images, or "
-            f"take these files out of the annotations folder{further_remedy}."
+            f"{folder}: has no image of the same stem for the annotations {shorten(without_image)}; add the images, or "
+            f"take these files out of the annotations folder{further_remedy}"
         )
 
 
-def _refuse_existing(files: list[Path], remedy: str) -> None:
+def _check_free(files: list[Path], remedy: str) -> None:
     existing = [file for file in files if file.exists()]
     if existing:
-        raise DataError(f"{len(existing)} of the files to write exist already: {shorten(existing, limit=3)}. {remedy}.")
+        raise DataError(f"{shorten(existing, limit=3)}: {len(existing)} of the files to write exist already; {remedy}")
 
 
-def _summary(prepared: list[PreparedImage]) -> bytes:
+def _write_summary(path: Path, prepared: list[PreparedImage]) -> None:
     by_name = {item.name: {key: value for key, value in asdict(item).items() if key != "name"} for item in prepared}
-    return (json.dumps(by_name, indent=2) + "\n").encode()
+    write_bytes(path, (json.dumps(by_name, indent=2) + "\n").encode())
+
+
+def _parse_xml(path: Path):
+    defusedxml = import_extra("defusedxml", "training")
+    element_tree = import_extra("defusedxml.ElementTree", "training")
+    try:
+        return element_tree.parse(path).getroot()
+    except element_tree.ParseError as error:
+        raise DataError(f"{path}: is not well-formed XML ({error}); download or export it again") from error
+    except defusedxml.DefusedXmlException as error:
+        raise DataError(
+            f"{path}: declares entities, which an annotation does not need and which can exhaust memory, so it was not "
+            "read; remove the declarations, or get the file from its source again"
+        ) from error
+    except (LookupError, ValueError) as error:
+        raise DataError(
+            f"{path}: declares a text encoding that cannot be read ({error}); save it as UTF-8 and declare that"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+
+
+def _read_vertices(region, path: Path) -> np.ndarray:
+    vertices = []
+    for vertex in region.iter("Vertex"):
+        try:
+            x, y = float(vertex.get("X", "")), float(vertex.get("Y", ""))
+        except ValueError:
+            x = y = math.nan
+        if not (math.isfinite(x) and math.isfinite(y)):
+            raise DataError(
+                f"{path}: region {region.get('Id')} has a vertex with X={vertex.get('X')!r} Y={vertex.get('Y')!r}, not "
+                "two numbers; correct the file or export it again"
+            )
+        vertices.append((x, y))
+    return np.array(vertices, dtype=np.float64).reshape(-1, 2)
+
+
+def _read_resolution(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if 0 < value < math.inf else None

@@ -1,32 +1,32 @@
-"""Colours of colour-coded masks: the position of a colour in the palette is its class."""
+"""Palettes of colour-coded masks: the position of a colour in the palette is its class."""
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from uctrans.data.errors import DataError
+from .find import DataError
 
 Palette = tuple[str, ...]
 _HEX_COLOUR = re.compile(r"#[0-9a-f]{6}")
 
 
 def parse_palette(palette: str | Sequence) -> Palette:
-    """Bring a palette to its one form, a tuple of "#rrggbb" in lower case; entry 0 is the background.
+    """Return a palette in its one form, a tuple of "#rrggbb" in lower case; entry 0 is the background.
 
     Args:
         palette: "#000000,#ff0000" or a sequence of such colours, or of (red, green, blue) in 0..255.
 
     Raises:
-        DataError: a colour that cannot be read, a colour given twice, fewer than two or more than 256 colours.
+        DataError: a colour cannot be read or is given twice, or there are fewer than two or more than 256 colours.
     """
     entries = palette.split(",") if isinstance(palette, str) else list(palette)
     colours = tuple(_parse_colour(entry) for entry in entries)
     if not 2 <= len(colours) <= 256:
-        raise DataError(f"A palette has 2 to 256 colours, background first; this one has {len(colours)}.")
+        raise DataError(f"palette: has {len(colours)} colours; give 2 to 256, background first")
     repeated = sorted({colour for colour in colours if colours.count(colour) > 1})
     if repeated:
-        raise DataError(f"The palette names {', '.join(repeated)} more than once: give every class its own colour.")
+        raise DataError(f"palette: names {', '.join(repeated)} more than once; give every class its own colour")
     return colours
 
 
@@ -34,22 +34,25 @@ def labels_to_colours(labels: np.ndarray, palette: str | Sequence) -> np.ndarray
     """Paint label indexes, (H, W) integers, in the colours of the palette: (H, W, 3) uint8.
 
     Raises:
-        DataError: a label without a colour.
+        DataError: a label has no colour.
     """
-    table = palette_table(parse_palette(palette))
+    table = _to_table(parse_palette(palette))
     if labels.size and not 0 <= labels.min() <= labels.max() < len(table):
-        raise DataError(f"Labels {labels.min()}..{labels.max()} do not fit a palette of {len(table)} colours.")
+        raise DataError(
+            f"palette: has {len(table)} colours, but the labels are {labels.min()} to {labels.max()}; give every label "
+            "a colour"
+        )
     return table[labels]
 
 
 def colours_to_labels(colours: np.ndarray, palette: str | Sequence) -> np.ndarray:
-    """Inverse of :func:`labels_to_colours`: (H, W, 3) uint8 to (H, W) uint8 label indexes.
+    """Invert :func:`labels_to_colours`: (H, W, 3) uint8 to (H, W) uint8 label indexes.
 
     Raises:
-        DataError: a colour that is not in the palette; the message lists such colours and their pixel counts.
+        DataError: a colour is not in the palette; the message lists such colours and their pixel counts.
     """
     colours_by_label = parse_palette(palette)
-    known = pack_colours(palette_table(colours_by_label))
+    known = pack_colours(_to_table(colours_by_label))
     order = np.argsort(known)
     packed = pack_colours(colours)
     position = np.searchsorted(known[order], packed).clip(max=len(known) - 1)
@@ -57,22 +60,27 @@ def colours_to_labels(colours: np.ndarray, palette: str | Sequence) -> np.ndarra
     unknown = known[labels] != packed
     if unknown.any():
         values, counts = np.unique(packed[unknown], return_counts=True)
-        listed = ", ".join(f"#{values[i]:06x} ({counts[i]} pixels)" for i in np.argsort(-counts)[:5])
+        most_frequent = np.argsort(-counts)[:5]
+        listed = ", ".join(f"#{_unpack(values[index])} ({counts[index]} pixels)" for index in most_frequent)
         raise DataError(
-            f"{len(values)} colours are not in the palette {','.join(colours_by_label)}: {listed}. Add them to the "
-            "palette, or save the mask without compression losses and without smoothed edges."
+            f"{len(values)} colours are not in the palette {','.join(colours_by_label)}: {listed}; add them to the "
+            "palette, or save the mask without lossy compression and without smoothed edges"
         )
     return labels
 
 
-def palette_table(palette: Palette) -> np.ndarray:
-    """Return the palette as (classes, 3) uint8."""
-    return np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in palette], dtype=np.uint8)
-
-
 def pack_colours(colours: np.ndarray) -> np.ndarray:
-    """(..., 3) uint8 to (...) int64 0xrrggbb."""
-    return colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    """Return one number for each colour: (..., 3) of 8 or 16 bits to (...) int64, 16 bits for each channel."""
+    return colours.astype(np.int64) @ np.array([1 << 32, 1 << 16, 1])
+
+
+def _unpack(colour: int) -> str:
+    return "".join(f"{colour >> shift & 0xFF:02x}" for shift in (32, 16, 0))
+
+
+def _to_table(palette: Palette) -> np.ndarray:
+    """Return the palette as (classes, 3) uint8."""
+    return np.array([tuple(bytes.fromhex(colour[1:])) for colour in palette], dtype=np.uint8)
 
 
 def _parse_colour(entry: str | Sequence[int]) -> str:
@@ -82,4 +90,6 @@ def _parse_colour(entry: str | Sequence[int]) -> str:
             return colour
     elif len(entry) == 3 and all(isinstance(value, int | np.integer) and 0 <= value <= 255 for value in entry):
         return "#{:02x}{:02x}{:02x}".format(*entry)
-    raise DataError(f"{entry!r} is not a colour: write #rrggbb, or (red, green, blue) with whole numbers in 0..255.")
+    raise DataError(
+        f"palette: {entry!r} is not a colour; write #rrggbb, or (red, green, blue) with whole numbers in 0..255"
+    )

@@ -1,6 +1,6 @@
 """Protocols: how an image and its mask become network input, and how they are augmented.
 
-A protocol is part of what a score means, so its name is stored with the weights.
+A protocol is part of the meaning of a score, so its name is stored with the weights.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from uctrans.data.augmentation import turn_flip_rotate
-from uctrans.data.errors import DataError
-from uctrans.data.native_augmentation import NativeAugmentation, augment_strongly
-from uctrans.data.resizing import resize_bilinear
+from .augmentation import NativeAugmentation, augment_strongly, turn_flip_rotate
+from .find import DataError
 
 DEFAULT_PROTOCOL = "uctransnet-224"
 CHANNEL_ORDERS = ("rgb", "bgr")
+WEIGHT_BITS = 11
+# Both passes of resizing multiply by 2^11, so 22 bits must go: 4 after the first pass, 16 in the second, 2 by rounding.
+FIRST_SHIFT, SECOND_SHIFT, LAST_SHIFT = 4, 16, 2
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Preparation of images and masks for training and for scores.
+    """Preparation of images and masks for training and for scores, as published with UCTransNet.
 
     Attributes:
         name: registered name.
         image_size: (height, width) of the network input in pixels, in training and of a tile.
         channel_order: "rgb", or "bgr" for weights that were trained on images read in that order.
-        keeps_resolution: whether the network sees the pixels of the files; then ``image_size`` is that of the crops and
-            tiles that it sees at once, and scores are taken at the size of the files.
-        crops_per_image: how often an epoch takes each image.
+        keeps_resolution: whether the network sees the pixels of the files. Then ``image_size`` is the size of the crops
+            and tiles that it sees at once, and scores are taken at the size of the files.
+        crops_per_image: number of times that an epoch takes each image.
         resizes_as: name of the protocol that resizes images and masks in the same way, so that scores compare.
     """
 
@@ -44,19 +45,21 @@ class Protocol:
 
     def __post_init__(self):
         if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise DataError(f"image_size={self.image_size}: give height and width, 1 or more pixels each.")
+            raise DataError(f"image_size={self.image_size}: is no size; give height and width of 1 pixel or more")
         if self.channel_order not in CHANNEL_ORDERS:
-            raise DataError(f"channel_order={self.channel_order!r}: choose one of {', '.join(CHANNEL_ORDERS)}.")
+            raise DataError(
+                f"channel_order: {self.channel_order!r} is unknown; choose one of {', '.join(CHANNEL_ORDERS)}"
+            )
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 to (h, w, 3) uint8: bilinear, half-pixel centres, no anti-aliasing."""
+        """Resize (H, W, 3) uint8 to (h, w, 3) uint8: bilinear, half-pixel centres, no anti-aliasing."""
         return resize_bilinear(image, self.image_size)
 
     def resize_mask(self, mask: np.ndarray, classes: int) -> np.ndarray:
-        """(H, W) uint8 label indexes to (h, w) uint8.
+        """Resize (H, W) uint8 label indexes to (h, w) uint8.
 
-        ``classes=1``: resized as an 8-bit image of 0 and 255, bilinearly like the image, then every value above 0 is
-        foreground, which widens objects. ``classes>=2``: nearest neighbour, half-pixel centres.
+        ``classes=1``: the mask is resized as an 8-bit image of 0 and 255, bilinearly like the image, and every value
+        above 0 is foreground, which widens objects. ``classes>=2``: nearest neighbour, half-pixel centres.
         """
         if classes == 1:
             black_and_white = np.where(mask > 0, np.uint8(255), np.uint8(0))
@@ -65,7 +68,7 @@ class Protocol:
         return interpolate(labels, size=self.image_size, mode="nearest-exact")[0, 0].numpy()
 
     def to_input(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) uint8 RGB, on any device, to float32 0..1 in the protocol's channel order."""
+        """Convert (B, 3, h, w) uint8 RGB, on any device, to float32 0..1 in the protocol's channel order."""
         return self._in_order(images).float() / 255
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -73,7 +76,16 @@ class Protocol:
         return turn_flip_rotate(images, masks, generator)
 
     def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented network input and masks of the images at ``index``, int64 (B,), of the loaded ``data``."""
+        """Return augmented network input and masks.
+
+        Args:
+            data: a :class:`uctrans.data.SegmentationTensors`.
+            index: (B,) int64 positions of images.
+            generator: source of randomness, on the device of the data.
+
+        Returns:
+            float32 (B, 3, h, w) and uint8 (B, h, w).
+        """
         images, masks = data.batch(index)
         return self.augment(self.to_input(images), masks, generator)
 
@@ -83,71 +95,67 @@ class Protocol:
 
 @dataclass(frozen=True)
 class AugmentedProtocol(Protocol):
-    """Images and masks resized as the published protocol does, and scored alike, but changed more in training.
+    """Images and masks resized and scored as in the published protocol, but changed more in training.
 
     Attributes:
-        augmentation: how strongly images are changed.
+        augmentation: strengths of the changes.
     """
 
     augmentation: NativeAugmentation = field(default_factory=NativeAugmentation)
 
     def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented network input and masks of the images at ``index``, int64 (B,), of the loaded ``data``."""
+        """Return augmented network input and masks, see :meth:`Protocol.training_batch`."""
         images, masks = data.batch(index)
         images, masks = self.augment(images.float() / 255, masks, generator)
         return self._in_order(images), masks
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Warp images, (B, 3, h, w) RGB in 0..1 and (B, h, w); change their colours. Beyond an edge is a reflection."""
+        """Warp images, (B, 3, H, W) RGB in 0..1, and masks, (B, H, W), to ``image_size``; change the colours.
+
+        The input may have margins beyond ``image_size``, which rotations show; beyond the input is its reflection.
+        """
         return augment_strongly(images, masks, self.augmentation, self.image_size, generator)
 
 
 @dataclass(frozen=True)
-class NativeProtocol(Protocol):
-    """Images and masks as the files have them: the network is trained on random crops and sees whole images in tiles.
+class NativeProtocol(AugmentedProtocol):
+    """Images and masks as in the files: the network is trained on random crops and sees whole images in tiles.
 
     Attributes:
-        crops_per_image: crops that an epoch takes of each image, every one at a place of its own. 16 crops of 256 x 256
+        crops_per_image: crops that an epoch takes of each image, each at a place of its own. 16 crops of 256 x 256
             have as many pixels as an image of 1000 x 1000.
-        augmentation: how strongly crops are changed.
+        augmentation: strengths of the changes.
     """
 
     keeps_resolution: ClassVar[bool] = True
 
     crops_per_image: int = 16
-    augmentation: NativeAugmentation = field(default_factory=NativeAugmentation)
 
     def __post_init__(self):
         super().__post_init__()
         if self.crops_per_image < 1:
-            raise DataError(f"crops_per_image={self.crops_per_image}: an epoch takes 1 crop of each image or more.")
+            raise DataError(f"crops_per_image={self.crops_per_image}: is too few for an epoch; give 1 or more")
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """The image as it is."""
+        """Return the image unchanged."""
         return image
 
     def resize_mask(self, mask: np.ndarray, classes: int) -> np.ndarray:
-        """The mask as it is."""
+        """Return the mask unchanged."""
         return mask
 
     def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented random crops of the images at ``index``, int64 (B,), of a :class:`uctrans.data.NativeImages`.
+        """Return augmented random crops of a :class:`uctrans.data.NativeImages`, see :meth:`Protocol.training_batch`.
 
-        Returns:
-            float32 (B, 3, h, w) and uint8 (B, h, w).
+        A rotated crop shows pixels beyond its corners, so crops are cut out with a margin.
         """
         size = self.image_size
         top, left = data.random_corners(index, size, generator)
-        # A rotated crop shows pixels beyond its corners, so they are cut out with it.
         margin = self.augmentation.margin(size)
         wide = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
         crops, labels = data.crops(index, top - margin[0], left - margin[1], wide)
         images, labels = self.augment(crops.float() / 255, labels, generator)
         return self._in_order(images), labels
-
-    def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Warp crops with their margins, (B, 3, H, W) RGB and (B, H, W), to ``image_size``; change their colours."""
-        return augment_strongly(images, masks, self.augmentation, self.image_size, generator)
 
 
 PROTOCOLS = {
@@ -161,7 +169,7 @@ PROTOCOLS = {
 
 
 def list_protocols() -> list[str]:
-    """Names that :func:`get_protocol` takes."""
+    """Return the names that :func:`get_protocol` takes."""
     return sorted(PROTOCOLS)
 
 
@@ -171,7 +179,7 @@ def get_protocol(
     channel_order: str = "rgb",
     **options: Any,
 ) -> Protocol:
-    """A protocol by name.
+    """Return a protocol by name.
 
     Args:
         name: one of :func:`list_protocols`.
@@ -180,10 +188,10 @@ def get_protocol(
         options: further attributes of the protocol.
 
     Raises:
-        DataError: an unknown name, channel order or option, or a size that is not positive.
+        DataError: the name, channel order or an option is unknown, or a size is not positive.
     """
     if name not in PROTOCOLS:
-        raise DataError(f"Unknown protocol {name!r}: choose one of {', '.join(list_protocols())}.")
+        raise DataError(f"protocol: {name!r} is unknown; choose one of {', '.join(list_protocols())}")
     protocol = PROTOCOLS[name]
     if image_size is None:
         image_size = protocol.image_size
@@ -191,24 +199,54 @@ def get_protocol(
         image_size = (image_size, image_size)
     known = [attribute.name for attribute in fields(protocol)]
     if unknown := [option for option in options if option not in known]:
-        raise DataError(f"The protocol {name} has no {unknown[0]}: leave it out, or choose another protocol.")
+        raise DataError(
+            f"{unknown[0]}: the protocol {name} has no such option; leave it out, or choose another protocol"
+        )
     return replace(protocol, image_size=tuple(image_size), channel_order=channel_order, **options)
 
 
 def protocol_of(model: nn.Module, channel_order: str | None = None) -> Protocol:
-    """Return the protocol a model was trained under, by its ``metadata``, or else its ``config``.
+    """Return the protocol a model was trained under, by its ``metadata`` or else its ``config``.
 
     Weights without metadata get ``uctransnet-224`` at the model's own image size.
 
     Args:
         model: has the dicts ``metadata`` and ``config``.
-        channel_order: "rgb" or "bgr", replaces the order that the metadata name.
+        channel_order: "rgb" or "bgr", replaces the order in the metadata.
 
     Raises:
-        DataError: an unknown protocol or channel order.
+        DataError: the protocol or channel order is unknown.
     """
     return get_protocol(
         model.metadata.get("protocol") or DEFAULT_PROTOCOL,
         image_size=model.metadata.get("image_size") or model.config.get("image_size"),
         channel_order=channel_order or model.metadata.get("channel_order") or CHANNEL_ORDERS[0],
     )
+
+
+def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize (H, W) or (H, W, C) uint8 to (h, w) or (h, w, C): half-pixel centres, no anti-aliasing, edges repeated.
+
+    The result has the bits of OpenCV's ``INTER_LINEAR``, with which the published networks were trained. It computes in
+    fixed point and drops bits between its two passes, so floating-point interpolation, rounded, differs from it by one
+    gray level in one pixel of eight.
+    """
+    planes = pixels.reshape(*pixels.shape[:2], -1).astype(np.int32)
+    top, bottom, top_weight, bottom_weight = _neighbours_and_weights(pixels.shape[0], size[0])
+    left, right, left_weight, right_weight = _neighbours_and_weights(pixels.shape[1], size[1])
+    rows = planes[:, left] * left_weight[:, None] + planes[:, right] * right_weight[:, None]  # (H, w, C)
+    rows >>= FIRST_SHIFT
+    above = (rows[top] * top_weight[:, None, None]) >> SECOND_SHIFT
+    below = (rows[bottom] * bottom_weight[:, None, None]) >> SECOND_SHIFT
+    resized = (above + below + (1 << (LAST_SHIFT - 1))) >> LAST_SHIFT
+    return resized.astype(np.uint8).reshape(*size, *pixels.shape[2:])
+
+
+def _neighbours_and_weights(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the two neighbours of each new pixel along one axis, then their integer weights, which sum to 2^11."""
+    centres = ((np.arange(new_length) + 0.5) * (length / new_length) - 0.5).astype(np.float32)
+    first = np.floor(centres)
+    fraction = centres - first
+    weights = [np.rint(part * np.float32(1 << WEIGHT_BITS)).astype(np.int32) for part in (1 - fraction, fraction)]
+    neighbours = [(first.astype(np.int64) + step).clip(0, length - 1) for step in (0, 1)]
+    return *neighbours, *weights

@@ -1,16 +1,23 @@
-"""A whole dataset as two uint8 tensors on one device; 30 images of 224 x 224 pixels take 6 MB."""
+"""Whole datasets as uint8 tensors on one device: resized to one size, or at full resolution for crops.
 
-import os
-from collections.abc import Sequence
+30 images of 224 x 224 pixels take 6 MB, one image of 1000 x 1000 pixels 4 MB.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from uctrans.data.errors import DataError, shorten
-from uctrans.data.files import Sample
-from uctrans.data.images import decode_mask, read_image, warn_of_doubts
-from uctrans.data.protocols import Protocol
+from .find import DataError, Sample, shorten
+from .instances import BOUNDARY_TARGET, INSTANCES, boundary_target, find_doubt, find_instances, read_instances
+from .protocols import Protocol
+from .read import Doubts, decode_mask, read_image
+
+MASK_TARGET = "mask"
+TARGETS = (MASK_TARGET, BOUNDARY_TARGET)
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class SegmentationTensors:
         names: n sample names.
         images: (n, 3, h, w) uint8 RGB.
         masks: (n, h, w) uint8 label indexes.
-        original_sizes: n (height, width) in pixels, as the files have them.
+        original_sizes: n (height, width) of the files in pixels.
     """
 
     names: list[str]
@@ -37,17 +44,95 @@ class SegmentationTensors:
         return replace(self, images=self.images.to(device), masks=self.masks.to(device))
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and masks at ``index``, int64 (B,): (B, 3, h, w) and (B, h, w) uint8."""
+        """Return the images and masks at ``index``, int64 (B,): (B, 3, h, w) and (B, h, w) uint8."""
         return self.images.index_select(0, index), self.masks.index_select(0, index)
 
 
-def refuse_missing(samples: Sequence[Sample]) -> None:
-    """Raise DataError where there are no samples, or one has no mask."""
-    if not samples:
-        raise DataError("There are no samples to load: check the dataset folder and the split.")
-    unmasked = [sample.image for sample in samples if sample.mask is None]
-    if unmasked:
-        raise DataError(f"No mask for {shorten(unmasked)}: training and scores need one for each image.")
+@dataclass(frozen=True)
+class NativeImages:
+    """Images and labels of any sizes.
+
+    Attributes:
+        names: n sample names.
+        pixels: (3, P) uint8 RGB, the rows of all images one after the other.
+        labels: (P,) uint8 label indexes, in the same order.
+        starts: (n,) int64, position in P where each image begins.
+        sizes: (2, n) int64, heights and widths.
+    """
+
+    names: list[str]
+    pixels: Tensor
+    labels: Tensor
+    starts: Tensor
+    sizes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> "NativeImages":
+        """Return the same data on another device."""
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in ("pixels", "labels", "starts", "sizes")}
+        )
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the whole images and labels at ``index``, int64 (B,), all of one size.
+
+        Whole images, unlike crops, wait for the device, which holds their sizes.
+
+        Returns:
+            (B, 3, H, W) and (B, H, W), uint8.
+
+        Raises:
+            DataError: the images differ in size.
+        """
+        size, *others = sizes = self.sizes.index_select(1, index).T.tolist()
+        if any(other != size for other in others):
+            images = [
+                f"{self.names[position]} ({height} x {width})"
+                for position, (height, width) in zip(index.tolist(), sizes, strict=True)
+            ]
+            raise DataError(
+                f"batch: its images differ in size: {shorten(images)} pixels (height x width); take one image at a "
+                "time, or crops"
+            )
+        corner = torch.zeros_like(index)
+        return self.crops(index, corner, corner, size)
+
+    def crops(self, index: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Cut one crop out of each image at ``index``; outside of an image is its reflection, without the edge.
+
+        Args:
+            index: (B,) int64 positions of images.
+            top: (B,) int64 first row of each crop, may be negative.
+            left: (B,) int64 first column.
+            size: (h, w) of the crops.
+
+        Returns:
+            (B, 3, h, w) and (B, h, w), uint8.
+        """
+        heights, widths = self.sizes.index_select(1, index)
+        steps = [torch.arange(length, device=index.device) for length in size]
+        rows = reflect(top[:, None] + steps[0], heights[:, None])
+        columns = reflect(left[:, None] + steps[1], widths[:, None])
+        row_starts = self.starts.index_select(0, index)[:, None] + rows * widths[:, None]
+        position = (row_starts[:, :, None] + columns[:, None, :]).flatten()  # B h w
+        shape = (len(index), *size)
+        images = self.pixels.index_select(1, position).unflatten(1, shape)
+        return images.transpose(0, 1), self.labels.index_select(0, position).unflatten(0, shape)
+
+    def random_corners(self, index: Tensor, size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return first rows and first columns of random crops of the images at ``index``, two (B,) int64.
+
+        All places have equal probability at which the crop lies inside its image or, in an image smaller than the crop,
+        the image lies inside the crop.
+        """
+        heights, widths = self.sizes.index_select(1, index)
+        free = torch.stack([heights - size[0], widths - size[1]])
+        draw = torch.rand(2, len(index), device=index.device, generator=generator)
+        shift = torch.floor(draw * (free.abs() + 1)).long().minimum(free.abs())
+        top, left = torch.where(free < 0, -shift, shift)
+        return top, left
 
 
 def load_tensors(
@@ -61,27 +146,106 @@ def load_tensors(
 
     Args:
         samples: images with masks.
-        protocol: decides the size and how it is reached.
-        classes: 1, or the number of label values with the background.
+        protocol: decides the size and the method.
+        classes: 1, or the number of label values including the background.
         palette: colours of colour-coded masks, see :func:`uctrans.data.read_mask`.
-        device: where the tensors live.
+        device: device of the tensors.
 
     Raises:
-        DataError: no samples, a sample without a mask, or a file that :func:`uctrans.data.read_image` or
-            :func:`uctrans.data.read_mask` refuses.
+        DataError: there are no samples, a sample has no mask, or :func:`uctrans.data.read_image` or
+            :func:`uctrans.data.read_mask` refuses a file.
     """
-    refuse_missing(samples)
+    _check_samples(samples)
     images = torch.empty(len(samples), 3, *protocol.image_size, dtype=torch.uint8)
     masks = torch.empty(len(samples), *protocol.image_size, dtype=torch.uint8)
     original_sizes = []
-    paths_by_doubt: dict[str, list[str | os.PathLike]] = {}
-    for index, sample in enumerate(samples):
-        image = read_image(sample.image)
-        mask, doubt = decode_mask(sample.mask, classes, palette, image.shape[:2])
-        if doubt is not None:
-            paths_by_doubt.setdefault(doubt, []).append(sample.mask)
+    doubts = Doubts()
+    for index, (image, mask) in enumerate(_read_pairs(samples, classes, palette, doubts)):
         images[index] = torch.from_numpy(protocol.resize_image(image)).permute(2, 0, 1)
         masks[index] = torch.from_numpy(protocol.resize_mask(mask, classes))
         original_sizes.append(image.shape[:2])
-    warn_of_doubts(paths_by_doubt)
+    doubts.warn()
     return SegmentationTensors([sample.name for sample in samples], images.to(device), masks.to(device), original_sizes)
+
+
+def load_native(
+    samples: Sequence[Sample],
+    classes: int,
+    palette: str | Sequence | None = None,
+    device: torch.device | str = "cpu",
+    target: str = MASK_TARGET,
+) -> NativeImages:
+    """Read all samples at the size of their files and put them on a device.
+
+    Args:
+        samples: images with masks.
+        classes: 1, or the number of label values including the background; 1 for the target "boundary".
+        palette: colours of colour-coded masks, see :func:`uctrans.data.read_mask`.
+        device: device of the tensors.
+        target: "mask": the labels are those of the masks. "boundary": they are
+            :func:`uctrans.data.boundary_target` of the instance map in ``instances`` beside ``masks``, which must agree
+            with the mask (see :func:`uctrans.data.instances.read_instances`).
+
+    Raises:
+        DataError: there are no samples, a sample has no mask or, for "boundary", no instance map, the target is
+            unknown, an instance map belongs to another image, or a file cannot be used.
+    """
+    if target not in TARGETS:
+        raise DataError(f"target: {target!r} is unknown; choose one of {', '.join(TARGETS)}")
+    _check_samples(samples)
+    instance_maps = _find_all_instances(samples) if target == BOUNDARY_TARGET else {}
+    pixels, labels, sizes = [], [], []
+    doubts = Doubts()
+    for sample, (image, label) in zip(samples, _read_pairs(samples, classes, palette, doubts), strict=True):
+        if path := instance_maps.get(sample.name):
+            instances = read_instances(path, label)
+            doubts.add(find_doubt(instances, label), path)
+            label = boundary_target(instances)
+        pixels.append(torch.from_numpy(np.array(image)).flatten(0, 1).T)
+        labels.append(torch.from_numpy(label).flatten())
+        sizes.append(image.shape[:2])
+    doubts.warn()
+    counts = torch.tensor([len(label) for label in labels])
+    return NativeImages(
+        names=[sample.name for sample in samples],
+        pixels=torch.cat(pixels, dim=1).contiguous(),
+        labels=torch.cat(labels),
+        starts=counts.cumsum(0) - counts,
+        sizes=torch.tensor(sizes).T.contiguous(),
+    ).to(device)
+
+
+def reflect(positions: Tensor, length: Tensor) -> Tensor:
+    """Bring positions into 0 .. length - 1 by reflection at both ends, which are not repeated; int64, broadcast."""
+    period = (2 * (length - 1)).clamp(min=1)
+    inside = positions % period
+    return torch.minimum(inside, period - inside).minimum(length - 1)
+
+
+def _check_samples(samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise DataError("samples: there are none to load; check the dataset folder and the split")
+    unmasked = [sample.image for sample in samples if sample.mask is None]
+    if unmasked:
+        raise DataError(f"{shorten(unmasked)}: has no mask; training and scores need one for each image")
+
+
+def _find_all_instances(samples: Sequence[Sample]) -> dict[str, Path]:
+    instance_maps = find_instances(samples)
+    without = [sample for sample in samples if sample.name not in instance_maps]
+    if without:
+        folders = sorted({sample.mask.parent.parent / INSTANCES for sample in without})
+        raise DataError(
+            f"{shorten(folders)}: no instance map, one number for each nucleus, for "
+            f"{shorten(sample.name for sample in without)}, which the target {BOUNDARY_TARGET} needs; put them there "
+            "(uctrans prepare monuseg makes them from outlines in XML), or train with target mask"
+        )
+    return instance_maps
+
+
+def _read_pairs(
+    samples: Sequence[Sample], classes: int, palette: str | Sequence | None, doubts: Doubts
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for sample in samples:
+        image = read_image(sample.image)
+        yield image, decode_mask(sample.mask, classes, palette, image.shape[:2], doubts)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from uctrans.data import find_split
-from uctrans.data.files import drawn_from
+from uctrans.data.find import drawn_from
 from uctrans.data.instances import find_instances
 from uctrans.extras import import_extra
 from uctrans.inference.comparing import Compared, Comparison, score_sizes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from uctrans.data.boundary import BACKGROUND, BORDER, BOUNDARY_CLASSES, BOUNDARY_TARGET, INTERIOR
+from uctrans.data.instances import BACKGROUND, BORDER, BOUNDARY_CLASSES, BOUNDARY_TARGET, INTERIOR
 
 # Chosen on the four annotated training images of MoNuSeg at 40x (nuclei of about 500 pixels, 25 across).
 SMALLEST_OBJECT, SEED_DISTANCE = 30, 8

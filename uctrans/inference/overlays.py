@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from uctrans.data.boundary import BORDER, boundary_target
+from uctrans.data.instances import BORDER, boundary_target
 
 BACKGROUND = (0, 0, 0)
 # A green that stands out on stained tissue as on gray images (binary masks), then Okabe and Ito's colours.

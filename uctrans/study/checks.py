@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uctrans.data import find_development_samples, find_samples, get_protocol, load_folds, make_folds
-from uctrans.data.files import SPLITS
+from uctrans.data.find import SPLITS
 from uctrans.data.folds import Fold
 from uctrans.data.instances import check_truth, find_instances
 from uctrans.study.config import StudyConfig, StudyError

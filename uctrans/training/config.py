@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
-from ..data.native import TARGETS
+from ..data.instances import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from ..data.tensors import TARGETS
 from ..extras import import_extra
 from ..writing import write_bytes
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .. import kernels
-from ..data.boundary import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from ..data.instances import BOUNDARY_CLASSES, BOUNDARY_TARGET
 from .config import TrainConfig
 from .distributed import Processes
 

@@ -27,7 +27,7 @@ from ..data import (
     load_tensors,
     parse_palette,
 )
-from ..data.native import MASK_TARGET
+from ..data.tensors import MASK_TARGET
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
 from ..models import SegmentationModel, load_model, set_checkpointing

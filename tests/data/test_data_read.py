@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from tests.data.support import put, random_pixels
 from uctrans.data import (
     DataError,
     colours_to_labels,
@@ -24,19 +25,9 @@ from uctrans.data import (
     read_image,
     read_mask,
 )
-from uctrans.data.files import IMAGE_SUFFIXES
+from uctrans.data.find import IMAGE_SUFFIXES
 
 PALETTE = "#000000,#FF0000,#00ff00"
-
-
-def random_pixels(*shape, dtype=np.uint8):
-    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
-
-
-def put(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.v3.imwrite(path, pixels)
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".PNG"])
@@ -104,7 +95,7 @@ def put_deep_png(path, pixels):
 @pytest.mark.parametrize("name", ["deep.png", "deep.bmp"], ids=["named png", "named otherwise"])
 def test_sixteen_bit_png_with_colours_or_alpha_is_refused_rather_than_cut(tmp_path, channels, name):
     path = put_deep_png(tmp_path / name, random_pixels(5, 6, channels, dtype=np.uint16) % 3)
-    message = rf"{re.escape(name)} is a 16-bit PNG with colours or alpha.*save it as 8-bit PNG, as 16-bit TIFF"
+    message = rf"{re.escape(name)}: is a 16-bit PNG with colours or alpha.*save it as 8-bit PNG, as 16-bit TIFF"
     with pytest.raises(DataError, match=message):
         read_mask(path, classes=3)
     with pytest.raises(DataError, match=message):
@@ -115,7 +106,7 @@ def test_sixteen_bit_png_with_colours_or_alpha_is_refused_rather_than_cut(tmp_pa
 def test_sixteen_bit_ppm_is_refused_rather_than_cut(tmp_path, content):
     (tmp_path / "a.ppm").write_bytes(content)
     for read in (read_image, read_mask):
-        with pytest.raises(DataError, match=r"a\.ppm is a 16-bit PPM.*save it as 16-bit TIFF"):
+        with pytest.raises(DataError, match=r"a\.ppm: is a 16-bit PPM.*save it as 16-bit TIFF"):
             read(tmp_path / "a.ppm")
 
 
@@ -149,7 +140,7 @@ def test_truncated_file(tmp_path, suffix, keep):
     path = put(tmp_path / f"cut{suffix}", random_pixels(40, 40, 3))
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(DataError, match=rf"cut{re.escape(suffix)} cannot be read.*replace or re-save"):
+    with pytest.raises(DataError, match=rf"cut{re.escape(suffix)}: cannot be read.*replace it or save it again"):
         read_image(path)
 
 
@@ -163,7 +154,7 @@ def test_file_that_is_no_image(tmp_path, suffix, content):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(DataError, match=r"a\.png is not a file"):
+    with pytest.raises(DataError, match=r"a\.png: is not a file"):
         read_image(tmp_path / "a.png")
 
 
@@ -171,7 +162,7 @@ def test_missing_file(tmp_path):
 def test_values_that_are_no_8_or_16_bit_integers(tmp_path, dtype):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5), dtype=dtype))
     for read in (read_image, read_mask):
-        with pytest.raises(DataError, match=rf"a\.tif holds {np.dtype(dtype)} values: save it with 8 or 16 bit"):
+        with pytest.raises(DataError, match=rf"a\.tif: holds {np.dtype(dtype)} values; save it with 8-bit or 16-bit"):
             read(tmp_path / "a.tif")
 
 
@@ -179,7 +170,7 @@ def test_several_pages_or_frames(tmp_path):
     tifffile.imwrite(tmp_path / "stack.tif", random_pixels(5, 8, 9), photometric="minisblack")
     imageio.v3.imwrite(tmp_path / "film.gif", random_pixels(2, 8, 9, 3))
     for name in ("stack.tif", "film.gif"):
-        with pytest.raises(DataError, match=rf"{name} holds several pages or frames"):
+        with pytest.raises(DataError, match=rf"{name}: holds several pages or frames"):
             read_image(tmp_path / name)
 
 
@@ -196,7 +187,7 @@ def test_stacks_that_look_like_channels(tmp_path):
     tifffile.imwrite(tmp_path / "three.tif", stack[:3], photometric="minisblack")
     tifffile.imwrite(tmp_path / "imagej.tif", stack, imagej=True, metadata={"axes": "ZYX"})
     for name, pages in (("narrow.tif", 50), ("three.tif", 3), ("imagej.tif", 50)):
-        with pytest.raises(DataError, match=rf"{name} holds several pages or frames \({pages}\): save one image"):
+        with pytest.raises(DataError, match=rf"{name}: holds several pages or frames \({pages}\); save one image"):
             read_image(tmp_path / name)
 
 
@@ -216,14 +207,14 @@ def test_tiff_with_channels_in_separate_planes(tmp_path):
 
 def test_tiff_of_five_channels(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", random_pixels(7, 9, 5), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(DataError, match=r"a\.tif has 5 channels.*save it as one gray or RGB image"):
+    with pytest.raises(DataError, match=r"a\.tif: has 5 channels.*save it as one gray or RGB image"):
         read_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(("name", "space"), [("a.jpg", "CMYK"), ("a.tif", "CMYK"), ("a.tif", "LAB")])
 def test_colours_that_are_not_rgb(tmp_path, name, space):
     Image.fromarray(random_pixels(8, 8, 3)).convert(space).save(tmp_path / name)
-    with pytest.raises(DataError, match=rf"{re.escape(name)} holds \w+ colours: convert it to RGB"):
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: holds \w+ colours; convert it to RGB"):
         read_image(tmp_path / name)
 
 
@@ -250,7 +241,7 @@ def test_what_only_imagecodecs_decodes_is_refused_rather_than_cut(tmp_path, monk
     tifffile.imwrite(tmp_path / "a.tif", random_pixels(7, 9, 3, dtype=np.uint16), photometric="rgb")
     monkeypatch.setattr(tifffile.TiffPage, "asarray", refuse)
     with pytest.raises(
-        DataError, match=r"a\.tif holds 16-bit colours compressed by \w+: install the package imagecodecs"
+        DataError, match=r"a\.tif: holds 16-bit colours compressed by \w+; install the package imagecodecs"
     ):
         read_image(tmp_path / "a.tif")
 
@@ -260,7 +251,7 @@ def test_damaged_compressed_tiff_names_both_remedies(tmp_path):
     content = (tmp_path / "a.tif").read_bytes()
     start = content.index(b"\xff\xd8")
     (tmp_path / "a.tif").write_bytes(content[:start] + bytes(40) + content[start + 40 :])
-    with pytest.raises(DataError, match=r"a\.tif.* cannot be read, it may be damaged"):
+    with pytest.raises(DataError, match=r"a\.tif: cannot be read.*, it may be damaged.*(replace|imagecodecs)"):
         read_image(tmp_path / "a.tif")
 
 
@@ -273,7 +264,7 @@ def test_tiff_of_an_impossible_size(tmp_path, size):
     content[tag.offset + 2 : tag.offset + 4] = struct.pack("<H", 4)  # a 32-bit value
     content[tag.offset + 8 : tag.offset + 12] = size
     (tmp_path / "a.tif").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.tif cannot be read"):
+    with pytest.raises(DataError, match=r"a\.tif: cannot be read"):
         read_image(tmp_path / "a.tif")
 
 
@@ -281,7 +272,7 @@ def test_tiff_of_an_impossible_size(tmp_path, size):
 def test_tiff_that_stores_white_as_zero(tmp_path, dtype):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8), dtype=dtype), photometric="miniswhite")
     for read in (read_image, read_mask):
-        with pytest.raises(DataError, match=r"a\.tif stores white as 0 .*save it as PNG, or as TIFF with .*MINISBLACK"):
+        with pytest.raises(DataError, match=r"a\.tif: stores white as 0 .*save it as PNG, or as .*MINISBLACK"):
             read(tmp_path / "a.tif")
 
 
@@ -384,7 +375,7 @@ def test_label_index_masks(tmp_path):
 def test_label_values_beyond_the_classes(tmp_path):
     path = put(tmp_path / "a.png", np.array([[0, 1], [2, 255]], dtype=np.uint8))
     with pytest.raises(
-        DataError, match=r"a\.png holds label values 2, 255, but classes=2 allows 0 to 1: raise classes"
+        DataError, match=r"a\.png: holds label values 2, 255, but classes=2 allows 0 to 1; raise classes"
     ):
         read_mask(path, classes=2)
     deep = put(tmp_path / "b.png", np.array([[0, 256]], dtype=np.uint16))
@@ -394,7 +385,7 @@ def test_label_values_beyond_the_classes(tmp_path):
 
 def test_coloured_mask_without_a_palette(tmp_path):
     path = put(tmp_path / "a.png", random_pixels(4, 4, 3))
-    with pytest.raises(DataError, match=r"a\.png is a coloured mask: give a palette"):
+    with pytest.raises(DataError, match=r"a\.png: is a coloured mask; give a palette"):
         read_mask(path, classes=3)
 
 
@@ -407,7 +398,7 @@ def test_number_of_classes(tmp_path, classes):
 def test_mask_of_another_size(tmp_path):
     path = put(tmp_path / "images" / "a.png", random_pixels(8, 9, 3))
     mask = put(tmp_path / "masks" / "a.png", np.zeros((9, 8), dtype=np.uint8))
-    message = r"masks/a\.png is 9 x 8 pixels \(height x width\), but its image is 8 x 9"
+    message = r"masks/a\.png: is 9 x 8 pixels \(height x width\), but its image is 8 x 9"
     with pytest.raises(DataError, match=message):
         read_mask(mask, shape=read_image(path).shape[:2])
     with pytest.raises(DataError, match=message):
@@ -419,7 +410,7 @@ def test_colour_coded_mask(tmp_path):
     path = put(tmp_path / "a.png", labels_to_colours(labels, PALETTE))
     np.testing.assert_array_equal(read_mask(path, 3, PALETTE), labels)
     np.testing.assert_array_equal(read_mask(path, 3, [(0, 0, 0), (255, 0, 0), (0, 255, 0)]), labels)
-    with pytest.raises(DataError, match="palette has 3 colours, but classes=4 needs 4"):
+    with pytest.raises(DataError, match="palette: has 3 colours, but classes=4 needs 4"):
         read_mask(path, 4, PALETTE)
 
 
@@ -433,20 +424,20 @@ def test_colour_that_is_not_in_the_palette(tmp_path):
     colours = labels_to_colours(np.zeros((4, 4), dtype=np.uint8), PALETTE)
     colours[0, :2] = (1, 2, 254)
     path = put(tmp_path / "a.png", colours)
-    with pytest.raises(DataError, match=r"a\.png: 1 colours are not in the palette .*#0102fe \(2 pixels\)\. Add them"):
+    with pytest.raises(DataError, match=r"a\.png: 1 colours are not in the palette .*#0102fe \(2 pixels\); add them"):
         read_mask(path, 3, PALETTE)
 
 
 def test_sixteen_bit_colour_coded_mask(tmp_path):
     path = put(tmp_path / "a.png", np.zeros((4, 4), dtype=np.uint16))
-    with pytest.raises(DataError, match="8 bit a channel"):
+    with pytest.raises(DataError, match="8 bits a channel"):
         read_mask(path, 3, PALETTE)
 
 
 @pytest.mark.parametrize(
     ("palette", "message"),
     [
-        ("#000000", "2 to 256 colours"),
+        ("#000000", "has 1 colours; give 2 to 256"),
         ("#000000,#000000", "more than once"),
         ("#000000,red", "'red' is not a colour"),
         ([(0, 0, 0), (0, 0, 256)], "is not a colour"),
@@ -463,7 +454,7 @@ def test_palette_has_one_form():
 
 
 def test_label_without_a_colour():
-    with pytest.raises(DataError, match=r"0\.\.3 do not fit a palette of 3 colours"):
+    with pytest.raises(DataError, match=r"has 3 colours, but the labels are 0 to 3"):
         labels_to_colours(np.array([[0, 3]], dtype=np.uint8), PALETTE)
 
 

@@ -19,9 +19,8 @@ from uctrans.data import (
     get_protocol,
     load_native,
 )
-from uctrans.data.native import reflect
-from uctrans.data.native_augmentation import blur_gaussian, change_colours, draw_warps, warp
-from uctrans.data.stains import rgb_to_stains, stains_to_rgb
+from uctrans.data.augmentation import blur_gaussian, change_colours, draw_warps, rgb_to_stains, stains_to_rgb, warp
+from uctrans.data.tensors import reflect
 
 NONE = dict.fromkeys(NativeAugmentation.__dataclass_fields__, 0)
 
@@ -81,7 +80,7 @@ def test_images_of_different_sizes_are_no_batch():
     data = native_images(noise(9, 14), noise(5, 4), noise(9, 14))
     _, labels = data.batch(torch.tensor([2, 0]))
     assert labels.shape == (2, 9, 14)
-    with pytest.raises(DataError, match=r"0 \(9 x 14\), 1 \(5 x 4\) pixels .*Take one at a time"):
+    with pytest.raises(DataError, match=r"0 \(9 x 14\), 1 \(5 x 4\) pixels .*take one image at a time"):
         data.batch(torch.tensor([0, 1]))
 
 
@@ -316,12 +315,12 @@ def test_blur_is_a_gaussian_of_each_samples_own_width():
 @pytest.mark.parametrize(
     ("strengths", "message"),
     [
-        ({"rotation": 200}, "rotation=200 must be a number of 0 to 180"),
+        ({"rotation": 200}, "rotation=200 is out of range; give a number from 0 to 180"),
         ({"noise": -0.1}, "noise=-0.1"),
         ({"blur": math.nan}, "blur=nan"),
         ({"stain_scale": "much"}, "stain_scale='much'"),
         ({"scale": True}, "scale=True"),
-        ({"stains": 0.1}, "there is no 'stains'; choose of warp_probability, .*stain_scale"),
+        ({"stains": 0.1}, "there is no 'stains'; choose from warp_probability, .*stain_scale"),
     ],
 )
 def test_strengths_that_cannot_be(strengths, message):
@@ -388,16 +387,16 @@ def test_data_that_cannot_be_loaded(dataset):
     with pytest.raises(DataError, match="choose one of mask, boundary"):
         load_native(find_samples(dataset), 1, target="border")
     write(dataset / "instances/b.png", np.eye(16, 18, dtype=np.uint16))
-    with pytest.raises(DataError, match=r"instances/b\.png is not that of its image"):
+    with pytest.raises(DataError, match=r"instances/b\.png: is not the instance map of its image"):
         load_native(find_samples(dataset), 1, target="boundary")
     write(dataset / "instances/b.png", np.ones((4, 4), np.uint16))
-    with pytest.raises(DataError, match=r"b\.png is 4 x 4 pixels .*image is 16 x 18"):
+    with pytest.raises(DataError, match=r"b\.png: is 4 x 4 pixels .*image is 16 x 18"):
         load_native(find_samples(dataset), 1, target="boundary")
     (dataset / "instances/b.png").unlink()
-    with pytest.raises(DataError, match=r"target boundary needs an instance map.*none for b in .*instances"):
+    with pytest.raises(DataError, match=r"instances: no instance map.*for b, which the target boundary needs; put"):
         load_native(find_samples(dataset), 1, target="boundary")
     assert len(load_native(find_samples(dataset), 1)) == 2
-    with pytest.raises(DataError, match="no samples"):
+    with pytest.raises(DataError, match="there are none to load"):
         load_native([], 1)
 
 

@@ -1,0 +1,246 @@
+"""Find images and masks in a folder and pair them by stem.
+
+A dataset folder has one of three layouts::
+
+    ROOT/{train,val,test}/{images,masks}/NAME.EXT
+    ROOT/{images,masks}/NAME.EXT                                 one folder, split by a seed
+    ROOT/{Train,Val,Test}_Folder/{img,labelcol}/NAME.EXT         as published with UCTransNet
+"""
+
+import os
+import random
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "val", "test")
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+LAYOUTS = (
+    "a dataset folder holds {train,val,test}/{images,masks}, or images and masks side by side, "
+    "or {Train,Val,Test}_Folder/{img,labelcol}"
+)
+
+
+class DataError(ValueError):
+    """A file, folder or setting of a dataset cannot be used; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image file and its mask file, or None without a mask; ``name`` is their common stem."""
+
+    name: str
+    image: Path
+    mask: Path | None
+
+
+def find_samples(
+    root: str | os.PathLike,
+    split: str | None = None,
+    *,
+    require_masks: bool = True,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> list[Sample]:
+    """Return the images and masks of one split of a dataset folder, sorted by name.
+
+    A folder of ``images`` and ``masks`` is split here: the names are sorted and shuffled with ``seed``; the first
+    ``test_fraction`` of them are for testing and the next ``val_fraction`` for validation, both rounded, but at least
+    one image for a fraction above zero. ``split=None`` returns all images. A folder that comes split ignores fractions
+    and seed, and needs ``split``.
+
+    Args:
+        root: dataset folder in one of the layouts of this module.
+        split: "train", "val", "test" or None.
+        require_masks: False accepts images without a mask, with ``mask=None``.
+        val_fraction: share of an unsplit folder for validation, 0 to 1.
+        test_fraction: share of an unsplit folder for testing, 0 to 1.
+        seed: decides the split of an unsplit folder.
+
+    Raises:
+        DataError: a folder is missing or empty, an image has no mask or a mask no image, two images share a stem, or
+            the split would be empty.
+    """
+    root = Path(root)
+    if split is not None and split not in SPLITS:
+        raise DataError(f"split: {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    if not root.is_dir():
+        raise DataError(f"{root}: is not a folder; {LAYOUTS}")
+    folders = _split_folders(root)
+    if folders:
+        if split is None:
+            raise DataError(f"{root}: comes split into {', '.join(folders)}; say which split to take")
+        if split not in folders:
+            raise DataError(f"{root}: has no folder for the split {split!r}, only {', '.join(folders)}; {LAYOUTS}")
+        return _pair(*folders[split], require_masks)
+    if not (root / "images").is_dir():
+        raise DataError(f"{root}: holds no dataset; {LAYOUTS}")
+    samples = _pair(root / "images", root / "masks", require_masks)
+    if split is None:
+        return samples
+    chosen = _draw_split(samples, val_fraction, test_fraction, seed)[split]
+    if not chosen:
+        raise DataError(
+            f"{root}: has {len(samples)} images, too few to put any into {split!r} with val_fraction={val_fraction} "
+            f"and test_fraction={test_fraction}; add images or change the fractions"
+        )
+    return [sample for sample in samples if sample.name in chosen]
+
+
+def find_development_samples(
+    root: str | os.PathLike, *, val_fraction: float = 0.2, test_fraction: float = 0.2, seed: int = 0
+) -> list[Sample]:
+    """Return the samples that folds may use, those of train and val, sorted by name.
+
+    In a folder of ``images`` and ``masks`` they are all but the test images that :func:`find_samples` draws with the
+    same fractions and seed, so no fold trains on an image that is scored later.
+
+    Raises:
+        DataError: as :func:`find_samples`; or an unsplit folder has test images alone, or a name is in train and val.
+    """
+    if _comes_split(root):
+        return _find_in_splits(root, ("train", "val"))
+    samples = find_samples(root)
+    test = _draw_split(samples, val_fraction, test_fraction, seed)["test"]
+    if len(test) == len(samples):
+        raise DataError(f"{root}: has {len(samples)} images, all of them for testing; add images")
+    return [sample for sample in samples if sample.name not in test]
+
+
+def find_all_samples(root: str | os.PathLike) -> list[Sample]:
+    """Return the samples of all splits of a dataset folder, sorted by name.
+
+    Raises:
+        DataError: as :func:`find_samples`, or a name is in two splits.
+    """
+    return _find_in_splits(root, _split_folders(Path(root))) if _comes_split(root) else find_samples(root)
+
+
+def drawn_from(root: str | os.PathLike) -> int | None:
+    """Return the number of images in a folder whose splits are drawn, or None for a folder that comes split."""
+    return None if _comes_split(root) else len(find_samples(root))
+
+
+def find_images(path: str | os.PathLike) -> list[Sample]:
+    """Return one image file, or all images of a folder sorted by name, as samples without masks.
+
+    Raises:
+        DataError: the path is missing, a file that is no image or an empty folder, or two images share a stem.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise DataError(f"{path}: is not an image by its extension; use {_suffixes()}")
+        return [Sample(path.stem, path, None)]
+    if not path.is_dir():
+        raise DataError(f"{path}: does not exist; name an image file or a folder of images")
+    return [Sample(name, image, None) for name, image in list_images(path).items()]
+
+
+def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> dict[str, Path]:
+    """Return the image files of one folder by stem, sorted.
+
+    Hidden files are ignored. One warning names all other files that are not images, except those with a suffix in
+    ``companions``, which belong there.
+
+    Raises:
+        DataError: the folder holds no image, or two of one stem.
+    """
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES]
+    strays = [entry.name for entry in entries if entry not in files and entry.suffix.lower() not in companions]
+    if strays:
+        warnings.warn(f"{folder}: ignored files that are not images: {shorten(strays)}", stacklevel=2)
+    if not files:
+        raise DataError(f"{folder}: holds no image; use {_suffixes()}")
+    by_stem: dict[str, Path] = {}
+    for file in files:
+        if file.stem in by_stem:
+            raise DataError(
+                f"{by_stem[file.stem]}: shares its stem with {file.name}, so their results would share a name; "
+                "rename one"
+            )
+        by_stem[file.stem] = file
+    return dict(sorted(by_stem.items()))
+
+
+def shorten(names: Iterable[Any], limit: int = 5) -> str:
+    """Join at most ``limit`` names with commas and say how many more there are."""
+    names = [str(name) for name in names]
+    text = ", ".join(names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+
+
+def _comes_split(root: str | os.PathLike) -> bool:
+    return bool(_split_folders(Path(root)))
+
+
+def _split_folders(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Return the image and mask folders by split, or an empty dict if ``root`` does not come split."""
+    plain = {split: root / split for split in SPLITS}
+    published = {split: root / f"{split.title()}_Folder" for split in SPLITS}
+    for folders, images, masks in ((plain, "images", "masks"), (published, "img", "labelcol")):
+        present = {split: folder for split, folder in folders.items() if folder.is_dir()}
+        if present:
+            return {split: (folder / images, folder / masks) for split, folder in present.items()}
+    return {}
+
+
+def _find_in_splits(root: str | os.PathLike, splits: Iterable[str]) -> list[Sample]:
+    by_name: dict[str, Sample] = {}
+    for split in splits:
+        for sample in find_samples(root, split):
+            if sample.name in by_name:
+                raise DataError(f"{sample.image}: shares its name with {by_name[sample.name].image}; rename one")
+            by_name[sample.name] = sample
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def _pair(images: Path, masks: Path, require_masks: bool) -> list[Sample]:
+    if not images.is_dir():
+        raise DataError(f"{images}: is missing; {LAYOUTS}")
+    image_files = list_images(images)
+    if not masks.is_dir():
+        if require_masks:
+            raise DataError(f"{masks}: is missing; put one mask for each image there, with the same stem")
+        return [Sample(name, image, None) for name, image in image_files.items()]
+    mask_files = list_images(masks)
+    without_mask = [name for name in image_files if name not in mask_files] if require_masks else []
+    without_image = [name for name in mask_files if name not in image_files]
+    if without_mask or without_image:
+        raise DataError(
+            f"{images.parent}: images and masks do not pair by stem (without a mask in {masks}: "
+            f"{shorten(without_mask) or 'none'}; without an image in {images}: {shorten(without_image) or 'none'}); "
+            "add, rename or remove these files"
+        )
+    return [Sample(name, image, mask_files.get(name)) for name, image in image_files.items()]
+
+
+def _draw_split(samples: list[Sample], val_fraction: float, test_fraction: float, seed: int) -> dict[str, set[str]]:
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise DataError(
+            f"val_fraction={val_fraction}, test_fraction={test_fraction}: leave nothing to train on; "
+            "give two numbers of 0 or more with a sum below 1"
+        )
+    shuffled = sorted(sample.name for sample in samples)
+    random.Random(seed).shuffle(shuffled)
+    test_count, val_count = (
+        max(1, round(fraction * len(shuffled))) if fraction else 0 for fraction in (test_fraction, val_fraction)
+    )
+    return {
+        "test": set(shuffled[:test_count]),
+        "val": set(shuffled[test_count : test_count + val_count]),
+        "train": set(shuffled[test_count + val_count :]),
+    }
+
+
+def _suffixes() -> str:
+    return f"a file with one of the extensions {' '.join(sorted(IMAGE_SUFFIXES))}"
