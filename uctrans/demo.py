@@ -1,21 +1,24 @@
-"""``uctrans demo``: the whole way from a picture to predictions, on data that needs no download, in minutes on a CPU.
+"""``uctrans demo``: from a picture to predictions, on data that needs no download, in minutes on a CPU.
 
 The picture is the immunohistochemistry photograph inside scikit-image. Its labels are made by colour deconvolution and
-thresholding, so a score here tells that everything works, and nothing about accuracy on annotated data.
+thresholding, so a score here shows that everything works, and nothing about accuracy on annotated data.
 """
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from .data import write_demo_dataset
+from .inference import EvaluateConfig, PredictConfig, evaluate, predict
+from .training import TrainConfig, train
+
 MARKER = ".uctrans-demo"
 PARTS = ("data", "run", "evaluation", "prediction")
-IMAGE_SIZE = 128  # pixels; the side of the embedded tiles, so nothing is resized
-MODEL = "uctransnet"
+IMAGE_SIZE = 128  # pixels, the side of the embedded tiles, so nothing is resized
 
 
 class DemoError(ValueError):
-    """The demo cannot write where it was told to; the message names the remedy."""
+    """The demo cannot write to its output folder; the message says what to do."""
 
 
 @dataclass
@@ -39,14 +42,14 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the demo left what, and the mean test Dice (None when a signal stopped the training)."""
+    """Output folder of the demo and the mean test Dice, which is None if a signal stopped the training."""
 
     output: Path
     test_dice: float | None
     stopped_by: str
 
     def __str__(self) -> str:
-        """What to look at."""
+        """Return a list of the files to look at."""
         if self.test_dice is None:
             return f"Training was stopped ({self.stopped_by}); its checkpoints are in {self.output / 'run'}"
         return "\n".join(
@@ -64,22 +67,19 @@ def run_demo(config: DemoConfig) -> DemoResult:
     """Write the embedded dataset, train a small UCTransNet on it, evaluate, predict.
 
     Raises:
-        DemoError: the output folder holds something else than an earlier demo.
+        DemoError: the output folder holds files that are not from an earlier demo.
         ImportError: a package of the training extra is missing.
     """
-    from uctrans.data import write_demo_dataset
-    from uctrans.inference import EvaluateConfig, PredictConfig, evaluate, predict
-    from uctrans.training import TrainConfig, train
-
-    output = _fresh_folder(Path(config.output))
+    output = Path(config.output)
+    _clear(output)
     data, run, evaluation, prediction = (output / part for part in PARTS)
     write_demo_dataset(data)
-    print(f"Training on {data} ({data / 'README.txt'} says what the labels are).")
+    print(f"Training on {data} ({data / 'README.txt'} describes the labels).")
     trained = train(
         TrainConfig(
             data=str(data),
             output=str(run),
-            model=MODEL,
+            model="uctransnet",
             base_channels=config.base_channels,
             image_size=IMAGE_SIZE,
             epochs=config.epochs,
@@ -97,18 +97,17 @@ def run_demo(config: DemoConfig) -> DemoResult:
     return DemoResult(output, scores.mean["dice"], trained.stopped_by)
 
 
-def _fresh_folder(folder: Path) -> Path:
-    """An empty folder: what an earlier demo left there is removed, and nothing else ever is.
+def _clear(folder: Path) -> None:
+    """Make the folder, mark it as a demo's, and remove what an earlier demo left there.
 
     Raises:
-        DemoError: the folder holds files and no mark of an earlier demo.
+        DemoError: the path is a file, or the folder holds files and no mark of an earlier demo.
     """
     if folder.exists() and not folder.is_dir():
-        raise DemoError(f"{folder} is a file: name a folder with -o/--output")
+        raise DemoError(f"{folder}: is a file; name a folder with -o/--output")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise DemoError(f"{folder} holds files that no demo wrote: name a new or empty folder with -o/--output")
+        raise DemoError(f"{folder}: holds files that no demo wrote; name a new or empty folder with -o/--output")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text("Made by `uctrans demo`, which replaces its folders here when it runs again.\n")
+    (folder / MARKER).write_text("Made by `uctrans demo`, which replaces the folders here when it runs again.\n")
     for part in PARTS:
         shutil.rmtree(folder / part, ignore_errors=True)
-    return folder

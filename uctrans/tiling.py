@@ -1,10 +1,10 @@
-"""Class probabilities of images larger than the network is run on, from tiles that overlap."""
+"""Class probabilities of large images, from overlapping tiles."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from uctrans.extras import import_extra
+from .extras import import_extra
 
 OVERLAP = 0.25
 
@@ -16,11 +16,11 @@ def tiled(
     batch_size: int,
     overlap: float = OVERLAP,
 ) -> Tensor:
-    """Run ``forward`` on overlapping tiles and blend the results with a Gaussian about the centre of each.
+    """Run ``forward`` on overlapping tiles and blend the results, each weighted by a Gaussian around its centre.
 
     Args:
-        forward: takes (B, C, h, w) and gives (B, P, h, w), values that may be averaged, as probabilities.
-        inputs: (B, C, H, W). Images no larger than a tile are given to ``forward`` whole.
+        forward: takes (B, C, h, w) and returns (B, P, h, w) of values that may be averaged, such as probabilities.
+        inputs: (B, C, H, W). ``forward`` takes images no larger than a tile whole.
         tile: height and width of the tiles.
         batch_size: tiles in one call of ``forward``.
         overlap: share of a tile that overlaps with the next, 0 <= overlap < 1.
