@@ -1,5 +1,7 @@
 """Files are whole or not there."""
 
+import json
+import math
 import os
 import stat
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from skimage.io import imread
 
-from uctrans.writing import remove_unfinished, write_bytes, write_png, written_atomically
+from uctrans.writing import remove_unfinished, write_bytes, write_json, write_png, written_atomically
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -83,3 +85,10 @@ def test_png_comes_back(shape, dtype, tmp_path):
     pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
     write_png(tmp_path / "new" / "a.png", pixels)
     assert np.array_equal(imread(tmp_path / "new" / "a.png"), pixels)
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [math.nan, 1.5, (math.inf,)], "b": {"c": "ü"}, "d": None})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"a": [None, 1.5, [None]], "b": {"c": "ü"}, "d": None}
+    assert "NaN" not in text

@@ -2,9 +2,12 @@
 
 import contextlib
 import glob
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +51,22 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     import imageio.v3
 
     write_bytes(path, imageio.v3.imwrite("<bytes>", pixels, extension=".png"))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON atomically; numbers that JSON does not know (nan, infinities) become null."""
+    text = json.dumps(_without_nan(content), indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _sync(path: Path, access: int) -> None:

@@ -29,13 +29,13 @@ from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from uctrans.inference.files import write_json
 from uctrans.models.base import WEIGHTS_FILE
 from uctrans.models.files import BEST_FOLDER
 from uctrans.study.config import StudyError
 from uctrans.study.cost import Cost
 from uctrans.study.plan import PlannedRun
 from uctrans.study.report import ALWAYS
+from uctrans.writing import write_json
 
 MARKER, RESULT, FAILURE, COST = "study.json", "result.json", "failed.json", "cost.json"
 TABLE, MARKDOWN, CHART = "table.csv", "table.md", "chart.png"
