@@ -10,7 +10,7 @@ from typing import Any
 
 from uctrans.extras import import_extra
 from uctrans.inference import mean_and_deviation
-from uctrans.inference.evaluation_result import TITLES
+from uctrans.inference.evaluate import TITLES
 from uctrans.writing import written_atomically
 
 CARD, FOLDS = "README.md", "folds.json"

@@ -14,8 +14,8 @@ from typing import Any
 import uctrans
 from uctrans.data import parse_palette
 from uctrans.inference import PredictConfig
-from uctrans.inference.files import output_folder, refuse_existing
 from uctrans.inference.predictor import transforms_in_words
+from uctrans.inference.settings import output_folder, refuse_existing
 from uctrans.model_card import CARD, FOLDS, CardScores, ModelCard, write_card
 from uctrans.models.base import CONFIG_FILE, WEIGHTS_FILE, read_config
 from uctrans.models.files import BEST_FOLDER

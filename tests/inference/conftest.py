@@ -1,4 +1,6 @@
-"""Small models with saved weights, a model whose answer is known, and a data set it answers perfectly or half."""
+"""Small saved models, a model whose answer is known, and a data set that it segments perfectly, half and not at all."""
+
+import importlib
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from skimage.io import imsave
 
 import uctrans
+from uctrans.inference import EvaluateConfig, evaluate
 
 
 class BrightnessModel(torch.nn.Module):
@@ -38,7 +41,9 @@ def use_model(monkeypatch):
     """A function that makes every model path load the model it is given."""
 
     def use(model):
-        monkeypatch.setattr(uctrans, "load_model", lambda path, device="cpu": model)
+        for module in ("predictor", "export"):
+            home = importlib.import_module(f"uctrans.inference.{module}")  # the package's ``export`` is the function
+            monkeypatch.setattr(home, "load_model", lambda path: model)
         return model
 
     return use
@@ -55,7 +60,8 @@ def unet_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def uctransnet_folder(tmp_path_factory):
     torch.manual_seed(0)
-    model = uctrans.create_model("uctransnet", base_channels=4, image_size=32, num_layers=1, num_heads=2)
+    options = {"num_layers": 1, "num_heads": 2, "patch_sizes": (4, 2)}
+    model = uctrans.create_model("uctransnet", base_channels=4, image_size=32, **options)
     for parameter in model.parameters():  # positions start at zero, and their interpolation would not be seen
         if parameter.ndim == 4 and parameter.shape[0] == 1:
             torch.nn.init.normal_(parameter)
@@ -80,3 +86,15 @@ def dataset(tmp_path):
         imsave(images / f"{name}.png", gray(bright, [0, 255]), check_contrast=False)
         imsave(masks / f"{name}.png", truth * np.uint8(255), check_contrast=False)
     return tmp_path / "data"
+
+
+@pytest.fixture
+def score(use_model, dataset, tmp_path):
+    """A function that evaluates a model on the data set, or on another, into the folder ``scores``."""
+
+    def run(model, data=dataset, **settings):
+        use_model(model)
+        output = str(tmp_path / "scores")
+        return evaluate(EvaluateConfig("model", str(data), output, device="cpu", progress=False, **settings))
+
+    return run

@@ -1,5 +1,7 @@
 """Prediction on image files: what is written, and what is refused before anything is."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import torch
@@ -23,18 +25,24 @@ def images(tmp_path):
     return folder
 
 
-def config(source, tmp_path, **settings):
-    settings = {"device": "cpu", "progress": False, "resolution": "native", **settings}
-    return PredictConfig("model", str(source), str(tmp_path / "masks"), **settings)
+@pytest.fixture
+def segment(use_model, brightness_model, tmp_path):
+    """A function that predicts into the folder ``masks``, by default with the binary brightness model."""
+
+    def run(source, model=None, **settings):
+        use_model(model or brightness_model())
+        settings = {"device": "cpu", "progress": False, "resolution": "native", **settings}
+        return predict(PredictConfig("model", str(source), str(tmp_path / "masks"), **settings))
+
+    return run
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_masks_and_overlays(brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
-    written = predict(config(images, tmp_path))
+def test_masks_and_overlays(segment, images, tmp_path):
+    written = segment(images)
     out = tmp_path / "masks"
     assert names(out) == sorted(path.name for path in written)
     assert names(out) == [f"{name}{end}.png" for name in ("dot", "square", "wide") for end in ("", "_overlay")]
@@ -49,15 +57,13 @@ def test_masks_and_overlays(brightness_model, use_model, images, tmp_path):
     assert np.array_equal(changed, rim)
 
 
-def test_one_image(brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
-    written = predict(config(images / "wide.tif", tmp_path))
-    assert [path.name for path in written] == ["wide.png", "wide_overlay.png"]
+def test_one_image(segment, images):
+    assert [path.name for path in segment(images / "wide.tif")] == ["wide.png", "wide_overlay.png"]
 
 
 @pytest.mark.parametrize("resolution", ["protocol", "native"])
 def test_a_real_model_on_every_size(resolution, unet_folder, images, tmp_path):
-    settings = {"device": "cpu", "resolution": resolution, "tta": "d4", "tile": 16, "probability": "npy"}
+    settings = {"device": "cpu", "resolution": resolution, "tta": "flips", "tile": 16, "probability": "npy"}
     predict(PredictConfig(str(unet_folder), str(images), str(tmp_path / "masks"), **settings))
     for name, shape in {"square": (20, 30), "wide": (8, 40), "dot": (1, 1)}.items():
         assert imread(tmp_path / f"masks/{name}.png").shape == shape
@@ -70,30 +76,23 @@ def test_a_real_model_on_every_size(resolution, unet_folder, images, tmp_path):
 class ThreePartModel(torch.nn.Module):
     """Background, interior or border wherever the image is dark, white or gray."""
 
-    def __init__(self, target):
+    def __init__(self):
         super().__init__()
         self.name, self.in_channels, self.classes, self.config = "three", 3, 3, {"image_size": 16}
-        self.metadata = {"protocol": "native", "target": target}
+        self.metadata = {"protocol": "native", "target": "boundary"}
 
     def forward(self, image):
         centres = torch.tensor([0.0, 1.0, 0.5]).view(1, -1, 1, 1)
         return -500 * (image.mean(1, keepdim=True) - centres).square()
 
 
-def two_touching_nuclei(folder):
+def test_instances_of_a_boundary_aware_model(segment, tmp_path):
+    """Two nuclei that touch."""
     parts = np.zeros((24, 40), dtype=np.uint8)
     parts[4:20, 4:36] = 127
     parts[7:17, 7:17] = parts[7:17, 23:33] = 255
-    folder.mkdir()
-    imsave(folder / "two.png", parts[..., None].repeat(3, -1), check_contrast=False)
-    return parts
-
-
-def test_instances_of_a_boundary_aware_model(use_model, tmp_path):
-    parts = two_touching_nuclei(tmp_path / "images")
-    use_model(ThreePartModel("boundary"))
-    settings = {"instances": True, "probability": "png", "resolution": "protocol"}
-    predict(config(tmp_path / "images", tmp_path, **settings))
+    imsave(tmp_path / "two.png", parts[..., None].repeat(3, -1), check_contrast=False)
+    segment(tmp_path / "two.png", ThreePartModel(), instances=True, probability="png", resolution="protocol")
     out = tmp_path / "masks"
     endings = ("", "_instances", "_instances_overlay", "_overlay", "_probability")
     assert names(out) == [f"two{end}.png" for end in endings]
@@ -109,90 +108,75 @@ def test_instances_of_a_boundary_aware_model(use_model, tmp_path):
     assert not (imread(out / "two_overlay.png") != parts[..., None]).any(-1)[10, 19]
 
 
-def test_instances_of_a_binary_model(brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
-    written = predict(config(images, tmp_path, instances=True, smallest_object=50))
-    assert len(written) == 12
+def test_instances_of_a_binary_model(segment, images, tmp_path):
+    assert len(segment(images, instances=True, smallest_object=50)) == 12
     np.testing.assert_array_equal(imread(tmp_path / "masks/square_instances.png") > 0, SQUARE[..., 0] > 0)
-    predict(config(images, tmp_path, instances=True, smallest_object=101, overwrite=True))
+    segment(images, instances=True, smallest_object=101, overwrite=True)
     assert imread(tmp_path / "masks/square_instances.png").max() == 0
 
 
-def test_more_nuclei_than_a_file_holds_stop_only_their_image(brightness_model, use_model, tmp_path):
+def test_more_nuclei_than_a_file_holds_stop_only_their_image(segment, brightness_model, tmp_path):
     (tmp_path / "images").mkdir()
     dots = np.zeros((520, 520), dtype=np.uint8)
     dots[::2, ::2] = 255
     for name, pixels in {"dots": dots, "square": SQUARE}.items():
         imsave(tmp_path / "images" / f"{name}.png", pixels, check_contrast=False)
-    use_model(brightness_model(image_size=520))
-    with pytest.raises(PredictionError, match="16-bit PNG holds 0 to 65535"):
-        predict(config(tmp_path / "images", tmp_path, instances=True, smallest_object=0, seed_distance=1))
+    settings = {"instances": True, "smallest_object": 0, "seed_distance": 1}
+    with pytest.raises(PredictionError, match="from 0 to 67600"):
+        segment(tmp_path / "images", brightness_model(image_size=520), **settings)
     assert "square_instances.png" in names(tmp_path / "masks")
     assert not [name for name in names(tmp_path / "masks") if name.startswith("dots")]
 
 
-@pytest.mark.parametrize("settings", [{"smallest_object": -1}, {"seed_distance": 0}])
-def test_bad_instance_settings(settings, images, tmp_path):
-    with pytest.raises(InferenceError, match="smallest_object must be 0 or more pixels and seed_distance 1 or more"):
-        predict(config(images, tmp_path, instances=True, **settings))
-    assert not (tmp_path / "masks").exists()
-
-
-def test_probability_picture(brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
-    predict(config(images, tmp_path, probability="png"))
+def test_probability_picture(segment, images, tmp_path):
+    segment(images, probability="png")
     assert np.array_equal(imread(tmp_path / "masks/square_probability.png"), SQUARE[..., 0])
 
 
-def test_label_indices_and_palette_colours(brightness_model, use_model, tmp_path):
+def test_label_indices_and_palette_colours(brightness_model, segment, tmp_path):
     shades = np.array([[20, 127, 240]], dtype=np.uint8)[..., None].repeat(3, -1)
     imsave(tmp_path / "shades.png", shades, check_contrast=False)
-    use_model(brightness_model(classes=3))
-    predict(config(tmp_path / "shades.png", tmp_path, probability="png"))
+    segment(tmp_path / "shades.png", brightness_model(classes=3), probability="png")
     assert imread(tmp_path / "masks/shades.png").tolist() == [[0, 1, 2]]
     assert imread(tmp_path / "masks/shades_probability.png").tolist() == [[0, 255, 255]]
-    use_model(brightness_model(classes=3, metadata={"palette": ["#000000", "#ff0000", "#0000ff"]}))
-    predict(config(tmp_path / "shades.png", tmp_path, overwrite=True))
+    palette = {"palette": ["#000000", "#ff0000", "#0000ff"]}
+    segment(tmp_path / "shades.png", brightness_model(classes=3, metadata=palette), overwrite=True)
     assert imread(tmp_path / "masks/shades.png").tolist() == [[[0, 0, 0], [255, 0, 0], [0, 0, 255]]]
 
 
-def test_a_damaged_image_does_not_stop_the_others(brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
+def test_a_damaged_image_does_not_stop_the_others(segment, images, tmp_path):
     (images / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(PredictionError, match=r"broken\.png") as caught:
-        predict(config(images, tmp_path))
+    with pytest.raises(PredictionError, match=r"1 images were not segmented, 6 files .*\n.*broken\.png") as caught:
+        segment(images)
     assert list(caught.value.failures) == [images / "broken.png"]
     assert len(caught.value.written) == 6
     assert names(tmp_path / "masks") == sorted(path.name for path in caught.value.written)
 
 
-def test_existing_files_are_kept(brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
+def test_existing_files_are_kept(segment, images, tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks/square.png").write_bytes(b"mine")
     with pytest.raises(InferenceError, match=r"square\.png.*set overwrite"):
-        predict(config(images, tmp_path))
+        segment(images)
     assert names(tmp_path / "masks") == ["square.png"]
     assert (tmp_path / "masks/square.png").read_bytes() == b"mine"
-    predict(config(images, tmp_path, overwrite=True))
+    segment(images, overwrite=True)
     assert imread(tmp_path / "masks/square.png").shape == (20, 30)
 
 
-def test_two_images_of_one_name(brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
+def test_two_images_of_one_name(segment, images, tmp_path):
     imsave(images / "square.tif", SQUARE, check_contrast=False)
     with pytest.raises(DataError, match=r"square\.tif"):
-        predict(config(images, tmp_path))
+        segment(images)
     (images / "square.tif").unlink()
     imsave(images / "square_overlay.png", SQUARE, check_contrast=False)
     with pytest.raises(InferenceError, match=r"both write square_overlay\.png"):
-        predict(config(images, tmp_path))
+        segment(images)
     assert not (tmp_path / "masks").exists()
 
 
 @pytest.mark.parametrize("source", ["images", "images/square.png"])
-def test_the_folder_of_the_images_is_no_output(source, brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
+def test_the_folder_of_the_images_is_no_output(source, images, tmp_path):
     before = names(images)
     with pytest.raises(InferenceError, match="holds the images themselves"):
         predict(PredictConfig("model", str(tmp_path / source), str(images / "../images"), overwrite=True))
@@ -202,37 +186,38 @@ def test_the_folder_of_the_images_is_no_output(source, brightness_model, use_mod
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"probability": "jpg"}, "probability must be"),
-        ({"threshold": 0.0}, "threshold must lie between"),
-        ({"tta": "all"}, "tta must be"),
-        ({"resolution": "full"}, "resolution must be"),
+        ({"probability": "jpg"}, "probability: 'jpg' is not known; choose one of none, png, npy"),
+        ({"threshold": 0.0}, "threshold: 0.0 is out of range"),
+        ({"tta": "all"}, "tta: 'all' is not known"),
+        ({"resolution": "full"}, "resolution: 'full' is not known"),
+        ({"instances": True, "smallest_object": -1}, "smallest_object: -1 is negative"),
+        ({"instances": True, "seed_distance": 0}, "seed_distance: 0 is too small"),
     ],
 )
-def test_bad_settings(settings, message, brightness_model, use_model, images, tmp_path):
-    use_model(brightness_model())
+def test_bad_settings(settings, message, segment, images, tmp_path):
     with pytest.raises(InferenceError, match=message):
-        predict(config(images, tmp_path, **settings))
+        segment(images, **settings)
     assert not (tmp_path / "masks").exists()
 
 
 def test_bad_paths(images, tmp_path):
+    output = str(tmp_path / "masks")
     with pytest.raises(DataError, match="nothing-here"):
-        predict(config(tmp_path / "nothing-here", tmp_path))
-    with pytest.raises(uctrans.ModelFileError, match="model"):
-        predict(config(images, tmp_path))
+        predict(PredictConfig("model", str(tmp_path / "nothing-here"), output))
+    with pytest.raises(uctrans.ModelFileError, match="nowhere"):
+        predict(PredictConfig(str(tmp_path / "nowhere"), str(images), output, device="cpu", progress=False))
     with pytest.raises(InferenceError, match="is a file"):
         predict(PredictConfig("model", str(images), str(images / "dot.png")))
 
 
-def test_a_failed_write_leaves_no_part_of_a_file(brightness_model, use_model, images, tmp_path, monkeypatch):
-    import skimage.io
+def test_a_failed_write_leaves_no_part_of_a_file(segment, images, tmp_path, monkeypatch):
+    write = pathlib.Path.write_bytes
 
-    def fail(path, *args, **kwargs):
-        path.write_bytes(b"half")
+    def fail(path, content):
+        write(path, content[:4])
         raise OSError("disk full")
 
-    use_model(brightness_model())
-    monkeypatch.setattr(skimage.io, "imsave", fail)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
-        predict(config(images, tmp_path))
+        segment(images)
     assert names(tmp_path / "masks") == []

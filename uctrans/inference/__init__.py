@@ -1,15 +1,12 @@
 """Scores, prediction on image files, and export of trained models."""
 
-from uctrans.inference.ensemble import Ensemble
-from uctrans.inference.evaluate import EvaluateConfig, EvaluationResult, evaluate
-from uctrans.inference.export import ExportConfig, export
-from uctrans.inference.export_checks import ExportError
-from uctrans.inference.figures import comparison_figure
-from uctrans.inference.files import InferenceError
-from uctrans.inference.metrics import dice, hd95, iou, mean_and_deviation, mean_over_classes
-from uctrans.inference.overlays import overlay
-from uctrans.inference.predict import PredictConfig, PredictionError, predict
-from uctrans.inference.predictor import Predictor, load_predictor
+from .evaluate import EvaluateConfig, EvaluationResult, evaluate
+from .export import ExportConfig, ExportError, export
+from .figures import comparison_figure, overlay
+from .metrics import dice, hd95, iou, mean_and_deviation, mean_over_classes
+from .predict import PredictConfig, PredictionError, predict
+from .predictor import Ensemble, Predictor, load_predictor
+from .settings import InferenceError
 
 __all__ = [
     "Ensemble",

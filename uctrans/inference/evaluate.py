@@ -1,37 +1,49 @@
-"""Score a model on a split of a data set: scores of every image, their mean and deviation, and a comparison figure."""
+"""Score a model on a split of a data set: scores of every image, their mean and deviation, and figures."""
 
 import csv
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from uctrans.data import find_split
-from uctrans.data.find import drawn_from
-from uctrans.data.instances import find_instances
-from uctrans.extras import import_extra
-from uctrans.inference.comparing import Compared, Comparison, score_sizes
-from uctrans.inference.evaluation_result import EvaluationResult
-from uctrans.inference.figures import ComparisonRow, InstanceRow, choose_rows, comparison_figure, instance_figure
-from uctrans.inference.files import (
+from ..data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors, read_image, read_mask
+from ..data.find import drawn_from
+from ..data.instances import check_truth, find_instances, read_instances
+from ..extras import import_extra
+from ..tiling import OVERLAP
+from ..writing import write_json, written_atomically
+from .figures import ComparisonRow, InstanceRow, choose_rows, class_colours, comparison_figure, instance_figure
+from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
+from .metrics import (
+    INSTANCE_METRICS,
+    METRICS,
+    dice,
+    hd95,
+    iou,
+    mean_and_deviation,
+    mean_over_classes,
+    score_instances,
+)
+from .predictor import predictor_of, to_labels, transforms_in_words
+from .settings import (
     InferenceError,
+    check_choice,
+    check_mask_settings,
     output_folder,
     progress_bar,
-    refuse_bad_instance_settings,
     refuse_existing,
-    write_json,
 )
-from uctrans.inference.instance_metrics import INSTANCE_METRICS, score_instances
-from uctrans.inference.instances import SEED_DISTANCE, SMALLEST_OBJECT
-from uctrans.inference.metrics import METRICS, dice, hd95, iou, mean_and_deviation, mean_over_classes
-from uctrans.inference.predictor import transforms_in_words
-from uctrans.writing import written_atomically
 
 INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
 PROTOCOL_SETTINGS = ("name", "image_size", "channel_order")  # those that a score depends on
+TABLE_ROWS, NAME_WIDTH = 40, 48
+TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "aji": "AJI", "pq": "PQ", "sq": "SQ", "rq": "RQ = F1"}
+WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
 
 
 @dataclass
@@ -44,25 +56,25 @@ class EvaluateConfig:
         data: Folder of the data set, in any layout that uctrans.data.find_samples knows.
         output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
         split: train, val or test; or all, every image of the folder.
-        folds: Cross-validation folds: a shipped name or a JSON file; train and val are those of the fold then.
-        fold: Which of the folds, counted from 0.
-        size: protocol scores at the protocol's size, image and mask resized its way (the published convention); native
-            enlarges the probabilities to the mask's own size and scores there, against the mask as it is. For models
-            of the protocol native the two are the same. The name of a protocol that resizes, uctransnet-224, scores
-            models of any other as it scores its own: truth and prediction are resized from the mask's own size alike.
-        resolution: What the network sees when size is native: protocol, the image as the model's protocol prepares it;
-            native, tiles of its pixels.
-        threshold: Probability above which a pixel is foreground, of binary models.
-        smallest_object: Predicted nuclei of fewer pixels are left out of AJI and PQ, which are scored where size is
-            native and a folder "instances" lies beside the masks.
+        folds: Cross-validation folds, a shipped name or a JSON file; train and val are then those of the fold.
+        fold: Number of the fold, counted from 0.
+        size: Where scores are taken. protocol: at the protocol's size, image and mask resized its way (the published
+            convention). native: at the mask's own size, against the mask as it is, with the probabilities enlarged;
+            models of the protocol native are always scored so. The name of a protocol that resizes, uctransnet-224:
+            models of any other protocol are scored as its own, truth and prediction resized alike from the mask's size.
+        resolution: What the network sees if size is native. protocol: the image as the model's protocol prepares it.
+            native: tiles of its pixels.
+        threshold: Probability above which a pixel is foreground, for binary models.
+        smallest_object: Predicted nuclei of fewer pixels are left out of AJI and PQ, which are scored if size is native
+            and a folder "instances" lies beside the masks.
         seed_distance: Pixels between the seeds of nuclei that touch, for AJI and PQ: about a third of a diameter.
-        tta: Test-time transforms whose probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
+        tta: Test-time transforms over which probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
         tile: Side of the tiles in pixels; none takes the model's image size.
         overlap: Share of a tile that overlaps with the next.
         batch_size: Images, or tiles, in one forward pass.
-        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the protocol's.
+        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
-        device: auto, cpu, cuda, cuda:1.
+        device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
         graph: Replay the network as a CUDA graph, on CUDA.
         overwrite: Replace an evaluation that the output folder already holds.
@@ -82,7 +94,7 @@ class EvaluateConfig:
     seed_distance: int = SEED_DISTANCE
     tta: str = "none"
     tile: int | None = None
-    overlap: float = 0.25
+    overlap: float = OVERLAP
     batch_size: int = 4
     channel_order: str | None = None
     backend: str = "auto"
@@ -93,88 +105,101 @@ class EvaluateConfig:
     progress: bool = True
 
 
-def _row(compared: Compared, classes: int, class_names: list[str], with_instances: bool) -> dict[str, Any]:
-    scores = {
-        key: score(compared.prediction, compared.truth, classes)
-        for key, score in zip(METRICS, (dice, iou, hd95), strict=True)
-    }
-    row = {"name": compared.name} | {key: mean_over_classes(scores[key]).item() for key in METRICS}
-    if compared.true_instances is not None:
-        row |= score_instances(compared.predicted_instances, compared.true_instances)._asdict()
-    elif with_instances:
-        row |= dict.fromkeys(INSTANCE_METRICS, math.nan)
-    if len(class_names) > 1:
-        row |= {f"{key}_{name}": scores[key][i].item() for key in METRICS for i, name in enumerate(class_names)}
-    return row
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of `evaluate`.
+
+    Attributes:
+        rows: One mapping for each image: ``name``, then ``dice``, ``iou`` (0..1) and ``hd95`` (pixels; nan where
+            undefined), each the mean over the foreground classes; if instance maps were scored, ``aji``, ``pq``,
+            ``sq``, ``rq`` and ``f1`` (0..1; nan for an image without a map); with several classes ``dice_CLASS`` and so
+            on.
+        mean: Mean over the images by score, without undefined scores.
+        deviation: Sample standard deviation over the images by score.
+        count: Number of images with a defined score, by score.
+        scored_at: The pixels that were counted, in words.
+        output: Folder of metrics.csv, summary.json, figure.png and, if instance maps were scored, instances.png.
+        unscored_instance_maps: Number of instance maps that were not scored, because scores were not taken at the size
+            of the masks.
+        remarks: Sentences that a reader of the scores should know.
+    """
+
+    rows: list[dict[str, Any]]
+    mean: dict[str, float]
+    deviation: dict[str, float]
+    count: dict[str, int]
+    scored_at: str
+    output: Path
+    unscored_instance_maps: int = 0
+    remarks: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """Return the scores as plain text: one line for each of the first images, then mean and deviation."""
+        names = [row["name"] for row in self.rows[:TABLE_ROWS]]
+        width = min(max(map(len, [*names, "standard deviation"])), NAME_WIDTH)
+        columns = [key for key in TITLES if key in self.mean]
+        header = " " * width + "".join(f"{TITLES[key]:>11}" for key in columns)
+        lines = [header]
+        lines += [_line(name, row, columns, width) for name, row in zip(names, self.rows, strict=False)]
+        if len(self.rows) > len(names):
+            lines.append(f"... {len(self.rows) - len(names)} more in {self.output / 'metrics.csv'}")
+        lines += [
+            "-" * len(header),
+            _line("mean", self.mean, columns, width),
+            _line("standard deviation", self.deviation, columns, width),
+        ]
+        for name in (key.removeprefix("dice_") for key in self.mean if key.startswith("dice_")):
+            lines.append(_line(f"mean, {name}", {key: self.mean[f"{key}_{name}"] for key in METRICS}, METRICS, width))
+        lines.append(f"{len(self.rows)} images, scored at {self.scored_at}")
+        return "\n".join([*lines, *self.remarks, *self._remarks_on_counts()])
+
+    def _remarks_on_counts(self) -> Iterator[str]:
+        images = len(self.rows)
+        if undefined := images - self.count["hd95"]:
+            yield f"HD95 is undefined for {undefined} of {images} images: truth or prediction is empty"
+        with_map = self.count.get("aji", 0)
+        if 0 < with_map < images:
+            yield f"AJI, PQ, SQ and RQ are those of the {with_map} of {images} images with an instance map"
+        if unmatched := with_map - self.count.get("sq", 0):
+            yield f"SQ is undefined for {unmatched} of {with_map} images: no nucleus was matched"
+        if self.unscored_instance_maps:
+            yield (
+                f"{self.unscored_instance_maps} instance maps beside the masks were not scored: set size to native for "
+                "AJI and PQ"
+            )
 
 
-def _choose_by_aji(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    """Positions of the rows whose nuclei are shown, and their ranks; none where no instance map was scored."""
-    scored = [position for position, row in enumerate(rows) if not math.isnan(row.get("aji", math.nan))]
-    chosen = choose_rows([rows[position]["aji"] for position in scored], INSTANCE_ROWS)
-    return [(scored[place], rank) for place, rank in chosen]
-
-
-def _comparison_row(compared: Compared, scores: dict[str, Any], rank: str) -> ComparisonRow:
-    return ComparisonRow(compared.name, compared.image, compared.truth, compared.prediction, scores["dice"], rank)
-
-
-def _instance_row(compared: Compared, scores: dict[str, Any], rank: str) -> InstanceRow:
-    return InstanceRow(
-        compared.name, compared.image, compared.true_instances, compared.predicted_instances, scores["aji"], rank
+def _line(name: str, scores: dict[str, Any], columns: Sequence[str], width: int) -> str:
+    shown = name if len(name) <= width else f"{name[: width - 1]}…"
+    return f"{shown:<{width}}" + "".join(
+        f"{scores[key]:>11.2f}" if key == "hd95" else f"{scores[key]:>11.4f}" for key in columns
     )
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with written_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
-
-
-def _remarks(config: EvaluateConfig, images: int) -> tuple[str, ...]:
-    """What is to be known of scores beside the pixels that were counted."""
-    remarks = []
-    if words := transforms_in_words(config.tta):
-        remarks.append(f"Each probability is {words}")
-    total = None if config.split == "all" else drawn_from(config.data)
-    if total is not None:
-        remarks.append(
-            f"{config.data} comes unsplit: {images} of its {total} images are drawn for {config.split}, the same for "
-            "training and scores; --split all scores every one"
-        )
-    return tuple(remarks)
 
 
 def evaluate(config: EvaluateConfig) -> EvaluationResult:
     """Score a model on a split of a data set.
 
-    Writes into ``config.output``: ``metrics.csv`` (one line an image), ``summary.json`` (mean, sample standard
+    Writes into ``config.output``: ``metrics.csv`` (one line for each image), ``summary.json`` (mean, sample standard
     deviation and count of every score, the settings, the model's metadata) and ``figure.png`` (image, truth, prediction
-    and differences of the best, median and worst images). The scores are defined in `uctrans.inference.metrics`. At
-    size native, instance maps beside the masks (see `uctrans.data.instances.find_instances`) bring those of
-    `uctrans.inference.instance_metrics`, for the images that have one, and ``instances.png``: the image and the
-    outlines of true and predicted nuclei where AJI is best, median and worst. Masks and maps are all read and checked
-    before the first image is predicted then.
+    and differences of the best, median and worst images). `uctrans.inference.metrics` defines the scores. At native
+    size, instance maps beside the masks (see `uctrans.data.instances.find_instances`) add AJI, PQ, SQ, RQ and F1 for
+    the images that have one, and ``instances.png``: the outlines of true and predicted nuclei of the images with the
+    best, median and worst AJI. All masks and maps are then read and checked before the first prediction.
 
     Raises:
-        InferenceError: A setting out of its range, or an evaluation in the output folder and ``overwrite`` not set.
-        DataError: The data set cannot be read, has no masks, holds labels the model has no class for, or an instance
-            map that is none or not that of its image.
-        ModelFileError: ``config.model`` is no model file.
-        ValueError: There is no such backend, or one is named and the model has none.
+        DataError: The split, the folds or a mask cannot be used, or an instance map belongs to another image.
+        InferenceError: A setting is out of its range, or the output folder holds an evaluation and ``overwrite`` is
+            not set.
+        ModelFileError: There is no model at ``config.model``.
+        ValueError: The backend or device is unknown, or a backend is named and the model has none.
         NotImplementedError: The backend cannot run on the device.
         ImportError: MONAI or Matplotlib is not installed.
     """
-    if config.size not in score_sizes():
-        raise InferenceError(f'size must be one of {", ".join(score_sizes())}, got "{config.size}".')
+    check_choice("size", config.size, score_sizes())
     if config.size != "native" and config.resolution == "native":
-        raise InferenceError("The network can only see native pixels where scores are native too: set size to native.")
-    if not 0 < config.threshold < 1:
-        raise InferenceError(f"threshold must lie between 0 and 1, got {config.threshold}.")
-    refuse_bad_instance_settings(config.smallest_object, config.seed_distance)
-    for package in ("matplotlib", "monai"):  # a missing one is told before the work, not after it
+        raise InferenceError("resolution: native pixels can only be scored at native size; set size to native")
+    check_mask_settings(config.threshold, config.smallest_object, config.seed_distance)
+    for package in ("matplotlib", "monai"):  # report a missing package before the work
         import_extra(package, "training")
     folder = output_folder(config.output)
     files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png", INSTANCE_PICTURE)}
@@ -183,32 +208,16 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     samples = find_split(config.data, config.split, config.folds, config.fold)
     instance_maps = find_instances(samples)
     comparison = Comparison(config)
-    model, is_native, scored_as = comparison.model, comparison.is_native, comparison.scored_as
-    with_instances = bool(instance_maps) and is_native
+    with_instances = bool(instance_maps) and comparison.is_native
     comparison.check(samples, instance_maps)
     compared = progress_bar(comparison.images(samples, instance_maps), len(samples), "evaluate", config.progress)
-    rows = [_row(item, comparison.classes, comparison.class_names, with_instances) for item in compared]
+    rows = [_row(item, comparison, with_instances) for item in compared]
 
+    _draw_figures(files, rows, comparison, samples, instance_maps)
+    _write_csv(files["metrics.csv"], rows)
     statistics = {key: mean_and_deviation([row[key] for row in rows]) for key in rows[0] if key != "name"}
     mean, deviation, count = ({key: values[i] for key, values in statistics.items()} for i in range(3))
-    by_dice = choose_rows([row["dice"] for row in rows])
-    by_aji = _choose_by_aji(rows)
-    shown = sorted({position for position, _ in (*by_dice, *by_aji)})
-    shown_maps = {rows[position]["name"]: instance_maps[rows[position]["name"]] for position, _ in by_aji}
-    again = comparison.images([samples[position] for position in shown], shown_maps)
-    pictures = dict(zip(shown, again, strict=True))
-    figure_rows = [_comparison_row(pictures[position], rows[position], rank) for position, rank in by_dice]
-    instance_rows = [_instance_row(pictures[position], rows[position], rank) for position, rank in by_aji]
-    height, width = scored_as.image_size
-    scored_at = (
-        "the size of their masks" if is_native else f"{height} x {width} pixels, as {scored_as.resizes_as} resizes them"
-    )
-    _write_csv(files["metrics.csv"], rows)
-    comparison_figure(files["figure.png"], figure_rows, comparison.colours, comparison.legend)
-    if instance_rows:
-        instance_figure(files[INSTANCE_PICTURE], instance_rows)
-    else:  # one of the evaluation that is replaced would not be of these scores
-        files[INSTANCE_PICTURE].unlink(missing_ok=True)
+    model = comparison.model
     write_json(
         files["summary.json"],
         {
@@ -219,10 +228,204 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
             "settings": dataclasses.asdict(config),
             "protocol": {name: getattr(comparison.predictor.protocol, name) for name in PROTOCOL_SETTINGS},
-            "scored_at": scored_at,
+            "scored_at": comparison.scored_at,
             "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
             "torch_version": torch.__version__,
         },
     )
     unscored = 0 if with_instances else len(instance_maps)
-    return EvaluationResult(rows, mean, deviation, count, scored_at, folder, unscored, _remarks(config, len(rows)))
+    remarks = _remarks(config, len(rows))
+    return EvaluationResult(rows, mean, deviation, count, comparison.scored_at, folder, unscored, remarks)
+
+
+def score_sizes() -> list[str]:
+    """Return the values that ``size`` may have: protocol, native, and the protocols that resize."""
+    resizing = [name for name in list_protocols() if not get_protocol(name).keeps_resolution]
+    return ["protocol", "native", *resizing]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One image with truth and prediction at the size that is scored; instance maps if there is a true one."""
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    true_instances: np.ndarray | None = None
+    predicted_instances: np.ndarray | None = None
+
+
+class Comparison:
+    """A model and the size at which its predictions are compared with the truth.
+
+    Attributes:
+        predictor: The predictor of the model.
+        model: The model.
+        classes: Number of classes of the masks.
+        palette: Colours of colour-coded masks; None if masks hold labels.
+        scored_as: Protocol at whose size scores are taken.
+        is_native: Whether scores are taken at the size of the masks.
+
+    Raises:
+        ModelFileError, InferenceError, ValueError, NotImplementedError: See
+            `uctrans.inference.predictor.load_predictor`.
+    """
+
+    def __init__(self, config: EvaluateConfig):
+        self._config = config
+        self.predictor = predictor_of(config)
+        self.model = self.predictor.model
+        self.classes, self.palette = mask_classes(self.model), self.model.metadata.get("palette")
+        self.scored_as = _protocol_of_scores(self.predictor.protocol, config.size)
+        self.is_native = self.scored_as.keeps_resolution
+        self._is_at_network_size = not self.is_native and self.scored_as is self.predictor.protocol
+
+    @property
+    def scored_at(self) -> str:
+        """The pixels that are counted, in words."""
+        height, width = self.scored_as.image_size
+        resized = f"{height} x {width} pixels, as {self.scored_as.resizes_as} resizes them"
+        return "the size of their masks" if self.is_native else resized
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the foreground classes; those in the metadata may include the background."""
+        foreground = max(self.classes - 1, 1)
+        names = [str(name) for name in self.model.metadata.get("class_names") or ()]
+        if len(names) == foreground + 1:
+            names = names[1:]
+        return names if len(set(names)) == foreground else [str(label) for label in range(1, foreground + 1)]
+
+    @property
+    def legend(self) -> list[str] | None:
+        """Names of the classes in a figure; None for binary masks, which need none."""
+        return self.class_names if self.classes > 1 else None
+
+    @property
+    def colours(self) -> np.ndarray:
+        """Colours of the labels in figures of masks, uint8 ``(labels, 3)``."""
+        is_plain = self.classes == 1 and self.palette is None
+        return WHITE_ON_BLACK if is_plain else class_colours(self.classes, self.palette)
+
+    def check(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> None:
+        """Raise DataError if a mask or map cannot be used.
+
+        Masks at the size of the network are not read here, because `images` reads a batch before it predicts.
+        """
+        if not self._is_at_network_size:
+            check_truth(samples, instance_maps if self.is_native else {}, self.classes, self.palette)
+
+    def images(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path] | None = None) -> Iterator[Compared]:
+        """Predict the images in their order, and read their truth and the instance maps that are given."""
+        if self._is_at_network_size:
+            return self._at_network_size(samples)
+        if self.is_native:
+            return self._at_native_size(samples, instance_maps or {})
+        return self._resized(samples)
+
+    def _at_network_size(self, samples: Sequence[Sample]) -> Iterator[Compared]:
+        for start in range(0, len(samples), self._config.batch_size):
+            batch = samples[start : start + self._config.batch_size]
+            tensors = load_tensors(batch, self.predictor.protocol, self.classes, self.palette)
+            probabilities = mask_probabilities(self.model, self.predictor.probabilities(tensors.images))
+            labels = to_labels(probabilities, self._config.threshold).cpu().numpy()
+            images = tensors.images.permute(0, 2, 3, 1).numpy()
+            yield from map(Compared, tensors.names, images, tensors.masks.numpy(), labels)
+
+    def _at_native_size(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
+        for sample in samples:
+            image = read_image(sample.image)
+            truth = read_mask(sample.mask, self.classes, self.palette, shape=image.shape[:2])
+            true = read_instances(instance_maps[sample.name], truth) if sample.name in instance_maps else None
+            probabilities = self.predictor.probabilities_of_image(image)[None]
+            foreground = mask_probabilities(self.model, probabilities)
+            labels = to_labels(foreground, self._config.threshold)[0].cpu().numpy()
+            predicted = None if true is None else instances_of(self.model, probabilities[0], labels, self._config)
+            yield Compared(sample.name, image, truth, labels, true, predicted)
+
+    def _resized(self, samples: Sequence[Sample]) -> Iterator[Compared]:
+        """Yield truth and prediction at native size, both resized as the protocol of the scores resizes masks."""
+        for whole in self._at_native_size(samples, {}):
+            truth, prediction = (
+                self.scored_as.resize_mask(mask, self.classes) for mask in (whole.truth, whole.prediction)
+            )
+            yield Compared(whole.name, self.scored_as.resize_image(whole.image), truth, prediction)
+
+
+def _protocol_of_scores(trained_under: Protocol, size: str) -> Protocol:
+    """Return the protocol at whose size scores are taken; the model's own object if both prepare images alike."""
+    if size == "native":
+        return get_protocol("native")
+    if size == "protocol":
+        return trained_under
+    named = get_protocol(size)
+    is_alike = not trained_under.keeps_resolution and trained_under.image_size == named.image_size
+    return trained_under if is_alike else named
+
+
+def _row(compared: Compared, comparison: Comparison, with_instances: bool) -> dict[str, Any]:
+    scores = {
+        key: score(compared.prediction, compared.truth, comparison.classes)
+        for key, score in zip(METRICS, (dice, iou, hd95), strict=True)
+    }
+    row = {"name": compared.name} | {key: mean_over_classes(scores[key]).item() for key in METRICS}
+    if compared.true_instances is not None:
+        row |= score_instances(compared.predicted_instances, compared.true_instances)._asdict()
+    elif with_instances:
+        row |= dict.fromkeys(INSTANCE_METRICS, math.nan)
+    if len(names := comparison.class_names) > 1:
+        row |= {f"{key}_{name}": scores[key][i].item() for key in METRICS for i, name in enumerate(names)}
+    return row
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with written_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def _draw_figures(
+    files: dict[str, Path],
+    rows: list[dict[str, Any]],
+    comparison: Comparison,
+    samples: Sequence[Sample],
+    instance_maps: Mapping[str, Path],
+) -> None:
+    """Predict the images to show once more, which saves the memory of keeping all predictions, and draw them."""
+    by_dice = choose_rows([row["dice"] for row in rows])
+    scored = [position for position, row in enumerate(rows) if not math.isnan(row.get("aji", math.nan))]
+    by_aji = choose_rows([rows[position]["aji"] for position in scored], INSTANCE_ROWS)
+    by_aji = [(scored[place], rank) for place, rank in by_aji]
+    chosen = sorted({position for position, _ in (*by_dice, *by_aji)})
+    chosen_maps = {rows[position]["name"]: instance_maps[rows[position]["name"]] for position, _ in by_aji}
+    again = comparison.images([samples[position] for position in chosen], chosen_maps)
+    pictures = dict(zip(chosen, again, strict=True))
+    mask_rows, instance_rows = [], []
+    for position, rank in by_dice:
+        shown, score = pictures[position], rows[position]["dice"]
+        mask_rows.append(ComparisonRow(shown.name, shown.image, shown.truth, shown.prediction, score, rank))
+    for position, rank in by_aji:
+        shown, score = pictures[position], rows[position]["aji"]
+        nuclei = shown.true_instances, shown.predicted_instances
+        instance_rows.append(InstanceRow(shown.name, shown.image, *nuclei, score, rank))
+    comparison_figure(files["figure.png"], mask_rows, comparison.colours, comparison.legend)
+    if instance_rows:
+        instance_figure(files[INSTANCE_PICTURE], instance_rows)
+    else:  # a picture of the evaluation that is replaced does not show these scores
+        files[INSTANCE_PICTURE].unlink(missing_ok=True)
+
+
+def _remarks(config: EvaluateConfig, images: int) -> tuple[str, ...]:
+    remarks = []
+    if words := transforms_in_words(config.tta):
+        remarks.append(f"Each probability is {words}")
+    total = None if config.split == "all" else drawn_from(config.data)
+    if total is not None:
+        remarks.append(
+            f"{config.data} comes unsplit: {images} of its {total} images are drawn for {config.split}, the same for "
+            "training and scores; --split all scores every one"
+        )
+    return tuple(remarks)

@@ -1,25 +1,27 @@
 """Write a model for use without uctrans: as a `torch.export` program and as ONNX, each checked against the model.
 
-Both are made from one traced program of the composed path in eval mode. What can vary in it:
+Both are made from one traced program of the composed path in evaluation mode. ``dynamic`` says what may vary from call
+to call:
 
-- ``dynamic="none"``: nothing, the input is ``(batch_size, channels, *image_size)``.
-- ``dynamic="batch"``: the batch.
-- ``dynamic="size"``: the batch, and height and width in multiples of the model's patch grid (16 pixels for the default
-  models), from twice that on. The model itself pads any other size up to the grid, but a pad whose width depends on the
-  input is a branch that tracing cannot keep open: pad by repeating the last row and column, and crop the logits.
-  For the same reason channel attention multiplies in one order at every size, that of large images. The model changes
-  orders, at 400 pixels with the default widths; below, the program does more work than the model (45 GFLOP an image at
-  224 pixels, where UCTransNet takes 77). For images of one size, export that size with ``dynamic="batch"``.
+- ``"none"``: nothing, the input is ``(batch_size, channels, *image_size)``.
+- ``"batch"``: the batch.
+- ``"size"``: the batch, and height and width in multiples of the model's patch grid (16 pixels for the default models),
+  from two of them on. The model itself pads any other size to the grid, but tracing cannot keep a pad open whose width
+  depends on the input: pad by repeating the last row and column, and crop the logits.
+  For the same reason, channel attention multiplies in one order at every size, the order for large images. The model
+  itself changes the order at 400 pixels with the default widths; below, the program does more work than the model (45
+  GFLOP an image at 224 pixels, where UCTransNet takes 77). For images of one size, export that size with ``"batch"``.
 """
 
 import contextlib
 import copy
 import dataclasses
 import logging
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,20 +29,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import uctrans
-from uctrans.data import protocol_of
-from uctrans.extras import import_extra
-from uctrans.inference.export_checks import Run, check_program, checked_shapes, failing_as_export_error
-from uctrans.inference.files import InferenceError, output_folder, refuse_existing, write_json
-from uctrans.layers.backend import layers_with_backend
-from uctrans.layers.tokens import PatchEmbedding
+from ..data import protocol_of
+from ..extras import import_extra
+from ..kernels.channel_attention import fewest_tokens_to_correlate
+from ..layers import ChannelAttention, PatchEmbedding, set_backend
+from ..layers.backend import layers_with_backend
+from ..models import load_model
+from ..writing import write_json
+from .settings import InferenceError, check_choice, output_folder, refuse_existing
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SUMMARY = "export.json"
 AXIS_NAMES = {"none": {}, "batch": {0: "batch"}, "size": {0: "batch", 2: "height", 3: "width"}}
 TRACED_BATCH = 2
+CHECKED_BATCHES = (1, 3)
+TOLERANCE = 1e-4  # as a share of the largest logit, or of 1 if that is larger
 CHATTY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")
+REMEDIES = {
+    "none": "try another version of PyTorch",
+    "batch": "set dynamic to none and batch_size to what you need, or try another version of PyTorch",
+    "size": "set dynamic to batch and export every image_size you need, or try another version of PyTorch",
+}
+
+
+class ExportError(InferenceError):
+    """A program cannot be made or run, or does not compute what the model computes; nothing was written."""
 
 
 @dataclass
@@ -52,12 +66,12 @@ class ExportConfig:
         output: Folder for model.pt2, model.onnx and export.json.
         formats: torch (torch.export program), onnx, or both.
         dynamic: What may vary from call to call: none; batch; size, which is the batch, and height and width in
-            multiples of the model's patch grid (16 pixels by default), from twice that on.
+            multiples of the model's patch grid (16 pixels by default), from two of them on.
         image_size: Height and width in pixels of the input; one number means square, none takes the model's. With
             dynamic size, only the size that is traced.
-        batch_size: Images in a call, of exports without a dynamic batch.
+        batch_size: Images in a call, for exports without a dynamic batch.
         opset: ONNX operator set; none takes that of the installed PyTorch.
-        channel_order: Colour order that export.json tells its reader to feed: rgb or bgr; none takes the model's.
+        channel_order: Colour order that export.json tells its reader to use: rgb or bgr; none takes the model's.
         overwrite: Replace an export that the output folder already holds.
     """
 
@@ -70,6 +84,157 @@ class ExportConfig:
     opset: int | None = None
     channel_order: str | None = None
     overwrite: bool = False
+
+
+def export(config: ExportConfig) -> list[Path]:
+    """Write a model as a `torch.export` program and as ONNX, after checking both against the model.
+
+    The programs take ``image``, float32 ``(B, in_channels, H, W)`` in 0..1, and return ``logits``, float32
+    ``(B, classes, H, W)``. ``export.json`` says how to prepare the image, and by how much the programs differ from the
+    model on random images of several batch sizes. `uctrans.inference.export` says what may vary from call to call.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ExportError: A program cannot be traced or run, or differs from the model by more than 1e-4 of the largest
+            logit; nothing is written.
+        InferenceError: A setting is out of its range, or the output folder holds an export and ``overwrite`` is not
+            set.
+        ModelFileError: There is no model at ``config.model``.
+        ImportError: onnx, onnxscript or onnxruntime is not installed (``formats=("torch",)`` needs none of them).
+    """
+    if not config.formats:
+        raise InferenceError(f"formats: there is none; choose from {', '.join(FORMATS)}")
+    for name in config.formats:
+        check_choice("formats", name, tuple(FORMATS))
+    check_choice("dynamic", config.dynamic, tuple(AXIS_NAMES))
+    if config.batch_size < 1:
+        raise InferenceError(f"batch_size: {config.batch_size} is too small; give 1 or more")
+    if "onnx" in config.formats:
+        _require_onnx()
+    folder = output_folder(config.output)
+    files = {name: folder / FORMATS[name] for name in dict.fromkeys(config.formats)}
+    if not config.overwrite:
+        refuse_existing([*files.values(), folder / SUMMARY], "an export")
+    model = load_model(config.model).eval()
+    if layers_with_backend(model):
+        set_backend(model, "composed")
+    grid = getattr(model, "size_multiple", 16)
+    size = _traced_size(config, model, grid)
+    shapes = _shapes_to_check(model, config, size, grid)
+    description = _description(model, config, size, grid) | {"formats": {}}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary, _quiet():
+        program = _trace(model, config, size, grid)
+        for name in files:
+            path = Path(temporary) / FORMATS[name]
+            details = WRITERS[name](program, path, config)
+            description["formats"][name] = details | {
+                "file": FORMATS[name],
+                "torch_version": torch.__version__,
+                "checks": _check_program(RUNNERS[name](path), model, shapes, name, config.dynamic),
+            }
+        for name, path in files.items():
+            os.replace(Path(temporary) / FORMATS[name], path)  # noqa: PTH105 - the atomic rename
+    write_json(folder / SUMMARY, description | {"settings": dataclasses.asdict(config)})
+    return [*files.values(), folder / SUMMARY]
+
+
+def _require_onnx() -> None:
+    """Raise ImportError before the minutes of tracing if a package for ONNX is missing."""
+    for package in ONNX_PACKAGES:
+        try:
+            import_extra(package, "export")
+        except ImportError as error:
+            raise ImportError(f"{error}; or export without ONNX: formats torch") from error
+
+
+def _traced_size(config: ExportConfig, model: nn.Module, grid: int) -> tuple[int, int]:
+    size = config.image_size
+    if size is None:
+        size = protocol_of(model).image_size
+    elif isinstance(size, int):
+        size = (size, size)
+    if len(size) != 2 or min(size) < 1:
+        raise InferenceError(f"image_size: got {config.image_size}; give one or two numbers of pixels, at least 1")
+    if config.dynamic == "size" and any(side % grid or side < 2 * grid for side in size):
+        raise InferenceError(
+            f"image_size: {size[0]}x{size[1]} cannot be traced with a dynamic size; give multiples of {grid} pixels, "
+            f"from {2 * grid} on, or set dynamic to batch"
+        )
+    return tuple(size)
+
+
+def _shapes_to_check(
+    model: nn.Module, config: ExportConfig, size: tuple[int, int], grid: int
+) -> list[tuple[int, int, int]]:
+    """Return batch, height and width of images to check, on both sides of any change of order in the attention."""
+    if config.dynamic == "none":
+        return [(config.batch_size, *size)]
+    shapes = [(batch, *size) for batch in CHECKED_BATCHES]
+    if config.dynamic == "batch":
+        return shapes
+    shapes.append((1, 2 * grid, 3 * grid))
+    tokens = _fewest_tokens_to_correlate(model)
+    if tokens is not None:
+        cells = math.ceil(tokens / math.prod(model.token_grid(grid)))
+        rows = max(2, math.isqrt(cells))
+        shapes.append((1, rows * grid, max(2, math.ceil(cells / rows)) * grid))
+    return list(dict.fromkeys(shapes))
+
+
+def _fewest_tokens_to_correlate(model: nn.Module) -> int | None:
+    """Return the number of tokens from which all attention multiplies in the order of a program with an open size."""
+    fewest = [
+        fewest_tokens_to_correlate(
+            heads=layer.key_value.shape[1],
+            segments=[weight.shape[-1] for weight in layer.query],
+            key_channels=layer.key_value.shape[-1],
+        )
+        for layer in model.modules()
+        if isinstance(layer, ChannelAttention)
+    ]
+    return max(fewest, default=None)
+
+
+def _description(model: nn.Module, config: ExportConfig, size: tuple[int, int], grid: int) -> dict[str, Any]:
+    protocol = protocol_of(model, config.channel_order)
+    batch = config.batch_size if config.dynamic == "none" else "batch"
+    sides = [f"{grid} * rows", f"{grid} * columns"] if config.dynamic == "size" else list(size)
+    return {
+        "input": {"name": "image", "dtype": "float32", "shape": [batch, model.in_channels, *sides], "range": [0, 1]},
+        "output": {
+            "name": "logits",
+            "dtype": "float32",
+            "shape": [batch, model.classes, *sides],
+            "activation": "sigmoid" if model.classes == 1 else "softmax over axis 1",
+        },
+        "preprocessing": {
+            "protocol": protocol.name,
+            "image_size": list(protocol.image_size),
+            "resize": "bilinear, half-pixel centres, no anti-aliasing, rounded to uint8",
+            "channel_order": "gray (0.299 R + 0.587 G + 0.114 B)" if model.in_channels == 1 else protocol.channel_order,
+            "scale": "uint8 / 255",
+        },
+        "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings and notes of the tracer and the converter."""
+    loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _AnyGridEmbedding(nn.Module):
@@ -98,23 +263,7 @@ def _with_open_grids(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracer's and the converter's notes on their own working."""
-    loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _traced(model: nn.Module, config: ExportConfig, size: tuple[int, int], grid: int) -> torch.export.ExportedProgram:
+def _trace(model: nn.Module, config: ExportConfig, size: tuple[int, int], grid: int) -> torch.export.ExportedProgram:
     dimensions: dict[int, Any] = {}
     batch = config.batch_size if config.dynamic == "none" else TRACED_BATCH
     if config.dynamic != "none":
@@ -123,7 +272,7 @@ def _traced(model: nn.Module, config: ExportConfig, size: tuple[int, int], grid:
         model = _with_open_grids(model)
         dimensions |= {2: grid * torch.export.Dim("rows", min=2), 3: grid * torch.export.Dim("columns", min=2)}
     image = torch.rand(batch, model.in_channels, *size)
-    with failing_as_export_error("The model cannot be traced", config.dynamic):
+    with _failing_as_export_error("forward cannot be traced", config.dynamic):
         return torch.export.export(model, (image,), dynamic_shapes=(dimensions,))
 
 
@@ -134,7 +283,6 @@ def _write_torch(program: torch.export.ExportedProgram, path: Path, config: Expo
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, config: ExportConfig) -> dict[str, Any]:
     onnx = import_extra("onnx", "export")
-    import_extra("onnxscript", "export")
     converted = torch.onnx.export(
         program,
         input_names=["image"],
@@ -148,16 +296,16 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, config: Expor
     written_opset = next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
     if config.opset not in (None, written_opset):
         raise InferenceError(
-            f"The model cannot be written with ONNX opset {config.opset}: leave opset out, {written_opset} works."
+            f"opset: the model cannot be written with {config.opset}; leave it out for {written_opset}"
         )
     return {"opset": written_opset, "onnx_version": onnx.__version__}
 
 
-def _run_torch(path: Path) -> Run:
+def _run_torch(path: Path) -> Callable[[Tensor], Tensor]:
     return torch.export.load(path).module()
 
 
-def _run_onnx(path: Path) -> Run:
+def _run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     onnxruntime = import_extra("onnxruntime", "export")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
@@ -167,102 +315,46 @@ WRITERS = {"torch": _write_torch, "onnx": _write_onnx}
 RUNNERS = {"torch": _run_torch, "onnx": _run_onnx}
 
 
-def _validated_size(config: ExportConfig, model: nn.Module, grid: int) -> tuple[int, int]:
-    if config.image_size is None:
-        size = protocol_of(model).image_size
-    else:
-        size = config.image_size if isinstance(config.image_size, tuple | list) else (config.image_size,) * 2
-    if len(size) != 2 or min(size) < 1:
-        raise InferenceError(f"image_size must be one or two numbers of pixels, at least 1, got {config.image_size}.")
-    if config.dynamic == "size" and any(side % grid or side < 2 * grid for side in size):
-        raise InferenceError(
-            f"A dynamic size is traced at multiples of {grid} pixels, from {2 * grid} on; image_size is "
-            f"{size[0]}x{size[1]}: choose another image_size, or dynamic batch."
-        )
-    return tuple(size)
-
-
-def _description(model: nn.Module, config: ExportConfig, size: tuple[int, int], grid: int) -> dict[str, Any]:
-    protocol = protocol_of(model, config.channel_order)
-    batch = config.batch_size if config.dynamic == "none" else "batch"
-    sides = [f"{grid} * rows", f"{grid} * columns"] if config.dynamic == "size" else list(size)
-    return {
-        "input": {"name": "image", "dtype": "float32", "shape": [batch, model.in_channels, *sides], "range": [0, 1]},
-        "output": {
-            "name": "logits",
-            "dtype": "float32",
-            "shape": [batch, model.classes, *sides],
-            "activation": "sigmoid" if model.classes == 1 else "softmax over axis 1",
-        },
-        "preprocessing": {
-            "protocol": protocol.name,
-            "image_size": list(protocol.image_size),
-            "resize": "bilinear, half-pixel centres, no anti-aliasing, rounded to uint8",
-            "channel_order": "gray (0.299 R + 0.587 G + 0.114 B)" if model.in_channels == 1 else protocol.channel_order,
-            "scale": "uint8 / 255",
-        },
-        "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
-    }
-
-
-def _check_onnx_is_there() -> None:
-    """Tell what is missing before the minutes of tracing."""
-    for package in ONNX_PACKAGES:
-        try:
-            import_extra(package, "export")
-        except ImportError as error:
-            raise ImportError(f"{error}; or export without ONNX: formats torch") from error
-
-
-def export(config: ExportConfig) -> list[Path]:
-    """Write a model as a `torch.export` program and as ONNX, after checking both against the model.
-
-    The programs take ``image``, float32 ``(B, in_channels, H, W)`` in 0..1, and return ``logits``, float32
-    ``(B, classes, H, W)``. ``export.json`` says how to prepare the image and how far the programs differ from the model
-    on random images of several batch sizes. See the top of this module for what may vary from call to call.
-
-    Returns:
-        The files written.
+@torch.inference_mode()
+def _check_program(
+    run: Callable[[Tensor], Tensor], model: nn.Module, shapes: list[tuple[int, int, int]], name: str, dynamic: str
+) -> list[dict[str, Any]]:
+    """Return the largest difference from the model on random images of every shape.
 
     Raises:
-        ExportError: A program cannot be traced or run, or differs from the model by more than 1e-4 of the largest
-            logit; nothing is written.
-        InferenceError: A setting out of its range, or an export in the output folder and ``overwrite`` not set.
-        ModelFileError: ``config.model`` is no model file.
-        ImportError: onnx, onnxscript or onnxruntime is not installed (for ONNX; without it, ``formats=("torch",)``).
+        ExportError: It is above the tolerance, the shape or a value is wrong, or the program does not run.
     """
-    unknown = [name for name in config.formats or () if name not in FORMATS]
-    if unknown or not config.formats:
-        raise InferenceError(f"formats must be of {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}.")
-    if config.dynamic not in AXIS_NAMES:
-        raise InferenceError(f"dynamic must be one of {', '.join(AXIS_NAMES)}, got {config.dynamic!r}.")
-    if config.batch_size < 1:
-        raise InferenceError(f"batch_size must be at least 1, got {config.batch_size}.")
-    if "onnx" in config.formats:
-        _check_onnx_is_there()
-    folder = output_folder(config.output)
-    files = {name: folder / FORMATS[name] for name in dict.fromkeys(config.formats)}
-    if not config.overwrite:
-        refuse_existing([*files.values(), folder / SUMMARY], "an export")
-    model = uctrans.load_model(config.model).eval()
-    if layers_with_backend(model):
-        uctrans.set_backend(model, "composed")
-    grid = getattr(model, "size_multiple", 16)
-    size = _validated_size(config, model, grid)
-    shapes = checked_shapes(model, config.dynamic, config.batch_size, size, grid)
-    description = _description(model, config, size, grid) | {"formats": {}}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary, _quiet():
-        program = _traced(model, config, size, grid)
-        for name in files:
-            path = Path(temporary) / FORMATS[name]
-            details = WRITERS[name](program, path, config)
-            description["formats"][name] = details | {
-                "file": FORMATS[name],
-                "torch_version": torch.__version__,
-                "checks": check_program(RUNNERS[name](path), model, shapes, name, config.dynamic),
-            }
-        for name, path in files.items():
-            os.replace(Path(temporary) / FORMATS[name], path)  # noqa: PTH105 - the atomic rename
-    write_json(folder / SUMMARY, description | {"settings": dataclasses.asdict(config)})
-    return [*files.values(), folder / SUMMARY]
+    generator = torch.Generator().manual_seed(0)
+    checks = []
+    for batch, height, width in shapes:
+        image = torch.rand(batch, model.in_channels, height, width, generator=generator)
+        expected = model(image)
+        with _failing_as_export_error(f"{name} export cannot run input {tuple(image.shape)}", dynamic):
+            found = run(image)
+        if expected.shape != found.shape:
+            raise ExportError(
+                f"model: its {name} export gives the shape {tuple(found.shape)} instead of {tuple(expected.shape)}; "
+                f"nothing was written, {REMEDIES[dynamic]}"
+            )
+        difference = (expected - found).abs().max().item()
+        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        if not difference <= allowed:
+            raise ExportError(
+                f"model: its {name} export differs by {difference:.2g} on input {tuple(image.shape)}, more than "
+                f"{allowed:.2g}; nothing was written, try another opset or another version of PyTorch"
+            )
+        checks.append({"input": list(image.shape), "largest_difference": difference, "allowed": allowed})
+    return checks
+
+
+@contextlib.contextmanager
+def _failing_as_export_error(problem: str, dynamic: str) -> Iterator[None]:
+    """Turn every error into an `ExportError` with a remedy.
+
+    The tracer and the runtimes have no type of their own for what they cannot trace or run.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].rstrip(".")
+        raise ExportError(f"model: its {problem} ({reason}); nothing was written, {REMEDIES[dynamic]}") from error

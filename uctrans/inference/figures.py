@@ -1,4 +1,4 @@
-"""Figures, one row an image: masks and their differences, masks of several models, and outlines of single nuclei."""
+"""Pictures of masks and nuclei: colours, outlines over the image, differences, and figures with one row an image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,25 +6,152 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from uctrans.extras import import_extra
-from uctrans.inference.overlays import DIFFERENCES, PANEL_GAP, colour_labels, differences, instance_comparison
-from uctrans.writing import written_atomically
+from ..data import labels_to_colours
+from ..data.instances import BORDER, boundary_target
+from ..extras import import_extra
+from ..writing import written_atomically
+
+BACKGROUND = (0, 0, 0)
+# A green that stands out on stained tissue and on gray images (binary masks), then the colours of Okabe and Ito.
+CLASS_COLOURS = (
+    (40, 230, 40),
+    (86, 180, 233),
+    (230, 159, 0),
+    (240, 228, 66),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+)
+DIFFERENCES = {
+    "true positive": (235, 235, 235),
+    "false positive": (230, 120, 0),
+    "false negative": (60, 150, 255),
+    "wrong class": (220, 60, 180),
+}
+# Bright colours that stand out on stained tissue and from each other, for nuclei that touch.
+INSTANCE_COLOURS = np.array(
+    [(40, 230, 40), (255, 220, 0), (0, 200, 255), (255, 120, 0), (255, 80, 220), (255, 255, 255)], dtype=np.uint8
+)
+PIXELS_PER_LINE_WIDTH = 400  # an outline is one pixel wide for each of these along the shorter side, at least one
 
 COLUMNS = ("Image", "Truth", "Prediction", "Differences")
-PANEL_INCHES, SMALLEST_PANEL_INCHES = 2.1, 1.3
-FIGURE_INCHES = 16  # beyond this width panels get smaller
 INSTANCE_COLUMNS = ("Image", "True nuclei", "Predicted nuclei")
+PANEL_INCHES, SMALLEST_PANEL_INCHES = 2.1, 1.3
 INSTANCE_PANEL_INCHES = 3.5  # outlines are thin
+FIGURE_INCHES = 16  # beyond this width panels get smaller
 DPI = 150
 LABEL_INCHES, TITLE_INCHES, CAPTION_INCHES, LEGEND_INCHES = 0.5, 0.45, 0.2, 0.25
 LEGEND_COLUMNS = 4
-TITLE_LENGTH = 28
+NAME_LENGTH = 28
 TITLE_POINTS, LABEL_POINTS, SMALLEST_POINTS = 11, 8, 6
-CHARACTER_WIDTH = 0.6  # of the size of its font, about
+CHARACTER_WIDTH = 0.6  # mean width of a character as a share of its font size
+
+Legend = list[list[tuple[str, Sequence[int]]]]  # lines of names and colours
+
+
+def class_colours(classes: int, palette: Sequence | str | None = None) -> np.ndarray:
+    """Return one RGB colour for each label, background first.
+
+    Args:
+        classes: 1 for binary masks, otherwise the number of labels.
+        palette: Colours of the labels, as `uctrans.data.parse_palette` takes them; None takes the built-in ones,
+            which repeat after seven classes.
+
+    Returns:
+        uint8 ``(max(classes, 2), 3)``.
+    """
+    labels = max(classes, 2)
+    if palette is not None:
+        return labels_to_colours(np.arange(labels), palette)
+    repeats = -(-labels // len(CLASS_COLOURS))
+    return np.array([BACKGROUND, *CLASS_COLOURS * repeats][:labels], dtype=np.uint8)
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Return the image with the outlines of its objects in the colour of their class.
+
+    Args:
+        image: uint8 ``(H, W, 3)``.
+        labels: uint8 ``(H, W)``.
+        colours: uint8 ``(labels, 3)``, see `class_colours`.
+
+    Returns:
+        uint8 ``(H, W, 3)``.
+    """
+    lines = outlines(labels)
+    return np.where(lines[..., None] > 0, colours[lines], image)
+
+
+def outlines(labels: np.ndarray) -> np.ndarray:
+    """Return the label at the rim of every object, 0 elsewhere: uint8 ``(H, W)``. Lines widen with the image."""
+    from skimage.morphology import dilation, disk
+    from skimage.segmentation import find_boundaries
+
+    rim = labels * find_boundaries(labels, mode="inner")
+    radius = round(min(labels.shape) / PIXELS_PER_LINE_WIDTH) // 2
+    return dilation(rim, disk(radius)) if radius else rim
+
+
+def differences(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return where two label maps uint8 ``(H, W)`` agree and differ, in the colours of `DIFFERENCES`: ``(H, W, 3)``."""
+    picture = np.zeros((*truth.shape, 3), dtype=np.uint8)
+    predicted, true = prediction > 0, truth > 0
+    picture[predicted & true] = DIFFERENCES["true positive"]
+    picture[predicted & ~true] = DIFFERENCES["false positive"]
+    picture[~predicted & true] = DIFFERENCES["false negative"]
+    picture[predicted & true & (prediction != truth)] = DIFFERENCES["wrong class"]
+    return picture
+
+
+def instance_overlay(image: np.ndarray, instances: np.ndarray) -> np.ndarray:
+    """Return the image with the outline of each nucleus inside its own pixels, in other colours where nuclei touch.
+
+    A nucleus too thin for the line keeps its innermost pixels without it, so a nucleus of one pixel has no outline.
+
+    Args:
+        image: uint8 ``(H, W, 3)``.
+        instances: Integer ``(H, W)``, 0 background.
+
+    Returns:
+        uint8 ``(H, W, 3)``.
+
+    Raises:
+        ValueError: Image and map differ in size, or the map is no instance map.
+    """
+    if image.shape[:2] != instances.shape:
+        raise ValueError(
+            f"instances: they differ in size from the image, {instances.shape} and {image.shape[:2]}; "
+            "give the map of this image"
+        )
+    line_width = max(round(min(instances.shape) / PIXELS_PER_LINE_WIDTH), 1)
+    lines = boundary_target(instances, line_width) == BORDER
+    return np.where(lines[..., None], INSTANCE_COLOURS[_alternating(instances)], image)
+
+
+def _alternating(instances: np.ndarray) -> np.ndarray:
+    """Return for every pixel a position in `INSTANCE_COLOURS` that differs between nuclei that touch.
+
+    Only a nucleus that touches as many others as there are colours may share one.
+    """
+    numbers, labels = np.unique(instances, return_inverse=True)
+    labels = labels.reshape(instances.shape)
+    neighbours: list[set[int]] = [set() for _ in numbers]
+    for one, other in ((labels[:, :-1], labels[:, 1:]), (labels[:-1], labels[1:])):
+        touching = (one != other) & (numbers[one] > 0) & (numbers[other] > 0)
+        for pair in np.unique(np.stack([one[touching], other[touching]]), axis=1).T.tolist():
+            neighbours[pair[0]].add(pair[1])
+            neighbours[pair[1]].add(pair[0])
+    count = len(INSTANCE_COLOURS)
+    colours = np.arange(len(numbers)) % count
+    for label in range(len(numbers)):
+        taken = {int(colours[other]) for other in neighbours[label] if other < label}
+        choices = [(label + shift) % count for shift in range(count)]
+        colours[label] = next((colour for colour in choices if colour not in taken), label % count)
+    return colours[labels]
 
 
 class ComparisonRow(NamedTuple):
-    """One row of the figure: uint8 image ``(H, W, 3)``, label maps uint8 ``(H, W)``, Dice in 0..1."""
+    """One row of `comparison_figure`: uint8 image ``(H, W, 3)``, label maps uint8 ``(H, W)``, Dice in 0..1."""
 
     name: str
     image: np.ndarray
@@ -35,7 +162,7 @@ class ComparisonRow(NamedTuple):
 
 
 class ModelsRow(NamedTuple):
-    """One row of the figure of several models: uint8 image ``(H, W, 3)``, label maps uint8 ``(H, W)``, Dice in 0..1.
+    """One row of `models_figure`: uint8 image ``(H, W, 3)``, label maps uint8 ``(H, W)``, Dice in 0..1.
 
     ``predictions`` and ``dice`` have one entry for each model.
     """
@@ -49,7 +176,7 @@ class ModelsRow(NamedTuple):
 
 
 class InstanceRow(NamedTuple):
-    """One row of the figure of nuclei: uint8 image ``(H, W, 3)``, instance maps int ``(H, W)``, AJI in 0..1."""
+    """One row of `instance_figure`: uint8 image ``(H, W, 3)``, integer instance maps ``(H, W)``, AJI in 0..1."""
 
     name: str
     image: np.ndarray
@@ -60,11 +187,11 @@ class InstanceRow(NamedTuple):
 
 
 def choose_rows(scores: list[float], count: int = 6) -> list[tuple[int, str]]:
-    """Which images to show: up to ``count / 3`` each of the best, the median and the worst, best first.
+    """Choose the images to show: up to ``count / 3`` each of the best, the median and the worst, best first.
 
     Returns:
-        Pairs of position in ``scores`` and ``"best"``, ``"median"`` or ``"worst"``; with no more than ``count`` images
-        all of them, ranked ``""`` where they are neither first, middle nor last.
+        Pairs of position in ``scores`` and ``"best"``, ``"median"`` or ``"worst"``. If there are no more than
+        ``count`` images, all of them, with the rank ``""`` for those that are neither first, middle nor last.
     """
     order = sorted(range(len(scores)), key=lambda position: -scores[position])
     if len(order) <= count:
@@ -79,39 +206,23 @@ def choose_rows(scores: list[float], count: int = 6) -> list[tuple[int, str]]:
     ]
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= TITLE_LENGTH else f"{name[: TITLE_LENGTH - 1]}…"
-
-
-def _label(name: str, score: str, rank: str) -> str:
-    return f"{_shortened(name)}\n{score}" + (f" ({rank})" if rank else "")
-
-
 def comparison_figure(
     path: Path, rows: list[ComparisonRow], colours: np.ndarray, class_names: list[str] | None = None
 ) -> None:
-    """Write the comparison of truth and prediction as a PNG, atomically.
+    """Write image, truth, prediction and differences as a PNG, atomically.
 
     Args:
-        path: Of the PNG.
+        path: File to write.
         rows: At least one, top to bottom.
-        colours: Colours of the labels, see `uctrans.inference.overlays.class_colours`.
-        class_names: Of the foreground classes, for the legend of multi-class figures; None for binary masks.
+        colours: Colours of the labels, see `class_colours`.
+        class_names: Names of the foreground classes, for the legend; None for binary masks.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        ValueError: No row was given.
+        ValueError: There is no row.
     """
-    if not rows:
-        raise ValueError("A comparison figure needs at least one row.")
     panels = [
-        [
-            row.image,
-            colour_labels(row.truth, colours),
-            colour_labels(row.prediction, colours),
-            differences(row.prediction, row.truth),
-        ]
-        for row in rows
+        [row.image, colours[row.truth], colours[row.prediction], differences(row.prediction, row.truth)] for row in rows
     ]
     labels = [_label(row.name, f"Dice {row.dice:.3f}", row.rank) for row in rows]
     kinds = [item for item in DIFFERENCES.items() if class_names or item[0] != "wrong class"]
@@ -125,35 +236,54 @@ def models_figure(
     colours: np.ndarray,
     class_names: list[str] | None = None,
 ) -> None:
-    """Write image, truth and the prediction of each of several models as a PNG, atomically; Dice is below these.
+    """Write image, truth and the predictions of several models, with the Dice below each, as a PNG, atomically.
 
     Args:
-        path: Of the PNG.
-        models: What to call the models, one column each.
+        path: File to write.
+        models: Names of the models, one column each.
         rows: At least one, top to bottom.
-        colours: Colours of the labels, see `uctrans.inference.overlays.class_colours`.
-        class_names: Of the foreground classes, for the legend of multi-class figures; None for binary masks.
+        colours: Colours of the labels, see `class_colours`.
+        class_names: Names of the foreground classes, for the legend; None for binary masks.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        ValueError: No row was given, or one without a prediction of every model.
+        ValueError: There is no row, or one has no prediction of a model.
     """
-    if not rows:
-        raise ValueError("A figure of models needs at least one row.")
     if any(not len(models) == len(row.predictions) == len(row.dice) for row in rows):
-        raise ValueError(f"Every row needs a prediction and a Dice of each of the {len(models)} models.")
-    panels = [
-        [row.image, *(colour_labels(labels, colours) for labels in (row.truth, *row.predictions))] for row in rows
-    ]
+        raise ValueError(
+            f"rows: one of them lacks a prediction; give one and its Dice for each of {len(models)} models"
+        )
+    panels = [[row.image, *(colours[labels] for labels in (row.truth, *row.predictions))] for row in rows]
     labels = [_label(row.name, f"mean Dice {np.mean(row.dice):.3f}", row.rank) for row in rows]
     captions = [["", "", *(f"Dice {dice:.3f}" for dice in row.dice)] for row in rows]
-    _write_grid(
-        path, (*COLUMNS[:2], *models), labels, panels, captions=captions, legend=_class_legend(colours, class_names)
-    )
+    legend = _class_legend(colours, class_names)
+    _write_grid(path, (*COLUMNS[:2], *models), labels, panels, captions=captions, legend=legend)
 
 
-def _class_legend(colours: np.ndarray, class_names: list[str] | None) -> list[list[tuple[str, np.ndarray]]]:
-    """Names and colours of the foreground classes, in lines of the legend."""
+def instance_figure(path: Path, rows: list[InstanceRow]) -> None:
+    """Write images and the outlines of their true and predicted nuclei as a PNG, atomically.
+
+    Args:
+        path: File to write.
+        rows: At least one, top to bottom.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: There is no row, or an image and a map of it differ in size.
+    """
+    panels = [
+        [row.image, instance_overlay(row.image, row.truth), instance_overlay(row.image, row.prediction)] for row in rows
+    ]
+    labels = [_label(row.name, f"AJI {row.aji:.3f}", row.rank) for row in rows]
+    _write_grid(path, INSTANCE_COLUMNS, labels, panels, panel_inches=INSTANCE_PANEL_INCHES)
+
+
+def _label(name: str, score: str, rank: str) -> str:
+    shown = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+    return f"{shown}\n{score}" + (f" ({rank})" if rank else "")
+
+
+def _class_legend(colours: np.ndarray, class_names: list[str] | None) -> Legend:
     entries = [(name, colours[label]) for label, name in enumerate(class_names or (), start=1)]
     return [entries[start : start + LEGEND_COLUMNS] for start in range(0, len(entries), LEGEND_COLUMNS)]
 
@@ -163,21 +293,28 @@ def _write_grid(
     titles: Sequence[str],
     labels: list[str],
     panels: list[list[np.ndarray]],
-    legend: list[list[tuple[str, Sequence[int]]]],
+    legend: Legend = (),
     captions: list[list[str]] | None = None,
+    panel_inches: float = PANEL_INCHES,
 ) -> None:
     """Write pictures in rows and columns as a PNG, atomically.
 
     Args:
-        path: Of the PNG.
-        titles: Of the columns.
-        labels: Of the rows, on the left.
-        panels: The pictures of each row, uint8 ``(H, W, 3)``.
+        path: File to write.
+        titles: Titles of the columns.
+        labels: Labels of the rows, on the left.
+        panels: Pictures of each row, uint8 ``(H, W, 3)``.
         legend: Lines of names and colours below the pictures.
-        captions: What stands below each picture.
+        captions: Texts below the pictures of each row.
+        panel_inches: Width of a picture, if there are not too many columns.
+
+    Raises:
+        ValueError: There is no row.
     """
+    if not panels:
+        raise ValueError("rows: there are none; give at least one row")
     figure_class = import_extra("matplotlib.figure", "training").Figure
-    panel_inches = max(SMALLEST_PANEL_INCHES, min(PANEL_INCHES, FIGURE_INCHES / len(titles)))
+    panel_inches = max(SMALLEST_PANEL_INCHES, min(panel_inches, FIGURE_INCHES / len(titles)))
     aspect = float(np.median([row[0].shape[0] / row[0].shape[1] for row in panels]))
     panel_height = panel_inches * min(max(aspect, 0.3), 3.0)
     figure = figure_class(layout="constrained")
@@ -197,23 +334,22 @@ def _write_grid(
         row_axes[0].set_ylabel(label, fontsize=_points(label, panel_height, LABEL_POINTS))
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=_points(title, panel_inches, TITLE_POINTS))
-    _add_legend(figure, legend)
+    if legend:
+        _add_legend(figure, legend)
     with written_atomically(path) as temporary:
         figure.savefig(temporary, dpi=DPI)
 
 
 def _points(text: str, inches: float, most: float) -> float:
-    """The size of letters in which the longest line of a text takes ``inches``, within bounds."""
+    """Return the font size at which the longest line of a text takes ``inches``, within bounds."""
     fitting = 72 * inches / (CHARACTER_WIDTH * max(map(len, text.split("\n"))))
     return max(SMALLEST_POINTS, min(most, fitting))
 
 
-def _add_legend(figure: Any, lines: list[list[tuple[str, Sequence[int]]]]) -> None:
-    if not lines:
-        return
+def _add_legend(figure: Any, lines: Legend) -> None:
     patch = import_extra("matplotlib.patches", "training").Patch
     columns = max(map(len, lines))
-    handles = [  # a legend is filled column by column
+    handles = [  # Matplotlib fills a legend column by column
         patch(facecolor=np.asarray(line[column][1]) / 255, edgecolor="0.4", label=line[column][0])
         if column < len(line)
         else patch(visible=False, label=" ")
@@ -221,36 +357,3 @@ def _add_legend(figure: Any, lines: list[list[tuple[str, Sequence[int]]]]) -> No
         for line in lines
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-
-
-def instance_figure(path: Path, rows: list[InstanceRow]) -> None:
-    """Write images beside the outlines of their true and predicted nuclei as a PNG, atomically.
-
-    Args:
-        path: Of the PNG.
-        rows: At least one, top to bottom.
-
-    Raises:
-        ImportError: Matplotlib is not installed.
-        ValueError: No row was given, or an image and a map of it differ in size.
-    """
-    if not rows:
-        raise ValueError("A figure of nuclei needs at least one row.")
-    pictures = [instance_comparison(row.image, row.prediction, row.truth) for row in rows]
-    figure_inches = INSTANCE_PANEL_INCHES * len(INSTANCE_COLUMNS)
-    heights = [figure_inches * picture.shape[0] / picture.shape[1] for picture in pictures]
-    figure = import_extra("matplotlib.figure", "training").Figure(layout="constrained")
-    figure.set_size_inches(figure_inches + LABEL_INCHES, sum(heights) + TITLE_INCHES)
-    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, row, picture in zip(axes, rows, pictures, strict=True):
-        axis.imshow(picture, interpolation="antialiased")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_color("none")
-        axis.set_ylabel(_label(row.name, f"AJI {row.aji:.3f}", row.rank), fontsize=9)
-    width = rows[0].image.shape[1]
-    centres = [column * (width + PANEL_GAP) + width / 2 for column in range(len(INSTANCE_COLUMNS))]
-    axes[0].set_xticks(centres, INSTANCE_COLUMNS, fontsize=11)
-    axes[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    with written_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, bbox_inches="tight")  # the layout alone cuts labels off

@@ -1,7 +1,7 @@
-"""Single nuclei from probabilities by distance transform and watershed.
+"""Single nuclei from probabilities, by distance transform and watershed.
 
 An instance map is int32 ``(H, W)``: 0 background, nuclei 1, 2, ... without gaps. A boundary-aware model has learned
-`uctrans.data.boundary_target`.
+`uctrans.data.boundary_target`: three classes, background, interior and border of nuclei.
 """
 
 from typing import Any
@@ -9,48 +9,55 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from uctrans.data.instances import BACKGROUND, BORDER, BOUNDARY_CLASSES, BOUNDARY_TARGET, INTERIOR
+from ..data.instances import BACKGROUND, BORDER, BOUNDARY_CLASSES, BOUNDARY_TARGET, INTERIOR
+from .settings import check_mask_settings
 
 # Chosen on the four annotated training images of MoNuSeg at 40x (nuclei of about 500 pixels, 25 across).
 SMALLEST_OBJECT, SEED_DISTANCE = 30, 8
-# Of the interior, which is the nucleus less its border: this is left of a nucleus of 50 pixels. On the same images a
-# perfect target gives a mean AJI of 0.997 at any value of 3 to 30. Crowds of small nuclei ask for less, noise for more.
+# In pixels of the interior, the nucleus without its border: a nucleus of 50 pixels has an interior of 5. On the
+# same images, a perfect target gives a mean AJI of 0.997 for any value of 3 to 30. Crowded small nuclei need a smaller
+# value, noise a larger one.
 SMALLEST_SEED = 5
-# Outlines are uneven, and so is the distance to them: unsmoothed it has several peaks a nucleus.
+# Outlines are uneven, and so is the distance to them: without smoothing it has several peaks in one nucleus.
 SMOOTHING_PER_SEED_DISTANCE = 0.25
-LEVEL_STEP = 0.1  # pixels of distance: less than that is rounding, and no peak
-ROUNDING = 1e-3  # sums of several tiles or transforms may leave 0..1 by a little
+LEVEL_STEP = 0.1  # pixels of distance; smaller differences are rounding and make no peak
+ROUNDING = 1e-3  # means over tiles or transforms may leave 0..1 by this much
 
 
 def is_boundary_aware(model: nn.Module) -> bool:
-    """Whether the model's three classes are background, interior and border of nuclei, by its metadata."""
+    """Return whether the model's classes are background, interior and border of nuclei, by its metadata."""
     return model.classes == BOUNDARY_CLASSES and model.metadata.get("target") == BOUNDARY_TARGET
 
 
 def mask_classes(model: nn.Module) -> int:
-    """Classes of the masks that the model is scored against: 1 where it is boundary-aware, else its own."""
+    """Return the number of classes of the masks that the model is scored against: 1 if it is boundary-aware."""
     return 1 if is_boundary_aware(model) else model.classes
 
 
 def mask_probabilities(model: nn.Module, probabilities: Tensor) -> Tensor:
-    """The model's probabilities ``(B, P, H, W)`` by the classes of its masks: of nucleus ``(B, 1, H, W)`` where it is
-    boundary-aware, else as they are.
+    """Return the model's probabilities ``(B, P, H, W)`` for the classes of its masks.
+
+    For a boundary-aware model this is the probability of nucleus, ``(B, 1, H, W)``; others keep theirs.
     """
     return 1 - probabilities[:, BACKGROUND : BACKGROUND + 1] if is_boundary_aware(model) else probabilities
 
 
-def nucleus_probability(probabilities: Tensor | np.ndarray) -> np.ndarray:
-    """Probability of nucleus, float32 ``(H, W)``, of the output of a binary or a boundary-aware model.
+def instances_of(model: nn.Module, probabilities: Tensor, labels: np.ndarray, config: Any) -> np.ndarray:
+    """Return the nuclei that a model predicts.
 
     Args:
-        probabilities: ``(H, W)`` or ``(1, H, W)`` of nucleus; or ``(3, H, W)`` of background, interior and border,
-            where nucleus is what is not background.
+        model: A boundary-aware model gives nuclei from its three probabilities, any other from its foreground.
+        probabilities: Output of the model for one image, ``(P, H, W)``.
+        labels: Mask made of them, ``(H, W)``, 0 background.
+        config: Settings with ``threshold``, ``smallest_object`` and ``seed_distance`` of `to_instances`.
 
-    Raises:
-        ValueError: Another shape, or values that are not finite floating-point numbers of 0..1.
+    Returns:
+        int32 ``(H, W)``, see `to_instances`.
     """
-    probabilities = _checked_probabilities(probabilities)
-    return probabilities[0] if len(probabilities) == 1 else 1 - probabilities[BACKGROUND]
+    if is_boundary_aware(model):
+        return to_instances(probabilities, config.threshold, config.smallest_object, config.seed_distance)
+    foreground = (labels > 0).astype(np.float32)
+    return to_instances(foreground, smallest_object=config.smallest_object, seed_distance=config.seed_distance)
 
 
 def to_instances(
@@ -59,34 +66,28 @@ def to_instances(
     smallest_object: int = SMALLEST_OBJECT,
     seed_distance: int = SEED_DISTANCE,
 ) -> np.ndarray:
-    """Single nuclei by distance transform and watershed.
+    """Divide the pixels above ``threshold`` into single nuclei by a watershed from seeds.
 
-    A watershed divides the pixels above ``threshold`` among seeds. Of a binary model the seeds are the peaks of the
-    distance to the background, smoothed by a Gaussian of a quarter of ``seed_distance``. Of a boundary-aware model they
-    are the connected parts of the interior, which a border keeps apart where nuclei touch, and they grow over interior
-    and border; to seed these by distance all the same, pass what `nucleus_probability` makes of them. A connected part
-    without a seed is one nucleus. The same input always gives the same map.
+    For a binary model, the seeds are the peaks of the distance to the background, smoothed by a Gaussian of a quarter
+    of ``seed_distance``. For a boundary-aware model, they are the connected parts of the interior, which a border keeps
+    apart where nuclei touch, and they grow over interior and border. To seed these by distance, pass the result of
+    `nucleus_probability`. A connected part without a seed is one nucleus. The same input always gives the same map.
 
     Args:
-        probabilities: Of one image, see `nucleus_probability`.
+        probabilities: Probabilities of one image, see `nucleus_probability`.
         threshold: Probability of nucleus above which a pixel belongs to one, 0..1 exclusive.
-        smallest_object: Nuclei of fewer pixels are left out. An interior is smaller than its nucleus: to be a seed it
-            needs 5 pixels, or as many as this where that is fewer.
-        seed_distance: Of a binary model, seeds of one connected part lie further apart than this, in pixels: about a
-            third of a usual nucleus's diameter. Larger parts fewer nuclei that touch, smaller splits uneven ones.
+        smallest_object: Nuclei of fewer pixels are left out. An interior is smaller than its nucleus: it is a seed if
+            it has 5 pixels or ``smallest_object``, whichever is fewer.
+        seed_distance: For a binary model, the seeds of one connected part are further apart than this, in pixels:
+            about a third of a usual diameter. Larger values part fewer touching nuclei, smaller ones split uneven ones.
 
     Returns:
         int32 ``(H, W)``: 0 background, nuclei 1, 2, ... without gaps.
 
     Raises:
-        ValueError: A setting out of its range, or probabilities that `nucleus_probability` refuses.
+        ValueError: A setting is out of its range, or `nucleus_probability` refuses the probabilities.
     """
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold must lie between 0 and 1, got {threshold}.")
-    if smallest_object < 0:
-        raise ValueError(f"smallest_object must be 0 or more pixels, got {smallest_object}.")
-    if seed_distance < 1:
-        raise ValueError(f"seed_distance must be 1 pixel or more, got {seed_distance}.")
+    check_mask_settings(threshold, smallest_object, seed_distance)
     from skimage.segmentation import watershed
 
     probabilities = _checked_probabilities(probabilities)
@@ -102,26 +103,22 @@ def to_instances(
     return _without_small(watershed(-height, seeds, mask=foreground), smallest_object)
 
 
-def instances_of(model: nn.Module, probabilities: Tensor, labels: np.ndarray, config: Any) -> np.ndarray:
-    """Instances that a model predicts: of a boundary-aware one from its three probabilities, else of its foreground.
+def nucleus_probability(probabilities: Tensor | np.ndarray) -> np.ndarray:
+    """Return the probability of nucleus, float32 ``(H, W)``, from the output of a binary or a boundary-aware model.
 
     Args:
-        model: decides which.
-        probabilities: its output for one image, ``(P, H, W)``.
-        labels: the mask made of them, ``(H, W)``, 0 background.
-        config: settings with ``threshold``, ``smallest_object`` and ``seed_distance`` of `to_instances`.
+        probabilities: ``(H, W)`` or ``(1, H, W)`` of nucleus; or ``(3, H, W)`` of background, interior and border,
+            where everything but background is nucleus.
 
-    Returns:
-        int32 ``(H, W)``, see `to_instances`.
+    Raises:
+        ValueError: The shape is another, or the values are not finite floating-point numbers in 0..1.
     """
-    if is_boundary_aware(model):
-        return to_instances(probabilities, config.threshold, config.smallest_object, config.seed_distance)
-    foreground = (labels > 0).astype(np.float32)
-    return to_instances(foreground, smallest_object=config.smallest_object, seed_distance=config.seed_distance)
+    probabilities = _checked_probabilities(probabilities)
+    return probabilities[0] if len(probabilities) == 1 else 1 - probabilities[BACKGROUND]
 
 
 def _checked_probabilities(probabilities: Tensor | np.ndarray) -> np.ndarray:
-    """``(1, H, W)`` or ``(3, H, W)``, float32."""
+    """Return float32 ``(1, H, W)`` or ``(3, H, W)``."""
     if isinstance(probabilities, Tensor):
         probabilities = probabilities.detach().float().cpu().numpy()
     probabilities = np.asarray(probabilities)
@@ -129,13 +126,13 @@ def _checked_probabilities(probabilities: Tensor | np.ndarray) -> np.ndarray:
         probabilities = probabilities[None]
     if probabilities.ndim != 3 or len(probabilities) not in (1, BOUNDARY_CLASSES) or probabilities.size == 0:
         raise ValueError(
-            "Probabilities of one image have the shape (H, W), (1, H, W) or (3, H, W) for background, interior and "
-            f"border, got {probabilities.shape}."
+            f"probabilities: got the shape {probabilities.shape}; give those of one image as (H, W), (1, H, W) or "
+            "(3, H, W) for background, interior and border"
         )
     if not np.issubdtype(probabilities.dtype, np.floating):
-        raise ValueError(f"Probabilities are floating-point numbers, got {probabilities.dtype}.")
+        raise ValueError(f"probabilities: got {probabilities.dtype}; give floating-point numbers in 0..1")
     if not (probabilities.min() >= -ROUNDING and probabilities.max() <= 1 + ROUNDING):
-        raise ValueError("Probabilities lie in 0..1: apply the sigmoid or softmax first.")
+        raise ValueError("probabilities: some are not in 0..1; apply the sigmoid or softmax first")
     return probabilities.astype(np.float32, copy=False).clip(0, 1)
 
 
@@ -146,7 +143,7 @@ def _connected_parts(mask: np.ndarray) -> np.ndarray:
 
 
 def _distance(mask: np.ndarray) -> np.ndarray:
-    """Distance of each pixel to the nearest one outside the mask; zero everywhere where there is none outside."""
+    """Return the distance of each pixel to the nearest one outside the mask; 0 everywhere if there is none outside."""
     from scipy import ndimage
 
     return np.zeros(mask.shape) if mask.all() else ndimage.distance_transform_edt(mask)
@@ -159,7 +156,7 @@ def _smoothed(height: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def _peaks(height: np.ndarray, mask: np.ndarray, seed_distance: int) -> np.ndarray:
-    """The highest points of the mask's connected parts, numbered from 1, those of one level ridge alike."""
+    """Return the highest points of the mask's connected parts, numbered from 1; a level ridge has one number."""
     from skimage.feature import peak_local_max
     from skimage.measure import label
 
@@ -173,7 +170,7 @@ def _peaks(height: np.ndarray, mask: np.ndarray, seed_distance: int) -> np.ndarr
 
 
 def _with_unseeded_parts(seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The seeds, and as one seed more each connected part of the mask that has none."""
+    """Return the seeds and, as further seeds, the connected parts of the mask that have none."""
     parts = _connected_parts(mask)
     is_seeded = np.zeros(parts.max() + 1, dtype=bool)
     is_seeded[parts[seeds > 0]] = True
@@ -181,7 +178,7 @@ def _with_unseeded_parts(seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _without_small(labels: np.ndarray, smallest_object: int) -> np.ndarray:
-    """The objects of enough pixels, numbered without gaps: int32 ``(H, W)``."""
+    """Return the objects of enough pixels, numbered without gaps: int32 ``(H, W)``."""
     areas = np.bincount(labels.reshape(-1))
     kept = (areas >= max(smallest_object, 1)) & (np.arange(len(areas)) > 0)
     return (np.cumsum(kept) * kept).astype(np.int32)[labels]

@@ -1,11 +1,12 @@
 """From an image to class probabilities: channel order, resizing, tiles, test-time transforms, mixed precision.
 
-`Predictor` is what evaluate and predict share. Its two entrances are `Predictor.probabilities` (a batch that is already
-at the size the network sees) and `Predictor.probabilities_of_image` (one image of any size, back at that size).
+`Predictor` is what evaluation and prediction share. It has two entry points: `Predictor.probabilities` takes a batch at
+the size that the network sees, `Predictor.probabilities_of_image` takes one image of any size. `Ensemble` makes one
+model of several.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,140 +14,59 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import uctrans
-from uctrans.data import protocol_of
-from uctrans.devices import find_device
-from uctrans.graphs import CapturedForward, CudaRecorder
-from uctrans.inference.files import InferenceError
-from uctrans.kernels import resolve_backend
-from uctrans.layers.backend import layers_with_backend
-from uctrans.models.base import probabilities
-from uctrans.tiling import OVERLAP, tiled
-from uctrans.weight_casts import keep_weights_cast
+from ..data import protocol_of
+from ..devices import find_device
+from ..graphs import CapturedForward, CudaRecorder
+from ..kernels import resolve_backend
+from ..layers import set_backend
+from ..layers.backend import layers_with_backend
+from ..models import load_model
+from ..models.base import probabilities
+from ..tiling import OVERLAP, tiled
+from ..weight_casts import keep_weights_cast
+from .settings import InferenceError, check_choice
 
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green, blue
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green and blue
 RESOLUTIONS = ("protocol", "native")
 AMP = ("no", "bf16")
 SETTINGS = ("device", "resolution", "tile", "overlap", "tta", "amp", "batch_size", "channel_order", "graph")
 
-# A test-time transform: quarter turns counter-clockwise, after a flip of the columns where the second value is True.
+# Each transform flips the columns if its second value is set, then turns counter-clockwise by its first, in quarters.
 TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
     "none": ((0, False),),
     "flips": ((0, False), (0, True), (2, False), (2, True)),
     "d4": tuple((turns, flip) for flip in (False, True) for turns in range(4)),
 }
 
-
-def transforms_in_words(tta: str) -> str:
-    """What is averaged over, "the mean over 8 flips and rotations"; "" where it is one prediction."""
-    count = len(TRANSFORMS[tta])
-    return "" if count == 1 else f"the mean over {count} {'flips' if tta == 'flips' else 'flips and rotations'}"
-
-
-def transform(images: Tensor, turns: int, flip: bool) -> Tensor:
-    """Flip the columns of ``(..., H, W)`` where ``flip``, then turn counter-clockwise by ``turns`` quarters."""
-    return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
-
-
-def inverse_transform(images: Tensor, turns: int, flip: bool) -> Tensor:
-    """Undo `transform`."""
-    images = torch.rot90(images, -turns, (-2, -1))
-    return images.flip(-1) if flip else images
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device called ``device``, see `uctrans.devices.find_device`.
-
-    Raises:
-        InferenceError: There is no such device.
-    """
-    try:
-        return find_device(device)
-    except ValueError as error:
-        raise InferenceError(str(error)) from error
-
-
-def to_model_channels(images: Tensor, in_channels: int, channel_order: str) -> Tensor:
-    """Colour images ``(B, 3, H, W)`` as a model with ``in_channels`` takes them.
-
-    Three channels stay as they are; one channel is the luma ``0.299 R + 0.587 G + 0.114 B``.
-
-    Raises:
-        InferenceError: The model takes neither one nor three channels.
-    """
-    if in_channels == 3:
-        return images
-    if in_channels == 1:
-        weights = GRAY_WEIGHTS if channel_order == "rgb" else GRAY_WEIGHTS[::-1]
-        return torch.einsum("bchw,c->bhw", images, images.new_tensor(weights)).unsqueeze(1)
-    raise InferenceError(
-        f"The model takes {in_channels} channels, but image files are read as RGB: only models with 3 channels, "
-        "or with 1 (the image is turned to gray), can be used on image files."
-    )
-
-
-def enlarge(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of ``(B, P, h, w)`` to ``size``; pixel centres are kept in place, nothing is smoothed."""
-    if probabilities.shape[-2:] == size:
-        return probabilities
-    return nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
-
-
-def to_labels(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
-    """uint8 label maps ``(B, H, W)`` of ``(B, P, H, W)``.
-
-    One channel: 1 where the probability is above ``threshold``. More: the most probable class, whatever the threshold.
-    """
-    if probabilities.shape[1] == 1:
-        return (probabilities[:, 0] > threshold).to(torch.uint8)
-    return probabilities.argmax(1).to(torch.uint8)
-
-
-def probabilities_of(model: nn.Module, amp: str) -> Callable[[Tensor], Tensor]:
-    """What makes probabilities of network inputs, ``(B, C, H, W)`` to float32 ``(B, P, H, W)``, P = 1 for one class.
-
-    ``amp`` is ``"no"`` or ``"bf16"``.
-    """
-
-    def forward(inputs: Tensor) -> Tensor:
-        autocast = contextlib.nullcontext()
-        if amp == "bf16":  # without the cache of casts, which must not outlive the capture of a CUDA graph
-            autocast = torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False)
-        with autocast:
-            logits = model(inputs).float()
-        return probabilities(logits)
-
-    return forward
-
-
-def _chosen(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise InferenceError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+SHARED_METADATA = ("target", "palette", "class_names")  # equal in all members of an ensemble
+SMALLEST_PROBABILITY = 1e-7  # the logits of this and of 1 - 1e-7 are finite in float32
 
 
 class Predictor:
     """A model with everything between an image and its class probabilities.
 
     Args:
-        model: Takes ``(B, in_channels, H, W)`` and gives logits ``(B, classes, H, W)``; has ``in_channels``,
-            ``classes``, ``config`` and ``metadata``. It is moved to ``device`` and set to eval.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        resolution: ``"protocol"``: the network sees the image as its protocol resizes it, and the probabilities are
-            enlarged to the image. ``"native"``: it sees the pixels of the image. Under a protocol that keeps the
-            resolution it sees them in either case.
+        model: Takes ``(B, in_channels, H, W)`` and returns logits ``(B, classes, H, W)``; has ``in_channels``,
+            ``classes``, ``config`` and ``metadata``. It is moved to ``device`` and set to evaluation mode.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+        resolution: ``"protocol"`` shows the network the image as its protocol resizes it, and enlarges the
+            probabilities to the image. ``"native"`` shows it the pixels of the image. A protocol that keeps the
+            resolution always shows the pixels of the image.
         tile: Side in pixels of the square tiles that images at native resolution are cut into; None takes the
-            model's image size. Smaller images are seen whole.
-        overlap: Share of a tile that overlaps with the next, in 0 <= overlap < 1. Tiles are blended with a Gaussian.
-        tta: ``"none"``, ``"flips"`` (4 transforms) or ``"d4"`` (the 8 flips and rotations of the square): the mean of
-            the probabilities over the transforms.
+            model's image size. The network sees smaller images whole.
+        overlap: Share of a tile that overlaps with the next, 0 <= overlap < 1. Tiles are blended with a Gaussian.
+        tta: Test-time transforms over which probabilities are averaged: ``"none"``, ``"flips"`` (4 transforms) or
+            ``"d4"`` (the 8 flips and rotations of the square).
         amp: ``"no"`` or ``"bf16"`` (autocast).
         batch_size: Tiles in one forward pass.
-        channel_order: ``"rgb"`` or ``"bgr"`` in place of the protocol's.
+        channel_order: ``"rgb"`` or ``"bgr"`` to replace the order that the model's metadata name.
         graph: On CUDA, replay the network as a CUDA graph for every shape of input that comes again. The weights may
             change in place; a model that is moved or set to another backend needs another predictor.
 
     Raises:
-        InferenceError: A setting out of its range, a device that is not there, or a model of neither 1 nor 3 channels.
+        InferenceError: A setting is out of its range, or the model takes neither 1 nor 3 channels.
+        DataError: The protocol or channel order is unknown.
+        ValueError: There is no such device.
     """
 
     def __init__(
@@ -163,46 +83,35 @@ class Predictor:
         channel_order: str | None = None,
         graph: bool = True,
     ) -> None:
-        _chosen("resolution", resolution, RESOLUTIONS)
-        _chosen("tta", tta, tuple(TRANSFORMS))
-        _chosen("amp", amp, AMP)
+        check_choice("resolution", resolution, RESOLUTIONS)
+        check_choice("tta", tta, tuple(TRANSFORMS))
+        check_choice("amp", amp, AMP)
         if tile is not None and tile < 1:
-            raise InferenceError(f"tile must be at least 1 pixel, got {tile}.")
+            raise InferenceError(f"tile: {tile} is too small; give 1 pixel or more")
         if not 0 <= overlap < 1:
-            raise InferenceError(f"overlap must lie in 0 <= overlap < 1, got {overlap}.")
+            raise InferenceError(f"overlap: {overlap} is out of range; give 0 or more and less than 1")
         if batch_size < 1:
-            raise InferenceError(f"batch_size must be at least 1, got {batch_size}.")
-        self.device = resolve_device(device)
+            raise InferenceError(f"batch_size: {batch_size} is too small; give 1 or more")
+        if model.in_channels not in (1, 3):
+            raise InferenceError(
+                f"model: it takes {model.in_channels} channels, but images are read as RGB; "
+                "give a model with 3 channels, or with 1, which sees gray"
+            )
+        self.device = find_device(device)
         self.protocol = protocol_of(model, channel_order)
-        to_model_channels(torch.zeros(1, 3, 1, 1), model.in_channels, self.protocol.channel_order)
-        # Measured on the CPU at 224 pixels: 1.04 to 1.26 times as fast as contiguous; not measured on CUDA.
+        # On the CPU, at 224 pixels, channels-last was measured 1.04 to 1.26 times as fast as contiguous.
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.resolution, self.tta, self.amp = resolution, tta, amp
         self.overlap, self.batch_size = overlap, batch_size
         self.tile = self.protocol.image_size if tile is None else (tile, tile)
-        self._network = probabilities_of(self.model, amp)
+        self._network = _with_probabilities(self.model, amp)
         if graph and self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 self._network = CapturedForward(self._network, CudaRecorder())
 
-    def _forward(self, inputs: Tensor) -> Tensor:
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with on_device:
-            return self._network(inputs.contiguous(memory_format=torch.channels_last))
-
-    def _forward_tiled(self, inputs: Tensor) -> Tensor:
-        return tiled(self._forward, inputs, self.tile, self.batch_size, self.overlap)
-
-    def _averaged(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        transforms = TRANSFORMS[self.tta]
-        total = inverse_transform(forward(transform(inputs, *transforms[0])), *transforms[0])
-        for turns, flip in transforms[1:]:
-            total = total + inverse_transform(forward(transform(inputs, turns, flip)), turns, flip)
-        return total / len(transforms)
-
     @torch.inference_mode()
     def probabilities(self, images: Tensor, *, tiled: bool = False) -> Tensor:
-        """Class probabilities of a batch at the size the network sees.
+        """Return class probabilities of a batch at the size that the network sees.
 
         Args:
             images: uint8 ``(B, 3, H, W)``, RGB.
@@ -213,11 +122,14 @@ class Predictor:
         """
         inputs = self.protocol.to_input(images.to(self.device))
         inputs = to_model_channels(inputs, self.model.in_channels, self.protocol.channel_order)
-        return self._averaged(self._forward_tiled if tiled else self._forward, inputs)
+        forward = self._forward_tiled if tiled else self._forward
+        transforms = TRANSFORMS[self.tta]
+        outputs = (inverse_transform(forward(transform(inputs, *step)), *step) for step in transforms)
+        return sum(outputs) / len(transforms)
 
     @torch.inference_mode()
     def probabilities_of_image(self, image: np.ndarray) -> Tensor:
-        """Class probabilities of one image of any size.
+        """Return class probabilities of one image of any size.
 
         Args:
             image: uint8 ``(H, W, 3)``, RGB.
@@ -230,28 +142,177 @@ class Predictor:
         pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).unsqueeze(0)
         return enlarge(self.probabilities(pixels, tiled=not is_resized), image.shape[:2])[0]
 
+    def _forward(self, inputs: Tensor) -> Tensor:
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with on_device:
+            return self._network(inputs.contiguous(memory_format=torch.channels_last))
+
+    def _forward_tiled(self, inputs: Tensor) -> Tensor:
+        return tiled(self._forward, inputs, self.tile, self.batch_size, self.overlap)
+
 
 def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> Predictor:
-    """A `Predictor` of the model at ``path``: everything `uctrans.load_model` reads, or several as ``a,b``, averaged.
+    """Load a model and return its `Predictor`.
+
+    Args:
+        path: Anything that `uctrans.load_model` reads; or several as ``a,b``, whose probabilities are averaged.
+        backend: See `uctrans.set_backend`.
+        settings: Keyword arguments of `Predictor`.
 
     Raises:
-        ModelFileError: ``path`` is no model file.
-        InferenceError: See `Predictor`, and `uctrans.inference.ensemble.Ensemble`.
-        ValueError: There is no such backend, or one is named and no layer of the model has any.
+        ModelFileError: There is no model at ``path``.
+        InferenceError: See `Predictor` and `Ensemble`.
+        ValueError: The backend or device is unknown, or a backend is named and no layer of the model has one.
         NotImplementedError: The backend cannot run on the device.
     """
-    from uctrans.inference.ensemble import load_model_or_ensemble  # it knows the protocols of models from here
-
-    device = resolve_device(settings.get("device", "auto"))
-    model = load_model_or_ensemble(path)
+    device = find_device(settings.get("device", "auto"))
+    model = _load_model_or_ensemble(path)
     if backend != "auto" or layers_with_backend(model):
-        resolve_backend(backend, device)  # it raises here, and not in the midst of the images
-        uctrans.set_backend(model, backend)
+        resolve_backend(backend, device)  # raises here, before the first image
+        set_backend(model, backend)
     if settings.get("amp") == "bf16":
         keep_weights_cast(model, torch.bfloat16)
     return Predictor(model, **settings)
 
 
 def predictor_of(config: Any) -> Predictor:
-    """The `Predictor` that the settings of an evaluation or a prediction ask for; raises as `load_predictor`."""
+    """Return the `Predictor` that the settings of an evaluation or prediction name; raise as `load_predictor` does."""
     return load_predictor(config.model, config.backend, **{name: getattr(config, name) for name in SETTINGS})
+
+
+def transforms_in_words(tta: str) -> str:
+    """Return what probabilities are averaged over, as "the mean over 8 flips and rotations"; "" for one prediction."""
+    count = len(TRANSFORMS[tta])
+    return "" if count == 1 else f"the mean over {count} {'flips' if tta == 'flips' else 'flips and rotations'}"
+
+
+def transform(images: Tensor, turns: int, flip: bool) -> Tensor:
+    """Flip the columns of ``(..., H, W)`` if ``flip`` is set, then turn counter-clockwise by ``turns`` quarters."""
+    return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
+
+
+def inverse_transform(images: Tensor, turns: int, flip: bool) -> Tensor:
+    """Undo `transform`."""
+    images = torch.rot90(images, -turns, (-2, -1))
+    return images.flip(-1) if flip else images
+
+
+def to_model_channels(images: Tensor, in_channels: int, channel_order: str) -> Tensor:
+    """Return colour images ``(B, 3, H, W)`` with the channels of a model: 3 as they are, or 1, their luma."""
+    if in_channels == 3:
+        return images
+    weights = GRAY_WEIGHTS if channel_order == "rgb" else GRAY_WEIGHTS[::-1]
+    return torch.einsum("bchw,c->bhw", images, images.new_tensor(weights)).unsqueeze(1)
+
+
+def enlarge(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``(B, P, h, w)`` to ``size`` bilinearly; pixel centres stay in place and nothing is smoothed."""
+    if probabilities.shape[-2:] == size:
+        return probabilities
+    return nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
+
+
+def to_labels(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
+    """Return uint8 label maps ``(B, H, W)`` of probabilities ``(B, P, H, W)``.
+
+    With one channel, a pixel is 1 if its probability is above ``threshold``. With several channels, it gets its most
+    probable class, whatever the threshold.
+    """
+    if probabilities.shape[1] == 1:
+        return (probabilities[:, 0] > threshold).to(torch.uint8)
+    return probabilities.argmax(1).to(torch.uint8)
+
+
+def _with_probabilities(model: nn.Module, amp: str) -> Callable[[Tensor], Tensor]:
+    """Return a function of network inputs ``(B, C, H, W)`` to probabilities, float32 ``(B, P, H, W)``."""
+
+    def forward(inputs: Tensor) -> Tensor:
+        autocast = contextlib.nullcontext()
+        if amp == "bf16":  # without the cache of casts, which must not outlive the capture of a CUDA graph
+            autocast = torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False)
+        with autocast:
+            logits = model(inputs).float()
+        return probabilities(logits)
+
+    return forward
+
+
+class Ensemble(nn.Module):
+    """Several models as one: its logits are those of the mean of their probabilities.
+
+    The authors of UCTransNet average the models of their folds in this way.
+
+    Attributes:
+        models: The members.
+        name: "ensemble".
+        in_channels, classes: Those of every member.
+        config: The configurations of the members, under "members".
+        metadata: What the members have in common, and "members", their names.
+
+    Args:
+        models: Two or more models in evaluation mode, with equal protocol, image size, channel order, target and
+            classes.
+        names: Names of the models for ``metadata`` and error messages.
+
+    Raises:
+        InferenceError: There are fewer than two models, or the probabilities of two of them mean different things.
+    """
+
+    name = "ensemble"
+
+    def __init__(self, models: Sequence[nn.Module], names: Sequence[str]) -> None:
+        super().__init__()
+        if len(models) < 2:
+            raise InferenceError(f"model: an ensemble needs two models or more, got {len(models)}; name them as a,b")
+        first, *others = [_meaning(model) for model in models]
+        for meaning, name in zip(others, names[1:], strict=True):
+            if differences := [key for key in first if first[key] != meaning[key]]:
+                listed = "; ".join(f"{key}: {first[key]!r} and {meaning[key]!r}" for key in differences)
+                raise InferenceError(
+                    f"model: {names[0]} and {name} cannot be averaged, they differ in {listed}; name models that were "
+                    "trained with the same classes and under the same protocol"
+                )
+        self.models = nn.ModuleList(models)
+        self.in_channels, self.classes = first["in_channels"], first["classes"]
+        self.config: dict[str, Any] = {
+            "members": [{"name": model.name, **model.config} for model in models],
+            "image_size": first["image_size"],
+        }
+        self.metadata: dict[str, Any] = {
+            "protocol": first["protocol"],
+            "image_size": first["image_size"],
+            "channel_order": first["channel_order"],
+            **{key: first[key] for key in SHARED_METADATA if first[key] is not None},
+            "members": list(names),
+        }
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits of the mean probability, float32: ``(B, in_channels, H, W)`` to ``(B, classes, H, W)``.
+
+        Softmax, or sigmoid for one class, gives the mean back, clamped to 1e-7..1 - 1e-7.
+        """
+        total = sum(probabilities(model(image).float()) for model in self.models)
+        mean = (total / len(self.models)).clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
+        return mean.logit() if self.classes == 1 else mean.log()
+
+
+def _meaning(model: nn.Module) -> dict[str, Any]:
+    """Return what decides how a model takes images and what its probabilities mean."""
+    protocol = protocol_of(model)
+    return {
+        "in_channels": model.in_channels,
+        "classes": model.classes,
+        "protocol": protocol.name,
+        "image_size": list(protocol.image_size),
+        "channel_order": protocol.channel_order,
+        **{key: model.metadata.get(key) for key in SHARED_METADATA},
+    }
+
+
+def _load_model_or_ensemble(path: str | Path) -> nn.Module:
+    names = [part.strip() for part in str(path).split(",")]
+    if len(names) == 1 or Path(path).exists():
+        return load_model(path)
+    if "" in names:
+        raise InferenceError(f'model: a name in "{path}" is empty; write an ensemble as runs/a,runs/b')
+    return Ensemble([load_model(name) for name in names], names)

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from uctrans.data import find_samples
-from uctrans.inference.comparing import Comparison
+from uctrans.inference.evaluate import Comparison
 from uctrans.inference.figures import ModelsRow, choose_rows, models_figure
-from uctrans.inference.files import write_json
 from uctrans.models import ModelFileError
 from uctrans.study.best import BestRun
 from uctrans.study.config import StudyConfig, StudyError
 from uctrans.study.files import COMPARED, COMPARISON
 from uctrans.study.schedule import Budget
 from uctrans.study.single import SCORED, evaluation
+from uctrans.writing import write_json
 
 
 def draw_comparison(config: StudyConfig, best: dict[str, BestRun], budget: Budget) -> None:

@@ -1,35 +1,21 @@
-"""What the commands share for writing: JSON that every reader takes, output folders, extras by name."""
+"""Checks that the commands share: output folders, files that exist, extras by name."""
 
-import json
-import math
 import sys
 
 import pytest
 
 from uctrans.extras import import_extra
-from uctrans.inference.files import (
-    InferenceError,
-    output_folder,
-    progress_bar,
-    refuse_existing,
-    write_json,
-)
-
-
-def test_json_has_no_nan(tmp_path):
-    write_json(tmp_path / "a.json", {"a": [math.nan, 1.5, (math.inf,)], "b": {"c": "ü"}, "d": None})
-    text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads(text) == {"a": [None, 1.5, [None]], "b": {"c": "ü"}, "d": None}
-    assert "NaN" not in text
+from uctrans.inference import InferenceError
+from uctrans.inference.settings import output_folder, progress_bar, refuse_existing
 
 
 def test_output_folder(tmp_path):
     assert output_folder(tmp_path / "new") == tmp_path / "new"
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(InferenceError, match="is a file"):
+    with pytest.raises(InferenceError, match=r"output: .*file is a file; name a folder"):
         output_folder(tmp_path / "file")
-    with pytest.raises(InferenceError, match="No output folder"):
+    with pytest.raises(InferenceError, match="output: no folder is given; name one"):
         output_folder("")
 
 
@@ -38,7 +24,7 @@ def test_existing_files_are_named(tmp_path):
     refuse_existing(paths, "a test")
     for path in paths[:4]:
         path.touch()
-    with pytest.raises(InferenceError, match=r"4 of the files of a test exist already.*, \.\.\."):
+    with pytest.raises(InferenceError, match=r"output: 4 of the files of a test exist already.*, \.\.\.;.* overwrite"):
         refuse_existing(paths, "a test")
 
 
