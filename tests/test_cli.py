@@ -1,7 +1,9 @@
 """The command line: what it prints, what it refuses, and how it ends."""
 
 import errno
+import functools
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -52,6 +54,11 @@ def error_of(capsys, *words):
     assert captured.err.startswith("uctrans: error: ")
     assert "Traceback" not in captured.err
     return captured.err
+
+
+def stand_in(monkeypatch, run, function):
+    """Let the command that runs ``run``, "module:name", call ``function``."""
+    monkeypatch.setattr(run.replace(":", "."), functools.wraps(pkgutil.resolve_name(run))(function))
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -211,7 +218,7 @@ def test_errors_the_user_can_mend(error, shown, monkeypatch, capsys):
     def fail(settings):
         raise error
 
-    monkeypatch.setattr("uctrans.inference.export", fail)
+    stand_in(monkeypatch, "uctrans.inference:export", fail)
     assert shown in error_of(capsys, *EXPORT)
     monkeypatch.setenv("UCTRANS_DEBUG", "1")
     with pytest.raises(type(error)):
@@ -222,7 +229,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(settings):
         raise RuntimeError("the tensors disagree")
 
-    monkeypatch.setattr("uctrans.inference.export", fail)
+    stand_in(monkeypatch, "uctrans.inference:export", fail)
     with pytest.raises(RuntimeError, match="disagree"):
         cli.main(EXPORT)
 
@@ -236,7 +243,7 @@ def test_without_jsonargparse(monkeypatch, capsys):
 @pytest.mark.parametrize(("stopped_by", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("epochs", 0)])
 def test_a_run_that_a_signal_stopped_says_so_in_its_status(stopped_by, status, monkeypatch):
     run = SimpleNamespace(run_folder="run", best_epoch=1, best_score=0.5, epochs=1, stopped_by=stopped_by)
-    monkeypatch.setattr("uctrans.training.train", lambda settings: run)
+    stand_in(monkeypatch, "uctrans.training:train", lambda settings: run)
     assert cli.main(["train", "-i", "data", "-o", "run"]) == status
 
 
@@ -311,6 +318,12 @@ def test_palette_of_colours_with_hashes(palette, tmp_path):
         ("train -i data -o run --image-size 64", "image_size", 64),
         ("export -i model -o folder --formats onnx", "formats", ("onnx",)),
         ("export -i model -o folder --image-size 64,96", "image_size", (64, 96)),
+        ("study skips -i data -o study --seeds 5", "seed_list", [0, 1, 2, 3, 4]),
+        ("study skips -i data -o study --seeds 3,7", "seed_list", [3, 7]),
+        ("study skips -i data -o study --seeds [7]", "seed_list", [7]),
+        ("study skips -i data -o study --patience 50,100", "patience", (50, 100)),
+        ("study models -i data -o study --models unet", "models", ("unet",)),
+        ("study models -i data -o study --models unet,uctransnet", "models", ("unet", "uctransnet")),
     ],
 )
 def test_lists_are_written_without_brackets(words, field, expected):
@@ -338,7 +351,7 @@ def test_lists_in_a_config_file(tmp_path, capsys):
         ("train -i data -o run --threads many", "--threads: many does not fit; give a whole number or null ("),
         ("train -i data -o run --image-size 1,2,3", "--image-size: '1,2,3' does not fit; write it like 224 or 224,320"),
         ("train -i data -o run --epochs 1.5", "--epochs: 1.5 does not fit; give a whole number ("),
-        ("train -i data -o run --resume maybe", "--resume: maybe does not fit; give true or false ("),
+        ("train -i data -o run --resume maybe", "--resume: 'maybe' does not fit; give true or false ("),
     ],
 )
 def test_values_of_another_type_are_told_in_plain_words(words, message, capsys):
@@ -362,7 +375,7 @@ def test_full_disk_gets_a_remedy(monkeypatch, capsys):
     def full(settings):
         raise OSError(errno.ENOSPC, "No space left on device", "scores/metrics.csv")
 
-    monkeypatch.setattr("uctrans.inference.evaluate", full)
+    stand_in(monkeypatch, "uctrans.inference:evaluate", full)
     assert cli.main(["evaluate", "-i", "data", "-o", "scores", "--model", "run"]) == 2
     message = capsys.readouterr().err
     assert "scores/metrics.csv" in message

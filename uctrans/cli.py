@@ -1,52 +1,301 @@
-"""The ``uctrans`` command: ``uctrans demo | prepare | train | evaluate | predict | export | share | study | ...``.
+"""The ``uctrans`` command: ``uctrans demo | prepare | train | evaluate | predict | export | study``.
 
-A command is a dataclass of settings and a function that takes it. The fields are the flags, the docstring is
-their help, and ``--config FILE.yaml`` sets any of them (a flag wins over the file). A command's module is imported when
-it runs, so ``uctrans --help`` works without the training extra.
+A command is a function that takes a dataclass of settings. Each field is a flag, the docstring is its help, and
+``--config FILE.yaml`` sets any of them (a flag wins over the file). The function is imported when the command runs, so
+``uctrans --help`` needs neither PyTorch nor the training extra.
 
-Exit status: 0 done; 2 a mistake to be mended by the user, told in one line on stderr (``UCTRANS_DEBUG=1`` shows the
+Exit status: 0 success; 2 an error that the user can mend, printed in one line on stderr (``UCTRANS_DEBUG=1`` shows the
 traceback); 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 import argparse
+import dataclasses
 import difflib
 import errno
 import os
+import pkgutil
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from uctrans.commands import COMMANDS
-from uctrans.flags import build_parser, in_plain_words, near_flags, spelled_out
+from .extras import import_extra
 
 DEBUG_VARIABLE = "UCTRANS_DEBUG"
 USER_ERROR = 2
 STOPPING_SIGNALS = ("SIGINT", "SIGTERM")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 class CommandLineError(ValueError):
-    """The command line, or a config file it names, cannot be used."""
+    """The command line, or a config file that it names, cannot be used."""
 
 
 class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
-    return (
-        "usage: uctrans [--help] [--version] COMMAND ...\n\n"
-        f"UCTransNet for medical image segmentation.\n\ncommands:\n{listing}\n\n"
-        "uctrans COMMAND --help lists its settings. To begin: uctrans demo"
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        summary: One line for the help.
+        run: Function that takes a dataclass of settings, as "module:name".
+        examples: Command lines for the help.
+        input: Field that -i and --input set, if any.
+        hidden: Fields that are not flags.
+        report: Function from the result to the text to print.
+    """
+
+    summary: str
+    run: str
+    examples: tuple[str, ...]
+    input: str | None = None
+    hidden: tuple[str, ...] = ()
+    report: Callable[[Any], str] = str
+
+    def load(self) -> tuple[Callable[[Any], Any], type]:
+        """Return the function and the class of its settings; import their module."""
+        function = pkgutil.resolve_name(self.run)
+        return function, next(iter(get_type_hints(function).values()))
+
+
+@dataclass
+class PrepareMonusegConfig:
+    """Settings of ``uctrans prepare monuseg``.
+
+    Args:
+        annotations: Folder of XML annotations, or one of them.
+        output: Dataset with masks, with or without train, val and test: every annotated image gets an instance map
+            (one number for each nucleus) in instances/ next to masks/, and the masks stay as they are. If images are
+            given: folder for masks/ (0 and 255) and instances/, both drawn from the outlines.
+        images: Folder of the annotated images; makes masks too.
+        overwrite: Replace existing files.
+    """
+
+    annotations: str
+    output: str
+    images: str | None = None
+    overwrite: bool = False
+
+
+def prepare(config: PrepareMonusegConfig) -> Any:
+    """Write the maps of MoNuSeg annotations; return the images with their numbers of nuclei."""
+    from .data import prepare_instances, prepare_monuseg
+
+    if config.images is None:
+        return prepare_instances(config.annotations, config.output, overwrite=config.overwrite)
+    prepared = prepare_monuseg(config.annotations, config.images, config.output, overwrite=config.overwrite)
+    if Path(config.images).resolve() != (Path(config.output) / "images").resolve():
+        print(f"For training, put the images of {config.images} into {Path(config.output) / 'images'}.")
+    return prepared
+
+
+def _report_files(files: Sequence[Path]) -> str:
+    return f"Wrote {len(files)} files into {files[0].parent}" if files else "Nothing to write."
+
+
+def _report_run(run: Any) -> str:
+    best = (
+        f"Best validation Dice {run.best_score:.4f} in epoch {run.best_epoch} of {run.epochs}"
+        if run.best_epoch
+        else f"No best weights yet after {run.epochs} epochs"
     )
+    resume = f" Continue with: uctrans train -o {run.run_folder} --resume" if run.stopped_by.startswith("SIG") else ""
+    return f"{best} (stopped by: {run.stopped_by}). Everything is in {run.run_folder}.{resume}"
+
+
+SET_BY_A_STUDY = ("model", "seed", "init_from", "resume")
+COMMANDS = {
+    "demo": Command(
+        "train, evaluate and predict on a small embedded dataset, in minutes on a CPU",
+        run="uctrans.demo:run_demo",
+        examples=("uctrans demo -o demo",),
+    ),
+    "prepare monuseg": Command(
+        "turn MoNuSeg annotations into masks and instance maps",
+        run="uctrans.cli:prepare",
+        input="annotations",
+        report=lambda images: f"Wrote the maps of {len(images)} images, {sum(image.nuclei for image in images)} nuclei",
+        examples=(
+            "uctrans prepare monuseg -i data/annotations -o data",
+            "uctrans prepare monuseg -i monuseg/annotations --images monuseg/images -o monuseg",
+        ),
+    ),
+    "train": Command(
+        "train a model on a folder of images and masks",
+        run="uctrans.training:train",
+        input="data",
+        report=_report_run,
+        examples=(
+            "uctrans train -i data -o runs/first",
+            "uctrans train -i data -o runs/unet --model unet --epochs 100",
+            "uctrans train --config runs/first/config.yaml -o runs/second --seed 1",
+            "uctrans train -o runs/first --resume",
+        ),
+    ),
+    "evaluate": Command(
+        "score a model on images with masks",
+        run="uctrans.inference:evaluate",
+        input="data",
+        report=lambda result: f"{result.table()}\nEverything is in {result.output}",
+        examples=("uctrans evaluate -i data -o scores --model runs/first",),
+    ),
+    "predict": Command(
+        "segment a folder of images, or one image",
+        run="uctrans.inference:predict",
+        input="input",
+        report=_report_files,
+        examples=("uctrans predict -i images -o masks --model runs/first",),
+    ),
+    "export": Command(
+        "write a model for use without uctrans",
+        run="uctrans.inference:export",
+        input="model",
+        report=_report_files,
+        examples=("uctrans export -i runs/first -o exported",),
+    ),
+    "study models": Command(
+        "train several models with the same settings over seeds, and compare them",
+        run="uctrans.study:study_models",
+        input="data",
+        hidden=SET_BY_A_STUDY,
+        examples=("uctrans study models -i data -o studies/models --models unet,uctransnet --seeds 0,1,2",),
+    ),
+    "study skips": Command(
+        "train U-Nets with none, all and some of their skips over seeds, and compare them",
+        run="uctrans.study:study_skips",
+        input="data",
+        hidden=SET_BY_A_STUDY,
+        examples=("uctrans study skips -i data -o studies/skips --seeds 5",),
+    ),
+}
+
+
+class CommaList:
+    """Type of a flag whose field holds a tuple, written a,b: YAML reads a # as a comment, and a shell reads [ ].
+
+    It also takes [a,b], and the lists of a config file. null and none give None, and one item alone gives the item,
+    where the field takes them.
+
+    Args:
+        hint: Type of the field, such as ``int | tuple[int, ...] | None``.
+    """
+
+    def __init__(self, hint: Any):
+        options = _options(hint)
+        items = get_args(next(option for option in options if get_origin(option) is tuple))
+        self.convert = items[0] if items[0] in (int, str) else lambda item: item
+        self.length = None if items[-1] is Ellipsis else len(items)
+        self.takes_none = NoneType in options
+        self.takes_one = any(option in (int, str) for option in options)
+
+    def __call__(self, value: Any) -> Any:
+        """Return the value of the field; ValueError if ``value`` is not one."""
+        if self.takes_none and (value is None or value in ("null", "none")):
+            return None
+        parts = [part.strip(" '\"") for part in value.strip("[]()").split(",")] if isinstance(value, str) else value
+        try:
+            items = tuple(self.convert(part) for part in (parts if isinstance(parts, list | tuple) else [parts]))
+            if self.takes_one and len(items) == 1 and (self.length or "[" not in str(value)):
+                return items[0]
+            if self.length not in (None, len(items)):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"Got value: {value}") from None
+        return items
+
+    def __repr__(self) -> str:
+        numbers = ("224", "224,320") if self.length else ("50", "50,100")
+        one, several = numbers if self.convert is int else ("a", "a,b")
+        return f"{one} or {several}" if self.takes_one else several
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def build_parser(name: str) -> Any:
+    """Return the jsonargparse parser of a command, with a flag for each field of its settings.
+
+    Raises:
+        ImportError: jsonargparse is not installed.
+    """
+    jsonargparse = import_extra("jsonargparse", "training")
+    command = COMMANDS[name]
+    _, settings = command.load()
+    parser = jsonargparse.ArgumentParser(
+        prog=f"uctrans {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog="examples: " + "; ".join(command.examples),
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config="--print-config",
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with any of the settings; flags win over it")
+    parse_docstring = import_extra("docstring_parser", "training").parse
+    documented = [item for kind in reversed(settings.__mro__) for item in parse_docstring(kind.__doc__ or "").params]
+    explanations = {item.arg_name: " ".join(item.description.split()) for item in documented}
+    hints = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if field.name in command.hidden:
+            continue
+        spellings = [_flag(field.name)]  # the first is the name in a config file
+        keywords: dict[str, Any] = {"help": explanations[field.name], "type": hints[field.name]}
+        if field.name in (command.input, "output"):
+            spelling = "--input" if field.name == command.input else "--output"
+            spellings += [spelling[1:3], *({spelling} - {*spellings})]
+            keywords["metavar"] = "PATH"
+        elif hints[field.name] is bool:
+            keywords |= {"action": jsonargparse.ActionYesNo(no_prefix="no-"), "nargs": "?"}
+            del keywords["type"]
+        elif any(get_origin(option) is tuple for option in _options(hints[field.name])):
+            keywords |= {"type": CommaList(hints[field.name]), "metavar": "LIST"}
+        if field.default_factory is not MISSING:
+            keywords["default"] = field.default_factory()
+        elif field.default in (MISSING, ""):
+            keywords["required"] = True
+        else:
+            keywords["default"] = field.default
+        parser.add_argument(*spellings, **keywords)
+    return parser
+
+
+def parse(words: Sequence[str]) -> tuple[str, Any]:
+    """Return the command that the words after ``uctrans`` name, and its settings.
+
+    ``train --resume`` starts from the settings of the run in the output folder; flags win over them.
+
+    Raises:
+        CommandLineError: The command or a flag is unknown, or a value has the wrong type.
+        ValueError: The settings refuse a value.
+        ImportError: See `build_parser`.
+    """
+    name, rest = _split_command(words)
+    parser = build_parser(name)
+    _, settings = COMMANDS[name].load()
+    rest = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in rest]
+    try:
+        if name == "train":
+            rest = _config_of_resumed_run(rest) + rest
+        given = vars(parser.parse_args(rest))
+    except argparse.ArgumentError as error:
+        hint = _near_flags(rest, settings) or f"uctrans {name} --help lists the settings"
+        raise CommandLineError(f"{_in_plain_words(str(error), settings)} ({hint})") from error
+    return name, settings(**{field: value for field, value in given.items() if field != "config"})
 
 
 def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The name of the command that ``words`` begin with, and the words after it."""
+    """Return the name of the command at the start of ``words``, and the words after it."""
     for name in COMMANDS:
         count = len(name.split())
         if " ".join(words[:count]) == name:
@@ -59,14 +308,14 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
-    """``--config`` with the config.yaml of the run that ``train`` is to resume, unless ``words`` name a file."""
+    """Return ``--config`` with the config.yaml of the run that ``train`` resumes, unless ``words`` name a file."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-i", "--input", "--data")
     parser.add_argument("-o", "--output")
     parser.add_argument("-c", "--config")
-    parser.add_argument("--resume")
+    parser.add_argument("--resume", nargs="?", const="true")
     given, _ = parser.parse_known_args(words)
-    if given.config is not None or given.output is None or str(given.resume).lower() != "true":
+    if given.config is not None or given.output is None or str(given.resume).lower() not in ("true", "yes"):
         return []
     file = Path(given.output) / "config.yaml"
     if not file.exists() and given.input is None:
@@ -74,60 +323,71 @@ def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
     return [f"--config={file}"] if file.exists() else []
 
 
-def parse(words: Sequence[str]) -> tuple[str, Any]:
-    """The command that the words after ``uctrans`` name, and its settings.
-
-    ``train --resume`` starts from the settings of the run in the output folder; flags win over them.
-
-    Raises:
-        CommandLineError: an unknown command or flag, or a value of the wrong type.
-        ValueError: a value that the command's settings refuse.
-        ImportError: see `build_parser`.
-    """
-    name, rest = _split_command(words)
-    parser = build_parser(name)
-    settings = COMMANDS[name].settings_class
-    try:
-        spelled = spelled_out(rest, settings)
-        if name == "train":
-            spelled = _config_of_resumed_run(spelled) + spelled
-        namespace = parser.parse_args(spelled)
-    except argparse.ArgumentError as error:
-        hint = near_flags(rest, parser) or f"uctrans {name} --help lists the settings"
-        raise CommandLineError(f"{in_plain_words(str(error), settings)} ({hint})") from error
-    return name, settings(**{key: value for key, value in vars(namespace).items() if key != "config"})
+def _in_plain_words(message: str, settings: type) -> str:
+    """Return what jsonargparse says about a value of the wrong type in plain words, and other messages as they are."""
+    patterns = (r'Parser key "([\w-]+)":.*(?:Got|Given) value: (.*)', r"argument --([\w-]+).*: invalid .* value: (.*)")
+    found = next(filter(None, (re.search(pattern, message, flags=re.DOTALL) for pattern in patterns)), None)
+    hints = get_type_hints(settings)
+    field = found[1].replace("-", "_") if found else None
+    if field not in hints:
+        return message
+    options = _options(hints[field])
+    if any(get_origin(option) is tuple for option in options):
+        wanted = f"write it like {CommaList(hints[field])}"
+    else:
+        wanted = "give " + " or ".join(KINDS.get(option, str(option)) for option in options)
+    return f"{_flag(field)}: {found[2].strip()} does not fit; {wanted}"
 
 
-def _explained(error: Exception) -> str:
-    """The message of an error in one line, with a remedy where the operating system gives none."""
-    remedy = {
-        errno.ENOSPC: ": the disk is full; free space or choose another output folder",
-        errno.EDQUOT: ": the quota is used up; free space or choose another output folder",
-        errno.EROFS: ": choose an output folder that can be written",
-        errno.EACCES: ": choose a folder you may read and write",
-    }
-    suffix = remedy.get(error.errno, "") if isinstance(error, OSError) else ""
-    return " ".join(str(error).split()) + suffix
+def _near_flags(words: Sequence[str], settings: type) -> str:
+    """Return "did you mean" for the unknown flags among ``words``, or an empty string."""
+    known = [_flag(field.name) for field in dataclasses.fields(settings)] + ["--input", "--output", "--config"]
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    near = [match for flag in flags if flag not in known for match in difflib.get_close_matches(flag, known, n=1)]
+    return f"did you mean {' and '.join(near)}?" if near else ""
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: uctrans [--help] [--version] COMMAND ...\n\n"
+        f"UCTransNet for medical image segmentation.\n\ncommands:\n{listing}\n\n"
+        "uctrans COMMAND --help lists its settings. To begin: uctrans demo"
+    )
 
 
 def _run(words: Sequence[str]) -> int:
     name, settings = parse(words)
-    result = COMMANDS[name].run(settings)
+    function, _ = COMMANDS[name].load()
+    result = function(settings)
     print(COMMANDS[name].report(result))
     stopped_by = getattr(result, "stopped_by", "")
     return 128 + signal.Signals[stopped_by] if stopped_by in STOPPING_SIGNALS else 0
 
 
 def _is_for_user(error: Exception) -> bool:
-    """Whether the message says what the user can do; any other RuntimeError is a bug and keeps its traceback."""
+    """Return whether the message says what the user can do; any other RuntimeError is a bug and keeps its traceback."""
     if not isinstance(error, RuntimeError):
         return True
     from torch import OutOfMemoryError
 
-    from uctrans.inference import ExportError
-    from uctrans.training import TrainingError
+    from .graphs import CaptureError
+    from .training import TrainingError
 
-    return isinstance(error, NotImplementedError | OutOfMemoryError | TrainingError | ExportError)
+    return isinstance(error, NotImplementedError | OutOfMemoryError | TrainingError | CaptureError)
+
+
+def _explained(error: Exception) -> str:
+    """Return the message of an error in one line, with a remedy if it comes from the operating system."""
+    remedy = {
+        errno.ENOSPC: ": the disk is full; free space or choose another output folder",
+        errno.EDQUOT: ": the quota is used up; free space or choose another output folder",
+        errno.EROFS: ": the disk is read-only; choose another output folder",
+        errno.EACCES: ": permission is missing; choose a folder that you may read and write",
+    }
+    suffix = remedy.get(error.errno, "") if isinstance(error, OSError) else ""
+    return " ".join(str(error).split()) + suffix
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
@@ -138,14 +398,14 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     Args:
-        words: what stands after ``uctrans``; None takes it from the process.
+        words: The words after ``uctrans``; None takes them from the process.
     """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0
     if words[0] == "--version":
-        from uctrans import __version__
+        from . import __version__
 
         print(f"uctrans {__version__}")
         return 0
