@@ -1,79 +1,94 @@
-"""One channel attention block, projections included, against the published sequence of operations.
+"""The attention block with its projections, on each backend.
 
-On a CPU, the composed form in plain calls, held to what is claimed. On a GPU, what ``backend="auto"`` gives there, in
-CUDA graphs as in :mod:`benchmarks.test_channel_attention`, against the published sequence as it is and compiled.
+    python -m pytest benchmarks/test_attention_block.py -m "not gpu" --benchmark-only
+
+On a CPU the composed form is held to what is claimed of it.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.func import functional_call
 
-from . import timing
-from .candidates import OPERATOR, Problem
-from .race import CLOCK, measure
-from .roofline import block_work
-from .test_channel_attention import GPU_PROBLEMS, PLACES
-from .workloads import MODES, assert_same_function, attention_block, attention_tokens, block_entrant, call, on_backends
+from uctrans.layers import ChannelAttention
 
-BLOCK_CANDIDATES = {
-    OPERATOR: ("auto", False),
-    "reference": ("reference", False),
-    "reference compiled": ("reference", True),
-}
-BLOCK_PASSES = ("forward", "both")
-TARGET_OVER_REFERENCE = 4.0  # at 1024 pixels in bfloat16
-
-CPU_PROBLEM = Problem(64, 2, torch.float32, segments=(8, 16, 32, 64), device="cpu")
-# The first after the races that claims are made of, the others among those that follow.
-GPU_BLOCKS = {
-    Problem(1024, 4, torch.bfloat16): 2,
-    Problem(1024, 32, torch.bfloat16): 4,
-    Problem(1024, 1, torch.bfloat16): 5,
-    Problem(1024, 4, torch.float32): 7,
-    Problem(1024, 4, torch.bfloat16, 0.1): 8,
-    Problem(1024, 1, torch.float32): 10,
-    Problem(1024, 32, torch.float32): 11,
-    Problem(224, 32, torch.bfloat16): 12,
-}
+from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, operator_backend, races
+from .test_channel_attention import PATCH, SEGMENTS, TOLERANCES
 
 
-def block_problems() -> list:
-    """That of the CPU, and those of a GPU with their place among the races of the operator alone."""
-    assert max(GPU_BLOCKS.values()) <= len(GPU_PROBLEMS)
-    return [
-        pytest.param(CPU_PROBLEM, id=f"cpu-{CPU_PROBLEM}"),
-        *(
-            pytest.param(problem, marks=[pytest.mark.gpu, pytest.mark.priority(PLACES * place - 1)], id=str(problem))
-            for problem, place in GPU_BLOCKS.items()
-        ),
-    ]
+def block(
+    pixels: int,
+    batch: int,
+    dtype: torch.dtype,
+    segments: tuple[int, ...] = SEGMENTS,
+    heads: int = 4,
+    device: str = "cuda",
+    **options: object,
+) -> Case:
+    """Return the case of square images; the weights are arguments, the same for all candidates."""
+    tokens, channels = (pixels // PATCH) ** 2, sum(segments)
+    squares = sum(width * width for width in segments)
+
+    def draw(generator: torch.Generator) -> Call:
+        def normal() -> Tensor:
+            return torch.randn(batch, tokens, channels, generator=generator, device=device, dtype=dtype)
+
+        torch.manual_seed(0)
+        weights = ChannelAttention(segments, heads, 0.0, "auto").to(device, dtype).parameters()
+        inputs = (normal().requires_grad_(), normal().requires_grad_())
+        return Call((*inputs, *(weight.detach().requires_grad_() for weight in weights)), (normal(),))
+
+    def work(passes: str) -> Work:
+        """Count the cheaper order of products; backward has two products for each, one a factor."""
+        projected_first = tokens * heads * (squares + 2 * channels**2) + 2 * tokens * heads * channels**2
+        correlated_first = 2 * tokens * channels**2 + heads * squares * channels + 2 * heads * channels**3
+        flop = FLOP_OF_A_MULTIPLY_ADD * batch * (min(projected_first, correlated_first) + tokens * squares)
+        inputs = 2 * batch * tokens * channels + (heads + 1) * squares + 2 * heads * channels**2
+        output = batch * tokens * channels
+        products = {"forward": 1, "backward": 2, "both": 3}[passes]
+        return Work(products * flop, (products * inputs + min(products, 2) * output) * dtype.itemsize)
+
+    backends = {OPERATOR: operator_backend(device), "reference": "reference", "composed": "composed"}
+    return Case(
+        name="attention block",
+        sizes={"pixels": pixels, "batch": batch},
+        device=device,
+        dtype=dtype,
+        candidates={name: on_backend(segments, heads, backend) for name, backend in backends.items()},
+        exact=on_backend(segments, heads, "reference"),
+        draw=draw,
+        work=work,
+        tolerance=TOLERANCES[dtype],
+        **options,
+    )
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("pixels", "batch", "rounds", "at_least"), [(224, 4, 15, 1.0), (512, 1, 15, 1.65), (1024, 1, 9, 4.0)]
-)
-def test_attention_block(benchmark, race, pixels, batch, rounds, at_least, mode):
-    benchmark.group = f"attention block, {mode}"
-    inputs = attention_tokens(pixels, batch)
-    composed, reference = on_backends(attention_block(), "composed", "reference")
-    assert_same_function([composed, reference], inputs)
-    sizes = {"pixels": pixels, "batch": batch, "mode": mode}
-    race(call(composed, inputs, mode), call(reference, inputs, mode), rounds, at_least, **sizes)
+def on_backend(segments: tuple[int, ...], heads: int, backend: str) -> Callable[..., Tensor]:
+    """Return the block on ``backend`` as a function of tokens, context and weights."""
+    module = ChannelAttention(segments, heads, 0.0, backend).to("meta")
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(tokens: Tensor, context: Tensor, *weights: Tensor) -> Tensor:
+        return functional_call(module, dict(zip(names, weights, strict=True)), (tokens, context))
+
+    return function
 
 
-@pytest.mark.benchmark(timer=CLOCK.read)
-@pytest.mark.usefixtures("in_budget")
-@pytest.mark.parametrize("candidate", BLOCK_CANDIDATES)
-@pytest.mark.parametrize("passes", BLOCK_PASSES)
-@pytest.mark.parametrize("problem", block_problems())
-def test_attention_block_in_graphs(request, benchmark, record, problem, passes, candidate):
-    benchmark.group = f"attention block, {passes}"
-    work = block_work("inference" if passes == "forward" else "training", *problem.sizes)
-    count = timing.calls_a_sample(work.bytes, problem.device)
-    torch._dynamo.reset()
-    backend, compile_it = BLOCK_CANDIDATES[candidate]
-    entrant = block_entrant(problem, backend, passes, count, compile_it)
-    operator = block_entrant(problem, BLOCK_CANDIDATES[OPERATOR][0], passes, count)
-    claimed = candidate == "reference" and problem.pixels == 1024 and problem.dtype == torch.bfloat16
-    target = TARGET_OVER_REFERENCE if claimed else None
-    measure(benchmark, record, request.node.name, problem, passes, candidate, entrant, operator, work, target)
+ON_CPU = {"device": "cpu", "passes": ("forward", "both")}
+ON_GPU = {"compiled": ("reference",)}
+CASES = [
+    block(64, 2, torch.float32, (8, 16, 32, 64), **ON_CPU),
+    *(
+        block(pixels, batch, torch.float32, claimed={"reference": claimed}, **ON_CPU)
+        for pixels, batch, claimed in ((224, 4, 1.0), (512, 1, 1.65), (1024, 1, 4.0))
+    ),
+    *(block(224, batch, torch.bfloat16, **ON_GPU) for batch in (32, 4)),
+    *(block(1024, batch, torch.bfloat16, **ON_GPU) for batch in (4, 1)),
+]
+
+
+@pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
+def test_attention_block(race, case, passes, candidate):
+    race(case, passes, candidate)

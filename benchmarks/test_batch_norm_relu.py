@@ -1,44 +1,98 @@
-"""Batch norm and ReLU at the levels of the network, pooled and not: the operator, PyTorch's calls, and these compiled.
+"""Batch norm and ReLU in training at the levels of the network, with the 2x2 max-pool of an encoder and without.
 
-    python -m pytest benchmarks/test_batch_norm_relu.py -m gpu --benchmark-only --minutes 8 --record NAME.jsonl
-
-On a GPU, in CUDA graphs as in :mod:`benchmarks.test_channel_attention`; targets are recorded as met or missed. On a
-CPU a small map, which shows that the benchmark runs.
+python -m pytest benchmarks/test_batch_norm_relu.py -m gpu --benchmark-only
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from . import timing
-from .norm_relu import GPU_PROBLEMS, NORM_CANDIDATES, NormProblem, norm_entrant, operator_or_reason, target
-from .race import CLOCK, measure
+from uctrans.kernels import batch_norm_relu, batch_norm_relu_pool
 
-CPU_PROBLEMS = [
-    NormProblem(32, 2, torch.float32, 1, channels=(4, 8), device="cpu", pools=pools) for pools in (False, True)
+from .harness import OPERATOR, Call, Case, Work, operator_backend, races
+
+CHANNELS = (64, 128, 256, 512, 512)  # by level; the deepest lies below the last scale
+# Where the normalised map is near zero, rounding decides on which side of the ReLU a pixel lies, and so its gradient;
+# with the pool also which of two pixels of a window near each other has the gradient.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+POOL_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+
+
+def norm(
+    pixels: int,
+    batch: int,
+    dtype: torch.dtype,
+    level: int,
+    pools: bool = False,
+    channels: tuple[int, ...] = CHANNELS,
+    device: str = "cuda",
+    **options: object,
+) -> Case:
+    """Return the case of the map at a level of square images, channels-last; its parameters are float32."""
+    width, side = channels[level], pixels >> level
+
+    def draw(generator: torch.Generator) -> Call:
+        def normal(divisor: int = 1) -> Tensor:
+            shape = (batch, width, side // divisor, side // divisor)
+            drawn = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            return drawn.contiguous(memory_format=torch.channels_last)
+
+        def parameter() -> Tensor:
+            return torch.randn(width, generator=generator, device=device).requires_grad_()
+
+        statistics = (torch.zeros(width, device=device), torch.ones(width, device=device))
+        gradients = (normal(), normal(2)) if pools else (normal(),)
+        return Call((normal().requires_grad_(), parameter(), parameter(), *statistics), gradients)
+
+    def work(passes: str) -> Work:
+        """Count the least bytes with statistics of the batch, which ask for a pass of their own in both directions.
+
+        Forward reads the map twice and writes the result; backward reads map and gradient twice and writes a gradient.
+        The pooled map is written, and its gradient read twice.
+        """
+        elements = {"forward": 3, "backward": 5, "both": 8}[passes] * side**2
+        if pools:
+            elements += {"forward": 1, "backward": 2, "both": 3}[passes] * (side // 2) ** 2
+        return Work(0.0, batch * width * elements * dtype.itemsize)
+
+    backends = {OPERATOR: operator_backend(device), "reference": "reference", "composed": "composed"}
+    operator = batch_norm_relu_pool if pools else batch_norm_relu
+    return Case(
+        name="batch norm, ReLU and pool" if pools else "batch norm and ReLU",
+        sizes={"pixels": pixels, "batch": batch, "detail": f"level {level + 1}{', pooled' * pools}"},
+        device=device,
+        dtype=dtype,
+        candidates={name: in_training(operator, backend) for name, backend in backends.items()},
+        exact=in_training(operator, "reference"),
+        draw=draw,
+        work=work,
+        tolerance=(POOL_TOLERANCES if pools else TOLERANCES)[dtype],
+        **options,
+    )
+
+
+def in_training(operator: Callable[..., object], backend: str) -> Callable[..., object]:
+    """Return the operator with statistics of the batch, as a function of tensors alone."""
+
+    def function(*arguments: Tensor) -> object:
+        return operator(*arguments, training=True, backend=backend)
+
+    return function
+
+
+ON_GPU = {"compiled": ("composed",)}
+CASES = [
+    *(norm(32, 2, torch.float32, 1, pools, (4, 8), "cpu") for pools in (False, True)),
+    *(norm(224, 4, torch.float32, 0, pools, device="cpu", passes=("both",)) for pools in (False, True)),
+    # Maps of the first levels are larger than the cache; at the last their time is that of launches.
+    *(norm(224, 32, torch.bfloat16, level, pools=True, **ON_GPU) for level in range(4)),
+    *(norm(224, 32, torch.bfloat16, level, **ON_GPU) for level in (0, 2, 4)),
+    *(norm(224, 4, torch.bfloat16, 0, pools, **ON_GPU) for pools in (False, True)),
 ]
-PLACES, FIRST_PLACE = 10, 7  # beside the places of the attention operator and the skip path, which come first
 
 
-def problems() -> list:
-    """Those of the CPU, and those of a GPU in the order of their importance."""
-    params = [pytest.param(problem, id=f"cpu-{problem}") for problem in CPU_PROBLEMS]
-    for place, problem in enumerate(GPU_PROBLEMS):
-        marks = [pytest.mark.gpu, pytest.mark.priority(PLACES * place + FIRST_PLACE)]
-        params.append(pytest.param(problem, marks=marks, id=str(problem)))
-    return params
-
-
-@pytest.mark.benchmark(timer=CLOCK.read)
-@pytest.mark.usefixtures("in_budget")
-@pytest.mark.parametrize("candidate", NORM_CANDIDATES)
-@pytest.mark.parametrize("passes", timing.PASSES)
-@pytest.mark.parametrize("problem", problems())
-def test_batch_norm_relu(request, benchmark, record, problem, passes, candidate):
-    benchmark.group = f"batch norm, ReLU and pool, {passes}" if problem.pools else f"batch norm and ReLU, {passes}"
-    work = problem.work(passes)
-    count = timing.calls_a_sample(work.bytes, problem.device)
-    torch._dynamo.reset()
-    entrant = norm_entrant(problem, candidate, passes, count)
-    operator = operator_or_reason(problem, passes, count)
-    aim = target(problem, candidate)
-    measure(benchmark, record, request.node.name, problem, passes, candidate, entrant, operator, work, aim)
+@pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
+def test_batch_norm_relu(race, case, passes, candidate):
+    race(case, passes, candidate)
