@@ -2,7 +2,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format benchmark benchmark-gpu gpu resources pictures clean
+.PHONY: help demo test lint format benchmark gpu resources pictures clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python test` chooses another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
@@ -32,21 +32,11 @@ format: $(VENV)/.dev ## mend what can be mended of both
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/.dev ## time the backends on this machine's CPU
+benchmark: $(VENV)/.dev ## time the operators on this machine's CPU
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only
 
-# On a machine with a CUDA GPU, with the Python that has torch for it; again with MISSING=--missing for what is left.
-MINUTES ?= 8
-RECORD ?= .benchmarks/gpu.jsonl
-HAS_CUDA := from torch.cuda import is_available; exit(not is_available())
-benchmark-gpu: ## time the operators on a CUDA GPU: make benchmark-gpu PYTHON=python RECORD=FILE.jsonl
-	@$(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null || { echo "benchmark-gpu needs a CUDA device and a PyTorch that sees it," \
-	  "and '$(PYTHON)' has none: make benchmark-gpu PYTHON=/path/to/python" >&2; exit 1; }
-	$(PYTHON) -m pytest benchmarks -m gpu --benchmark-only --minutes $(MINUTES) --record $(RECORD) $(MISSING)
-	$(PYTHON) -m benchmarks.report $(RECORD)
-
-gpu: ## all evidence from a CUDA GPU, in nine minutes: make gpu PYTHON=python ARGUMENTS="--minutes 20"
-	$(PYTHON) -m benchmarks.gpu_evidence $(ARGUMENTS)
+gpu: ## run the plan for a CUDA GPU, in nine minutes: make gpu PYTHON=python ARGUMENTS="--minutes 20"
+	$(PYTHON) -m benchmarks.gpu $(ARGUMENTS)
 
 # What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.
 resources: $(VENV)/.dev ## compile every kernel offline: docs/kernel-resources.md
