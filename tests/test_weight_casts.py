@@ -82,7 +82,7 @@ def test_the_published_network_has_as_many_weights_that_autocast_casts_as_is_sai
         model = uctrans.create_model("uctransnet")
     count = len(weights_cast_by_autocast(model))
     assert f"{count} such weights" in weight_casts.__doc__
-    for document in ("CHANGELOG.md", "docs/design.md"):
+    for document in ("CHANGELOG.md", "docs/training.md"):
         assert f"UCTransNet's {count} weights" in (ROOT / document).read_text(encoding="utf-8")
 
 
