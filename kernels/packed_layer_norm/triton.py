@@ -1,8 +1,8 @@
-"""Triton kernels of the packed layer norms: a row of tokens is read once, for all its scales and for their whole.
+"""Triton kernels of the packed layer norms: a row of tokens is read once, for all its scales and for the whole row.
 
-A program holds a row whole, one tile a scale, so that means and variances are taken of registers. Statistics are
-float32, and backward takes them again instead of reading them. Gradients by weights and biases are summed over the
-rows of a program, then over programs in a fixed order.
+A program holds a whole row, one tile a scale, so that means and variances come from registers. Statistics are float32,
+and backward computes them again instead of reading them. Gradients of weights and biases are summed over the rows of a
+program, then over programs in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from ..launch import add_parts
 
 
 class Warps(NamedTuple):
-    """How many warps hold a row."""
+    """How many warps hold a row: one for so many channels, and at most so many."""
 
     channels_a_warp: int
     most: int
 
 
-# Forward, a thread holds 32 channels. Backward it holds 8, beside as many of both gradients, of four sums over rows and
-# of two weights: 16 spill, except in 8 warps, which may have more registers a thread than 16 warps.
+# Forward, a thread holds 32 channels. Backward it holds 8, and as many of both gradients, of four sums over rows and of
+# two weights: 16 spill, except in 8 warps, which may have more registers a thread than 16 warps.
 FORWARD_WARPS = Warps(1024, 32)
 BACKWARD_WARPS = Warps(256, 8)
 
@@ -42,7 +42,7 @@ def _zeros(TILE: tl.constexpr):
 
 @triton.jit
 def _load(ptr, offs_channel, WIDTH: tl.constexpr):
-    """Channels of one scale in float32, zero behind them."""
+    """Return the channels of one scale in float32, zero behind them."""
     return tl.load(ptr + offs_channel, mask=offs_channel < WIDTH, other=0.0).to(tl.float32)  # [TILE]
 
 
@@ -53,15 +53,15 @@ def _store(ptr, offs_channel, values, WIDTH: tl.constexpr):
 
 @triton.jit
 def _inverse_deviation(sum_of_squares, remainder, width, eps):
-    """``remainder`` is the mean of what was squared: near zero, so that nothing cancels."""
+    """Return 1 / deviation; ``remainder``, the mean of what was squared, is near zero, so that nothing cancels."""
     return tl.rsqrt(tl.maximum(sum_of_squares / width - remainder * remainder, 0.0) + eps)
 
 
 @triton.jit
 def _standardise(tokens, offs_channel, eps, WIDTH: tl.constexpr):
-    """The channels of one scale with mean 0 and variance 1, and the factor that made the variance so.
+    """Return the channels of one scale with mean 0 and variance 1, and the factor of their variance.
 
-    The mean of a row far from zero is rounded, so the mean of the centred row is subtracted once more.
+    The mean of a row far from zero is rounded, so the mean of the centred row is subtracted, too.
     """
     centred = tl.where(offs_channel < WIDTH, tokens - tl.sum(tokens) / WIDTH, 0.0)  # [TILE]
     remainder = tl.sum(centred) / WIDTH
@@ -99,7 +99,7 @@ def _affine(standardised, weight_ptr, bias_ptr, offs_channel, WIDTH: tl.constexp
 
 @triton.jit
 def _scale_gradient(tokens, gradient, weight_ptr, offs_channel, eps, WIDTH: tl.constexpr):
-    """The gradient by the channels of one scale, and this row's part of the gradient by the weight."""
+    """Return the gradient of the channels of one scale, and this row's part of the gradient of the weight."""
     standardised, factor = _standardise(tokens, offs_channel, eps, WIDTH)
     d_standardised = gradient * _load(weight_ptr, offs_channel, WIDTH)
     mean = tl.sum(d_standardised) / WIDTH
@@ -195,7 +195,7 @@ def _backward(
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """The gradient by the tokens, and this program's part of [d_weight, d_bias]."""
+    """Write the gradient of the tokens, and a part of [d_weight, d_bias]."""
     d_weight = _zero_row(TILES)
     d_bias = _zero_row(TILES)
     row_offset = tl.program_id(0).to(tl.int64) * PACKED
@@ -235,7 +235,7 @@ def _backward_twice(
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """The gradient by the tokens, and this program's part of [d_weight, d_bias, d_context_weight, d_context_bias]."""
+    """Write the gradient of the tokens, and a part of [d_weight, d_bias, d_context_weight, d_context_bias]."""
     d_weight = _zero_row(TILES)
     d_bias = _zero_row(TILES)
     d_context_weight = _zero_row(TILES)
@@ -292,12 +292,14 @@ def packed_layer_norm(
 ) -> Tensor:
     """(B, N, sum C), (sum C,), (sum C,) -> (B, N, sum C) in ``dtype``."""
     output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
-    if output.numel() == 0:
-        return output
-    tokens = tokens.contiguous()
-    with torch.cuda.device_of(tokens):
+    if output.numel() > 0:
         _normalise[(tokens.shape[0] * tokens.shape[1],)](
-            tokens, weight.contiguous(), bias.contiguous(), output, eps, **_layout(segments, FORWARD_WARPS)
+            tokens_ptr=tokens.contiguous(),
+            weight_ptr=weight.contiguous(),
+            bias_ptr=bias.contiguous(),
+            output_ptr=output,
+            eps=eps,
+            **_layout(segments, FORWARD_WARPS),
         )
     return output
 
@@ -315,13 +317,17 @@ def cross_layer_norm(
     """(B, N, sum C), four (sum C,) -> twice (B, N, sum C) in ``dtype``: each scale by itself, all together."""
     output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     context = torch.empty_like(output)
-    if output.numel() == 0:
-        return output, context
-    tokens = tokens.contiguous()
-    channels = [vector.contiguous() for vector in (weight, bias, context_weight, context_bias)]
-    with torch.cuda.device_of(tokens):
+    if output.numel() > 0:
         _normalise_twice[(tokens.shape[0] * tokens.shape[1],)](
-            tokens, *channels, output, context, eps, **_layout(segments, FORWARD_WARPS)
+            tokens_ptr=tokens.contiguous(),
+            weight_ptr=weight.contiguous(),
+            bias_ptr=bias.contiguous(),
+            context_weight_ptr=context_weight.contiguous(),
+            context_bias_ptr=context_bias.contiguous(),
+            output_ptr=output,
+            context_ptr=context,
+            eps=eps,
+            **_layout(segments, FORWARD_WARPS),
         )
     return output, context
 
@@ -329,26 +335,17 @@ def cross_layer_norm(
 def packed_layer_norm_backward(
     gradient: Tensor, tokens: Tensor, segments: Sequence[int], weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by the tokens, and by weight and bias together: (B, N, sum C), (2, sum C)."""
-    d_tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    if tokens.numel() == 0:
-        return d_tokens, weight.new_zeros(2, tokens.shape[-1])
-    tokens = tokens.contiguous()
-    rows = tokens.shape[0] * tokens.shape[1]
-    programs = min(triton.cdiv(rows, FEWEST_ROWS), BACKWARD_PROGRAMS)
-    parts = torch.empty(programs, 2 * tokens.shape[-1], dtype=torch.float32, device=tokens.device)
-    with torch.cuda.device_of(tokens):
-        _backward[(programs,)](
-            tokens,
-            gradient.contiguous(),
-            weight.contiguous(),
-            d_tokens,
-            parts,
-            rows,
-            eps,
-            **_layout(segments, BACKWARD_WARPS),
-        )
-    return d_tokens, add_parts(parts, weight.dtype).view(2, -1)
+    """Return the gradients of the tokens, and of weight and bias together: (B, N, sum C), (2, sum C)."""
+    return _launch_backward(
+        _backward,
+        tokens,
+        segments,
+        weight,
+        sums=2,
+        eps=eps,
+        gradient_ptr=gradient.contiguous(),
+        weight_ptr=weight.contiguous(),
+    )
 
 
 def cross_layer_norm_backward(
@@ -360,32 +357,44 @@ def cross_layer_norm_backward(
     context_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by the tokens, and by both weights and biases together: (B, N, sum C), (4, sum C)."""
+    """Return the gradients of the tokens, and of both weights and biases together: (B, N, sum C), (4, sum C)."""
+    return _launch_backward(
+        _backward_twice,
+        tokens,
+        segments,
+        weight,
+        sums=4,
+        eps=eps,
+        gradient_ptr=gradient.contiguous(),
+        context_gradient_ptr=context_gradient.contiguous(),
+        weight_ptr=weight.contiguous(),
+        context_weight_ptr=context_weight.contiguous(),
+    )
+
+
+def _launch_backward(
+    kernel: Any, tokens: Tensor, segments: Sequence[int], weight: Tensor, *, sums: int, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the tokens, and ``sums`` vectors summed over the rows, in the weight's dtype."""
     d_tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     if tokens.numel() == 0:
-        return d_tokens, weight.new_zeros(4, tokens.shape[-1])
-    tokens = tokens.contiguous()
+        return d_tokens, weight.new_zeros(sums, tokens.shape[-1])
     rows = tokens.shape[0] * tokens.shape[1]
     programs = min(triton.cdiv(rows, FEWEST_ROWS), BACKWARD_PROGRAMS)
-    parts = torch.empty(programs, 4 * tokens.shape[-1], dtype=torch.float32, device=tokens.device)
-    with torch.cuda.device_of(tokens):
-        _backward_twice[(programs,)](
-            tokens,
-            gradient.contiguous(),
-            context_gradient.contiguous(),
-            weight.contiguous(),
-            context_weight.contiguous(),
-            d_tokens,
-            parts,
-            rows,
-            eps,
-            **_layout(segments, BACKWARD_WARPS),
-        )
-    return d_tokens, add_parts(parts, weight.dtype).view(4, -1)
+    parts = torch.empty(programs, sums * tokens.shape[-1], dtype=torch.float32, device=tokens.device)
+    kernel[(programs,)](
+        **arguments,
+        tokens_ptr=tokens.contiguous(),
+        d_tokens_ptr=d_tokens,
+        parts_ptr=parts,
+        rows=rows,
+        **_layout(segments, BACKWARD_WARPS),
+    )
+    return d_tokens, add_parts(parts, weight.dtype).view(sums, -1)
 
 
 def _layout(segments: Sequence[int], warps: Warps) -> dict[str, Any]:
-    """The constants of a kernel and its warps; a tile is the least power of two that holds its scale."""
+    """Return the constants of a kernel and its warps; a tile is the least power of two that holds its scale."""
     tiles = tuple(triton.next_power_of_2(width) for width in segments)
     return {
         "WIDTHS": tuple(segments),

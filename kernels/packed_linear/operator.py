@@ -1,15 +1,14 @@
-"""The block-diagonal linear map as an operator: registration, gradients, validation and the public function."""
+"""The block-diagonal linear map: public function, checks, choice of the form, and registration."""
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import is_interpreting, resolve_backend
+from ..backend import choose_form
 from ..checks import check_dtypes_and_devices, check_tensor_lists
-from ..registration import NAMESPACE, cast_under_autocast, define_gradient, define_operator, refuse_double_backward
+from ..registration import cast_under_autocast, register_gradient, register_operator
 from . import composed, reference
 
 
@@ -24,7 +23,7 @@ def packed_linear(
     Args:
         tokens: (B, N, sum I), the scales packed side by side; any strides.
         weights: one (O, I) a scale as in ``torch.nn.Linear``, or one (H, O, I).
-        biases: one (O,) a scale, or (H, O) with heads; ``None`` for none.
+        biases: one (O,) a scale, or (H, O) with heads; ``None`` leaves them out.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``. Triton takes float32, float16 and bfloat16, sums
             in float32 and has no second derivative; ``auto`` leaves float64 to ``composed``.
 
@@ -33,7 +32,7 @@ def packed_linear(
 
     Raises:
         ValueError: shapes, devices or ``backend`` do not fit.
-        TypeError: dtypes are mixed (outside autocast) or not floating point; ``weights`` or ``biases`` is no list.
+        TypeError: dtypes are mixed (outside autocast) or not floating point; ``weights`` or ``biases`` is not a list.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
 
     Source: the query, output and MLP projections of UCTransNet (AAAI 2022), section CCT, over packed scales.
@@ -41,14 +40,10 @@ def packed_linear(
     check_tensor_lists(weights=weights, biases=() if biases is None else biases)
     weights, biases = list(weights), list(() if biases is None else biases)
     _check(tokens, weights, biases)
-    chosen = resolve_backend(backend, tokens.device)
-    if chosen == "triton" and tokens.dtype == torch.float64:
-        if backend == "triton":
-            raise NotImplementedError("the Triton operator packed_linear sums in float32; use backend='composed'")
-        chosen = "composed"
-    if chosen == "triton":
+    form = choose_form(backend, tokens, "packed_linear")
+    if form == "triton":
         return torch.ops.uctrans.packed_linear(tokens, weights, biases)
-    return (reference if chosen == "reference" else composed).packed_linear(tokens, weights, biases)
+    return (reference if form == "reference" else composed).packed_linear(tokens, weights, biases)
 
 
 def _check(tokens: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
@@ -78,40 +73,32 @@ def _check(tokens: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
         )
 
 
-def _kernels() -> ModuleType:
-    from . import triton  # not at the top: it needs the package triton
-
-    return triton
-
-
-def _on_cpu(name: str) -> Callable[..., Tensor]:
-    def call(*arguments: Any) -> Tensor:
-        return getattr(_kernels() if is_interpreting() else composed, name)(*arguments)
-
-    return call
-
-
-def _on_gpu(name: str) -> Callable[..., Tensor]:
-    def call(*arguments: Any) -> Tensor:
-        return getattr(_kernels(), name)(*arguments)
-
-    return call
-
-
-def _define(operator_name: str, schema: str, function_name: str, fake: Callable[..., Tensor]) -> None:
-    implementations = {"CPU": _on_cpu(function_name), "CUDA": _on_gpu(function_name)}
-    define_operator(operator_name, schema, implementations=implementations, fake=fake)
-
-
+@register_operator(
+    "packed_linear",
+    "(Tensor tokens, Tensor[] weights, Tensor[] biases) -> Tensor",
+    launcher=f"{__package__}.triton:packed_linear",
+)
 def _fake_output(tokens: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     out_width = sum(weight.shape[-2] for weight in weights)
     return tokens.new_empty(*tokens.shape[:2], *weights[0].shape[:-2], out_width)
 
 
+@register_operator(
+    "packed_linear_token_gradient",
+    "(Tensor gradient, Tensor[] weights) -> Tensor",
+    launcher=f"{__package__}.triton:token_gradient",
+    backward_of="packed_linear",
+)
 def _fake_token_gradient(gradient: Tensor, weights: list[Tensor]) -> Tensor:
     return gradient.new_empty(*gradient.shape[:2], sum(weight.shape[-1] for weight in weights))
 
 
+@register_operator(
+    "packed_linear_weight_gradient",
+    "(Tensor gradient, Tensor tokens, int[] in_widths, int[] out_widths, bool has_biases) -> Tensor",
+    launcher=f"{__package__}.triton:weight_gradient",
+    backward_of="packed_linear",
+)
 def _fake_weight_gradient(
     gradient: Tensor, tokens: Tensor, in_widths: list[int], out_widths: list[int], has_biases: bool
 ) -> Tensor:
@@ -120,52 +107,36 @@ def _fake_weight_gradient(
     return tokens.new_empty(total + (heads * sum(out_widths) if has_biases else 0))
 
 
-_define("packed_linear", "(Tensor tokens, Tensor[] weights, Tensor[] biases) -> Tensor", "packed_linear", _fake_output)
-_define(
-    "packed_linear_token_gradient",
-    "(Tensor gradient, Tensor[] weights) -> Tensor",
-    "token_gradient",
-    _fake_token_gradient,
-)
-_define(
-    "packed_linear_weight_gradient",
-    "(Tensor gradient, Tensor tokens, int[] in_widths, int[] out_widths, bool has_biases) -> Tensor",
-    "weight_gradient",
-    _fake_weight_gradient,
-)
-
-
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, weights, biases = inputs
     ctx.save_for_backward(tokens, *weights)
-    ctx.bias_shapes = [bias.shape for bias in biases]
+    ctx.has_biases = bool(biases)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     tokens, *weights = ctx.saved_tensors
     needs_tokens, needs_weights, needs_biases = ctx.needs_input_grad
-    operators = getattr(torch.ops, NAMESPACE)
-    d_tokens = operators.packed_linear_token_gradient(gradient, weights) if needs_tokens else None
+    d_tokens = torch.ops.uctrans.packed_linear_token_gradient(gradient, weights) if needs_tokens else None
+    d_weights, d_biases = layer_gradients(gradient, tokens, weights, any(needs_weights), any(needs_biases))
+    return d_tokens, d_weights, d_biases if ctx.has_biases else []
+
+
+def layer_gradients(
+    gradient: Tensor, tokens: Tensor, weights: list[Tensor], needs_weights: bool, needs_biases: bool
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Return the gradients of all weights and of all biases of a block-diagonal map, or ``None`` for each."""
+    nothing = [None] * len(weights)
+    if not needs_weights and not needs_biases:
+        return nothing, nothing
+    in_widths, out_widths = ([weight.shape[axis] for weight in weights] for axis in (-1, -2))
+    flat = torch.ops.uctrans.packed_linear_weight_gradient(gradient, tokens, in_widths, out_widths, needs_biases)
     shapes = [weight.shape for weight in weights]
-    if not any(needs_weights) and not any(needs_biases):
-        return d_tokens, [None] * len(weights), [None] * len(ctx.bias_shapes)
-    flat = operators.packed_linear_weight_gradient(
-        gradient,
-        tokens,
-        [shape[-1] for shape in shapes],
-        [shape[-2] for shape in shapes],
-        any(needs_biases),
-    )
-    if any(needs_biases):
-        shapes += ctx.bias_shapes
-    pieces = [
-        piece.view(shape) for piece, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)
-    ]
-    d_biases = pieces[len(weights) :] or [None] * len(ctx.bias_shapes)
-    return d_tokens, pieces[: len(weights)], d_biases
+    if needs_biases:
+        shapes += [shape[:-1] for shape in shapes]
+    pieces = flat.split([shape.numel() for shape in shapes])
+    gradients = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    return gradients[: len(weights)], gradients[len(weights) :] or nothing
 
 
-define_gradient("packed_linear", _save_for_backward, _backward)
-for _gradient_name in ("packed_linear_token_gradient", "packed_linear_weight_gradient"):
-    refuse_double_backward(_gradient_name, "packed_linear")
+register_gradient("packed_linear", _save_for_backward, _backward)
 cast_under_autocast("packed_linear")

@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import SMALLEST_TILE, add_parts, current_architecture, product_precision
-from .triton_products import before_scale, locate, of_scale, projected, projected_back, row_offsets
+from .triton_products import (
+    Packed,
+    before_scale,
+    head_offsets,
+    locate,
+    of_scale,
+    projected,
+    projected_back,
+    row_offsets,
+)
 
 
 class Tile(NamedTuple):
@@ -47,34 +56,29 @@ GROUP_ROWS = 8
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
 def _project(
-    tokens_ptr,
+    tokens,
     weights,
     biases,
-    output_ptr,
+    output,
     rows,
     tokens_per_sample,
-    stride_sample,
-    stride_token,
     HEADS: tl.constexpr,
     IN_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
-    PACKED_OUT: tl.constexpr,
     COLUMN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """output[row, head, start + o] = sum over i of tokens[row, start + i] weight[head, o, i] + bias[head, o]."""
-    output, scale, offs_row, offs_column = projected(
-        tokens_ptr,
+    product, scale, offs_row, offs_column = projected(
+        tokens,
         weights,
         biases,
         rows,
         tokens_per_sample,
-        stride_sample,
-        stride_token,
         HEADS,
         IN_WIDTHS,
         OUT_WIDTHS,
@@ -82,48 +86,40 @@ def _project(
         PRECISION,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
-        BLOCK_IN,
+        BLOCK_STEP,
         GROUP,
-    )
+    )  # [BLOCK_ROWS, BLOCK_COLUMNS]
     out_width = of_scale(OUT_WIDTHS, scale)
-    columns = out_width * HEADS
-    head_offsets = offs_column // out_width * PACKED_OUT + offs_column % out_width
-    output_ptrs = output_ptr + before_scale(OUT_WIDTHS, scale) + head_offsets[None, :]
-    output_ptrs += offs_row.to(tl.int64)[:, None] * (HEADS * PACKED_OUT)
-    mask = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
-    tl.store(output_ptrs, output.to(output_ptr.dtype.element_ty), mask=mask)
+    outputs = head_offsets(output, offs_column, out_width, HEADS)
+    output_ptrs = output.ptr + before_scale(OUT_WIDTHS, scale) + outputs[None, :]
+    output_ptrs += offs_row.to(tl.int64)[:, None] * output.stride_token
+    mask = (offs_row < rows)[:, None] & (offs_column < out_width * HEADS)[None, :]
+    tl.store(output_ptrs, product.to(output.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
 def _project_back(
-    gradient_ptr,
+    gradient,
     weights,
-    d_tokens_ptr,
+    d_tokens,
     rows,
     tokens_per_sample,
-    stride_sample,
-    stride_token,
-    stride_head,
     HEADS: tl.constexpr,
     IN_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
-    PACKED_IN: tl.constexpr,
     COLUMN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """d_tokens[row, start + i] = sum over head and o of gradient[row, head, start + o] weight[head, o, i]."""
-    d_tokens, scale, offs_row, offs_column = projected_back(
-        gradient_ptr,
+    product, scale, offs_row, offs_column = projected_back(
+        gradient,
         weights,
         rows,
         tokens_per_sample,
-        stride_sample,
-        stride_token,
-        stride_head,
         HEADS,
         IN_WIDTHS,
         OUT_WIDTHS,
@@ -131,29 +127,24 @@ def _project_back(
         PRECISION,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
-        BLOCK_OUT,
+        BLOCK_STEP,
         GROUP,
-    )
+    )  # [BLOCK_ROWS, BLOCK_COLUMNS]
     mask_column = offs_column < of_scale(IN_WIDTHS, scale)
-    d_tokens_ptrs = d_tokens_ptr + before_scale(IN_WIDTHS, scale) + offs_column[None, :]
-    d_tokens_ptrs += offs_row.to(tl.int64)[:, None] * PACKED_IN
+    d_tokens_ptrs = d_tokens.ptr + before_scale(IN_WIDTHS, scale) + offs_column[None, :]
+    d_tokens_ptrs += offs_row.to(tl.int64)[:, None] * d_tokens.stride_token
     mask = (offs_row < rows)[:, None] & mask_column[None, :]
-    tl.store(d_tokens_ptrs, d_tokens.to(d_tokens_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_tokens_ptrs, product.to(d_tokens.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_a_split", "tokens_per_sample"])
 def _correlate(
-    gradient_ptr,
-    tokens_ptr,
+    gradient,
+    tokens,
     sums_ptr,
     rows,
     rows_a_split,
     tokens_per_sample,
-    stride_gradient_sample,
-    stride_gradient_token,
-    stride_gradient_head,
-    stride_tokens_sample,
-    stride_tokens_token,
     HEADS: tl.constexpr,
     IN_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
@@ -171,17 +162,16 @@ def _correlate(
     scale, tile = locate(tl.num_programs(0) - 1 - tl.program_id(0), TILES, 1)
     in_width = of_scale(IN_WIDTHS, scale)
     out_width = of_scale(OUT_WIDTHS, scale)
-    length = out_width * HEADS
     in_blocks = tl.cdiv(in_width, BLOCK_IN)
     pid_out = tile // in_blocks
     pid_in = tile % in_blocks
     offs_out = pid_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     offs_in = pid_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    mask_out = offs_out < length
+    mask_out = offs_out < out_width * HEADS
     mask_in = offs_in < in_width
-    head_offsets = offs_out // out_width * stride_gradient_head + offs_out % out_width
-    gradient_ptrs = gradient_ptr + before_scale(OUT_WIDTHS, scale) + head_offsets[:, None]
-    tokens_ptrs = tokens_ptr + before_scale(IN_WIDTHS, scale) + offs_in[None, :]
+    outputs = head_offsets(gradient, offs_out, out_width, HEADS)
+    gradient_ptrs = gradient.ptr + before_scale(OUT_WIDTHS, scale) + outputs[:, None]
+    tokens_ptrs = tokens.ptr + before_scale(IN_WIDTHS, scale) + offs_in[None, :]
 
     end = tl.minimum((pid_split + 1) * rows_a_split, rows)
     d_weight = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)  # [BLOCK_OUT, BLOCK_IN]
@@ -189,16 +179,16 @@ def _correlate(
     for first in range(pid_split * rows_a_split, end, BLOCK_ROWS):
         offs_row = first + tl.arange(0, BLOCK_ROWS)
         mask_row = offs_row < end
-        gradient_rows = row_offsets(offs_row, tokens_per_sample, stride_gradient_sample, stride_gradient_token)
-        tokens_rows = row_offsets(offs_row, tokens_per_sample, stride_tokens_sample, stride_tokens_token)
+        gradient_rows = row_offsets(gradient, offs_row, tokens_per_sample)
+        tokens_rows = row_offsets(tokens, offs_row, tokens_per_sample)
         mask_gradient = mask_out[:, None] & mask_row[None, :]
-        gradient = tl.load(gradient_ptrs + gradient_rows[None, :], mask=mask_gradient, other=0.0)
+        gradient_tile = tl.load(gradient_ptrs + gradient_rows[None, :], mask=mask_gradient, other=0.0)
         mask_tokens = mask_row[:, None] & mask_in[None, :]
-        tokens = tl.load(tokens_ptrs + tokens_rows[:, None], mask=mask_tokens, other=0.0)
+        tokens_tile = tl.load(tokens_ptrs + tokens_rows[:, None], mask=mask_tokens, other=0.0)
         # [BLOCK_OUT, BLOCK_ROWS] @ [BLOCK_ROWS, BLOCK_IN]
-        d_weight = tl.dot(gradient, tokens, d_weight, input_precision=PRECISION)
+        d_weight = tl.dot(gradient_tile, tokens_tile, d_weight, input_precision=PRECISION)
         if BIAS_START < TOTAL and pid_in == 0:
-            d_bias += tl.sum(gradient.to(tl.float32), axis=1)
+            d_bias += tl.sum(gradient_tile.to(tl.float32), axis=1)
 
     sums_ptr += pid_split.to(tl.int64) * TOTAL
     d_weight_ptrs = sums_ptr + before_scale(WEIGHT_SIZES, scale) + offs_out[:, None] * in_width + offs_in[None, :]
@@ -211,22 +201,22 @@ def _correlate(
 
 
 def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """(B, N, sum I), [([H,] O, I)], [([H,] O)] or none -> (B, N, [H,] sum O)."""
+    """(B, N, sum I), [([H,] O, I)], [([H,] O)] or nothing -> (B, N, [H,] sum O)."""
     heads, in_widths, out_widths = sizes_of(weights)
-    lead = weights[0].shape[:-2]
-    output = tokens.new_empty(*tokens.shape[:2], *lead, sum(out_widths))
-    rows = tokens.shape[0] * tokens.shape[1]
-    if rows == 0:
-        return output
-    tokens = with_contiguous_channels(tokens)
+    output = tokens.new_empty(*tokens.shape[:2], *weights[0].shape[:-2], sum(out_widths))
     columns = [heads * width for width in out_widths]
     launch_by_blocks(
         _project,
-        choose_tile(tokens.dtype, rows, columns, max(in_widths)),
-        rows,
+        choose_tile(tokens.dtype, rows_of(tokens), columns, max(in_widths)),
         columns,
-        (tokens, contiguous(weights), contiguous(biases), output),
-        (rows, *row_layout(tokens), heads, in_widths, out_widths, sum(out_widths)),
+        tokens,
+        weights,
+        tokens=packed(tokens),
+        biases=contiguous(biases),
+        output=packed(output),
+        HEADS=heads,
+        IN_WIDTHS=in_widths,
+        OUT_WIDTHS=out_widths,
     )
     return output
 
@@ -235,17 +225,17 @@ def token_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """(B, N, [H,] sum O), [([H,] O, I)] -> (B, N, sum I)."""
     heads, in_widths, out_widths = sizes_of(weights)
     d_tokens = gradient.new_empty(*gradient.shape[:2], sum(in_widths))
-    rows = gradient.shape[0] * gradient.shape[1]
-    if rows == 0:
-        return d_tokens
-    gradient = with_contiguous_channels(gradient)
     launch_by_blocks(
         _project_back,
-        choose_tile(gradient.dtype, rows, in_widths, heads * max(out_widths)),
-        rows,
+        choose_tile(gradient.dtype, rows_of(gradient), in_widths, heads * max(out_widths)),
         in_widths,
-        (gradient, contiguous(weights), d_tokens),
-        (rows, gradient.shape[1], *_strides_with_head(gradient), heads, in_widths, out_widths, sum(in_widths)),
+        gradient,
+        weights,
+        gradient=packed(gradient),
+        d_tokens=packed(d_tokens),
+        HEADS=heads,
+        IN_WIDTHS=in_widths,
+        OUT_WIDTHS=out_widths,
     )
     return d_tokens
 
@@ -253,99 +243,101 @@ def token_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def weight_gradient(
     gradient: Tensor, tokens: Tensor, in_widths: Sequence[int], out_widths: Sequence[int], has_biases: bool
 ) -> Tensor:
-    """The gradients by all weights and then by all biases, each flattened, one behind the other."""
+    """Return the gradients of all weights and then of all biases, flattened one behind the other."""
     heads = gradient.shape[2] if gradient.ndim == 4 else 1
     weight_sizes = tuple(heads * out * width for out, width in zip(out_widths, in_widths, strict=True))
     total = sum(weight_sizes) + (heads * sum(out_widths) if has_biases else 0)
-    rows = tokens.shape[0] * tokens.shape[1]
+    rows = rows_of(tokens)
     if rows == 0:
         return tokens.new_zeros(total)
-    gradient, tokens = with_contiguous_channels(gradient), with_contiguous_channels(tokens)
     tile, tiles, splits = _choose_split(tokens.dtype, rows, [heads * width for width in out_widths], in_widths)
     rows_a_split = triton.cdiv(triton.cdiv(rows, splits), tile.contraction) * tile.contraction
     splits = triton.cdiv(rows, rows_a_split)
     # A single split is the result itself; several are rounded once, after they are added.
     sums = tokens.new_empty(splits, total, dtype=tokens.dtype if splits == 1 else torch.float32)
-    with torch.cuda.device_of(tokens):
-        _correlate[(sum(tiles), splits)](
-            gradient,
-            tokens,
-            sums,
-            rows,
-            rows_a_split,
-            tokens.shape[1],
-            *_strides_with_head(gradient),
-            *tokens.stride()[:2],
-            heads,
-            tuple(in_widths),
-            tuple(out_widths),
-            weight_sizes,
-            tiles,
-            sum(weight_sizes),
-            total,
-            product_precision(tokens.dtype),
-            tile.rows,
-            tile.columns,
-            tile.contraction,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    _correlate[(sum(tiles), splits)](
+        gradient=packed(gradient),
+        tokens=packed(tokens),
+        sums_ptr=sums,
+        rows=rows,
+        rows_a_split=rows_a_split,
+        tokens_per_sample=tokens.shape[1],
+        HEADS=heads,
+        IN_WIDTHS=tuple(in_widths),
+        OUT_WIDTHS=tuple(out_widths),
+        WEIGHT_SIZES=weight_sizes,
+        TILES=tiles,
+        BIAS_START=sum(weight_sizes),
+        TOTAL=total,
+        PRECISION=product_precision(tokens.dtype),
+        BLOCK_OUT=tile.rows,
+        BLOCK_IN=tile.columns,
+        BLOCK_ROWS=tile.contraction,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return sums[0] if splits == 1 else add_parts(sums, tokens.dtype)
 
 
 def launch_by_blocks(
-    kernel: Any, tile: Tile, rows: int, columns: Sequence[int], tensors: Sequence[Any], sizes: Sequence[Any]
+    kernel: Any, tile: Tile, columns: Sequence[int], tokens: Tensor, weights: Sequence[Tensor], /, **arguments: Any
 ) -> None:
-    """Launch a kernel whose programs each make a tile of a result of ``rows``, with ``columns`` of each scale.
+    """Launch a kernel whose programs each make a tile of a result that has one row for each of ``tokens``.
 
-    ``tensors``, the first of which decides device and precision, and ``sizes`` are the kernel's first arguments.
+    Args:
+        kernel: kernel that is built on the products of :mod:`.triton_products`.
+        tile: block sizes.
+        columns: columns of the result, by scale.
+        tokens: (B, N, ...), which may be empty.
+        weights: weight of each scale.
+        arguments: other arguments of the kernel.
     """
+    rows = rows_of(tokens)
+    if rows == 0:
+        return
     column_blocks = tuple(triton.cdiv(width, tile.columns) for width in columns)
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
-            *tensors,
-            *sizes,
-            column_blocks,
-            product_precision(tensors[0].dtype),
-            tile.rows,
-            tile.columns,
-            tile.contraction,
-            GROUP_ROWS,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    kernel[(triton.cdiv(rows, tile.rows) * sum(column_blocks),)](
+        **arguments,
+        weights=contiguous(weights),
+        rows=rows,
+        tokens_per_sample=tokens.shape[1],
+        COLUMN_BLOCKS=column_blocks,
+        PRECISION=product_precision(tokens.dtype),
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        BLOCK_STEP=tile.contraction,
+        GROUP=GROUP_ROWS,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def packed(tokens: Tensor) -> Packed:
+    """Return (B, N, [H,] channels) for a kernel, copied where its channels are not adjacent."""
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    return Packed(tokens, *tokens.stride()[:2], tokens.stride(2) if tokens.ndim == 4 else 0)
+
+
+def rows_of(tokens: Tensor) -> int:
+    """Return the number of tokens of all samples."""
+    return tokens.shape[0] * tokens.shape[1]
 
 
 def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors of all scales, each without gaps."""
+    """Return the tensors of all scales, each without gaps."""
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def row_layout(tokens: Tensor) -> tuple[int, int, int]:
-    """Tokens of a sample, and the strides of samples and tokens."""
-    return tokens.shape[1], *tokens.stride()[:2]
-
-
 def sizes_of(weights: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Heads, and the widths in and out of each scale, of ([H,] O, I)."""
+    """Return the heads, and the widths in and out of each scale, of ([H,] O, I)."""
     heads = weights[0].shape[0] if weights[0].ndim == 3 else 1
     return heads, tuple(weight.shape[-1] for weight in weights), tuple(weight.shape[-2] for weight in weights)
-
-
-def with_contiguous_channels(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy of it where its last axis does not lie side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _strides_with_head(gradient: Tensor) -> tuple[int, int, int]:
-    sample, token = gradient.stride()[:2]
-    return sample, token, gradient.stride(2) if gradient.ndim == 4 else 0
 
 
 def choose_tile(
     dtype: torch.dtype, rows: int, columns: Sequence[int], contraction: int, most_bytes: float = math.inf
 ) -> Tile:
-    """The largest tile of no more bytes that still makes enough programs; the smallest where none does."""
+    """Return the largest tile of at most ``most_bytes`` that makes enough programs, or else the smallest."""
     tiles = [tile for tile in _tiles(dtype) if tile.rows * tile.columns * dtype.itemsize <= most_bytes]
     tiles = tiles or _tiles(dtype)[-1:]
     for tile in tiles:
@@ -357,10 +349,10 @@ def choose_tile(
 def _choose_split(
     dtype: torch.dtype, rows: int, row_widths: Sequence[int], column_widths: Sequence[int]
 ) -> tuple[Tile, tuple[int, ...], int]:
-    """Tile, tiles of each scale, and splits of the summed rows that move the fewest bytes and leave no GPU half idle.
+    """Return tile, tiles of each scale, and splits of the rows that move the fewest bytes and leave no GPU half idle.
 
     Large tiles read less, but there are few of them: to occupy a GPU they need splits, whose partial sums are written
-    and read once more.
+    and read again.
     """
     best_cost = math.inf
     for tile in _tiles(dtype):
@@ -387,7 +379,7 @@ def _tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
 
 
 def _fitted(tile: Tile, rows: int, columns: int, contraction: int, dtype: torch.dtype) -> Tile:
-    """A tile no larger than the problem, with as many stages as fit into shared memory."""
+    """Return a tile no larger than the problem, with as many stages as fit into shared memory."""
     sizes = [
         max(SMALLEST_TILE, min(block, triton.next_power_of_2(size)))
         for block, size in zip(tile[:3], (rows, columns, contraction), strict=True)

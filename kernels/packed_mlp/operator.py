@@ -1,17 +1,17 @@
-"""The packed MLP as an operator: registration, gradients, validation and the public function."""
+"""The packed MLP: public function, checks, choice of the form, and registration."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import is_interpreting, resolve_backend
+from ..backend import choose_form
 from ..checks import check_dtypes_and_devices, check_tensor_lists
-from ..registration import NAMESPACE, cast_under_autocast, define_gradient, define_operator, refuse_double_backward
-from . import explicit, reference
+from ..packed_linear.operator import layer_gradients
+from ..registration import cast_under_autocast, register_gradient, register_operator
+from . import reference
 
 RESIDUAL = 1  # its place among the arguments
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -46,7 +46,7 @@ def packed_mlp(
 
     Raises:
         ValueError: shapes, devices or ``backend`` do not fit.
-        TypeError: dtypes are mixed otherwise (outside autocast) or not floating point; an argument is no list.
+        TypeError: other dtypes are mixed (outside autocast) or not floating point; an argument is not a list.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
 
     Source: the MLPs of UCTransNet (AAAI 2022), section CCT, over packed scales.
@@ -60,12 +60,7 @@ def packed_mlp(
     check_tensor_lists(**lists)
     lists = {name: list(tensors) for name, tensors in lists.items()}
     _check(tokens, residual, lists)
-    chosen = resolve_backend(backend, tokens.device)
-    if chosen == "triton" and tokens.dtype == torch.float64:
-        if backend == "triton":
-            raise NotImplementedError("the Triton operator packed_mlp sums in float32; use backend='composed'")
-        chosen = "composed"
-    if chosen != "triton":
+    if choose_form(backend, tokens, "packed_mlp") != "triton":
         return reference.packed_mlp(tokens, residual, *lists.values())
     tensors = itertools.chain([tokens, residual], *lists.values())
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -107,97 +102,58 @@ def _check(tokens: Tensor, residual: Tensor, lists: dict[str, list[Tensor]]) -> 
             )
 
 
-def _kernels() -> ModuleType:
-    from . import triton  # not at the top: it needs the package triton
-
-    return triton
-
-
-def _define(operator_name: str, schema: str, function_name: str, fake: Callable[..., Any]) -> None:
-    def on_cpu(*arguments: Any) -> Any:
-        return getattr(_kernels() if is_interpreting() else explicit, function_name)(*arguments)
-
-    def on_gpu(*arguments: Any) -> Any:
-        return getattr(_kernels(), function_name)(*arguments)
-
-    define_operator(operator_name, schema, implementations={"CPU": on_cpu, "CUDA": on_gpu}, fake=fake)
-
-
+@register_operator(
+    "packed_mlp",
+    "(Tensor tokens, Tensor residual, Tensor[] expand_weights, Tensor[] expand_biases, Tensor[] contract_weights, "
+    "Tensor[] contract_biases, bool keeps_hidden) -> (Tensor output, Tensor hidden, Tensor activation)",
+    launcher=f"{__package__}.triton:forward",
+)
 def _fake_forward(
-    tokens: Tensor,
-    residual: Tensor,
-    expand_weights: list[Tensor],
-    expand_biases: list[Tensor],
-    contract_weights: list[Tensor],
-    contract_biases: list[Tensor],
-    keeps_hidden: bool,
+    tokens: Tensor, residual: Tensor, expand_weights: list[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden_width = sum(weight.shape[0] for weight in expand_weights)
-    activation = tokens.new_empty(*tokens.shape[:2], hidden_width)
+    *_, keeps_hidden = arguments
+    activation = tokens.new_empty(*tokens.shape[:2], sum(weight.shape[0] for weight in expand_weights))
     hidden = torch.empty_like(activation) if keeps_hidden else tokens.new_empty(0)
     return residual.new_empty(tokens.shape), hidden, activation
 
 
-def _fake_hidden_gradient(gradient: Tensor, contract_weights: list[Tensor], hidden: Tensor) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-_define(
-    "packed_mlp",
-    "(Tensor tokens, Tensor residual, Tensor[] expand_weights, Tensor[] expand_biases, Tensor[] contract_weights, "
-    "Tensor[] contract_biases, bool keeps_hidden) -> (Tensor, Tensor, Tensor)",
-    "forward",
-    _fake_forward,
-)
-_define(
+@register_operator(
     "packed_mlp_hidden_gradient",
     "(Tensor gradient, Tensor[] contract_weights, Tensor hidden) -> Tensor",
-    "hidden_gradient",
-    _fake_hidden_gradient,
+    launcher=f"{__package__}.triton:hidden_gradient",
+    backward_of="packed_mlp",
 )
+def _fake_hidden_gradient(gradient: Tensor, contract_weights: list[Tensor], hidden: Tensor) -> Tensor:
+    return torch.empty_like(hidden)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tokens, _, expand_weights, _, contract_weights, _, _ = inputs
     _, hidden, activation = output
     ctx.mark_non_differentiable(hidden, activation)
+    ctx.set_materialize_grads(False)  # zeros as large as both hidden layers
     ctx.save_for_backward(tokens, hidden, activation, *expand_weights, *contract_weights)
 
 
-def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Any, ...]:
     tokens, hidden, activation, *weights = ctx.saved_tensors
     scales = len(weights) // 2
     expand_weights, contract_weights = weights[:scales], weights[scales:]
-    needs = ctx.needs_input_grad
-    d_residual = gradient if needs[RESIDUAL] else None
+    nothing = [None] * scales
+    if gradient is None:
+        return None, None, nothing, nothing, nothing, nothing, None
+    needs_tokens, needs_residual, *needs_layers, _ = ctx.needs_input_grad
+    needs_expand_weights, needs_expand_biases, needs_weights, needs_biases = map(any, needs_layers)
+    d_residual = gradient if needs_residual else None
     gradient = gradient.to(tokens.dtype)
-    d_contract = _layer_gradients(gradient, activation, contract_weights, any(needs[4]), any(needs[5]))
-    if not (needs[0] or any(needs[2]) or any(needs[3])):
-        unused = [None] * scales
-        return None, d_residual, unused, unused, *d_contract, None
-    operators = getattr(torch.ops, NAMESPACE)
-    d_hidden = operators.packed_mlp_hidden_gradient(gradient, contract_weights, hidden)
-    d_expand = _layer_gradients(d_hidden, tokens, expand_weights, any(needs[2]), any(needs[3]))
-    d_tokens = operators.packed_linear_token_gradient(d_hidden, expand_weights) if needs[0] else None
+    d_contract = layer_gradients(gradient, activation, contract_weights, needs_weights, needs_biases)
+    if not (needs_tokens or needs_expand_weights or needs_expand_biases):
+        return None, d_residual, nothing, nothing, *d_contract, None
+    d_hidden = torch.ops.uctrans.packed_mlp_hidden_gradient(gradient, contract_weights, hidden)
+    d_expand = layer_gradients(d_hidden, tokens, expand_weights, needs_expand_weights, needs_expand_biases)
+    d_tokens = torch.ops.uctrans.packed_linear_token_gradient(d_hidden, expand_weights) if needs_tokens else None
     return d_tokens, d_residual, *d_expand, *d_contract, None
 
 
-def _layer_gradients(
-    gradient: Tensor, inputs: Tensor, weights: list[Tensor], needs_weights: bool, needs_biases: bool
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of one layer's weights and biases."""
-    if not needs_weights and not needs_biases:
-        return [None] * len(weights), [None] * len(weights)
-    shapes = [weight.shape for weight in weights]
-    flat = getattr(torch.ops, NAMESPACE).packed_linear_weight_gradient(
-        gradient, inputs, [shape[1] for shape in shapes], [shape[0] for shape in shapes], True
-    )
-    sizes = [shape.numel() for shape in shapes] + [shape[0] for shape in shapes]
-    pieces = flat.split(sizes)
-    d_weights = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=False)]
-    return d_weights, list(pieces[len(weights) :])
-
-
-define_gradient("packed_mlp", _save_for_backward, _backward)
-refuse_double_backward("packed_mlp_hidden_gradient", "packed_mlp")
+register_gradient("packed_mlp", _save_for_backward, _backward)
 cast_under_autocast("packed_mlp", left_alone=[RESIDUAL])

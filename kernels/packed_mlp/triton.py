@@ -1,8 +1,8 @@
 """Triton kernels of the packed MLP: the two products of :mod:`uctrans.kernels.packed_linear` with other epilogues.
 
-Forward, the first product writes the hidden layer before and behind GELU, and the second adds the residual. Backward,
-the product that brings the gradient to the hidden layer multiplies it by GELU's slope. So three passes over maps are
-gone that stand by themselves in PyTorch. GELU is taken of the float32 sum, before it is rounded.
+Forward, the first product writes the hidden layer before and after GELU, and the second adds the residual. Backward,
+the product that brings the gradient to the hidden layer multiplies it by GELU's slope. PyTorch makes three passes over
+maps for these. GELU is taken of the float32 sum, before it is rounded.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packed_linear.triton import (
-    choose_tile,
-    contiguous,
-    launch_by_blocks,
-    row_layout,
-    sizes_of,
-    with_contiguous_channels,
-)
+from ..packed_linear.triton import choose_tile, contiguous, launch_by_blocks, packed, rows_of, sizes_of
 from ..packed_linear.triton_products import before_scale, of_scale, projected, projected_back
 
-# Of a tile of the gradient: with the hidden layer's beside it, a larger one takes all registers there are.
+# Size of a tile of the gradient: together with the hidden layer's tile, a larger one takes more than all registers.
 MOST_BYTES_BACK = 128 * 64 * 2
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -31,21 +24,19 @@ DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # of the standard normal dis
 
 @triton.jit
 def _distribution(values):
-    """Phi, the standard normal distribution function."""
+    """Return Phi, the standard normal distribution function."""
     return 0.5 + 0.5 * tl.erf(values * SQRT_HALF)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
 def _expand(
-    tokens_ptr,
+    tokens,
     weights,
     biases,
     hidden_ptr,
     activation_ptr,
     rows,
     tokens_per_sample,
-    stride_sample,
-    stride_token,
     IN_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
     PACKED_OUT: tl.constexpr,
@@ -53,18 +44,16 @@ def _expand(
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """hidden = tokens weight^T + bias, where it is kept, and activation = GELU(hidden)."""
     hidden, scale, offs_row, offs_column = projected(
-        tokens_ptr,
+        tokens,
         weights,
         biases,
         rows,
         tokens_per_sample,
-        stride_sample,
-        stride_token,
         1,
         IN_WIDTHS,
         OUT_WIDTHS,
@@ -72,7 +61,7 @@ def _expand(
         PRECISION,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
-        BLOCK_IN,
+        BLOCK_STEP,
         GROUP,
     )  # [BLOCK_ROWS, BLOCK_COLUMNS]
     offsets = before_scale(OUT_WIDTHS, scale) + offs_column[None, :] + offs_row.to(tl.int64)[:, None] * PACKED_OUT
@@ -85,15 +74,13 @@ def _expand(
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
 def _contract(
-    activation_ptr,
+    activation,
     weights,
     biases,
     residual_ptr,
     output_ptr,
     rows,
     tokens_per_sample,
-    stride_sample,
-    stride_token,
     IN_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
     PACKED_OUT: tl.constexpr,
@@ -101,18 +88,16 @@ def _contract(
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """output = residual + activation weight^T + bias; the residual lies like the output."""
     output, scale, offs_row, offs_column = projected(
-        activation_ptr,
+        activation,
         weights,
         biases,
         rows,
         tokens_per_sample,
-        stride_sample,
-        stride_token,
         1,
         IN_WIDTHS,
         OUT_WIDTHS,
@@ -120,7 +105,7 @@ def _contract(
         PRECISION,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
-        BLOCK_IN,
+        BLOCK_STEP,
         GROUP,
     )  # [BLOCK_ROWS, BLOCK_COLUMNS]
     offsets = before_scale(OUT_WIDTHS, scale) + offs_column[None, :] + offs_row.to(tl.int64)[:, None] * PACKED_OUT
@@ -131,14 +116,12 @@ def _contract(
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
 def _contract_back(
-    gradient_ptr,
+    gradient,
     weights,
     hidden_ptr,
     d_hidden_ptr,
     rows,
     tokens_per_sample,
-    stride_sample,
-    stride_token,
     IN_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
     PACKED_IN: tl.constexpr,
@@ -146,18 +129,15 @@ def _contract_back(
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """d_hidden = (gradient weight) GELU'(hidden), where GELU'(x) = Phi(x) + x phi(x)."""
     d_hidden, scale, offs_row, offs_column = projected_back(
-        gradient_ptr,
+        gradient,
         weights,
         rows,
         tokens_per_sample,
-        stride_sample,
-        stride_token,
-        0,
         1,
         IN_WIDTHS,
         OUT_WIDTHS,
@@ -165,7 +145,7 @@ def _contract_back(
         PRECISION,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
-        BLOCK_OUT,
+        BLOCK_STEP,
         GROUP,
     )  # [BLOCK_ROWS, BLOCK_COLUMNS]
     offsets = before_scale(IN_WIDTHS, scale) + offs_column[None, :] + offs_row.to(tl.int64)[:, None] * PACKED_IN
@@ -184,49 +164,61 @@ def forward(
     contract_biases: Sequence[Tensor],
     keeps_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, N, sum C); hidden layer before GELU, empty (0,) unless it is kept, and behind it (B, N, sum R C)."""
+    """Return the output (B, N, sum C) and the hidden layer before and after GELU (B, N, sum R).
+
+    The hidden layer before GELU is empty, (0,), unless it is kept.
+    """
     _, in_widths, hidden_widths = sizes_of(expand_weights)
-    lead = tokens.shape[:2]
+    lead, rows = tokens.shape[:2], rows_of(tokens)
     activation = tokens.new_empty(*lead, sum(hidden_widths))
     hidden = torch.empty_like(activation) if keeps_hidden else tokens.new_empty(0)
     output = residual.new_empty(*lead, sum(in_widths))
-    rows = lead.numel()
-    if rows == 0:
-        return output, hidden, activation
-    tokens, residual = with_contiguous_channels(tokens), residual.contiguous()
     launch_by_blocks(
         _expand,
         choose_tile(tokens.dtype, rows, hidden_widths, max(in_widths)),
-        rows,
         hidden_widths,
-        (tokens, contiguous(expand_weights), contiguous(expand_biases), hidden if keeps_hidden else None, activation),
-        (rows, *row_layout(tokens), in_widths, hidden_widths, sum(hidden_widths)),
+        tokens,
+        expand_weights,
+        tokens=packed(tokens),
+        biases=contiguous(expand_biases),
+        hidden_ptr=hidden if keeps_hidden else None,
+        activation_ptr=activation,
+        IN_WIDTHS=in_widths,
+        OUT_WIDTHS=hidden_widths,
+        PACKED_OUT=sum(hidden_widths),
     )
     launch_by_blocks(
         _contract,
         choose_tile(tokens.dtype, rows, in_widths, max(hidden_widths)),
-        rows,
         in_widths,
-        (activation, contiguous(contract_weights), contiguous(contract_biases), residual, output),
-        (rows, *row_layout(activation), hidden_widths, in_widths, sum(in_widths)),
+        activation,
+        contract_weights,
+        activation=packed(activation),
+        biases=contiguous(contract_biases),
+        residual_ptr=residual.contiguous(),
+        output_ptr=output,
+        IN_WIDTHS=hidden_widths,
+        OUT_WIDTHS=in_widths,
+        PACKED_OUT=sum(in_widths),
     )
     return output, hidden, activation
 
 
 def hidden_gradient(gradient: Tensor, contract_weights: Sequence[Tensor], hidden: Tensor) -> Tensor:
-    """The gradient by the hidden layer before GELU: (B, N, sum C) -> (B, N, sum R C)."""
+    """Return the gradient of the hidden layer before GELU: (B, N, sum C) -> (B, N, sum R)."""
     _, hidden_widths, out_widths = sizes_of(contract_weights)
     d_hidden = torch.empty_like(hidden)
-    rows = hidden.shape[:2].numel()
-    if rows == 0:
-        return d_hidden
-    gradient = with_contiguous_channels(gradient)
     launch_by_blocks(
         _contract_back,
-        choose_tile(gradient.dtype, rows, hidden_widths, max(out_widths), MOST_BYTES_BACK),
-        rows,
+        choose_tile(gradient.dtype, rows_of(gradient), hidden_widths, max(out_widths), MOST_BYTES_BACK),
         hidden_widths,
-        (gradient, contiguous(contract_weights), hidden, d_hidden),
-        (rows, *row_layout(gradient), hidden_widths, out_widths, sum(hidden_widths)),
+        gradient,
+        contract_weights,
+        gradient=packed(gradient),
+        hidden_ptr=hidden,
+        d_hidden_ptr=d_hidden,
+        IN_WIDTHS=hidden_widths,
+        OUT_WIDTHS=out_widths,
+        PACKED_IN=sum(hidden_widths),
     )
     return d_hidden

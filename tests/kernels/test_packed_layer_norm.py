@@ -2,24 +2,22 @@
 
 import pytest
 import torch
-from drawn import drawn
 
+from tests.kernels.support import DEVICE, TRITON_DTYPES, assert_as_exact_as, drawn, results
 from uctrans.kernels import cross_layer_norm, packed_layer_norm
 from uctrans.kernels.packed_layer_norm import reference
-from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients, poisoned_allocations
+from uctrans.kernels.testing import poisoned_allocations
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 EPS = 1e-6
 # batch, tokens, segments
 SHAPES = (
-    (2, 5, (8, 16, 32, 64)),
+    (1, 2, (8, 16, 32, 64)),
     (1, 1, (3,)),  # a single token, a single scale
-    (2, 7, (5, 7, 2)),  # odd everything
-    (1, 9, (1, 130, 33)),  # a scale of one channel beside one over 128
-    (1, 3, (100, 1030)),  # a row of several warps
+    (2, 3, (5, 7, 2)),  # odd everything
+    (1, 5, (1, 130, 33)),  # a scale of one channel beside one over 128, rows of two programs
+    (1, 1, (100, 1030)),  # a row of several warps
     (0, 9, (4, 8)),  # an empty batch
 )
 NORMS = ("packed_layer_norm", "cross_layer_norm")
@@ -50,24 +48,10 @@ def joined(function, segments, *after, **options):
     return call
 
 
-def random_like(tensor, seed=7):
-    return torch.randn(tensor.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def assert_agrees(function, name, inputs, segments):
-    """Output and every gradient are as near to float64 as the reference in the same dtype."""
+def assert_agrees(name, inputs, segments):
+    """Check the Triton operator against the reference."""
     oracle = joined(getattr(reference, name), segments, EPS)
-    exact = [tensor.detach().double() for tensor in inputs]
-    weight = random_like(oracle(*exact)).to(inputs[0].dtype).double()
-    assert_within_budget(
-        outputs_and_gradients(function, inputs, weight),
-        outputs_and_gradients(oracle, inputs, weight),
-        outputs_and_gradients(oracle, exact, weight),
-    )
-
-
-def results(function, inputs):
-    return outputs_and_gradients(function, inputs, random_like(function(*(tensor.detach() for tensor in inputs))))
+    assert_as_exact_as(oracle, joined(PUBLIC[name], segments, eps=EPS, backend="triton"), inputs)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
@@ -76,7 +60,7 @@ def results(function, inputs):
 def test_triton_stays_within_the_error_budget(name, shape, dtype):
     inputs = norm_inputs(name, *shape, dtype)
     with poisoned_allocations():
-        assert_agrees(joined(PUBLIC[name], shape[-1], eps=EPS, backend="triton"), name, inputs, shape[-1])
+        assert_agrees(name, inputs, shape[-1])
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
@@ -87,10 +71,10 @@ def test_scales_and_offsets(name, size, offset, dtype):
     """Deviations of any size around a mean up to a thousand times as large."""
     if dtype != torch.float32 and size * max(offset, 1) > 1e3:
         size = 1.0  # half precision ends at 65504
-    segments = (8, 33, 64)
-    tokens, *channels = norm_inputs(name, 2, 3, segments)
+    segments = (8, 33)
+    tokens, *channels = norm_inputs(name, 1, 2, segments)
     inputs = [((tokens + offset) * size).to(dtype), *(vector.to(dtype) for vector in channels)]
-    assert_agrees(joined(PUBLIC[name], segments, eps=EPS, backend="triton"), name, inputs, segments)
+    assert_agrees(name, inputs, segments)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -107,12 +91,12 @@ def test_constant_rows(name, value):
 
 
 @drawn(
-    8,
+    6,
     lambda st: {
         "name": st.sampled_from(NORMS),
         "batch": st.integers(0, 2),
         "tokens": st.integers(1, 4),
-        "segments": st.lists(st.integers(2, 70), min_size=1, max_size=4),
+        "segments": st.lists(st.integers(2, 70), min_size=1, max_size=3),
         "seed": st.integers(0, 2**16),
     },
 )
@@ -138,12 +122,11 @@ def test_written_out_by_hand():
 
 @pytest.mark.parametrize("name", NORMS)
 def test_rows_of_several_programs(name, monkeypatch):
-    """More rows than backward's programs take at once, the last of them fewer than the others'."""
+    """More rows than the programs of backward take at once, the last of them fewer than the others'."""
     from uctrans.kernels.packed_layer_norm import triton as kernels
 
-    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
-    inputs = norm_inputs(name, 2, 5, (4, 9), torch.float32)
-    assert_agrees(joined(PUBLIC[name], (4, 9), eps=EPS, backend="triton"), name, inputs, (4, 9))
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 2)  # 528 of them need thousands of rows
+    assert_agrees(name, norm_inputs(name, 1, 9, (4, 9), torch.float32), (4, 9))
 
 
 @pytest.mark.parametrize("name", NORMS)
