@@ -43,12 +43,16 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
     )
 
 
+def has_aligned_strides(*tensors: Tensor) -> bool:
+    """Return whether the last axis of all ``tensors`` is contiguous and their rows are multiples of 16 bytes apart."""
+    return all(
+        tensor.stride(-1) == 1 and all(stride * tensor.itemsize % ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
 def has_aligned_rows(*tensors: Tensor) -> bool:
     """Return whether the last axis of all ``tensors`` is contiguous and each of its rows starts on 16 bytes."""
-    return all(
-        tensor.stride(-1) == 1
-        and all(
-            offset * tensor.itemsize % ALIGNMENT == 0 for offset in (tensor.storage_offset(), *tensor.stride()[:-1])
-        )
-        for tensor in tensors
+    return has_aligned_strides(*tensors) and all(
+        tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0 for tensor in tensors
     )

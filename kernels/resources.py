@@ -86,7 +86,7 @@ def launches_of(section: Section) -> Launches:
 
 
 def _channel_attention(section: Section) -> Launches:
-    from .channel_attention.dispatch import LONGEST_FUSED, LONGEST_FUSED_FORWARD, longest_fused_forward
+    from .channel_attention.operator import LONGEST_FUSED, LONGEST_FUSED_FORWARD, longest_fused_forward
     from .channel_attention.triton import backward, forward
 
     def launch(batch: int, tokens: int, dropout_p: float, widths: tuple[int, ...]) -> None:
@@ -98,11 +98,10 @@ def _channel_attention(section: Section) -> Launches:
         if tokens > longest_fused_forward(query, key, value):
             return
         seed = torch.empty(1, dtype=torch.int64, device="meta")
-        output, saved = forward(query, key, value, widths, dropout_p, EPS, seed)
+        output, *saved = forward(query, key, value, widths, dropout_p, EPS, seed)
         if tokens > LONGEST_FUSED:
             return
-        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        backward(_empty(section, *output.shape), query, key, value, saved, widths, dropout_p, *gradients)
+        backward(_empty(section, *output.shape), query, key, value, *saved, widths, dropout_p)
 
     widths = _widths(section)
     cases = [(32, 196, 0.1), (1, 225, 0.0), (32, LONGEST_FUSED_FORWARD, 0.1)]
@@ -117,7 +116,7 @@ def _channel_attention(section: Section) -> Launches:
 
 def _token_counts(dtype: torch.dtype) -> list[int]:
     """The least for each way to cut tokens into tiles."""
-    from .channel_attention.dispatch import LONGEST_FUSED_FORWARD
+    from .channel_attention.operator import LONGEST_FUSED_FORWARD
     from .channel_attention.triton_blocks import Problem, token_tiles
 
     channels = sum(PUBLISHED_WIDTHS)

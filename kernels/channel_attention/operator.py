@@ -1,21 +1,33 @@
-"""The public functions of channel attention: what they take, what they refuse, and which implementation runs."""
+"""Channel attention: public functions, checks, choice of the form, cost model, and registration.
+
+Two operators share everything but how key and value come. ``uctrans::channel_attention`` takes them as two tensors;
+``uctrans::channel_attention_packed`` takes both in one, as one projection writes them, and returns one gradient, so
+that no copy takes them apart or puts them together.
+"""
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import resolve_backend
+from ..backend import choose_form, resolve_backend
 from ..checks import check_dtypes_and_devices, check_numbers_type, check_segments_type, check_tensor_lists
 from ..dropout import draw_seed
+from ..formats import has_aligned_strides
 from ..packed_linear import packed_linear
-from . import (
-    composed,
-    dispatch,  # noqa: F401 - registers the operators
-    reference,
-)
+from ..registration import cast_under_autocast, register_gradient, register_operator
+from . import composed, reference
+from .saved import Saved, empty_heads_inside, key_and_value
+
+# Tokens that the registers of one program hold. Half precision goes further in forward, where there is one accumulator
+# and not two, if rows are multiples of 16 bytes apart. Beyond them a map is small beside the products that make it.
+LONGEST_FUSED = 256
+LONGEST_FUSED_FORWARD = 640
+MOST_HEADS = 65535  # of all images together: the grid's limit
 
 
 def channel_attention(
@@ -44,9 +56,11 @@ def channel_attention(
             the inputs' device. ``None`` draws from torch's generator. A CUDA graph replays an int as it was captured;
             ``None`` and a tensor that is written between replays give new masks.
         eps: added to the variance of the map; 0 adds nothing.
-        backend: ``auto``, ``triton``, ``composed`` or ``reference``. ``auto`` takes ``triton`` on a GPU it runs on.
-            Triton has no second derivative. Its maps are never in memory up to 640 tokens (256 in backward); beyond,
-            and in float64, it forms the map of one head at a time.
+        backend: ``auto``, ``triton``, ``composed`` or ``reference``. ``auto`` takes ``triton`` on a GPU it runs on,
+            and leaves float64 to ``composed``. Triton takes float32, float16 and bfloat16, forms no map in memory, and
+            has no second derivative. Where its kernels do not hold the sizes, ``composed`` takes its place: more than
+            256 tokens where a gradient is needed, more than 640 where none is (256 in float32 and where rows are not
+            multiples of 16 bytes apart), or more than 65535 heads of all samples together.
 
     Returns:
         (B, N, sum C) in the inputs' dtype, or autocast's.
@@ -73,14 +87,13 @@ def channel_attention(
     _check_widths("segments", segments, query.shape[-1], key.shape[3])
     _check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
     _check_numbers(dropout_p, eps)
-    chosen = resolve_backend(backend, query.device)
+    form = choose_form(backend, query, "channel_attention", fits=_fits_kernels(query, key, value))
+    settings = (list(segments), dropout_p, eps)
     seed = _seed_tensor(seed, query.device)
-    if chosen == "triton":
-        if seed is None and dropout_p > 0:
-            seed = draw_seed(query.device)
-        return torch.ops.uctrans.channel_attention(query, key, value, list(segments), dropout_p, eps, seed)[0]
-    implementation = reference if chosen == "reference" else composed
-    return implementation.channel_attention(query, key, value, list(segments), dropout_p, eps, seed)
+    if form == "triton":
+        seed = _seed_of_mask(seed, dropout_p, query.device)
+        return torch.ops.uctrans.channel_attention(query, key, value, *settings, seed)[0]
+    return (reference if form == "reference" else composed).channel_attention(query, key, value, *settings, seed)
 
 
 def projected_channel_attention(
@@ -107,8 +120,8 @@ def projected_channel_attention(
         dropout_p: see :func:`channel_attention`.
         seed: see :func:`channel_attention`.
         eps: see :func:`channel_attention`.
-        backend: see :func:`channel_attention`. ``triton`` has no kernel for the order of long sequences, whose products
-            are those of matrices: there it is torch's, as in ``composed``.
+        backend: see :func:`channel_attention`. The order of long sequences is all matrix products, which ``triton``
+            leaves to torch, as ``composed`` does.
 
     Returns:
         (B, N, sum C).
@@ -120,23 +133,24 @@ def projected_channel_attention(
     """
     _check_projected(tokens, context, query_weights, key_value_weight)
     _check_numbers(dropout_p, eps)
-    chosen = resolve_backend(backend, tokens.device)
+    form = choose_form(backend, tokens, "projected_channel_attention")
     seed = _seed_tensor(seed, tokens.device)
     operands = (tokens, context, list(query_weights), key_value_weight, dropout_p, eps, seed)
-    if chosen == "reference":
+    if form == "reference":
         return reference.projected_channel_attention(*operands)
     segments = [weight.shape[-1] for weight in query_weights]
     token_count, heads = tokens.shape[1], key_value_weight.shape[1]
     if _is_open(token_count) or correlating_is_cheaper(token_count, heads, segments, context.shape[-1]):
         return composed.correlate_then_attend(*operands)
-    if chosen == "composed":
+    if form == "composed":
         return composed.project_then_attend(*operands)
     # The three projections write what the operator reads, and it writes the gradients that they read: no copies.
-    projection = "composed" if tokens.dtype == torch.float64 else "triton"
-    query = packed_linear(tokens, query_weights, backend=projection).transpose(1, 2)  # [B, H, N, sum C]
+    query = packed_linear(tokens, query_weights, backend="triton").transpose(1, 2)  # [B, H, N, sum C]
     key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, key_value_weight.shape[:3])
-    if seed is None and dropout_p > 0:
-        seed = draw_seed(tokens.device)
+    key, value = key_and_value(key_value)
+    if not _fits_kernels(query, key, value):
+        return composed.channel_attention(query, key, value, segments, dropout_p, eps, seed)
+    seed = _seed_of_mask(seed, dropout_p, tokens.device)
     return torch.ops.uctrans.channel_attention_packed(query, key_value, segments, dropout_p, eps, seed)[0]
 
 
@@ -149,9 +163,10 @@ def projected_attention_maps(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """The softmax maps that :func:`projected_channel_attention` mixes with: one (B, C, S) a scale, mean over heads.
+    """Return the softmax maps that :func:`projected_channel_attention` mixes with: one (B, C, S) a scale.
 
-    Dropout is not applied. Arguments and errors are those of :func:`projected_channel_attention`.
+    They are means over heads, before dropout. Arguments and errors are those of :func:`projected_channel_attention`;
+    ``triton`` and ``composed`` are the same here, also in float64.
     """
     _check_projected(tokens, context, query_weights, key_value_weight)
     _check_numbers(dropout_p=0.0, eps=eps)
@@ -160,12 +175,12 @@ def projected_attention_maps(
 
 
 def correlating_is_cheaper(tokens: int, heads: int, segments: Sequence[int], key_channels: int) -> bool:
-    """Whether multiplying the tokens with each other first takes fewer multiplications than projecting them first."""
+    """Return whether multiplying the tokens with each other first takes fewer multiplications than projecting first."""
     return tokens >= fewest_tokens_to_correlate(heads, segments, key_channels)
 
 
 def fewest_tokens_to_correlate(heads: int, segments: Sequence[int], key_channels: int) -> int:
-    """The number of tokens from which on it is cheaper to multiply them with each other before anything else.
+    """Return the least number of tokens for which it is cheaper to multiply them with each other before anything else.
 
     Both orders hold the same maps, so only matrix products count. With 4 heads and channels (64, 128, 256, 512) the
     balance tips at 589 tokens, a 400-pixel image under 16-pixel patches.
@@ -183,8 +198,25 @@ def fewest_tokens_to_correlate(heads: int, segments: Sequence[int], key_channels
     return correlating_at_all // (projecting_a_token - correlating_a_token) + 1
 
 
+def longest_fused_forward(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Return the most tokens for which a kernel computes the output, at least :data:`LONGEST_FUSED`."""
+    goes_further = query.dtype != torch.float32 and has_aligned_strides(query, key, value)
+    return LONGEST_FUSED_FORWARD if goes_further else LONGEST_FUSED
+
+
+def _fits_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether the kernels hold these sizes, with the gradients where any is needed."""
+    batch, heads, tokens, _ = query.shape
+    if batch * heads > MOST_HEADS:
+        return False
+    if tokens <= LONGEST_FUSED:
+        return True
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    return not needs_gradient and tokens <= longest_fused_forward(query, key, value)
+
+
 def _is_open(size: int | torch.SymInt) -> bool:
-    """Whether a program is being exported that is to run for several values of ``size``.
+    """Return whether a program is being exported that is to run for several values of ``size``.
 
     A comparison would become its condition. ``torch.compile`` compiles again where one no longer holds; an exported
     program cannot, and fails.
@@ -205,6 +237,11 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | No
     if seed.numel() != 1 or seed.device != device:
         raise ValueError(f"seed must be one int64 on {device}; got {tuple(seed.shape)} on {seed.device}")
     return seed.reshape(1)
+
+
+def _seed_of_mask(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """Return the seed that kernels need where entries are dropped, drawn where none was given."""
+    return draw_seed(device) if seed is None and dropout_p > 0 else seed
 
 
 def _check_projected(
@@ -251,3 +288,73 @@ def _check_numbers(dropout_p: float, eps: float) -> None:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and at least 0; got {eps}")
+
+
+SETTINGS = "SymInt[] segments, float dropout_p, float eps, Tensor? seed"
+SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
+
+
+@register_operator(
+    "channel_attention",
+    f"(Tensor query, Tensor key, Tensor value, {SETTINGS}) -> (Tensor output, {SAVED})",
+    launcher=f"{__package__}.triton:forward",
+)
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    batch, _, tokens, channels = query.shape
+    _, dropout_p, _, _ = settings
+    return query.new_empty(batch, tokens, channels), *Saved.empty(query, key, dropout_p)
+
+
+@register_operator(
+    "channel_attention_packed",
+    f"(Tensor query, Tensor key_value, {SETTINGS}) -> (Tensor output, {SAVED})",
+    launcher=f"{__package__}.triton:forward_packed",
+)
+def _fake_forward_packed(query: Tensor, key_value: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    return _fake_forward(query, *key_and_value(key_value), *settings)
+
+
+@register_operator(
+    "channel_attention_backward",
+    f"(Tensor gradient, Tensor query, Tensor key, Tensor value, {SAVED}, SymInt[] segments, float dropout_p) -> "
+    "(Tensor, Tensor, Tensor)",
+    launcher=f"{__package__}.triton:backward",
+    backward_of="channel_attention",
+)
+def _fake_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_heads_inside(query), empty_heads_inside(key), empty_heads_inside(value)
+
+
+@register_operator(
+    "channel_attention_packed_backward",
+    f"(Tensor gradient, Tensor query, Tensor key_value, {SAVED}, SymInt[] segments, float dropout_p) -> "
+    "(Tensor, Tensor)",
+    launcher=f"{__package__}.triton:backward_packed",
+    backward_of="channel_attention",
+)
+def _fake_backward_packed(gradient: Tensor, query: Tensor, key_value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return empty_heads_inside(query), key_value.new_empty(key_value.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, segments, dropout_p, _eps, _seed = inputs
+    _, *saved = output
+    ctx.save_for_backward(*tensors, *saved)
+    ctx.settings = (segments, dropout_p)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(operator: Any, ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * len(ctx.needs_input_grad)
+    no_gradients = (None,) * 4  # segments, dropout_p, eps, seed
+    return *operator(gradient, *ctx.saved_tensors, *ctx.settings), *no_gradients
+
+
+for _name in ("channel_attention", "channel_attention_packed"):
+    _backward_operator = getattr(torch.ops.uctrans, f"{_name}_backward")
+    register_gradient(_name, _save_for_backward, partial(_backward, _backward_operator))
+    cast_under_autocast(_name)

@@ -1,7 +1,7 @@
 """Triton kernels of channel attention: scores, softmax, dropout and mixing in one, no map in memory.
 
 A program owns a tile of query channels (or of key channels, for the gradients of key and value) and runs over the
-channels of the other side, as flash attention runs over a sequence; the tokens are what it calls the head dimension.
+channels of the other side, as flash attention runs over a sequence; the tokens are its head dimension.
 Their number is no power of two (196 at 224 pixels), so the token axis is a tuple of tiles, such as 128 + 64 + 16, and
 every tensor with that axis is a tuple of tiles as well.
 
@@ -32,25 +32,13 @@ from .triton_tiles import (
 
 @triton.jit
 def attention_forward_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
+    queries,
+    keys,
+    values,
     temperature_ptr,
     row_key_ptr,
     head_output_ptr,
     log_sum_ptr,
-    stride_query_b,
-    stride_query_h,
-    stride_query_n,
-    stride_query_c,
-    stride_key_b,
-    stride_key_h,
-    stride_key_n,
-    stride_key_s,
-    stride_value_b,
-    stride_value_h,
-    stride_value_n,
-    stride_value_s,
     heads,
     tokens,
     rows,
@@ -67,15 +55,15 @@ def attention_forward_kernel(
     """Output of one head for a tile of query channels, and the logarithms of its softmax's sums."""
     pid_c, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
-    query_ptr += batch * stride_query_b + head * stride_query_h
-    key_ptr += batch * stride_key_b + head * stride_key_h
-    value_ptr += batch * stride_value_b + head * stride_value_h
+    query_ptr = queries.ptr + batch * queries.stride_b + head * queries.stride_h
+    key_ptr = keys.ptr + batch * keys.stride_b + head * keys.stride_h
+    value_ptr = values.ptr + batch * values.stride_b + head * values.stride_h
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     row = pid_bh * CHANNELS + offs_c
     # Exponentials are powers of two, so the temperature takes the factor log2(e).
     scale = tl.load(temperature_ptr + row, mask=offs_c < CHANNELS, other=1.0) * 1.4426950408889634
     query = load_rows(
-        query_ptr, stride_query_c, stride_query_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
+        query_ptr, queries.stride_c, queries.stride_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
     )  # tiles [BLOCK_C, tokens]
     mixed = zero_tiles(BLOCK_C, TOKEN_TILES)
     maximum = tl.full([BLOCK_C], float("-inf"), tl.float32)
@@ -83,7 +71,7 @@ def attention_forward_kernel(
     for start in range(0, KEY_CHANNELS, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         key = load_columns(
-            key_ptr, stride_key_s, stride_key_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
+            key_ptr, keys.stride_c, keys.stride_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [tokens, BLOCK_S]
         scores = contract(query, key, PRECISION)  # [BLOCK_C, BLOCK_S]
         if KEY_CHANNELS % BLOCK_S != 0:
@@ -97,7 +85,7 @@ def attention_forward_kernel(
             keep = keep_rows(row_key_ptr, row, offs_c < CHANNELS, offs_s, rows, threshold)
             exponential = tl.where(keep, exponential, 0.0)
         value = load_rows(
-            value_ptr, stride_value_s, stride_value_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
+            value_ptr, values.stride_c, values.stride_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [BLOCK_S, tokens]
         mixed = shrink_and_accumulate(mixed, shrink, exponential.to(value[0].dtype), value, PRECISION)
     tl.store(log_sum_ptr + row, maximum + tl.log2(total), mask=offs_c < CHANNELS)
@@ -130,38 +118,20 @@ def head_mean_kernel(head_output_ptr, output_ptr, heads, elements, BLOCK: tl.con
 
 @triton.jit
 def query_gradient_kernel(
-    gradient_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
+    gradients,
+    queries,
+    keys,
+    values,
     head_output_ptr,
     query_mean_ptr,
     key_mean_ptr,
     temperature_ptr,
     log_sum_ptr,
     row_key_ptr,
-    mixed_key_ptr,
+    grad_queries,
     delta_ptr,
     slope_ptr,
     row_mean_ptr,
-    stride_gradient_b,
-    stride_gradient_n,
-    stride_gradient_c,
-    stride_query_b,
-    stride_query_h,
-    stride_query_n,
-    stride_query_c,
-    stride_key_b,
-    stride_key_h,
-    stride_key_n,
-    stride_key_s,
-    stride_value_b,
-    stride_value_h,
-    stride_value_n,
-    stride_value_s,
-    stride_mixed_b,
-    stride_mixed_h,
-    stride_mixed_n,
     heads,
     tokens,
     rows,
@@ -182,10 +152,10 @@ def query_gradient_kernel(
     """
     pid_c, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
-    gradient_ptr += batch * stride_gradient_b
-    query_ptr += batch * stride_query_b + head * stride_query_h
-    key_ptr += batch * stride_key_b + head * stride_key_h
-    value_ptr += batch * stride_value_b + head * stride_value_h
+    gradient_ptr = gradients.ptr + batch * gradients.stride_b
+    query_ptr = queries.ptr + batch * queries.stride_b + head * queries.stride_h
+    key_ptr = keys.ptr + batch * keys.stride_b + head * keys.stride_h
+    value_ptr = values.ptr + batch * values.stride_b + head * values.stride_h
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
     row = pid_bh * CHANNELS + offs_c
@@ -193,10 +163,10 @@ def query_gradient_kernel(
     scale = temperature * 1.4426950408889634
     log_sum = tl.load(log_sum_ptr + row, mask=mask_c, other=0.0)
     query = load_rows(
-        query_ptr, stride_query_c, stride_query_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
+        query_ptr, queries.stride_c, queries.stride_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
     )  # tiles [BLOCK_C, tokens]
     gradient = load_rows(
-        gradient_ptr, stride_gradient_c, stride_gradient_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
+        gradient_ptr, gradients.stride_c, gradients.stride_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
     )  # tiles [BLOCK_C, tokens]
     head_output = load_rows(
         head_output_ptr + pid_bh * tokens * CHANNELS, 1, CHANNELS, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
@@ -207,10 +177,10 @@ def query_gradient_kernel(
     for start in range(0, KEY_CHANNELS, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         key = load_columns(
-            key_ptr, stride_key_s, stride_key_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
+            key_ptr, keys.stride_c, keys.stride_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [tokens, BLOCK_S]
         value = load_columns(
-            value_ptr, stride_value_s, stride_value_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
+            value_ptr, values.stride_c, values.stride_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [tokens, BLOCK_S]
         softmax = tl.exp2(contract(query, key, PRECISION) * scale[:, None] - log_sum[:, None])  # [BLOCK_C, BLOCK_S]
         if KEY_CHANNELS % BLOCK_S != 0:
@@ -234,8 +204,8 @@ def query_gradient_kernel(
     row_mean += query_mean * tl.sqrt(tokens * 1.0) * mean_key_mean
     tl.store(row_mean_ptr + row, row_mean, mask=mask_c)
     store_rows(
-        mixed_key_ptr + batch * stride_mixed_b + head * stride_mixed_h,
-        stride_mixed_n,
+        grad_queries.ptr + batch * grad_queries.stride_b + head * grad_queries.stride_h,
+        grad_queries.stride_n,
         mixed_keys,
         temperature,
         offs_c,
@@ -248,34 +218,16 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_value_gradient_kernel(
-    gradient_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
+    gradients,
+    queries,
+    keys,
+    values,
     temperature_ptr,
     log_sum_ptr,
     delta_ptr,
     row_key_ptr,
-    grad_key_ptr,
-    grad_value_ptr,
-    stride_gradient_b,
-    stride_gradient_n,
-    stride_gradient_c,
-    stride_query_b,
-    stride_query_h,
-    stride_query_n,
-    stride_query_c,
-    stride_key_b,
-    stride_key_h,
-    stride_key_n,
-    stride_key_s,
-    stride_value_b,
-    stride_value_h,
-    stride_value_n,
-    stride_value_s,
-    stride_grad_b,
-    stride_grad_h,
-    stride_grad_n,
+    grad_keys,
+    grad_values,
     heads,
     tokens,
     rows,
@@ -296,16 +248,16 @@ def key_value_gradient_kernel(
     """
     pid_s, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
-    gradient_ptr += batch * stride_gradient_b
-    query_ptr += batch * stride_query_b + head * stride_query_h
-    key_ptr += batch * stride_key_b + head * stride_key_h
-    value_ptr += batch * stride_value_b + head * stride_value_h
+    gradient_ptr = gradients.ptr + batch * gradients.stride_b
+    query_ptr = queries.ptr + batch * queries.stride_b + head * queries.stride_h
+    key_ptr = keys.ptr + batch * keys.stride_b + head * keys.stride_h
+    value_ptr = values.ptr + batch * values.stride_b + head * values.stride_h
     offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
     key = load_rows(
-        key_ptr, stride_key_s, stride_key_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
+        key_ptr, keys.stride_c, keys.stride_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
     )  # tiles [BLOCK_S, tokens]
     value = load_rows(
-        value_ptr, stride_value_s, stride_value_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
+        value_ptr, values.stride_c, values.stride_n, offs_s, tokens, KEY_CHANNELS, TOKEN_TILES, TOKEN_STARTS
     )  # tiles [BLOCK_S, tokens]
     # In float16 a temperature may round a gradient to nothing, so the largest is left out until the sum is made.
     offs_all = tl.arange(0, ALL_CHANNELS)
@@ -318,10 +270,10 @@ def key_value_gradient_kernel(
         mask_c = offs_c < CHANNELS
         row = pid_bh * CHANNELS + offs_c
         query = load_columns(
-            query_ptr, stride_query_c, stride_query_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
+            query_ptr, queries.stride_c, queries.stride_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [tokens, BLOCK_C]
         gradient = load_columns(
-            gradient_ptr, stride_gradient_c, stride_gradient_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
+            gradient_ptr, gradients.stride_c, gradients.stride_n, offs_c, tokens, CHANNELS, TOKEN_TILES, TOKEN_STARTS
         )  # tiles [tokens, BLOCK_C]
         log_sum = tl.load(log_sum_ptr + row, mask=mask_c, other=0.0)
         temperature = tl.load(temperature_ptr + row, mask=mask_c, other=0.0)
@@ -338,11 +290,10 @@ def key_value_gradient_kernel(
         relative = temperature * (1.0 / largest_temperature)
         score_gradient = softmax * (softmax_gradient - delta[None, :]) * relative[None, :]
         grad_key = accumulate_transposed(grad_key, score_gradient.to(query[0].dtype), query, PRECISION)
-    place = batch * stride_grad_b + head * stride_grad_h
     ones = tl.full([BLOCK_S], 1.0, tl.float32)
     store_rows(
-        grad_key_ptr + place,
-        stride_grad_n,
+        grad_keys.ptr + batch * grad_keys.stride_b + head * grad_keys.stride_h,
+        grad_keys.stride_n,
         grad_key,
         ones * largest_temperature,
         offs_s,
@@ -352,8 +303,8 @@ def key_value_gradient_kernel(
         TOKEN_STARTS,
     )
     store_rows(
-        grad_value_ptr + place,
-        stride_grad_n,
+        grad_values.ptr + batch * grad_values.stride_b + head * grad_values.stride_h,
+        grad_values.stride_n,
         grad_value,
         ones * (keep_factor / heads),
         offs_s,

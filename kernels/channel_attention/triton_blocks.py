@@ -162,4 +162,4 @@ def _first_that_fits(choices: Sequence[AttentionBlocks], problem: Problem, held:
     for blocks in choices:
         if shared_memory_of(blocks, problem, held) <= architecture.shared_memory:
             return blocks
-    raise ValueError(f"no tiles of {problem} fit {architecture}")  # dispatch.py sends none of these
+    raise ValueError(f"no tiles of {problem} fit {architecture}")  # operator.py sends none of these

@@ -15,12 +15,8 @@ import triton.language as tl
 
 @triton.jit
 def token_mean_kernel(
-    tokens_ptr,
+    values,
     token_mean_ptr,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_c,
     heads,
     tokens,
     CHANNELS: tl.constexpr,
@@ -32,28 +28,25 @@ def token_mean_kernel(
     Summed in float64, which takes no longer than the reading: a mean near zero may be multiplied by keys far from it.
     """
     pid_bh = tl.program_id(1).to(tl.int64)
-    tokens_ptr += (pid_bh // heads) * stride_b + (pid_bh % heads) * stride_h
+    values_ptr = values.ptr + (pid_bh // heads) * values.stride_b + (pid_bh % heads) * values.stride_h
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
     total = tl.zeros([BLOCK_C], tl.float64)
     for start in range(0, tokens, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask = (offs_n < tokens)[:, None] & mask_c[None, :]
-        tile = tl.load(tokens_ptr + offs_n[:, None] * stride_n + offs_c[None, :] * stride_c, mask=mask, other=0.0)
+        tile_ptrs = values_ptr + offs_n[:, None] * values.stride_n + offs_c[None, :] * values.stride_c
+        tile = tl.load(tile_ptrs, mask=mask, other=0.0)
         total += tl.sum(tile.to(tl.float64), axis=0)
     tl.store(token_mean_ptr + pid_bh * CHANNELS + offs_c, (total / tokens).to(tl.float32), mask=mask_c)
 
 
 @triton.jit
 def key_gram_kernel(
-    key_ptr,
+    keys,
     token_mean_ptr,
     key_gram_ptr,
     key_mean_ptr,
-    stride_key_b,
-    stride_key_h,
-    stride_key_n,
-    stride_key_s,
     heads,
     tokens,
     KEY_CHANNELS: tl.constexpr,
@@ -67,11 +60,11 @@ def key_gram_kernel(
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
     if pid_i > pid_j:
         return
-    key_ptr += (pid_bh // heads) * stride_key_b + (pid_bh % heads) * stride_key_h
+    key_ptr = keys.ptr + (pid_bh // heads) * keys.stride_b + (pid_bh % heads) * keys.stride_h
     token_mean_ptr += pid_bh * KEY_CHANNELS
     offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
     gram, sums_i, sums_j, shift_i, _shift_j = _shifted_gram(
-        key_ptr, token_mean_ptr, stride_key_n, stride_key_s, offs_i, offs_j, tokens, KEY_CHANNELS, BLOCK_K, PRECISION
+        key_ptr, token_mean_ptr, keys.stride_n, keys.stride_c, offs_i, offs_j, tokens, KEY_CHANNELS, BLOCK_K, PRECISION
     )
     means_i, means_j = sums_i / KEY_CHANNELS, sums_j / KEY_CHANNELS
     covariance = gram / KEY_CHANNELS - means_i[:, None] * means_j[None, :]  # [BLOCK_N, BLOCK_N]
@@ -83,15 +76,11 @@ def key_gram_kernel(
 
 @triton.jit
 def score_variance_kernel(
-    query_ptr,
+    queries,
     token_mean_ptr,
     key_gram_ptr,
     key_mean_ptr,
     partial_ptr,
-    stride_query_b,
-    stride_query_h,
-    stride_query_n,
-    stride_query_c,
     heads,
     tokens,
     CHANNELS: tl.constexpr,
@@ -113,11 +102,16 @@ def score_variance_kernel(
     for segment in tl.static_range(len(SEGMENTS)):
         if segment == pid_segment:
             start, width = SEGMENT_STARTS[segment], SEGMENTS[segment]
-    query_ptr += (pid_bh // heads) * stride_query_b + (pid_bh % heads) * stride_query_h + start * stride_query_c
+    query_ptr = (
+        queries.ptr
+        + (pid_bh // heads) * queries.stride_b
+        + (pid_bh % heads) * queries.stride_h
+        + start * queries.stride_c
+    )
     token_mean_ptr += pid_bh * CHANNELS + start
     offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
     gram, sums_i, sums_j, shift_i, shift_j = _shifted_gram(
-        query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_i, offs_j, tokens, width, BLOCK_K, PRECISION
+        query_ptr, token_mean_ptr, queries.stride_n, queries.stride_c, offs_i, offs_j, tokens, width, BLOCK_K, PRECISION
     )
     gram, means_i, means_j = gram / width, sums_i / width, sums_j / width
     mask_i, mask_j = offs_i < size, offs_j < size
@@ -214,16 +208,12 @@ def coefficient_kernel(
 
 @triton.jit
 def query_gram_kernel(
-    query_ptr,
+    queries,
     token_mean_ptr,
     weight_ptr,
     offset_ptr,
     query_gram_ptr,
     query_sum_ptr,
-    stride_query_b,
-    stride_query_h,
-    stride_query_n,
-    stride_query_c,
     heads,
     tokens,
     CHANNELS: tl.constexpr,
@@ -238,7 +228,7 @@ def query_gram_kernel(
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
     if pid_i > pid_j:
         return
-    query_ptr += (pid_bh // heads) * stride_query_b + (pid_bh % heads) * stride_query_h
+    query_ptr = queries.ptr + (pid_bh // heads) * queries.stride_b + (pid_bh % heads) * queries.stride_h
     token_mean_ptr += pid_bh * CHANNELS
     offs_i, offs_j = pid_i * BLOCK_N + tl.arange(0, BLOCK_N), pid_j * BLOCK_N + tl.arange(0, BLOCK_N)
     gram = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
@@ -247,10 +237,10 @@ def query_gram_kernel(
         offs_c = start + tl.arange(0, BLOCK_K)
         mask_c = offs_c < CHANNELS
         tile_i = _centred_rows(
-            query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_i, offs_c, tokens, CHANNELS
+            query_ptr, token_mean_ptr, queries.stride_n, queries.stride_c, offs_i, offs_c, tokens, CHANNELS
         )
         tile_j = _centred_columns(
-            query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_j, offs_c, tokens, CHANNELS
+            query_ptr, token_mean_ptr, queries.stride_n, queries.stride_c, offs_j, offs_c, tokens, CHANNELS
         )
         weight = tl.load(weight_ptr + pid_bh * CHANNELS + offs_c, mask=mask_c, other=0.0)
         offset = tl.load(offset_ptr + pid_bh * CHANNELS + offs_c, mask=mask_c, other=0.0)
@@ -265,21 +255,13 @@ def query_gram_kernel(
 
 @triton.jit
 def query_correction_kernel(
-    query_ptr,
+    queries,
     token_mean_ptr,
     key_gram_ptr,
     key_mean_ptr,
     weight_ptr,
     offset_ptr,
-    grad_query_ptr,
-    stride_query_b,
-    stride_query_h,
-    stride_query_n,
-    stride_query_c,
-    stride_grad_b,
-    stride_grad_h,
-    stride_grad_n,
-    stride_grad_c,
+    grad_queries,
     heads,
     tokens,
     KEY_CHANNELS: tl.constexpr,
@@ -291,7 +273,7 @@ def query_correction_kernel(
     """In place, mixed keys become ``dQ = mixed keys - weight S (key covariance Q + offset key means)``."""
     pid_c, pid_n, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
-    query_ptr += batch * stride_query_b + head * stride_query_h
+    query_ptr = queries.ptr + batch * queries.stride_b + head * queries.stride_h
     token_mean_ptr += pid_bh * CHANNELS
     size = tokens + 1
     key_gram_ptr += pid_bh * size * size
@@ -308,7 +290,7 @@ def query_correction_kernel(
         covariance = tl.load(covariance_tile, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_N]
         of_mean_key = tl.load(key_gram_ptr + tokens * size + offs_m, mask=mask_m, other=0.0).to(tl.float32)
         query = _centred_rows(
-            query_ptr, token_mean_ptr, stride_query_n, stride_query_c, offs_m, offs_c, tokens, CHANNELS
+            query_ptr, token_mean_ptr, queries.stride_n, queries.stride_c, offs_m, offs_c, tokens, CHANNELS
         )  # [BLOCK_N, BLOCK_C]
         along_mean_key += tl.sum(of_mean_key[:, None] * query, axis=0)
         along_keys = tl.dot(covariance, query.to(covariance.dtype), along_keys, input_precision=PRECISION)
@@ -318,30 +300,22 @@ def query_correction_kernel(
     share = 1.0 / tl.sqrt(tokens * 1.0)
     key_mean = tl.load(key_mean_ptr + offs_n, mask=mask_n, other=0.0) + tl.load(key_mean_ptr + tokens) * share
     along_keys += (along_mean_key * share)[None, :] + key_mean[:, None] * offset[None, :]
-    tile = batch * stride_grad_b + head * stride_grad_h
-    tile += offs_n[:, None] * stride_grad_n + offs_c[None, :] * stride_grad_c
+    tile = batch * grad_queries.stride_b + head * grad_queries.stride_h
+    tile += offs_n[:, None] * grad_queries.stride_n + offs_c[None, :] * grad_queries.stride_c
     mask = mask_n[:, None] & mask_c[None, :]
-    mixed_keys = tl.load(grad_query_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    mixed_keys = tl.load(grad_queries.ptr + tile, mask=mask, other=0.0).to(tl.float32)
     gradient = mixed_keys - (weight * KEY_CHANNELS)[None, :] * along_keys
-    tl.store(grad_query_ptr + tile, gradient.to(grad_query_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_queries.ptr + tile, gradient.to(grad_queries.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def key_correction_kernel(
-    key_ptr,
+    keys,
     token_mean_ptr,
     query_gram_ptr,
     query_sum_ptr,
     key_mean_ptr,
-    grad_key_ptr,
-    stride_key_b,
-    stride_key_h,
-    stride_key_n,
-    stride_key_s,
-    stride_grad_b,
-    stride_grad_h,
-    stride_grad_n,
-    stride_grad_s,
+    grad_keys,
     heads,
     tokens,
     KEY_CHANNELS: tl.constexpr,
@@ -352,7 +326,7 @@ def key_correction_kernel(
     """In place, mixed queries become ``dK = mixed queries - (query Gram (K - key means) + query sums)``."""
     pid_s, pid_n, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
-    key_ptr += batch * stride_key_b + head * stride_key_h
+    key_ptr = keys.ptr + batch * keys.stride_b + head * keys.stride_h
     token_mean_ptr += pid_bh * KEY_CHANNELS
     size = tokens + 1
     query_gram_ptr += pid_bh * size * size
@@ -370,7 +344,7 @@ def key_correction_kernel(
         of_mean_query = tl.load(query_gram_ptr + tokens * size + offs_m, mask=mask_m, other=0.0).to(tl.float32)
         key_mean = tl.load(key_mean_ptr + pid_bh * size + offs_m, mask=mask_m, other=0.0)
         key = _centred_rows(
-            key_ptr, token_mean_ptr, stride_key_n, stride_key_s, offs_m, offs_s, tokens, KEY_CHANNELS
+            key_ptr, token_mean_ptr, keys.stride_n, keys.stride_c, offs_m, offs_s, tokens, KEY_CHANNELS
         )  # [BLOCK_N, BLOCK_S]
         centred = key - key_mean[:, None]
         along_mean_query += tl.sum(of_mean_query[:, None] * centred, axis=0)
@@ -379,12 +353,12 @@ def key_correction_kernel(
     share = 1.0 / tl.sqrt(tokens * 1.0)
     query_sum = tl.load(query_sum_ptr + offs_n, mask=mask_n, other=0.0) + tl.load(query_sum_ptr + tokens) * share
     along_queries += (along_mean_query * share)[None, :] + query_sum[:, None]
-    tile = batch * stride_grad_b + head * stride_grad_h
-    tile += offs_n[:, None] * stride_grad_n + offs_s[None, :] * stride_grad_s
+    tile = batch * grad_keys.stride_b + head * grad_keys.stride_h
+    tile += offs_n[:, None] * grad_keys.stride_n + offs_s[None, :] * grad_keys.stride_c
     mask = mask_n[:, None] & mask_s[None, :]
-    mixed_queries = tl.load(grad_key_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    mixed_queries = tl.load(grad_keys.ptr + tile, mask=mask, other=0.0).to(tl.float32)
     gradient = mixed_queries - along_queries
-    tl.store(grad_key_ptr + tile, gradient.to(grad_key_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_keys.ptr + tile, gradient.to(grad_keys.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -3,8 +3,27 @@
 The tiles of a tuple cover the token axis side by side: ``TILES`` are their numbers of tokens, ``STARTS`` their first.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class HeadMap(NamedTuple):
+    """A tensor (B, H, N, C), or (B, N, C) without heads, of any strides."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+    stride_c: int
+
+
+def map_of(tensor: Tensor) -> HeadMap:
+    """Return a tensor and its strides for a kernel; without heads every head reads the same memory."""
+    batch, *head, token, channel = tensor.stride()
+    return HeadMap(tensor, batch, *(head or [0]), token, channel)
 
 
 @triton.jit

@@ -1,22 +1,16 @@
-"""Channel attention: the composed forms against the reference in float64, and what the public functions refuse."""
+"""Channel attention: the composed forms against the reference in float64."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from drawn import drawn
 from torch.utils.flop_counter import FlopCounterMode
 
-from uctrans.kernels import channel_attention, projected_attention_maps, projected_channel_attention, resolve_backend
+from tests.kernels.support import assert_as_exact_as, drawn
+from uctrans.kernels import channel_attention, projected_attention_maps, projected_channel_attention
 from uctrans.kernels.channel_attention import composed, correlating_is_cheaper, reference
-from uctrans.kernels.testing import (
-    ATTENTION_SHAPES,
-    AttentionShape,
-    assert_within_budget,
-    attention_inputs,
-    outputs_and_gradients,
-)
+from uctrans.kernels.testing import ATTENTION_SHAPES, AttentionShape, attention_inputs
 
 EPS = 1e-5
 SMALL = AttentionShape(2, 2, 9, (4, 8), 12)
@@ -37,25 +31,13 @@ def projected_inputs(shape, dtype=torch.float64, seed=0):
     return tokens, context, query_weights, normal(*square) / math.sqrt(shape.key_channels)
 
 
-def compare(function, oracle, inputs, dtype):
-    """``function`` and ``oracle`` in ``dtype`` against ``oracle`` in float64, output and every gradient."""
-    exact_inputs = [tensor.detach().double() for tensor in inputs]
-    weight = torch.randn(oracle(*exact_inputs).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    weight = weight.to(dtype).double()
-    assert_within_budget(
-        outputs_and_gradients(function, inputs, weight),
-        outputs_and_gradients(oracle, inputs, weight),
-        outputs_and_gradients(oracle, exact_inputs, weight),
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_composed_stays_within_the_error_budget(shape, dtype):
     def run(implementation):
         return lambda *inputs: implementation.channel_attention(*inputs, shape.segments, 0.0, EPS, None)
 
-    compare(run(composed), run(reference), attention_inputs(shape, dtype), dtype)
+    assert_as_exact_as(run(reference), run(composed), attention_inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +62,7 @@ def test_both_orders_stay_within_the_error_budget(shape, order, dtype):
         pytest.skip("with few tokens their rounded correlation loses bits, and there the other order is chosen")
     tokens, context, query_weights, key_value_weight = projected_inputs(shape, dtype)
     inputs = [tokens, context, key_value_weight, torch.cat([weight.flatten() for weight in query_weights])]
-    compare(run(order), run(reference.projected_channel_attention), inputs, dtype)
+    assert_as_exact_as(run(reference.projected_channel_attention), run(order), inputs)
 
 
 @drawn(
@@ -192,7 +174,7 @@ def test_large_common_offset():
     def run(implementation):
         return lambda *tensors: implementation.channel_attention(*tensors, SMALL.segments, 0.0, EPS, None)
 
-    compare(run(composed), run(reference), inputs, torch.float32)
+    assert_as_exact_as(run(reference), run(composed), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -264,93 +246,7 @@ class TestDropout:
     def test_expectation(self, backend):
         inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float64)]
         torch.manual_seed(0)
-        draws = [channel_attention(*inputs, SMALL.segments, dropout_p=0.3, backend=backend) for _ in range(2000)]
+        draws = [channel_attention(*inputs, SMALL.segments, dropout_p=0.3, backend=backend) for _ in range(1000)]
         expected = channel_attention(*inputs, SMALL.segments, backend=backend)
         error = torch.stack(draws).mean(dim=0) - expected
-        assert error.abs().max() < 0.05
-
-
-class TestBadInput:
-    def inputs(self):
-        return [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
-
-    def test_segments_do_not_add_up(self):
-        with pytest.raises(ValueError, match=r"add up to 11, but the packed axis has 12"):
-            channel_attention(*self.inputs(), (4, 7))
-
-    @pytest.mark.parametrize("segments", [(), (0, 12), (-4, 16)])
-    def test_segments_without_width(self, segments):
-        with pytest.raises(ValueError, match="segments must be one positive width a scale"):
-            channel_attention(*self.inputs(), segments)
-
-    def test_shapes_do_not_match(self):
-        query, key, value = self.inputs()
-        with pytest.raises(ValueError, match="agree in batch, heads and tokens"):
-            channel_attention(query[:, :, 1:], key, value, SMALL.segments)
-        with pytest.raises(ValueError, match="key and value must have one shape"):
-            channel_attention(query, key, value[..., 1:], SMALL.segments)
-        with pytest.raises(ValueError, match="must be \\(B, H, N, channels\\)"):
-            channel_attention(query[0], key[0], value[0], SMALL.segments)
-
-    def test_no_tokens(self):
-        query, key, value = (tensor[:, :, :0] for tensor in self.inputs())
-        with pytest.raises(ValueError, match="tokens must be at least 1"):
-            channel_attention(query, key, value, SMALL.segments)
-
-    def test_mixed_and_integer_dtypes(self):
-        query, key, value = self.inputs()
-        with pytest.raises(TypeError, match="share one dtype"):
-            channel_attention(query, key.double(), value, SMALL.segments)
-        with pytest.raises(TypeError, match="value must be floating point"):
-            channel_attention(query, key, value.long(), SMALL.segments)
-
-    def test_mixed_devices(self):
-        query, key, value = self.inputs()
-        with pytest.raises(ValueError, match="on one device"):
-            channel_attention(query, key.to("meta"), value, SMALL.segments)
-
-    @pytest.mark.parametrize("dropout_p", [-0.1, 1.0])
-    def test_dropout_out_of_range(self, dropout_p):
-        with pytest.raises(ValueError, match="dropout_p must be in"):
-            channel_attention(*self.inputs(), SMALL.segments, dropout_p=dropout_p)
-
-    def test_projections_of_another_shape(self):
-        tokens, context, query_weights, key_value_weight = projected_inputs(SMALL)
-        with pytest.raises(ValueError, match=r"key_value_weight must be \(2, H, S, S\)"):
-            projected_channel_attention(tokens, context, query_weights, key_value_weight[:, :, 1:])
-        with pytest.raises(ValueError, match=r"query_weights\[1\] must be \(H, C, C\)"):
-            wrong = [query_weights[0], query_weights[1][:1]]
-            projected_channel_attention(tokens, context, wrong, key_value_weight)
-        with pytest.raises(ValueError, match="over the same B and N"):
-            projected_channel_attention(tokens[:, 1:], context, query_weights, key_value_weight)
-        with pytest.raises(TypeError, match="share one dtype"):
-            projected_channel_attention(tokens, context, query_weights, key_value_weight.float())
-
-
-class TestBackends:
-    def test_unknown_name(self):
-        inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
-        with pytest.raises(ValueError, match="unknown backend 'fast'"):
-            channel_attention(*inputs, SMALL.segments, backend="fast")
-
-    def test_triton_says_what_it_lacks(self, monkeypatch):
-        inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        with pytest.raises(NotImplementedError, match="run on a CUDA device, or on the CPU with TRITON_INTERPRET=1"):
-            channel_attention(*inputs, SMALL.segments, backend="triton")
-
-    def test_environment_variable_overrides_auto_only(self, monkeypatch):
-        inputs = [tensor.detach() for tensor in attention_inputs(SMALL, torch.float32)]
-        results = {
-            backend: channel_attention(*inputs, SMALL.segments, backend=backend)
-            for backend in ("reference", "composed")
-        }
-        assert not torch.equal(results["reference"], results["composed"])
-        monkeypatch.setenv("UCTRANS_BACKEND", "reference")
-        assert torch.equal(channel_attention(*inputs, SMALL.segments), results["reference"])
-        assert torch.equal(channel_attention(*inputs, SMALL.segments, backend="composed"), results["composed"])
-        monkeypatch.setenv("UCTRANS_BACKEND", "")
-        assert resolve_backend("auto", torch.device("cpu")) == "composed"
-        monkeypatch.setenv("UCTRANS_BACKEND", "cuda")
-        with pytest.raises(ValueError, match="UCTRANS_BACKEND is 'cuda'"):
-            channel_attention(*inputs, SMALL.segments)
+        assert error.abs().max() < 0.07

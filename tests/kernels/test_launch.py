@@ -1,20 +1,18 @@
-"""What launchers ask of torch: the precision of its products, however it was set, and the device they launch on."""
+"""The precision that launchers ask of products: torch's own, however it was set."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from uctrans.kernels import channel_attention, projected_channel_attention
-from uctrans.kernels.channel_attention import correlating_is_cheaper
+from tests.kernels.support import DEVICE
+from uctrans.kernels import channel_attention
 from uctrans.kernels.testing import AttentionShape, attention_inputs
 
 pytest.importorskip("triton")
 
 from uctrans.kernels import launch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MATMUL = torch.backends.cuda.matmul
 NEEDS_FP32_PRECISION = pytest.mark.skipif(
     not hasattr(MATMUL, "fp32_precision"), reason="this torch has no fp32_precision"
@@ -101,60 +99,3 @@ def test_the_operator_runs_where_tf32_was_allowed_for_all_of_torch():
     inputs = [tensor.detach().to(DEVICE).requires_grad_() for tensor in attention_inputs(shape, torch.float32)]
     output = channel_attention(*inputs, shape.segments, backend="triton")
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), inputs))
-
-
-class TestDevice:
-    """Triton launches on the current device, which need not be that of the tensors: launchers make it that."""
-
-    @pytest.fixture
-    def launches(self, monkeypatch):
-        """For each launcher called: its name, its query, and the tensor whose device was made the current one."""
-        from uctrans.kernels.channel_attention import triton
-
-        entered, calls = [], []
-        device_of = torch.cuda.device_of
-
-        @contextmanager
-        def recorded_device_of(tensor):
-            entered.append(tensor)
-            with device_of(tensor):
-                yield
-            entered.pop()
-
-        def watch(name, place_of_query):
-            launcher = getattr(triton, name)
-
-            def watched(*arguments):
-                calls.append((name, arguments[place_of_query], entered[-1] if entered else None))
-                return launcher(*arguments)
-
-            monkeypatch.setattr(triton, name, watched)
-
-        monkeypatch.setattr(torch.cuda, "device_of", recorded_device_of)
-        watch("forward", 0)
-        watch("backward", 1)
-        return calls
-
-    @staticmethod
-    def assert_on_the_device_of_the_query(launches):
-        assert [name for name, *_ in launches] == ["forward", "backward"]
-        for _, query, tensor in launches:
-            assert tensor is not None
-            assert tensor.data_ptr() == query.data_ptr() and tensor.shape == query.shape
-
-    def test_two_tensors_of_keys_and_values(self, launches):
-        shape = AttentionShape(1, 1, 5, (2, 3), 4)
-        inputs = [tensor.detach().to(DEVICE).requires_grad_() for tensor in attention_inputs(shape, torch.float32)]
-        output = channel_attention(*inputs, shape.segments, backend="triton")
-        torch.autograd.grad(output.sum(), inputs)
-        self.assert_on_the_device_of_the_query(launches)
-
-    def test_keys_and_values_in_one(self, launches):
-        assert not correlating_is_cheaper(2, 1, (4, 8), 12)
-        sizes = ((1, 2, 12), (1, 2, 12), (1, 4, 4), (1, 8, 8), (2, 1, 12, 12))
-        tokens, context, first, second, square = inputs = [
-            torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_() for size in sizes
-        ]
-        output = projected_channel_attention(tokens, context, [first, second], square, backend="triton")
-        torch.autograd.grad(output.sum(), inputs)
-        self.assert_on_the_device_of_the_query(launches)
