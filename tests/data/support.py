@@ -2,6 +2,11 @@
 
 import imageio.v3
 import numpy as np
+import torch
+
+from uctrans.data import NativeAugmentation, NativeImages
+
+NO_CHANGES = dict.fromkeys(NativeAugmentation.__dataclass_fields__, 0)
 
 
 def random_pixels(*shape, dtype=np.uint8):
@@ -25,3 +30,20 @@ def put_pairs(root, *names, images="images", masks="masks"):
 
 def names_of(samples):
     return [sample.name for sample in samples]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def native_images(*labels):
+    """Return `NativeImages` whose three channels equal their labels, uint8 (H, W)."""
+    counts = torch.tensor([label.size for label in labels])
+    flat = torch.cat([torch.from_numpy(label).flatten() for label in labels])
+    return NativeImages(
+        names=[str(number) for number in range(len(labels))],
+        pixels=flat.expand(3, -1).contiguous(),
+        labels=flat,
+        starts=counts.cumsum(0) - counts,
+        sizes=torch.tensor([label.shape for label in labels]).T.contiguous(),
+    )

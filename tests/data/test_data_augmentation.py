@@ -1,31 +1,43 @@
-"""The batched augmentation against torch.rot90, flip and scipy's rotation, and its probabilities."""
+"""The batched augmentations against PyTorch, scipy and scikit-image, and their probabilities."""
+
+import math
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from skimage.color import hed2rgb, rgb2hed
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from tests.data.support import NO_CHANGES, generator
 from tests.kernels.drawn import drawn
-from uctrans.data import get_protocol
+from uctrans.data import DataError, NativeAugmentation, get_protocol
 from uctrans.data.augmentation import (
+    blur_gaussian,
+    change_colours,
     draw_turns_and_rotations,
+    draw_warps,
+    rgb_to_stains,
     rotation_maps,
     sample_nearest,
+    stains_to_rgb,
     turn_flip_maps,
     turn_flip_rotate,
+    warp,
 )
 
+CPU = torch.device("cpu")
 
-def make_batch(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+
+def make_batch(*shape):
+    drawn_by = generator()
     batch, height, width = shape
-    images = torch.rand(batch, 3, height, width, generator=generator) + 0.1
-    masks = torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
+    images = torch.rand(batch, 3, height, width, generator=drawn_by) + 0.1
+    masks = torch.randint(1, 256, shape, generator=drawn_by, dtype=torch.uint8)
     return images, masks
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 8, 33, 224])
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 33])
 def test_turns_and_flips_are_exact(size):
     images, masks = make_batch(8, size, size)
     quarter_turns = torch.arange(8) % 4
@@ -68,7 +80,7 @@ def test_rotation_by_zero_is_exact():
 
 def test_probabilities_and_ranges():
     count = 40_000
-    maps = draw_turns_and_rotations(count, True, torch.device("cpu"), torch.Generator().manual_seed(0))
+    maps = draw_turns_and_rotations(count, True, CPU, generator())
     determinant = torch.linalg.det(maps)
     identity = (maps == torch.eye(2)).all(dim=(1, 2))
     mirrored = determinant < 0  # a turn and one flip mirror; a rotation does not
@@ -87,17 +99,17 @@ def test_probabilities_and_ranges():
 
 
 def test_maps_that_are_not_square_are_never_turned_by_a_quarter():
-    maps = draw_turns_and_rotations(2000, False, torch.device("cpu"), torch.Generator().manual_seed(0))
+    maps = draw_turns_and_rotations(2000, False, CPU, generator())
     assert maps[:, 0, 0].abs().min() > 0.9
 
 
 def test_samples_are_drawn_independently_and_repeat_with_the_seed():
     images, masks = make_batch(1, 24, 24)
     images, masks = images.expand(64, -1, -1, -1), masks.expand(64, -1, -1)
-    moved, moved_masks = turn_flip_rotate(images, masks, torch.Generator().manual_seed(1))
+    moved, moved_masks = turn_flip_rotate(images, masks, generator(1))
     assert len(torch.unique(moved_masks.flatten(1), dim=0)) > 10
-    again, _ = turn_flip_rotate(images, masks, torch.Generator().manual_seed(1))
-    other, _ = turn_flip_rotate(images, masks, torch.Generator().manual_seed(2))
+    again, _ = turn_flip_rotate(images, masks, generator(1))
+    other, _ = turn_flip_rotate(images, masks, generator(2))
     assert torch.equal(moved, again)
     assert not torch.equal(moved, other)
 
@@ -113,10 +125,10 @@ def test_samples_are_drawn_independently_and_repeat_with_the_seed():
     },
 )
 def test_image_and_mask_stay_aligned(batch, height, width, seed, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.randint(1, 256, (batch, height, width), generator=generator, dtype=torch.uint8)
+    drawn_by = generator(seed)
+    masks = torch.randint(1, 256, (batch, height, width), generator=drawn_by, dtype=torch.uint8)
     images = torch.stack([masks, 255 - masks], dim=1).to(dtype)
-    moved_images, moved_masks = get_protocol().augment(images, masks, generator)
+    moved_images, moved_masks = get_protocol().augment(images, masks, drawn_by)
     assert (moved_images.shape, moved_images.dtype) == (images.shape, dtype)
     assert (moved_masks.shape, moved_masks.dtype) == (masks.shape, torch.uint8)
     assert torch.equal(moved_images[:, 0], moved_masks.to(dtype))
@@ -128,7 +140,7 @@ def test_image_and_mask_stay_aligned(batch, height, width, seed, dtype):
 def test_does_not_change_its_input():
     images, masks = make_batch(16, 12, 12)
     before = images.clone(), masks.clone()
-    turn_flip_rotate(images, masks, torch.Generator().manual_seed(0))
+    turn_flip_rotate(images, masks, generator())
     assert torch.equal(images, before[0])
     assert torch.equal(masks, before[1])
 
@@ -143,16 +155,168 @@ def test_never_looks_at_a_value_on_the_host():
     assert moved.shape == images.shape
 
 
+def test_warps_turn_and_magnify_as_documented():
+    strengths = NativeAugmentation(**NO_CHANGES | {"warp_probability": 1, "rotation": 30, "scale": 0.5})
+    maps = draw_warps(4000, strengths, CPU, generator())
+    factors = torch.linalg.det(maps).abs().sqrt()
+    assert 1 / 1.5 <= factors.min() < 0.68
+    assert 1.48 < factors.max() <= 1.5
+    upright = maps[torch.linalg.det(maps) > 0]
+    degrees = torch.rad2deg(torch.atan2(upright[:, 0, 1], upright[:, 0, 0]))
+    from_quarter = (degrees + 45) % 90 - 45
+    assert from_quarter.abs().max() <= 30.001
+    assert 0.45 < (len(upright) / len(maps)) < 0.55
+
+
+def test_as_many_crops_are_warped_as_asked():
+    shares = []
+    for probability in (0, 0.3, 1):
+        strengths = NativeAugmentation(**NO_CHANGES | {"warp_probability": probability, "rotation": 30, "scale": 0.5})
+        maps = draw_warps(4000, strengths, CPU, generator())
+        shares.append((torch.linalg.det(maps).abs() - 1).abs().gt(1e-4).float().mean().item())
+    assert shares == pytest.approx([0, 0.3, 1], abs=0.03)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (18, 30), (30, 18)])
+@pytest.mark.parametrize(("rotation", "scale"), [(0, 0.0), (0, 0.5), (1, 0.0), (10, 0.25), (45, 0.25), (120, 0.0)])
+def test_the_margin_is_what_the_strongest_warp_reaches(size, rotation, scale):
+    """Corners of the crop, at the largest magnification and every angle in range, quarter turns included."""
+    degrees = np.radians(np.concatenate([quarter * 90 + np.linspace(-rotation, rotation, 481) for quarter in range(4)]))
+    half_height, half_width = np.array(size) / 2 * (1 + scale)
+    rows = np.abs(np.cos(degrees) * half_height) + np.abs(np.sin(degrees) * half_width)
+    columns = np.abs(np.sin(degrees) * half_height) + np.abs(np.cos(degrees) * half_width)
+    reached = rows.max() - size[0] / 2, columns.max() - size[1] / 2
+    strengths = NativeAugmentation(**NO_CHANGES | {"warp_probability": 1, "rotation": rotation, "scale": scale})
+    assert strengths.margin(size) == tuple(math.ceil(length - 1e-3) for length in reached)
+
+
+def test_a_small_rotation_needs_a_small_margin():
+    strengths = NativeAugmentation(warp_probability=1, rotation=1, scale=0)
+    assert strengths.margin((256, 256)) == (3, 3)
+    assert NativeAugmentation(warp_probability=0, rotation=45).margin((256, 256)) == (0, 0)
+
+
+def test_a_warp_samples_what_its_map_says():
+    image = torch.arange(49.0).view(1, 1, 7, 7)
+    turn = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]])
+    images, masks = warp(image, image[:, 0].to(torch.uint8), turn, (7, 7))
+    torch.testing.assert_close(images, torch.rot90(image, 1, (2, 3)))
+    assert torch.equal(masks[0], torch.rot90(image[0, 0], 1).to(torch.uint8))
+    halved, _ = warp(image, image[:, 0].to(torch.uint8), torch.eye(2)[None] * 2, (3, 3))
+    torch.testing.assert_close(halved[0, 0], image[0, 0, 1::2, 1::2])
+
+
+def test_stains_are_those_of_scikit_image():
+    colours = torch.rand(2, 3, 16, 16, generator=generator())
+    colours[0, :, 0, 0], colours[0, :, 0, 1] = 0, 1
+    stains = rgb_to_stains(colours)
+    expected = rgb2hed(colours.permute(0, 2, 3, 1).double().numpy())
+    np.testing.assert_allclose(stains.clamp(min=0).permute(0, 2, 3, 1), expected, atol=2e-6)
+    torch.testing.assert_close(stains_to_rgb(stains), colours.clamp(min=1e-6), atol=1e-5, rtol=1e-5)
+    amounts = torch.rand(2, 3, 8, 8, generator=generator()) * 0.2
+    expected = hed2rgb(amounts.permute(0, 2, 3, 1).double().numpy())
+    np.testing.assert_allclose(stains_to_rgb(amounts).permute(0, 2, 3, 1), expected, atol=1e-6)
+
+
+def test_colours_without_strengths_stay():
+    images = torch.rand(3, 3, 12, 10, generator=generator())
+    changed = change_colours(images, NativeAugmentation(**NO_CHANGES), generator())
+    torch.testing.assert_close(changed, images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "strengths",
+    [
+        {"brightness": 0.3},
+        {"contrast": 0.5},
+        {"gamma": 0.5},
+        {"stain_scale": 0.3},
+        {"stain_shift": 0.02},
+        {"blur": 2.0, "blur_probability": 1},
+        {"noise": 0.1},
+    ],
+)
+def test_each_strength_changes_every_sample_in_its_own_way(strengths):
+    images = (0.3 + 0.4 * torch.rand(1, 3, 12, 10, generator=generator())).expand(3, -1, -1, -1)
+    changed = change_colours(images, NativeAugmentation(**NO_CHANGES | strengths), generator())
+    change = (changed - images).abs().flatten(1).amax(1)
+    assert change.min() > 1e-3
+    assert len(change.unique()) == 3
+    if "brightness" in strengths:
+        assert change.max() <= 0.3001
+        assert (changed - images).flatten(1).std(1).max() < 1e-5
+
+
+def test_stain_jitter_moves_the_stains():
+    images = 0.4 + 0.4 * torch.rand(8, 3, 6, 6, generator=generator())
+    strengths = NativeAugmentation(**NO_CHANGES | {"stain_shift": 0.01})
+    moved = rgb_to_stains(change_colours(images, strengths, generator())) - rgb_to_stains(images)
+    per_stain = moved.mean((2, 3))
+    assert per_stain.abs().max() <= 0.0101
+    torch.testing.assert_close(moved, per_stain[:, :, None, None].expand_as(moved), atol=1e-5, rtol=0)
+
+
+def test_stain_scale_enlarges_each_stain_by_up_to_its_share():
+    images = 0.4 + 0.4 * torch.rand(1, 3, 4, 4, generator=generator())
+    images = images.expand(400, -1, -1, -1)
+    strengths = NativeAugmentation(**NO_CHANGES | {"stain_scale": 0.2})
+    ratios = rgb_to_stains(change_colours(images, strengths, generator())) / rgb_to_stains(images)
+    per_stain = ratios.flatten(2).median(2).values  # (400, 3)
+    assert 0.799 < per_stain.min() < 0.81
+    assert 1.19 < per_stain.max() < 1.201
+    assert (per_stain[:, 0] - per_stain[:, 1]).abs().max() > 0.3  # each stain has its own draw
+    torch.testing.assert_close(ratios, per_stain[:, :, None, None].expand_as(ratios), atol=1e-3, rtol=0)
+
+
+def test_as_many_crops_are_blurred_as_asked():
+    images = torch.rand(1, 3, 6, 6, generator=generator()).expand(1000, -1, -1, -1)
+    shares = []
+    for probability in (0, 0.2, 1):
+        strengths = NativeAugmentation(**NO_CHANGES | {"blur_probability": probability, "blur": 2.0})
+        change = (change_colours(images, strengths, generator()) - images).abs().flatten(1).amax(1)
+        shares.append((change > 1e-3).float().mean().item())
+    assert shares[:2] == pytest.approx([0, 0.2], abs=0.04)
+    assert shares[2] > 0.8  # the narrowest Gaussians change nothing
+
+
+def test_blur_is_a_gaussian_of_each_samples_own_width():
+    images = torch.zeros(3, 1, 21, 21)
+    images[:, :, 10, 10] = 1
+    deviations = torch.tensor([0.0, 1.0, 2.0])
+    blurred = blur_gaussian(images, deviations, 2.0)
+    assert torch.equal(blurred[0], images[0])
+    torch.testing.assert_close(blurred.sum((1, 2, 3)), torch.ones(3))
+    distance = (torch.arange(21) - 10.0) ** 2
+    widths = ((blurred[:, 0].sum(2) * distance).sum(1)).sqrt()
+    torch.testing.assert_close(widths, deviations, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "message"),
+    [
+        ({"rotation": 200}, "rotation=200 is out of range; give a number from 0 to 180"),
+        ({"noise": -0.1}, "noise=-0.1"),
+        ({"blur": math.nan}, "blur=nan"),
+        ({"stain_scale": "much"}, "stain_scale='much'"),
+        ({"scale": True}, "scale=True"),
+        ({"stains": 0.1}, "there is no 'stains'; choose from warp_probability, .*stain_scale"),
+    ],
+)
+def test_strengths_that_cannot_be(strengths, message):
+    with pytest.raises(DataError, match=f"augmentation: {message}"):
+        NativeAugmentation.of(strengths)
+
+
 @pytest.mark.gpu
 def test_can_be_captured_in_a_cuda_graph_and_draws_anew_at_each_replay():
     images, masks = (tensor.cuda() for tensor in make_batch(32, 48, 48))
-    generator = torch.Generator("cuda").manual_seed(0)
-    turn_flip_rotate(images, masks, generator)
+    on_gpu = torch.Generator("cuda").manual_seed(0)
+    turn_flip_rotate(images, masks, on_gpu)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
+    graph.register_generator_state(on_gpu)
     with torch.cuda.graph(graph):
-        _, moved = turn_flip_rotate(images, masks, generator)
+        _, moved = turn_flip_rotate(images, masks, on_gpu)
     results = []
     for _ in range(3):
         graph.replay()

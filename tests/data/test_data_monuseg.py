@@ -1,23 +1,24 @@
-"""Aperio outlines become masks and instance maps; broken annotations become errors that name the file."""
+"""Outlines in XML become masks and instance maps; broken annotations become errors that name the file."""
 
 import json
 import sys
 
 import numpy as np
 import pytest
-import skimage.io
+from skimage.io import imread
 
+from tests.data.support import put
 from uctrans.data import (
     DataError,
     PreparedImage,
     fill_polygons,
     find_images,
     find_samples,
+    prepare_instances,
     prepare_monuseg,
     read_annotation,
     read_mask,
 )
-from uctrans.writing import write_png
 
 SQUARE = [(2, 3), (5, 3), (5, 8), (2, 8)]
 
@@ -34,7 +35,7 @@ def write_xml(path, *regions, attributes=' MicronsPerPixel="0.2525"'):
 
 @pytest.fixture
 def images(tmp_path):
-    write_png(tmp_path / "images" / "a.png", np.zeros((12, 10, 3), dtype=np.uint8))
+    put(tmp_path / "images" / "a.png", np.zeros((12, 10, 3), dtype=np.uint8))
     return tmp_path / "images"
 
 
@@ -42,8 +43,8 @@ def test_writes_masks_and_instance_maps(tmp_path, images):
     write_xml(tmp_path / "xml" / "a.xml", SQUARE, [(7, 1), (9, 1), (9, 4)])
     (prepared,) = prepare_monuseg(tmp_path / "xml", images, tmp_path)
     assert prepared == PreparedImage("a", nuclei=2, skipped=0, hidden=0, microns_per_pixel=0.2525)
-    instances = skimage.io.imread(tmp_path / "instances" / "a.png")
-    mask = skimage.io.imread(tmp_path / "masks" / "a.png")
+    instances = imread(tmp_path / "instances" / "a.png")
+    mask = imread(tmp_path / "masks" / "a.png")
     assert (instances.dtype, mask.dtype, instances.shape) == (np.uint16, np.uint8, (12, 10))
     assert np.unique(instances).tolist() == [0, 1, 2]
     assert (instances[4:8, 3:5] == 1).all()
@@ -63,14 +64,13 @@ def test_one_file_and_a_folder_shared_by_images_and_annotations(images, tmp_path
 
 
 def test_images_without_annotation_are_passed_over(tmp_path, images):
-    write_png(images / "b.png", np.zeros((4, 4), dtype=np.uint8))
+    put(images / "b.png", np.zeros((4, 4), dtype=np.uint8))
     write_xml(tmp_path / "xml" / "a.xml", SQUARE)
     prepare_monuseg(tmp_path / "xml", images, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("folder", ["masks", "instances"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("folder", "overwrite"), [("masks", False), ("instances", True)])
 def test_the_image_folder_is_never_written_to(tmp_path, images, folder, overwrite):
     images = images.rename(tmp_path / folder)
     link = tmp_path / "link"
@@ -98,7 +98,7 @@ def test_existing_files_are_replaced_only_when_asked(tmp_path, images, existing)
 
 
 def test_masks_of_other_images_may_be_there(tmp_path, images):
-    write_png(tmp_path / "masks" / "b.png", np.zeros((4, 4), dtype=np.uint8))
+    put(tmp_path / "masks" / "b.png", np.zeros((4, 4), dtype=np.uint8))
     prepare_monuseg(write_xml(tmp_path / "a.xml", SQUARE), images, tmp_path)
     assert sorted(file.name for file in (tmp_path / "masks").iterdir()) == ["a.png", "b.png"]
 
@@ -106,7 +106,7 @@ def test_masks_of_other_images_may_be_there(tmp_path, images):
 def test_vertices_outside_the_image_are_cut_off(tmp_path, images):
     write_xml(tmp_path / "a.xml", [(-5, -5), (4, -5), (4, 4), (-5, 4)], [(8, 10), (40, 10), (40, 40), (8, 40)])
     prepare_monuseg(tmp_path / "a.xml", images, tmp_path)
-    instances = skimage.io.imread(tmp_path / "instances" / "a.png")
+    instances = imread(tmp_path / "instances" / "a.png")
     assert (instances[:4, :4] == 1).all()
     assert (instances[11:, 9:] == 2).all()
     assert (instances[5:9] == 0).all()
@@ -136,7 +136,7 @@ def test_resolution_may_be_missing(tmp_path, attributes):
 def test_annotation_without_nuclei_gives_an_empty_mask_and_a_warning(tmp_path, images):
     with pytest.warns(UserWarning, match=r"a\.xml: outlines no nucleus inside its image"):
         prepare_monuseg(write_xml(tmp_path / "a.xml", [(50, 50), (60, 50), (60, 60)]), images, tmp_path)
-    assert skimage.io.imread(tmp_path / "masks" / "a.png").max() == 0
+    assert imread(tmp_path / "masks" / "a.png").max() == 0
 
 
 def test_annotation_without_image(tmp_path, images):
@@ -239,7 +239,7 @@ def test_prepare_counts_hidden_nuclei_and_names_the_file(tmp_path, images):
     assert len(caught) == 1
     assert (prepared.nuclei, prepared.hidden) == (2, 1)
     assert json.loads((tmp_path / "annotations.json").read_text())["a"]["hidden"] == 1
-    assert np.unique(skimage.io.imread(tmp_path / "instances" / "a.png")).tolist() == [0, 1, 2]
+    assert np.unique(imread(tmp_path / "instances" / "a.png")).tolist() == [0, 1, 2]
 
 
 def test_no_polygons():
@@ -249,6 +249,102 @@ def test_no_polygons():
 def test_more_nuclei_than_a_map_can_number():
     with pytest.raises(DataError, match="65536 nuclei"):
         fill_polygons([np.array(SQUARE)] * 65536, (4, 4))
+
+
+SIZE = 96
+
+
+def circle(row, column, radius):
+    """Return the outline of a nucleus, (vertices, 2) of (x, y)."""
+    angles = np.linspace(0, 2 * np.pi, 40)[:-1]
+    return np.stack([column + radius * np.cos(angles), row + radius * np.sin(angles)], axis=1)
+
+
+# Two nuclei that touch, one that the image cuts off, and one alone.
+OUTLINES = [circle(30, 20, 11), circle(30, 41, 11), circle(95, 60, 12), circle(60, 75, 9)]
+
+
+def write_image(folder, name, outlines=OUTLINES):
+    """Write an image that is bright in its nuclei, and its mask, a row lower than the outlines."""
+    foreground = fill_polygons([outline + np.array([0, 1]) for outline in outlines], (SIZE, SIZE)) > 0
+    pixels = foreground * np.uint8(255)
+    for kind, content in (("images", pixels[..., None].repeat(3, -1)), ("masks", pixels)):
+        put(folder / kind / f"{name}.png", content)
+
+
+@pytest.fixture
+def split(tmp_path):
+    """A dataset that comes split; one of two training images, none for validation and the test image have outlines."""
+    for folder, name in (("train", "a"), ("train", "b"), ("val", "c"), ("test", "d")):
+        write_image(tmp_path / folder, name)
+    for name in ("b", "d"):
+        write_xml(tmp_path / "annotations" / f"{name}.xml", *OUTLINES)
+    return tmp_path
+
+
+def content(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.*")}
+
+
+def test_outlines_become_instance_maps_of_their_splits(split):
+    before = content(split)
+    prepared = prepare_instances(split / "annotations", split)
+    assert [(item.name, item.nuclei) for item in prepared] == [("b", 4), ("d", 4)]
+    after = content(split)
+    assert before.items() <= after.items()  # masks above all
+    assert set(after) - set(before) == {"train/instances/b.png", "test/instances/d.png", "annotations.json"}
+    np.testing.assert_array_equal(imread(split / "test/instances/d.png"), fill_polygons(OUTLINES, (SIZE, SIZE)))
+
+
+def test_outlines_are_sorted_to_their_splits_or_refused(split):
+    write_xml(split / "annotations" / "e.xml", *OUTLINES)
+    with pytest.raises(DataError, match=r"no image of the same stem for the annotations e\.xml; add the images"):
+        prepare_instances(split / "annotations", split)
+    write_image(split / "val", "d")
+    with pytest.raises(DataError, match=r"images/d\.png: shares its name with .*images/d\.png"):
+        prepare_instances(split / "annotations" / "d.xml", split)
+    assert not list(split.rglob("instances"))
+
+
+def test_outlines_of_another_picture_of_the_same_name(split):
+    write_xml(split / "annotations" / "d.xml", *(outline[:, ::-1] for outline in OUTLINES))
+    with pytest.raises(DataError, match=r"d\.xml: its outlines do not fit the mask .*test.masks.d\.png \(Dice 0\."):
+        prepare_instances(split / "annotations", split)
+    assert not list(split.rglob("instances"))
+
+
+def test_instance_maps_are_replaced_only_when_asked_and_masks_never(split):
+    prepare_instances(split / "annotations", split)
+    made = content(split)
+    with pytest.raises(DataError, match=r"b\.png.*: 3 of the files to write exist already; .*; masks stay as they are"):
+        prepare_instances(split / "annotations", split)
+    write_xml(split / "annotations" / "d.xml", *OUTLINES[:3])
+    prepare_instances(split / "annotations", split, overwrite=True)
+    changed = {name for name, inside in content(split).items() if inside != made[name]}
+    assert changed == {"annotations/d.xml", "test/instances/d.png", "annotations.json"}
+    put(split / "test/instances/d.tif", imread(split / "test/instances/d.png"))
+    (split / "test/instances/d.png").unlink()
+    with pytest.raises(DataError, match=r"instance maps that are not PNG files \(.*d\.tif\); remove them"):
+        prepare_instances(split / "annotations", split, overwrite=True)
+
+
+def test_a_flat_dataset_with_masks(tmp_path):
+    write_image(tmp_path, "a")
+    write_xml(tmp_path / "a.xml", *OUTLINES)
+    mask = (tmp_path / "masks/a.png").read_bytes()
+    prepare_instances(tmp_path / "a.xml", tmp_path)
+    assert imread(tmp_path / "instances/a.png").max() == 4
+    assert (tmp_path / "masks/a.png").read_bytes() == mask
+
+
+def test_folders_without_masks(tmp_path):
+    write_image(tmp_path, "a")
+    write_xml(tmp_path / "a.xml", *OUTLINES)
+    (tmp_path / "masks").rename(tmp_path / "labels")
+    with pytest.raises(DataError, match="has images and no masks; give images as well"):
+        prepare_instances(tmp_path / "a.xml", tmp_path)
+    with pytest.raises(DataError, match="nowhere: is not a folder"):
+        prepare_instances(tmp_path / "a.xml", tmp_path / "nowhere")
 
 
 @pytest.mark.slow
@@ -269,7 +365,7 @@ def test_filled_polygons_agree_with_the_stored_masks(monuseg, tmp_path):
             filled = read_mask(folder / "out" / "masks" / f"{item.name}.png") > 0
             stored = read_mask(monuseg / folder.name / "masks" / f"{item.name}.png") > 0
             scores[item.name] = 2 * (filled & stored).sum() / (filled.sum() + stored.sum())
-            instances = skimage.io.imread(folder / "out" / "instances" / f"{item.name}.png")
+            instances = imread(folder / "out" / "instances" / f"{item.name}.png")
             assert len(np.unique(instances)) == item.nuclei + 1
         assert len(find_images(folder / "out" / "masks")) == len(list(folder.glob("*.xml")))
     assert len(scores) == len(files) == 18

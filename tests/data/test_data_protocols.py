@@ -1,4 +1,4 @@
-"""Resizing, channel order, and datasets as tensors."""
+"""Resizing, channel order, and the batches that the protocols make for training."""
 
 from types import SimpleNamespace
 
@@ -9,18 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from tests.data.support import put, random_pixels
+from tests.data.support import NO_CHANGES, generator, native_images, random_pixels
 from uctrans.data import (
     DataError,
-    Sample,
-    find_samples,
+    NativeAugmentation,
+    NativeProtocol,
+    SegmentationTensors,
     get_protocol,
     list_protocols,
-    load_tensors,
     protocol_of,
-    read_image,
 )
 from uctrans.data.protocols import resize_bilinear
+
+
+def numbered(height, width):
+    """Return a map without symmetry that changes by 2 from row to row and by 1 from column to column."""
+    return (np.arange(height)[:, None] * 2 + np.arange(width)).astype(np.uint8)
 
 
 def test_protocol_names_and_sizes():
@@ -112,43 +116,116 @@ def test_to_input():
     assert torch.equal(get_protocol(channel_order="bgr").to_input(images), images[:, [2, 1, 0]].float() / 255)
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    for name, size in {"a": (20, 30), "b": (16, 16)}.items():
-        for kind, pixels in {"images": random_pixels(*size, 3), "masks": random_pixels(*size) // 128 * 255}.items():
-            put(tmp_path / kind / f"{name}.png", pixels)
-    return tmp_path
+def test_crops_follow_the_generator():
+    protocol, data = get_protocol("native", 16), native_images(random_pixels(40, 30), random_pixels(12, 50))
+    index = torch.tensor([0, 1, 0, 1])
+    one, again, other = (protocol.training_batch(data, index, generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(one[0], again[0])
+    assert torch.equal(one[1], again[1])
+    assert not torch.equal(one[1], other[1])
+    assert not torch.equal(one[1][0], one[1][2])  # two crops of one image
+    assert (one[0].shape, one[0].dtype, one[1].shape, one[1].dtype) == (
+        (4, 3, 16, 16), torch.float32, (4, 16, 16), torch.uint8,
+    )  # fmt: skip
+    assert one[0].min() >= 0
+    assert one[0].max() <= 1
 
 
-def test_load_tensors(dataset):
-    protocol = get_protocol(image_size=(8, 12))
-    tensors = load_tensors(find_samples(dataset), protocol, 1)
-    assert (len(tensors), tensors.names, tensors.original_sizes) == (2, ["a", "b"], [(20, 30), (16, 16)])
-    assert (tensors.images.dtype, tensors.images.shape) == (torch.uint8, (2, 3, 8, 12))
-    assert (tensors.masks.dtype, tensors.masks.shape) == (torch.uint8, (2, 8, 12))
-    assert tensors.masks.unique().tolist() == [0, 1]
-    expected = protocol.resize_image(read_image(dataset / "images" / "a.png"))
-    np.testing.assert_array_equal(tensors.images[0].permute(1, 2, 0), expected)
+def test_without_strengths_crops_are_turned_and_flipped_only():
+    protocol = get_protocol("native", (9, 9), augmentation=NativeAugmentation(**NO_CHANGES))
+    assert protocol.augmentation.margin((9, 9)) == (0, 0)
+    label = random_pixels(9, 9)
+    data = native_images(label)
+    images, labels = protocol.training_batch(data, torch.zeros(200, dtype=torch.int64), generator())
+    images = (images * 255).round().to(torch.uint8)
+    assert torch.equal(images, labels[:, None].expand(-1, 3, -1, -1))
+    seen = {crop.numpy().tobytes() for crop in labels}
+    symmetries = {np.ascontiguousarray(np.rot90(part, k)).tobytes() for part in (label, label[::-1]) for k in range(4)}
+    assert seen == symmetries
 
 
-def test_tensors_move_together(dataset):
-    moved = load_tensors(find_samples(dataset), get_protocol(image_size=8), 1).to("meta")
-    assert (moved.images.device.type, moved.masks.device.type, moved.names) == ("meta", "meta", ["a", "b"])
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_resized_images_are_augmented_likewise(order):
+    """Image and mask by the same map, colours as those of crops, in the order that the network sees."""
+    settings = {"image_size": (9, 9), "channel_order": order}
+    still = get_protocol("augmented-224", augmentation=NativeAugmentation(**NO_CHANGES), **settings)
+    label = torch.from_numpy(random_pixels(9, 9))
+    pixels = torch.stack([label, label // 2, label // 4])
+    data = SegmentationTensors(["a"], pixels[None], label[None], [(9, 9)])
+    index = torch.zeros(200, dtype=torch.int64)
+    images, labels = still.training_batch(data, index, generator())
+    expected = torch.stack([labels, labels // 2, labels // 4], 1)
+    assert torch.equal((images * 255).round().to(torch.uint8), expected if order == "rgb" else expected.flip(1))
+    assert len({crop.numpy().tobytes() for crop in labels}) == 8  # the symmetries of the square
+    protocol = get_protocol("augmented-224", **settings)
+    changed, masks = protocol.training_batch(data, index, generator())
+    assert (changed.shape, changed.dtype, masks.dtype) == ((200, 3, 9, 9), torch.float32, torch.uint8)
+    assert len({image.numpy().tobytes() for image in changed}) == 200
+    again, _ = protocol.training_batch(data, index, generator())
+    assert torch.equal(changed, again)
 
 
-def test_load_tensors_of_nothing(dataset):
-    with pytest.raises(DataError, match="there are none to load"):
-        load_tensors([], get_protocol(), 1)
+def test_resized_images_are_scored_as_those_of_the_published_protocol():
+    published, augmented = get_protocol("uctransnet-224", 20), get_protocol("augmented-224", 20)
+    image, mask = random_pixels(50, 40)[..., None].repeat(3, -1), random_pixels(50, 40) % 2
+    np.testing.assert_array_equal(augmented.resize_image(image), published.resize_image(image))
+    np.testing.assert_array_equal(augmented.resize_mask(mask, 1), published.resize_mask(mask, 1))
 
 
-def test_load_tensors_without_a_mask(dataset):
-    sample = Sample("a", dataset / "images" / "a.png", None)
-    with pytest.raises(DataError, match=r"a\.png: has no mask"):
-        load_tensors([sample], get_protocol(), 1)
+@pytest.mark.parametrize("size", [(24, 24), (18, 30)])
+@pytest.mark.parametrize(
+    "strengths",
+    [
+        {},
+        {"warp_probability": 1, "rotation": 180},
+        {"warp_probability": 1, "scale": 1.0},
+        {"warp_probability": 1, "rotation": 45, "scale": 0.25},
+    ],
+)
+def test_labels_stay_with_their_images(size, strengths):
+    """The map is linear, so what is interpolated differs from the nearest pixel by half of both steps at most."""
+    augmentation = NativeAugmentation(**NO_CHANGES | strengths)
+    protocol = get_protocol("native", size, augmentation=augmentation)
+    data = native_images(numbered(60, 100), numbered(70, 70)[::-1].copy(), numbered(10, 12))
+    images, labels = protocol.training_batch(data, torch.arange(60) % 2, generator())
+    differences = (images * 255 - labels[:, None]).abs()
+    assert differences.max() <= (1.51 if strengths else 0.01)
+    if strengths:
+        assert differences.max() > 0.3
+    images, labels = protocol.training_batch(data, torch.full((20,), 2), generator())
+    assert (images * 255 - labels[:, None]).abs().max() <= (1.51 if strengths else 0.01)
 
 
-def test_load_tensors_names_the_damaged_file(dataset):
-    path = dataset / "images" / "b.png"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"b\.png: cannot be read"):
-        load_tensors(find_samples(dataset), get_protocol(image_size=8), 1)
+def test_channel_order_is_that_of_the_input():
+    augmentation = NativeAugmentation(**NO_CHANGES)
+    data = native_images(random_pixels(8, 8))
+    data.pixels[:2] = 0  # blue alone
+    rgb, bgr = (
+        get_protocol("native", 8, order, augmentation=augmentation).training_batch(data, torch.tensor([0]), generator())
+        for order in ("rgb", "bgr")
+    )
+    assert torch.equal(bgr[0], rgb[0].flip(1))
+    assert rgb[0][0, 2].max() > 0.5
+    assert rgb[0][0, 0].max() < 1e-5
+
+
+def test_the_protocol_keeps_images_and_masks():
+    protocol = get_protocol("native", 64)
+    assert isinstance(protocol, NativeProtocol)
+    image, mask = random_pixels(9, 7)[..., None].repeat(3, -1), random_pixels(9, 7)
+    assert protocol.resize_image(image) is image
+    assert protocol.resize_mask(mask, 1) is mask
+
+
+@pytest.mark.gpu
+def test_crops_are_made_on_the_gpu_without_waiting_for_it():
+    protocol, data = get_protocol("native", 32), native_images(random_pixels(40, 60), random_pixels(20, 90)).to("cuda")
+    index, on_gpu = torch.tensor([0, 1, 1], device="cuda"), torch.Generator("cuda").manual_seed(0)
+    protocol.training_batch(data, index, on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, labels = protocol.training_batch(data, index, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert images.device.type == labels.device.type == "cuda"
+    assert (images.shape, labels.shape) == ((3, 3, 32, 32), (3, 32, 32))
