@@ -32,9 +32,8 @@ def commands():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with what the README takes for granted: downloaded weights, an earlier run, its recipes."""
+    """A working directory with what the README takes for granted: downloaded weights, an earlier run."""
     monkeypatch.chdir(tmp_path)
-    Path("own.yaml").write_text("\n".join(blocks("yaml")))
     weights = to_upstream(UCTransNet(base_channels=2, image_size=64))
     torch.save({"state_dict": weights}, "best_model-UCTransNet.pth.tar")
     Path("runs/first").mkdir(parents=True)

@@ -1,25 +1,25 @@
-"""Images and settings of studies that take seconds."""
+"""Images and settings of studies that take seconds, studies that ran in this process, and readers of their tables."""
 
 import csv
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from uctrans.study import cost, runs, single
+from uctrans.inference import EvaluateConfig, evaluate
+from uctrans.study import ModelStudyConfig, run, study_models
+from uctrans.study.folder import begin
 from uctrans.writing import write_png
 
 SIZE = 32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_few_steps():
-    threads, steps = torch.get_num_threads(), (cost.WARM_UP_STEPS, cost.TIMED_STEPS)
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
     torch.set_num_threads(1)
-    cost.WARM_UP_STEPS, cost.TIMED_STEPS = 1, 3
-    yield
-    torch.set_num_threads(threads)
-    cost.WARM_UP_STEPS, cost.TIMED_STEPS = steps
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +39,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def settings(data):
-    """Settings of a study of two models and two seeds that takes seconds."""
+    """Settings of a study of two networks and two seeds."""
     return {
         "data": str(data),
         "base_channels": 2,
         "image_size": SIZE,
         "epochs": 2,
         "first_best_epoch": 1,
+        "batch_size": 1,
         "learning_rate": 0.02,
         "device": "cpu",
         "threads": 1,
@@ -55,23 +56,75 @@ def settings(data):
     }
 
 
+@pytest.fixture(scope="session")
+def do_here():
+    """A function that does the runs and ensembles of a study in this process, and the study that has nothing left."""
+
+    def do(config):
+        begin(config, "models")
+        for planned in sorted(config.plan(), key=lambda each: len(each.needs)):
+            run.train_and_score(planned, config)
+        for ensemble in config.ensembles():
+            for patience in config.patience:
+                models = ",".join(str(member.at(patience)) for member in ensemble.needs)
+                folder = str(ensemble.at(patience))
+                evaluate(EvaluateConfig(models, config.data, folder, batch_size=1, device="cpu", progress=False))
+        return study_models(config)
+
+    return do
+
+
+@pytest.fixture(scope="session")
+def plain(settings, tmp_path_factory, do_here):
+    """The settings of a finished study of two networks and two seeds; nobody may write into its folder."""
+    config = ModelStudyConfig(**settings, output=str(tmp_path_factory.mktemp("study") / "plain"))
+    do_here(config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def folded(settings, tmp_path_factory, do_here):
+    """The same with two folds, two patiences, and a UCTransNet that starts from the U-Net."""
+    own = {"models": ("uctransnet_from_unet", "unet"), "cross_validation": 2, "epochs": 4, "patience": (3, 1)}
+    own |= {"seeds": 1, "output": str(tmp_path_factory.mktemp("study") / "folded")}
+    config = ModelStudyConfig(**settings | own)
+    do_here(config)
+    return config
+
+
 @pytest.fixture
-def no_training(monkeypatch):
-    """Let any training or measurement fail."""
+def plain_copy(plain, tmp_path):
+    """The settings of a copy of the plain study in another place."""
+    shutil.copytree(plain.output, tmp_path / "copy")
+    return replace(plain, output=str(tmp_path / "copy"))
 
-    def fail(*_, **__):
-        raise AssertionError("something was trained")
 
-    monkeypatch.setattr(single, "train", fail)
-    monkeypatch.setattr(runs, "measure", fail)
+@pytest.fixture
+def folded_copy(folded, tmp_path):
+    """The settings of a copy of the study with folds in another place."""
+    shutil.copytree(folded.output, tmp_path / "copy")
+    return replace(folded, output=str(tmp_path / "copy"))
+
+
+@pytest.fixture
+def no_workers(monkeypatch):
+    """Let the start of any worker fail."""
+
+    def fail(_lock):
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(run, "start_worker", fail)
 
 
 @pytest.fixture(scope="session")
 def table_of():
     """A function that reads the table of a study: rows by variant and patience."""
 
-    def read(folder):
-        with (folder / "table.csv").open(newline="") as file:
-            return {(row["variant"], int(row["patience"])): row for row in csv.DictReader(file)}
+    def read(config):
+        with (Path(config.output) / "table.csv").open(newline="") as file:
+            rows = {(row["variant"], int(row["patience"])): row for row in csv.DictReader(file)}
+        for row in rows.values():
+            del row["seconds_an_epoch"]
+        return rows
 
     return read

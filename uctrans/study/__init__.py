@@ -1,18 +1,14 @@
-"""Studies: several networks, or ways to train one, over several seeds, ending in a table and a bar chart."""
+"""Studies: several networks with the same training over seeds and folds, compared in a table and a chart."""
 
-from uctrans.study.config import ModelStudyConfig, SkipStudyConfig, StudyConfig, StudyError
-from uctrans.study.recipe import RecipeStudyConfig, load_recipes
-from uctrans.study.runs import StudyResult, study_models, study_recipes, study_skips
+from .plan import ModelStudyConfig, SkipStudyConfig, StudyConfig, StudyError
+from .run import StudyResult, study_models, study_skips
 
 __all__ = [
     "ModelStudyConfig",
-    "RecipeStudyConfig",
     "SkipStudyConfig",
     "StudyConfig",
     "StudyError",
     "StudyResult",
-    "load_recipes",
     "study_models",
-    "study_recipes",
     "study_skips",
 ]

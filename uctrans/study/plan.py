@@ -1,48 +1,56 @@
-"""The runs of a study: of which network, with which seed, on which fold, and where each is kept."""
+"""The settings of a study, and the runs that follow from them: every network with every seed on every fold."""
 
-from dataclasses import dataclass, field
+import dataclasses
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uctrans.training import TrainConfig
+from ..data import load_folds
+from ..inference.evaluate import score_sizes
+from ..inference.predictor import RESOLUTIONS, TRANSFORMS
+from ..models.registry import list_models, model_class
+from ..models.unet import NUM_SCALES
+from ..training import TrainConfig
 
-RUNS_FOLDER = "runs"
+SET_BY_THE_STUDY = ("model", "seed", "init_from", "resume")
+FOLDS_FILE = "folds.json"
+UNET, FROM_UNET = "unet", "_from_unet"
+
+
+class StudyError(ValueError):
+    """A setting or an output folder that a study cannot work with; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the networks, or of the ways to train one, that a study compares.
+    """One of the networks that a study compares.
 
     Attributes:
-        name: what the table calls it, and its folder.
-        model: registry name.
-        options: arguments of the network beside those that every training sets.
-        from_unet: whether it starts from the U-Net of the same seed and fold.
-        changes: settings of training and scoring in which it differs from the study.
-        trained_as: the variant whose training is its own too, where the two differ in scoring alone.
+        name: Name in the table, and of the folder of its runs.
+        model: Registry name of the network.
+        options: Arguments of the network in addition to those that every training sets.
+        from_unet: Whether it starts from the trained U-Net of the same seed and fold.
     """
 
     name: str
     model: str
     options: dict[str, Any]
     from_unet: bool = False
-    changes: dict[str, Any] = field(default_factory=dict)
-    trained_as: str | None = None
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training of a study, which is scored wherever one of the patiences would have stopped it.
+    """One training, which is scored where each of the patiences stops it.
 
     Attributes:
-        variant: which network.
-        seed: of the training.
-        fold: it trains on, None without cross-validation.
-        config: the training, with the smallest of the patiences.
-        patiences: ascending.
-        scored: the settings that its scores depend on beside those of the training.
-        starts_from: the run of the U-Net that it starts from.
-        trained_by: the run that trains for it too, and that it only scores otherwise.
+        variant: The network.
+        seed: Seed of the training.
+        fold: The fold that it trains on, or None without cross-validation.
+        config: Settings of the training, with the smallest patience.
+        patiences: The patiences in ascending order.
+        scoring: The settings size, resolution and tta of ``EvaluateConfig``.
+        unet: The run of the U-Net whose weights it starts from, if any.
     """
 
     variant: Variant
@@ -50,45 +58,275 @@ class PlannedRun:
     fold: int | None
     config: TrainConfig
     patiences: tuple[int, ...]
-    scored: dict[str, str]
-    starts_from: "PlannedRun | None" = None
-    trained_by: "PlannedRun | None" = None
-
-    @property
-    def comes_after(self) -> "PlannedRun | None":
-        """The run that must be over before it can begin."""
-        return self.starts_from or self.trained_by
+    scoring: dict[str, str]
+    unet: "PlannedRun | None" = None
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """The run folder, as ``uctrans train`` writes it."""
         return Path(self.config.output)
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return f"{self.variant.name}, {self.label}"
 
     @property
     def label(self) -> str:
         """Seed and fold in words."""
         return f"seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
 
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return f"{self.variant.name}, {self.label}"
+
+    @property
+    def needs(self) -> tuple["PlannedRun", ...]:
+        """The runs that must be over before this one can begin."""
+        return () if self.unet is None else (self.unet,)
+
     def at(self, patience: int) -> Path:
-        """Where the weights and scores of a patience are kept; a folder that ``uctrans.load_model`` reads."""
+        """Return the folder of the best weights and the scores of a patience, which ``uctrans.load_model`` reads."""
         return self.folder / f"patience_{patience}"
 
 
-def variant_folder(output: str | Path, variant: Variant) -> Path:
-    """Where a study keeps the runs of a variant."""
-    return Path(output) / RUNS_FOLDER / variant.name
+@dataclass(frozen=True)
+class PlannedEnsemble:
+    """The mean of the probabilities of the runs of a network with one seed on all folds.
+
+    Attributes:
+        needs: Its members, which must be over before it can be scored.
+    """
+
+    needs: tuple[PlannedRun, ...]
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return f"{self.needs[0].variant.name}, seed {self.needs[0].seed}, ensemble of {len(self.needs)} folds"
+
+    def at(self, patience: int) -> Path:
+        """Return the folder of the scores of a patience."""
+        return self.needs[0].folder.parent / "ensemble" / f"patience_{patience}"
 
 
-def seed_folder(output: str | Path, variant: Variant, seed: int) -> Path:
-    """Where a study keeps the run of a variant with a seed, or one for each fold."""
-    return variant_folder(output, variant) / f"seed_{seed}"
+@dataclass
+class StudyConfig(TrainConfig):
+    """Settings that all studies share: those of a training, which hold for every run, and those of the study.
+
+    The study sets ``model``, ``seed``, ``init_from`` and ``resume`` in every run.
+
+    Args:
+        output: Folder of the study. It holds a run folder for each network, seed and fold in runs/.
+        patience: Epochs without a better validation Dice after which training stops: 50, or several, 50,100. One
+            training serves all of them: it is scored where the smallest stops it, and continues to the next.
+        seeds: Number of seeds, counted from 0, or the seeds themselves: 5, or 3,7,11; [7] is the seed 7 alone.
+        cross_validation: Train every seed once on each fold. A number makes that many folds of the images of train and
+            val, the same for all seeds, and keeps them in folds.json of the study; monuseg takes the folds that come
+            with the package, and a JSON file those in it. none trains all runs on the same images. folds without fold
+            means the same.
+        score_size: Size at which images are scored: protocol, native, or a protocol that resizes, see uctrans evaluate.
+        score_resolution: What the network sees when score_size is native: protocol, the resized image, or native tiles.
+        score_tta: Test-time transforms whose probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
+        processes: Number of runs at a time, each in a process of its own, on the same device. On a CPU they share its
+            threads unless threads is given.
+        minutes: Time for this call. No run begins that is not expected to end in time, and a run that is still
+            training then is saved and stopped. The same command continues. none sets no limit.
+        keep_checkpoints: Keep last.pt and best.pt of finished runs, which take several times the space of the weights.
+            Without them a finished run cannot continue to a larger patience.
+        progress: Show the progress bar and the lines of every epoch in addition to the line of every run.
+
+    Raises:
+        StudyError: Seeds, patiences or networks are empty, doubled or unknown, or a setting that the study itself sets.
+        ConfigError: As for ``TrainConfig``.
+    """
+
+    patience: int | tuple[int, ...] = 50
+    seeds: int | tuple[int, ...] = 5
+    cross_validation: int | str | None = None
+    score_size: str = "protocol"
+    score_resolution: str = "protocol"
+    score_tta: str = "none"
+    processes: int = 1
+    minutes: float | None = None
+    keep_checkpoints: bool = True
+    progress: bool = False
+
+    def __post_init__(self):
+        patiences = tuple(self.patience) if isinstance(self.patience, list | tuple) else (self.patience,)
+        _check_list("patience", patiences, "50, or 50,100")
+        if self.folds is not None and self.fold is None and self.cross_validation is None:
+            self.cross_validation, self.folds = self.folds, None
+        self.patience = min(patiences)  # a training has one
+        super().__post_init__()
+        self.patience = tuple(sorted(patiences))
+        if isinstance(self.cross_validation, str) and self.cross_validation.isdecimal():
+            self.cross_validation = int(self.cross_validation)
+        for field in dataclasses.fields(TrainConfig):
+            if field.name in SET_BY_THE_STUDY and getattr(self, field.name) != field.default:
+                raise StudyError(f"{field.name}: the study sets it in every run; leave it out")
+        self._check_scoring()
+        if isinstance(self.seeds, int) and self.seeds < 1:
+            raise StudyError(f"seeds: {self.seeds} is too small; give at least 1")
+        _check_list("seeds", self.seed_list, "5, or 3,7,11")
+        if min(self.seed_list) < 0:
+            raise StudyError(f"seeds: {min(self.seed_list)} is negative; give seeds from 0 up")
+        if self.cross_validation is not None and self.folds is not None:
+            raise StudyError("cross_validation: takes every fold itself; leave out folds and fold")
+        if isinstance(self.cross_validation, int) and self.cross_validation < 2:
+            raise StudyError(f"cross_validation: {self.cross_validation} is too small; give 2 folds or more, or none")
+        if self.processes < 1:
+            raise StudyError(f"processes: {self.processes} is too small; give at least 1")
+        if self.processes > 1 and self.progress:
+            raise StudyError("progress: the bars of several processes would mix; set progress or processes, not both")
+        if self.minutes is not None and self.minutes <= 0:
+            raise StudyError(f"minutes: {self.minutes} is too small; give a positive number, or none for no limit")
+
+    def _check_scoring(self) -> None:
+        choices = {"score_size": score_sizes(), "score_resolution": RESOLUTIONS, "score_tta": list(TRANSFORMS)}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise StudyError(f"{name}: {value!r} is not known; choose one of {', '.join(allowed)}")
+        if self.score_resolution == "native" and self.score_size != "native":
+            raise StudyError("score_resolution: native needs native scores; set score_size to native too")
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds, in the order of the runs."""
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+
+    @property
+    def folds_source(self) -> str | None:
+        """The ``folds`` of every run: a shipped name, a file of the user, or the file in the study's folder."""
+        if isinstance(self.cross_validation, int):
+            return str(Path(self.output).resolve() / FOLDS_FILE)
+        return self.cross_validation
+
+    def fold_list(self) -> list[int] | list[None]:
+        """Return the folds that each seed trains on, or [None]; raise DataError where they cannot be read."""
+        if self.cross_validation is None:
+            return [None]
+        is_number = isinstance(self.cross_validation, int)
+        return list(range(self.cross_validation if is_number else len(load_folds(self.cross_validation))))
+
+    def variants(self) -> list[Variant]:
+        """Return what the study compares, in the order of the table."""
+        raise NotImplementedError
+
+    def plan(self) -> list[PlannedRun]:
+        """Return the runs, ordered by seed and fold, so that a stopped study has about as many runs of each network.
+
+        Raises:
+            DataError: The folds cannot be read.
+        """
+        places = [(seed, fold) for seed in self.seed_list for fold in self.fold_list()]
+        return [self.run(variant, seed, fold) for seed, fold in places for variant in self.variants()]
+
+    def ensembles(self) -> list[PlannedEnsemble]:
+        """Return the ensembles of folds, one for each network and seed; none without cross-validation."""
+        if self.cross_validation is None:
+            return []
+        return [
+            PlannedEnsemble(tuple(self.run(variant, seed, fold) for fold in self.fold_list()))
+            for seed in self.seed_list
+            for variant in self.variants()
+        ]
+
+    def run(self, variant: Variant, seed: int, fold: int | None = None) -> PlannedRun:
+        """Return the training of one network with one seed, on one fold."""
+        folder = Path(self.output) / "runs" / variant.name / f"seed_{seed}"
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+        settings |= {
+            "data": str(Path(self.data).resolve()),  # as ``train`` keeps it
+            "output": str(folder if fold is None else folder / f"fold_{fold}"),
+            "model": variant.model,
+            "model_options": variant.options,
+            "seed": seed,
+            "patience": self.patience[0],
+        }
+        if fold is not None:
+            settings |= {"folds": self.folds_source, "fold": fold}
+        unet = None
+        if variant.from_unet:
+            unet = self.run(next(other for other in self.variants() if other.name == UNET), seed, fold)
+            # One training serves all patiences, so it has one start: the U-Net that was trained for the longest.
+            settings["init_from"] = str(unet.at(self.patience[-1]).resolve())
+        scoring = {"size": self.score_size, "resolution": self.score_resolution, "tta": self.score_tta}
+        return PlannedRun(variant, seed, fold, TrainConfig(**settings), self.patience, scoring, unet)
 
 
-def fold_folder(seed: Path, fold: int | None) -> Path:
-    """The run folder of a fold in that of its seed, which it is itself without folds."""
-    return seed if fold is None else seed / f"fold_{fold}"
+@dataclass
+class SkipStudyConfig(StudyConfig):
+    """Settings of ``uctrans study skips``: the U-Net with none of its skips, all, each alone, and all but one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if "skips" in self.model_options:
+            raise StudyError("model_options: the study varies skips; leave it out")
+
+    def variants(self) -> list[Variant]:
+        """Return the ten subsets of the skips."""
+        every = range(1, NUM_SCALES + 1)
+        subsets = {
+            "none": [],
+            "all": [*every],
+            **{f"only_{skip}": [skip] for skip in every},
+            **{f"all_but_{skip}": [other for other in every if other != skip] for skip in every},
+        }
+        return [Variant(name, UNET, self.model_options | {"skips": skips}) for name, skips in subsets.items()]
+
+
+@dataclass
+class ModelStudyConfig(StudyConfig):
+    """Settings of ``uctrans study models``.
+
+    Args:
+        models: Names of the networks, see ``uctrans.list_models()``: unet,uctransnet. uctransnet_from_unet is a
+            UCTransNet that starts from the best weights of the U-Net of the same seed and fold at the largest patience.
+        model_options: Further arguments of the networks, as a mapping or as JSON; each network gets those it takes.
+    """
+
+    models: tuple[str, ...] = ("unet", "uctransnet", "dual_branch_uctransnet")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_list("models", [name for name in self.models if name], "unet,uctransnet")
+        try:
+            taken = {name: _options_of(_network(name)) for name in self.models}
+        except ValueError as error:
+            raise StudyError(f"models: {error}") from error
+        for option in self.model_options:
+            if not any(option in options for options in taken.values()):
+                raise StudyError(f"model_options: none of {', '.join(self.models)} takes {option}; leave it out")
+        for name in self.models:
+            if name != _network(name):
+                self._check_from_unet(name)
+
+    def _check_from_unet(self, name: str) -> None:
+        if not hasattr(model_class(_network(name)), "load_unet"):
+            raise StudyError(f"models: {name}: {_network(name)} cannot start from a U-Net; leave it out")
+        if UNET not in self.models:
+            raise StudyError(f"models: {name} starts from the U-Net of its seed and fold; name {UNET} too")
+        if "skips" in self.model_options:
+            raise StudyError(f"model_options: {name} starts from a U-Net with all skips; leave out skips")
+
+    def variants(self) -> list[Variant]:
+        """Return the networks, each with those of the options that it takes."""
+        variants = []
+        for name in self.models:
+            network = _network(name)
+            options = {option: value for option, value in self.model_options.items() if option in _options_of(network)}
+            variants.append(Variant(name, network, options, from_unet=name != network))
+        return variants
+
+
+def _network(name: str) -> str:
+    """Return the registry name of a network that is to be compared."""
+    return name if name in list_models() else name.removesuffix(FROM_UNET)
+
+
+def _options_of(network: str) -> list[str]:
+    return list(inspect.signature(model_class(network)).parameters)
+
+
+def _check_list(name: str, items: list | tuple, example: str) -> None:
+    if not items:
+        raise StudyError(f"{name}: is empty; write it like {example}")
+    if doubled := [str(item) for item in dict.fromkeys(items) if items.count(item) > 1]:
+        raise StudyError(f"{name}: {', '.join(doubled)} is named more than once; name each once")

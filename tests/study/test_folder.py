@@ -1,0 +1,208 @@
+"""What a study may continue with: the same settings, images and folds; anything else is refused by name."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from uctrans.data import DataError
+from uctrans.data.instances import write_instances
+from uctrans.study import SkipStudyConfig, StudyError, study_models, study_skips
+from uctrans.study.folder import only_call
+from uctrans.writing import write_png
+
+SUMMARY = "runs/unet/seed_0/patience_50/test/summary.json"
+
+
+def test_a_finished_study_is_only_reported_again(plain_copy, plain, no_workers, table_of, capsys):
+    result = study_models(plain_copy)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": Dice")[0] for line in lines] == [
+        "run 1 of 4: unet, seed 0",
+        "run 2 of 4: uctransnet, seed 0",
+        "run 3 of 4: unet, seed 1",
+        "run 4 of 4: uctransnet, seed 1",
+    ]
+    assert (result.finished, result.failed, result.total, result.stopped_by) == (4, 0, 4, "")
+    assert table_of(plain_copy) == table_of(plain)
+    assert result.table.markdown() in str(result)
+
+
+def test_a_second_call_at_the_same_time_is_refused(plain_copy, no_workers):
+    with (
+        only_call(Path(plain_copy.output)),
+        pytest.raises(StudyError, match=r"another call of this study works in .*; wait for its end"),
+    ):
+        study_models(plain_copy)
+    assert study_models(plain_copy).finished == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 0.03}, "learning_rate: 0.02 -> 0.03"),
+        ({"epochs": 3}, "epochs: 2 -> 3"),
+        ({"model_options": {"num_layers": 2}}, "model_options: {'num_layers': 1} -> {'num_layers': 2}"),
+        ({"score_size": "native"}, "size: 'protocol' -> 'native'"),
+        ({"score_tta": "flips"}, "tta: 'none' -> 'flips'"),
+        ({"learning_rate": 0.03, "batch_size": 2}, "batch_size: 1 -> 2; learning_rate: 0.02 -> 0.03"),
+    ],
+)
+def test_results_of_other_settings_are_refused(changes, named, plain_copy, no_workers):
+    with pytest.raises(StudyError) as refused:
+        study_models(replace(plain_copy, **changes))
+    assert named in str(refused.value)
+    assert "name another output folder" in str(refused.value)
+
+
+def test_settings_that_change_no_result_may_change(plain_copy, plain, no_workers, table_of):
+    study_models(replace(plain_copy, checkpointing=True, processes=2))
+    study_models(
+        replace(plain_copy, device="auto", threads=2, graph=False, compile=True, save_minutes=0, progress=True)
+    )
+    assert table_of(plain_copy) == table_of(plain)
+
+
+def test_the_data_may_move_but_not_change(plain_copy, data, tmp_path, no_workers):
+    shutil.copytree(data, tmp_path / "moved")
+    moved = replace(plain_copy, data=str(tmp_path / "moved"))
+    assert study_models(moved).finished == 4
+    write_png(tmp_path / "moved" / "train" / "masks" / "train0.png", np.eye(32, dtype=np.uint8))
+    with pytest.raises(StudyError, match=r"data: .* other images or masks .* name another output folder"):
+        study_models(moved)
+
+
+def test_a_finished_study_with_folds_may_move(folded_copy, folded, no_workers, table_of):
+    assert study_models(folded_copy).finished == 4
+    assert table_of(folded_copy) == table_of(folded)
+
+
+def test_other_folds_are_refused(folded_copy, no_workers):
+    for value in (3, None):
+        with pytest.raises(StudyError, match=r"cross_validation: the study in .* began with other folds"):
+            study_models(replace(folded_copy, cross_validation=value))
+    file = Path(folded_copy.output) / "folds.json"
+    folds = json.loads(file.read_text())["folds"]
+    file.write_text(json.dumps({"folds": [dict(fold, train=fold["train"][::-1]) for fold in folds]}))
+    assert study_models(folded_copy).finished == 4, "the order of the names decides nothing"
+    file.write_text(json.dumps({"folds": folds[::-1]}))
+    with pytest.raises(StudyError, match=r"cross_validation: the study in .* began with other folds"):
+        study_models(folded_copy)
+    file.unlink()
+    assert study_models(folded_copy).finished == 4, "the study makes the same folds again"
+
+
+def test_patience_may_grow_and_not_shrink(folded_copy, no_workers):
+    unet = replace(folded_copy, models=("unet",), model_options={})
+    assert study_models(replace(unet, patience=3)).finished == 2
+    with pytest.raises(StudyError, match="was trained with patience 3 already, and its weights at 2 were not kept"):
+        study_models(replace(unet, patience=(2, 3)))
+    with pytest.raises(AssertionError, match="a worker was started"):
+        study_models(replace(unet, patience=(3, 4)))
+    with pytest.raises(StudyError, match=r"init_from: 'patience_3' -> 'patience_4'\. Give the former ones"):
+        study_models(replace(folded_copy, patience=(1, 3, 4)))
+
+
+def test_seeds_and_networks_may_be_left_out_and_added(plain_copy, no_workers):
+    table = study_models(replace(plain_copy, models=("unet",), seeds=(1,), model_options={})).table
+    assert [(row.record["variant"], row.record["seeds"]) for row in table.rows] == [("unet", "1")]
+    with pytest.raises(AssertionError, match="a worker was started"):
+        study_models(replace(plain_copy, seeds=(0, 1, 7)))
+    with pytest.raises(AssertionError, match="a worker was started"):
+        study_models(replace(plain_copy, models=("unet", "uctransnet", "uctransnet_from_unet")))
+
+
+@pytest.mark.parametrize("content", ['{"mean"', "[]", "{}", '{"mean": 3, "count": {}, "images": 2}'])
+def test_damaged_scores_are_named(content, plain_copy, no_workers):
+    (Path(plain_copy.output) / SUMMARY).write_text(content)
+    with pytest.raises(StudyError, match=rf"{SUMMARY}: is damaged .*delete it, and the same command writes it again"):
+        study_models(plain_copy)
+
+
+@pytest.mark.parametrize("content", ['{"version"', "[]"])
+def test_a_damaged_marker_is_named(content, plain_copy, no_workers):
+    (Path(plain_copy.output) / "study.json").write_text(content)
+    with pytest.raises(StudyError, match=r"study\.json: is damaged"):
+        study_models(plain_copy)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_an_interrupted_run_that_cannot_continue_is_named(damage, plain_copy, no_workers):
+    run = Path(plain_copy.output) / "runs" / "unet" / "seed_0"
+    (Path(plain_copy.output) / SUMMARY).unlink()
+    damage(run / "last.pt")
+    with pytest.raises(StudyError, match=rf"{run}: its last\.pt cannot be used .*; delete the folder {run}, and the"):
+        study_models(plain_copy)
+
+
+def test_a_damaged_or_missing_configuration_is_named(plain_copy, no_workers):
+    file = Path(plain_copy.output) / "runs" / "unet" / "seed_0" / "config.yaml"
+    file.write_text("data: data\noutput: out\nepochs: many")
+    with pytest.raises(StudyError, match=rf"{file}: is damaged \(epochs: .*; delete the folder"):
+        study_models(plain_copy)
+    file.unlink()
+    with pytest.raises(StudyError, match=rf"{file}: is missing.*; delete the folder"):
+        study_models(plain_copy)
+
+
+def test_an_ensemble_of_runs_that_were_scored_since_is_scored_again(folded_copy, no_workers):
+    ensemble = folded_copy.ensembles()[0]
+    member = ensemble.needs[0].at(1) / "test" / "summary.json"
+    later = (ensemble.at(1) / "summary.json").stat().st_mtime + 1
+    os.utime(member, (later, later))
+    with pytest.raises(AssertionError, match="a worker was started"):
+        study_models(folded_copy)
+
+
+def test_a_folder_of_something_else_is_refused(plain_copy, settings, tmp_path, no_workers):
+    skips = {name: value for name, value in settings.items() if name not in ("models", "model_options")}
+    with pytest.raises(StudyError, match="holds a study of models"):
+        study_skips(SkipStudyConfig(**skips, output=plain_copy.output))
+    marker = Path(plain_copy.output) / "study.json"
+    marker.write_text(json.dumps({"study": "models", "images": "0", "folds": None, "names_in_folds": None}))
+    with pytest.raises(
+        StudyError, match=r"another version of uctrans began the study in .* name another output folder"
+    ):
+        study_models(plain_copy)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for output, message in ((tmp_path / "mine", "no study wrote"), (tmp_path / "mine" / "notes.txt", "is a file")):
+        with pytest.raises(StudyError, match=message):
+            study_models(replace(plain_copy, output=str(output)))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("images/test1.png", b"", r"test1\.png.*cannot be read"),
+        ("masks/test1.png", np.zeros((32, 33), np.uint8), r"masks/test1\.png.*33"),
+        ("instances/test1.png", np.ones((33, 32), np.int32), r"instances/test1\.png.*33"),
+    ],
+)
+def test_bad_test_images_are_named_before_anything_is_trained(
+    file, content, message, plain, data, tmp_path, no_workers
+):
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / "test" / file
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif "instances" in file:
+        write_instances(path, content)
+    else:
+        write_png(path, content)
+    config = replace(plain, data=str(tmp_path / "data"), output=str(tmp_path / "study"), score_size="native")
+    with pytest.raises(DataError, match=message):
+        study_models(config)
+    assert not (tmp_path / "study").exists()
+    if "instances" in file:  # it is not scored at the size of the protocol
+        with pytest.raises(AssertionError, match="a worker was started"):
+            study_models(replace(config, score_size="protocol"))
