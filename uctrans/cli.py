@@ -289,7 +289,7 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
             rest = _config_of_resumed_run(rest) + rest
         given = vars(parser.parse_args(rest))
     except argparse.ArgumentError as error:
-        hint = _near_flags(rest, settings) or f"uctrans {name} --help lists the settings"
+        hint = _near_flags(rest, settings, COMMANDS[name].hidden) or f"uctrans {name} --help lists the settings"
         raise CommandLineError(f"{_in_plain_words(str(error), settings)} ({hint})") from error
     return name, settings(**{field: value for field, value in given.items() if field != "config"})
 
@@ -339,9 +339,10 @@ def _in_plain_words(message: str, settings: type) -> str:
     return f"{_flag(field)}: {found[2].strip()} does not fit; {wanted}"
 
 
-def _near_flags(words: Sequence[str], settings: type) -> str:
+def _near_flags(words: Sequence[str], settings: type, hidden: Sequence[str]) -> str:
     """Return "did you mean" for the unknown flags among ``words``, or an empty string."""
-    known = [_flag(field.name) for field in dataclasses.fields(settings)] + ["--input", "--output", "--config"]
+    fields = [field.name for field in dataclasses.fields(settings) if field.name not in hidden]
+    known = [*map(_flag, fields), "--input", "--output", "--config"]
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     near = [match for flag in flags if flag not in known for match in difflib.get_close_matches(flag, known, n=1)]
     return f"did you mean {' and '.join(near)}?" if near else ""
