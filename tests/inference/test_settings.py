@@ -24,7 +24,9 @@ def test_existing_files_are_named(tmp_path):
     refuse_existing(paths, "a test")
     for path in paths[:4]:
         path.touch()
-    with pytest.raises(InferenceError, match=r"output: 4 of the files of a test exist already.*, \.\.\.;.* overwrite"):
+    with pytest.raises(
+        InferenceError, match=r"a, .*c and 1 more: 4 of the files of a test exist already; .* overwrite"
+    ):
         refuse_existing(paths, "a test")
 
 

@@ -18,7 +18,6 @@ import copy
 import dataclasses
 import logging
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -136,7 +135,7 @@ def export(config: ExportConfig) -> list[Path]:
                 "checks": _check_program(RUNNERS[name](path), model, shapes, name, config.dynamic),
             }
         for name, path in files.items():
-            os.replace(Path(temporary) / FORMATS[name], path)  # noqa: PTH105 - the atomic rename
+            (Path(temporary) / FORMATS[name]).replace(path)
     write_json(folder / SUMMARY, description | {"settings": dataclasses.asdict(config)})
     return [*files.values(), folder / SUMMARY]
 
@@ -154,7 +153,7 @@ def _traced_size(config: ExportConfig, model: nn.Module, grid: int) -> tuple[int
     size = config.image_size
     if size is None:
         size = protocol_of(model).image_size
-    elif isinstance(size, int):
+    elif not isinstance(size, tuple | list):
         size = (size, size)
     if len(size) != 2 or min(size) < 1:
         raise InferenceError(f"image_size: got {config.image_size}; give one or two numbers of pixels, at least 1")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..data.find import shorten
 from ..extras import import_extra
 
 Item = TypeVar("Item")
@@ -53,10 +54,9 @@ def refuse_existing(paths: list[Path], what: str) -> None:
     """Raise InferenceError if any of ``paths``, the files of ``what``, exists; the message names up to three."""
     existing = [path for path in paths if path.exists()]
     if existing:
-        named = ", ".join(str(path) for path in existing[:3]) + (", ..." if len(existing) > 3 else "")
         raise InferenceError(
-            f"output: {len(existing)} of the files of {what} exist already: {named}; "
-            "choose another folder, or set overwrite to replace them"
+            f"{shorten(existing, limit=3)}: {len(existing)} of the files of {what} exist already; "
+            "choose another output folder, or set overwrite to replace them"
         )
 
 
