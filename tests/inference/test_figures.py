@@ -10,14 +10,12 @@ from uctrans.inference.figures import (
     INSTANCE_COLOURS,
     ComparisonRow,
     InstanceRow,
-    ModelsRow,
     choose_rows,
     class_colours,
     comparison_figure,
     differences,
     instance_figure,
     instance_overlay,
-    models_figure,
     outlines,
     overlay,
 )
@@ -135,25 +133,6 @@ def test_figure(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
     with pytest.raises(ValueError, match="at least one row"):
         comparison_figure(tmp_path / "none.png", [], class_colours(1))
-
-
-def test_figure_of_models(tmp_path):
-    colours = np.array([[0, 0, 0], [250, 10, 20], [20, 10, 250]], dtype=np.uint8)
-    empty, first, second = (np.full((40, 60), label, dtype=np.uint8) for label in range(3))
-    row = ModelsRow("name" * 20, np.full((40, 60, 3), 200, np.uint8), empty, [first, empty, second], [0.5, 0, 1])
-    models = ["a", "dual_branch_uctransnet", "c"]
-    models_figure(tmp_path / "models.png", models, [row, row], colours)
-    pixels = imread(tmp_path / "models.png")[..., :3]
-    columns = [
-        np.flatnonzero((pixels == colour).all(-1).mean(0) > 0.3) / pixels.shape[1] for colour in (*colours[1:], 200)
-    ]
-    assert 0.4 < columns[0].min() < columns[0].max() < 0.63  # the third of five panels
-    assert columns[1].min() > 0.8  # the last
-    assert columns[2].max() < 0.25  # the image
-    models_figure(tmp_path / "many.png", models * 4, [row._replace(predictions=[first] * 12, dice=[0.5] * 12)], colours)
-    assert imread(tmp_path / "many.png").shape[1] < 2.2 * pixels.shape[1]
-    with pytest.raises(ValueError, match="give one and its Dice for each of 2 models"):
-        models_figure(tmp_path / "none.png", models[:2], [row], colours)
 
 
 def test_figure_of_nuclei(tmp_path):

@@ -297,17 +297,6 @@ class Comparison:
             names = names[1:]
         return names if len(set(names)) == foreground else [str(label) for label in range(1, foreground + 1)]
 
-    @property
-    def legend(self) -> list[str] | None:
-        """Names of the classes in a figure; None for binary masks, which need none."""
-        return self.class_names if self.classes > 1 else None
-
-    @property
-    def colours(self) -> np.ndarray:
-        """Colours of the labels in figures of masks, uint8 ``(labels, 3)``."""
-        is_plain = self.classes == 1 and self.palette is None
-        return WHITE_ON_BLACK if is_plain else class_colours(self.classes, self.palette)
-
     def check(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> None:
         """Raise DataError if a mask or map cannot be used.
 
@@ -316,13 +305,11 @@ class Comparison:
         if not self._is_at_network_size:
             check_truth(samples, instance_maps if self.is_native else {}, self.classes, self.palette)
 
-    def images(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path] | None = None) -> Iterator[Compared]:
+    def images(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
         """Predict the images in their order, and read their truth and the instance maps that are given."""
         if self._is_at_network_size:
             return self._at_network_size(samples)
-        if self.is_native:
-            return self._at_native_size(samples, instance_maps or {})
-        return self._resized(samples)
+        return self._at_native_size(samples, instance_maps) if self.is_native else self._resized(samples)
 
     def _at_network_size(self, samples: Sequence[Sample]) -> Iterator[Compared]:
         for start in range(0, len(samples), self._config.batch_size):
@@ -396,13 +383,13 @@ def _draw_figures(
 ) -> None:
     """Predict the images to show once more, which saves the memory of keeping all predictions, and draw them."""
     by_dice = choose_rows([row["dice"] for row in rows])
-    scored = [position for position, row in enumerate(rows) if not math.isnan(row.get("aji", math.nan))]
-    by_aji = choose_rows([rows[position]["aji"] for position in scored], INSTANCE_ROWS)
-    by_aji = [(scored[place], rank) for place, rank in by_aji]
-    chosen = sorted({position for position, _ in (*by_dice, *by_aji)})
-    chosen_maps = {rows[position]["name"]: instance_maps[rows[position]["name"]] for position, _ in by_aji}
-    again = comparison.images([samples[position] for position in chosen], chosen_maps)
-    pictures = dict(zip(chosen, again, strict=True))
+    with_aji = [position for position, row in enumerate(rows) if not math.isnan(row.get("aji", math.nan))]
+    chosen = choose_rows([rows[position]["aji"] for position in with_aji], INSTANCE_ROWS)
+    by_aji = [(with_aji[place], rank) for place, rank in chosen]
+    positions = sorted({position for position, _ in (*by_dice, *by_aji)})
+    maps = {name: instance_maps[name] for name in (rows[position]["name"] for position, _ in by_aji)}
+    again = comparison.images([samples[position] for position in positions], maps)
+    pictures = dict(zip(positions, again, strict=True))
     mask_rows, instance_rows = [], []
     for position, rank in by_dice:
         shown, score = pictures[position], rows[position]["dice"]
@@ -411,7 +398,9 @@ def _draw_figures(
         shown, score = pictures[position], rows[position]["aji"]
         nuclei = shown.true_instances, shown.predicted_instances
         instance_rows.append(InstanceRow(shown.name, shown.image, *nuclei, score, rank))
-    comparison_figure(files["figure.png"], mask_rows, comparison.colours, comparison.legend)
+    classes, palette = comparison.classes, comparison.palette
+    colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
+    comparison_figure(files["figure.png"], mask_rows, colours, comparison.class_names if classes > 1 else None)
     if instance_rows:
         instance_figure(files[INSTANCE_PICTURE], instance_rows)
     else:  # a picture of the evaluation that is replaced does not show these scores

@@ -36,11 +36,10 @@ PIXELS_PER_LINE_WIDTH = 400  # an outline is one pixel wide for each of these al
 
 COLUMNS = ("Image", "Truth", "Prediction", "Differences")
 INSTANCE_COLUMNS = ("Image", "True nuclei", "Predicted nuclei")
-PANEL_INCHES, SMALLEST_PANEL_INCHES = 2.1, 1.3
+PANEL_INCHES = 2.1
 INSTANCE_PANEL_INCHES = 3.5  # outlines are thin
-FIGURE_INCHES = 16  # beyond this width panels get smaller
 DPI = 150
-LABEL_INCHES, TITLE_INCHES, CAPTION_INCHES, LEGEND_INCHES = 0.5, 0.45, 0.2, 0.25
+LABEL_INCHES, TITLE_INCHES, LEGEND_INCHES = 0.5, 0.45, 0.25
 LEGEND_COLUMNS = 4
 NAME_LENGTH = 28
 TITLE_POINTS, LABEL_POINTS, SMALLEST_POINTS = 11, 8, 6
@@ -161,20 +160,6 @@ class ComparisonRow(NamedTuple):
     rank: str = ""
 
 
-class ModelsRow(NamedTuple):
-    """One row of `models_figure`: uint8 image ``(H, W, 3)``, label maps uint8 ``(H, W)``, Dice in 0..1.
-
-    ``predictions`` and ``dice`` have one entry for each model.
-    """
-
-    name: str
-    image: np.ndarray
-    truth: np.ndarray
-    predictions: list[np.ndarray]
-    dice: list[float]
-    rank: str = ""
-
-
 class InstanceRow(NamedTuple):
     """One row of `instance_figure`: uint8 image ``(H, W, 3)``, integer instance maps ``(H, W)``, AJI in 0..1."""
 
@@ -229,37 +214,6 @@ def comparison_figure(
     _write_grid(path, COLUMNS, labels, panels, legend=[*_class_legend(colours, class_names), kinds])
 
 
-def models_figure(
-    path: Path,
-    models: list[str],
-    rows: list[ModelsRow],
-    colours: np.ndarray,
-    class_names: list[str] | None = None,
-) -> None:
-    """Write image, truth and the predictions of several models, with the Dice below each, as a PNG, atomically.
-
-    Args:
-        path: File to write.
-        models: Names of the models, one column each.
-        rows: At least one, top to bottom.
-        colours: Colours of the labels, see `class_colours`.
-        class_names: Names of the foreground classes, for the legend; None for binary masks.
-
-    Raises:
-        ImportError: Matplotlib is not installed.
-        ValueError: There is no row, or one has no prediction of a model.
-    """
-    if any(not len(models) == len(row.predictions) == len(row.dice) for row in rows):
-        raise ValueError(
-            f"rows: one of them lacks a prediction; give one and its Dice for each of {len(models)} models"
-        )
-    panels = [[row.image, *(colours[labels] for labels in (row.truth, *row.predictions))] for row in rows]
-    labels = [_label(row.name, f"mean Dice {np.mean(row.dice):.3f}", row.rank) for row in rows]
-    captions = [["", "", *(f"Dice {dice:.3f}" for dice in row.dice)] for row in rows]
-    legend = _class_legend(colours, class_names)
-    _write_grid(path, (*COLUMNS[:2], *models), labels, panels, captions=captions, legend=legend)
-
-
 def instance_figure(path: Path, rows: list[InstanceRow]) -> None:
     """Write images and the outlines of their true and predicted nuclei as a PNG, atomically.
 
@@ -294,7 +248,6 @@ def _write_grid(
     labels: list[str],
     panels: list[list[np.ndarray]],
     legend: Legend = (),
-    captions: list[list[str]] | None = None,
     panel_inches: float = PANEL_INCHES,
 ) -> None:
     """Write pictures in rows and columns as a PNG, atomically.
@@ -305,8 +258,7 @@ def _write_grid(
         labels: Labels of the rows, on the left.
         panels: Pictures of each row, uint8 ``(H, W, 3)``.
         legend: Lines of names and colours below the pictures.
-        captions: Texts below the pictures of each row.
-        panel_inches: Width of a picture, if there are not too many columns.
+        panel_inches: Width of a picture.
 
     Raises:
         ValueError: There is no row.
@@ -314,36 +266,28 @@ def _write_grid(
     if not panels:
         raise ValueError("rows: there are none; give at least one row")
     figure_class = import_extra("matplotlib.figure", "training").Figure
-    panel_inches = max(SMALLEST_PANEL_INCHES, min(panel_inches, FIGURE_INCHES / len(titles)))
     aspect = float(np.median([row[0].shape[0] / row[0].shape[1] for row in panels]))
     panel_height = panel_inches * min(max(aspect, 0.3), 3.0)
     figure = figure_class(layout="constrained")
     figure.set_size_inches(
         panel_inches * len(titles) + LABEL_INCHES,
-        (panel_height + (CAPTION_INCHES if captions else 0)) * len(panels) + TITLE_INCHES + LEGEND_INCHES * len(legend),
+        panel_height * len(panels) + TITLE_INCHES + LEGEND_INCHES * len(legend),
     )
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
-    for row, (row_axes, label, pictures) in enumerate(zip(axes, labels, panels, strict=True)):
-        for column, (axis, picture) in enumerate(zip(row_axes, pictures, strict=True)):
+    for row_axes, label, pictures in zip(axes, labels, panels, strict=True):
+        for axis, picture in zip(row_axes, pictures, strict=True):
             axis.imshow(picture, interpolation="antialiased")
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_color("0.6")
-            if captions:
-                axis.set_xlabel(captions[row][column], fontsize=LABEL_POINTS)
-        row_axes[0].set_ylabel(label, fontsize=_points(label, panel_height, LABEL_POINTS))
+        fitting = 72 * panel_height / (CHARACTER_WIDTH * max(map(len, label.split("\n"))))
+        row_axes[0].set_ylabel(label, fontsize=max(SMALLEST_POINTS, min(LABEL_POINTS, fitting)))
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=_points(title, panel_inches, TITLE_POINTS))
+        axis.set_title(title, fontsize=TITLE_POINTS)
     if legend:
         _add_legend(figure, legend)
     with written_atomically(path) as temporary:
         figure.savefig(temporary, dpi=DPI)
-
-
-def _points(text: str, inches: float, most: float) -> float:
-    """Return the font size at which the longest line of a text takes ``inches``, within bounds."""
-    fitting = 72 * inches / (CHARACTER_WIDTH * max(map(len, text.split("\n"))))
-    return max(SMALLEST_POINTS, min(most, fitting))
 
 
 def _add_legend(figure: Any, lines: Legend) -> None:
