@@ -2,7 +2,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format benchmark gpu resources pictures clean
+.PHONY: help demo test lint format benchmark gpu resources clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python test` chooses another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
@@ -41,9 +41,6 @@ gpu: ## run the plan for a CUDA GPU, in nine minutes: make gpu PYTHON=python ARG
 # What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.
 resources: $(VENV)/.dev ## compile every kernel offline: docs/kernel-resources.md
 	$(BIN)/python -m uctrans.kernels.resources --output docs/kernel-resources.md
-
-pictures: $(VENV)/.dev ## draw the networks from the code: docs/models.md
-	$(BIN)/python -m uctrans.models.drawing --output docs/models
 
 clean: ## remove what was built and the demo; runs/, records of benchmarks and the environment stay
 	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis *.egg-info
