@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import uctrans
+from tests.models import support
+from tests.models.support import TWO_SCALES, randomised
 from uctrans.data import find_samples, load_native
 from uctrans.inference import ExportConfig, export
 from uctrans.layers import NestedU
@@ -14,21 +16,10 @@ from uctrans.training.losses import image_dice, segmentation_loss
 from uctrans.training.run import build_model
 
 MONUSEG = "UCTRANS_MONUSEG"
-SMALL = {"base_channels": 4, "image_size": 32, "dilations": (2, 2, 2, 1), "num_layers": 1, "num_heads": 2}
 
 
 def build(**options):
-    torch.manual_seed(0)
-    return uctrans.create_model("dual_branch_uctransnet", **(SMALL | options))
-
-
-def randomised(model):
-    """Positions and statistics that are not zero or one, so that leaving them out shows."""
-    generator = torch.Generator().manual_seed(3)
-    for name, value in model.state_dict().items():
-        if name.endswith(("position", "running_mean", "running_var")):
-            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-    return model.eval()
+    return support.build("dual_branch_uctransnet", **options)
 
 
 def blobs(size, seed=0):
@@ -67,8 +58,8 @@ class TestNetwork:
     def test_triton_agrees(self):
         pytest.importorskip("triton")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = randomised(build(mlp_ratio=1)).to(device)
-        image = torch.rand(1, 3, 16, 32, device=device)
+        model = randomised(build(**TWO_SCALES["dual_branch_uctransnet"], mlp_ratio=1)).to(device)
+        image = torch.rand(1, 3, 8, 16, device=device)
         with torch.no_grad():
             outputs = {backend: uctrans.set_backend(model, backend)(image) for backend in ("triton", "composed")}
         torch.testing.assert_close(outputs["triton"], outputs["composed"], rtol=1e-4, atol=1e-4)
@@ -259,7 +250,7 @@ def test_full_size_counts():
     assert counter.get_total_flops() - without.get_total_flops() == pytest.approx(45.3e9, rel=1e-3)
 
 
-def least_dice_after_overfitting(name, images, masks, steps=80):
+def least_dice_after_overfitting(name, images, masks, steps):
     """Dice of the worse picture, by a network in eval mode.
 
     The rate falls to nothing, so that weights and running statistics come to rest: the score is that of any of the last
@@ -281,7 +272,7 @@ def least_dice_after_overfitting(name, images, masks, steps=80):
 
 @pytest.mark.parametrize("name", ["uctransnet", "dual_branch_uctransnet"])
 def test_overfits_two_pictures(name):
-    assert least_dice_after_overfitting(name, *blobs(64)) > 0.95
+    assert least_dice_after_overfitting(name, *blobs(64), steps=80) > 0.95
 
 
 @pytest.mark.slow
@@ -294,6 +285,6 @@ def test_overfits_two_crops_of_monuseg(name):
     corners = (tissue.sizes - 96) // 2
     images, masks = tissue.crops(torch.arange(2), *corners, (96, 96))
     assert 0 < masks.float().mean() < 1
-    dice = least_dice_after_overfitting(name, images / 255, masks.long())
+    dice = least_dice_after_overfitting(name, images / 255, masks.long(), steps=80)
     print(f"{name} on {' and '.join(sample.name for sample in samples)}: Dice {dice:.3f}")
     assert dice > 0.95

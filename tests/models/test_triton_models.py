@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = {
-    "image_size": 32,
-    "base_channels": (4, 6, 8, 12),
+    "image_size": 16,
+    "base_channels": (4, 6),
+    "patch_sizes": (4, 2),
     "num_layers": 1,
     "num_heads": 2,
     "mlp_ratio": 2,
@@ -39,7 +40,7 @@ def model(memory_format):
     return network.to(memory_format=memory_format)
 
 
-def images(draw=0, height=16, width=32):
+def images(draw=0, height=8, width=16):
     generator = torch.Generator().manual_seed(draw)
     return torch.rand(2, 3, height, width, generator=generator).to(DEVICE)
 
@@ -54,11 +55,11 @@ def logits_and_gradients(network, backend, dtype, image, memory_format, transfor
 
 
 def test_as_exact_as_the_reference(memory_format):
-    """In evaluation, where batch norm does not amplify rounding; three draws are measured together."""
+    """In evaluation, where batch norm does not amplify rounding; two draws are measured together."""
     network = model(memory_format).eval()
     runs = [("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
     drawn = [
-        [logits_and_gradients(network, backend, dtype, images(draw), memory_format) for draw in range(3)]
+        [logits_and_gradients(network, backend, dtype, images(draw), memory_format) for draw in range(2)]
         for backend, dtype in runs
     ]
     assert_within_budget(*([torch.stack(draws) for draws in zip(*results, strict=True)] for results in drawn))
@@ -66,9 +67,10 @@ def test_as_exact_as_the_reference(memory_format):
 
 def test_training_changes_the_same_buffers(memory_format):
     ours, published = (set_backend(model(memory_format), backend) for backend in ("triton", "reference"))
-    for draw in range(2):
-        for network in (ours, published):
-            network(images(draw).contiguous(memory_format=memory_format)).square().mean().backward()
+    with torch.no_grad():
+        for draw in range(2):
+            for network in (ours, published):
+                network(images(draw).contiguous(memory_format=memory_format))
     for (name, buffer), expected in zip(ours.named_buffers(), published.buffers(), strict=True):
         torch.testing.assert_close(
             buffer, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"

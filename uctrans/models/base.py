@@ -1,5 +1,6 @@
 """The base class of the networks: name, configuration, and files."""
 
+import importlib.util
 import json
 import pickle
 import tempfile
@@ -19,6 +20,7 @@ from ..writing import write_bytes
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 
 
 class ModelFileError(ValueError):
@@ -51,8 +53,14 @@ class SegmentationModel(nn.Module):
         self.metadata: dict[str, Any] = {}
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``; each file is replaced as a whole."""
-        return write_model(Path(folder), self._saved())
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``; each file is replaced as a whole.
+
+        With huggingface_hub installed, also write a model card (``README.md``) if there is none.
+        """
+        folder = write_model(Path(folder), self._saved())
+        if importlib.util.find_spec("huggingface_hub") is not None:
+            write_card(folder, self._saved())
+        return folder
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: str = "cpu") -> Self:
@@ -84,7 +92,9 @@ class SegmentationModel(nn.Module):
         return model.to(device)
 
     def push_to_hub(self, repository: str, *, private: bool = False, message: str = "Upload model") -> str:
-        """Upload weights and configuration to ``owner/name`` on the Hugging Face hub.
+        """Upload weights, configuration and model card to ``owner/name`` on the Hugging Face hub.
+
+        A card that the repository already has is kept.
 
         Returns:
             The address of the commit.
@@ -95,7 +105,9 @@ class SegmentationModel(nn.Module):
         hub = import_extra("huggingface_hub", "hub")
         hub.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            write_model(Path(folder), self._saved())
+            if not hub.file_exists(repository, CARD_FILE):
+                write_card(Path(folder), self._saved())
             return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
 
     def _saved(self) -> dict[str, Any]:
@@ -109,6 +121,54 @@ def write_model(folder: Path, saved: dict[str, Any]) -> Path:
     text = json.dumps({"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}, indent=2)
     write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
     return folder
+
+
+def write_card(folder: Path, saved: dict[str, Any]) -> None:
+    """Write the model card of a saved model (``README.md``), unless there is one; needs huggingface_hub."""
+    path = folder / CARD_FILE
+    if path.exists():
+        return
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name, config = saved["name"], saved["config"]
+    tags = ["uctrans", name.replace("_", "-"), "medical-imaging", "semantic-segmentation"]
+    data = ModelCardData(library_name="uctrans", pipeline_tag="image-segmentation", tags=tags)
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A `{name}` of uctrans for image segmentation. FOLDER is the folder that holds this file.
+
+```python
+import uctrans
+
+model = uctrans.load_model("FOLDER")
+logits = model(image)  # image: float (B, {config.get("in_channels", "channels")}, height, width), 0 to 1
+```
+
+`uctrans predict -i images -o masks --model FOLDER` prepares images as in training.
+
+## Architecture
+
+{_list_of(config)}
+
+## Training and scores
+
+{_list_of(saved["metadata"])}
+
+## Limits
+
+For research only; this is no medical device. Scores hold for images like those they were taken on: another scanner,
+stain or magnification may give much lower ones. Name a licence in the header before you publish the weights.
+"""
+    write_bytes(path, str(ModelCard(text)).encode())
+
+
+def _list_of(values: dict[str, Any]) -> str:
+    known = [f"- {key.replace('_', ' ')}: `{value}`" for key, value in values.items() if value is not None]
+    return "\n".join(known) or "Nothing was recorded."
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import uctrans
-from tests.models.test_models import NAMES, build
+from tests.models.support import NAMES, build
 from tests.support import HostRecorder
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0}

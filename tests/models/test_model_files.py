@@ -1,0 +1,208 @@
+"""Saving and loading models: folders, checkpoints, the hub and its model card, and files that cannot be used."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import uctrans
+from tests.models.support import NAMES, build, randomised
+from uctrans.models.base import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+
+
+@pytest.fixture
+def hub():
+    return pytest.importorskip("huggingface_hub", reason="the hub extra is not installed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryModel:
+    def test_save_and_load(self, name, tmp_path):
+        model = randomised(build(name, classes=2))
+        model.metadata = {"protocol": "uctransnet-224", "best_dice": 0.5}
+        model.save_pretrained(tmp_path / "model")
+        image = torch.rand(1, 3, 32, 32)
+        for loaded in (uctrans.load_model(tmp_path / "model"), type(model).from_pretrained(tmp_path / "model").eval()):
+            assert loaded.config == model.config
+            assert loaded.metadata == model.metadata
+            assert torch.equal(loaded(image), model(image))
+        assert {path.name for path in (tmp_path / "model").iterdir()} - {CARD_FILE} == {CONFIG_FILE, WEIGHTS_FILE}
+
+    def test_run_folder_and_checkpoint(self, name, tmp_path):
+        model = randomised(build(name))
+        model.save_pretrained(tmp_path / "run" / "best")
+        saved = {"name": name, "config": model.config, "metadata": {"epoch": 3}, "state": model.state_dict()}
+        torch.save(
+            {"format": "uctrans-checkpoint", "version": 1, "model": saved, "ema": None}, tmp_path / "run" / "last.pt"
+        )
+        image = torch.rand(1, 3, 32, 32)
+        assert torch.equal(uctrans.load_model(tmp_path / "run")(image), model(image))
+        loaded = uctrans.load_model(tmp_path / "run" / "last.pt")
+        assert torch.equal(loaded(image), model(image))
+        assert loaded.metadata == {"epoch": 3}
+
+    def test_averaged_weights_are_preferred(self, name, tmp_path):
+        model, averaged = build(name), randomised(build(name))
+        saved = {"name": name, "config": model.config, "metadata": {}, "state": model.state_dict()}
+        torch.save(
+            {"format": "uctrans-checkpoint", "version": 1, "model": saved, "ema": averaged.state_dict()},
+            tmp_path / "best.pt",
+        )
+        image = torch.rand(1, 3, 32, 32)
+        assert torch.equal(uctrans.load_model(tmp_path / "best.pt")(image), averaged(image))
+
+    def test_full_disk_keeps_the_former_weights(self, name, tmp_path, monkeypatch):
+        model = randomised(build(name))
+        model.save_pretrained(tmp_path)
+        before = (tmp_path / WEIGHTS_FILE).read_bytes()
+
+        def half_written(path, contents):
+            with path.open("wb") as file:
+                file.write(contents[: len(contents) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", half_written)
+        with pytest.raises(OSError, match="No space left"):
+            build(name).save_pretrained(tmp_path)
+        assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
+        assert {path.name for path in tmp_path.iterdir()} - {CARD_FILE} == {CONFIG_FILE, WEIGHTS_FILE}
+
+    def test_hub_mixin_reads_what_we_write(self, name, tmp_path, hub):
+        model = randomised(build(name))
+        model.save_pretrained(tmp_path)
+
+        class OnHub(hub.PyTorchModelHubMixin, type(model)):
+            pass
+
+        loaded = OnHub.from_pretrained(tmp_path)
+        image = torch.rand(1, 3, 32, 32)
+        assert torch.equal(loaded.eval()(image), model(image))
+
+
+@pytest.mark.parametrize("has_card", [False, True], ids=["no card there", "card there"])
+def test_push_to_hub_uploads_all_files_and_keeps_a_card(has_card, monkeypatch, hub):
+    uploaded = {}
+
+    def upload_folder(repo_id, folder_path, commit_message):
+        uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+        return "address of the commit"
+
+    monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "file_exists", lambda repository, name: has_card and name == CARD_FILE)
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    assert build("unet").push_to_hub("someone/something") == "address of the commit"
+    card = set() if has_card else {CARD_FILE}
+    assert uploaded == {"someone/something": {CONFIG_FILE, WEIGHTS_FILE} | card}
+
+
+class TestModelCard:
+    def test_it_says_what_the_model_is_and_what_training_recorded(self, tmp_path, hub):
+        model = build("dual_branch_uctransnet", classes=3)
+        model.metadata = {"protocol": "native", "best_dice": 0.75, "palette": None}
+        card = hub.ModelCard.load(model.save_pretrained(tmp_path) / CARD_FILE)
+        assert card.data.library_name == "uctrans"
+        assert card.data.pipeline_tag == "image-segmentation"
+        assert {"uctrans", "dual-branch-uctransnet"} <= set(card.data.tags)
+        for line in ("# dual_branch_uctransnet", "- classes: `3`", "- protocol: `native`", "- best dice: `0.75`"):
+            assert line in card.text.splitlines()
+        assert "palette" not in card.text
+
+    def test_it_is_never_overwritten(self, tmp_path, hub):
+        build("unet").save_pretrained(tmp_path)
+        (tmp_path / CARD_FILE).write_text("edited")
+        build("unet").save_pretrained(tmp_path)
+        assert (tmp_path / CARD_FILE).read_text() == "edited"
+
+    def test_without_the_hub_there_is_none(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        build("unet").save_pretrained(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+        with pytest.raises(ImportError, match=r"uctrans\[hub\]"):
+            build("unet").push_to_hub("someone/something")
+
+
+class TestUnusableFiles:
+    def saved(self, folder):
+        build("unet").save_pretrained(folder)
+        return folder
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(uctrans.ModelFileError, match="missing does not exist: give a run folder"):
+            uctrans.load_model(tmp_path / "missing")
+        with pytest.raises(uctrans.ModelFileError, match=r"holds no config\.json"):
+            uctrans.load_model(tmp_path)
+
+    def test_model_one_folder_further_down(self, tmp_path):
+        self.saved(tmp_path / "run" / "best")
+        (tmp_path / "data").mkdir()
+        with pytest.raises(uctrans.ModelFileError, match=r"holds no config\.json; did you mean .*/run\?"):
+            uctrans.load_model(tmp_path)
+        self.saved(tmp_path / "model")
+        with pytest.raises(uctrans.ModelFileError, match=r"did you mean .*/model or .*/run\?"):
+            uctrans.load_model(tmp_path)
+
+    def test_run_without_best_weights(self, tmp_path):
+        (tmp_path / "last.pt").touch()
+        with pytest.raises(uctrans.ModelFileError, match=r"without best weights yet: use .*last\.pt"):
+            uctrans.load_model(tmp_path)
+
+    def test_config_that_is_no_json(self, tmp_path):
+        (self.saved(tmp_path) / CONFIG_FILE).write_text("{")
+        with pytest.raises(uctrans.ModelFileError, match=r"config\.json is not JSON"):
+            uctrans.load_model(tmp_path)
+
+    def test_config_of_an_unknown_model_or_option(self, tmp_path):
+        path = self.saved(tmp_path) / CONFIG_FILE
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"name": "nunet"}))
+        with pytest.raises(uctrans.ModelFileError, match=r"config\.json: unknown model 'nunet'"):
+            uctrans.load_model(tmp_path)
+        path.write_text(json.dumps(config | {"depth": 3}))
+        with pytest.raises(uctrans.ModelFileError, match=r"config\.json.*depth"):
+            uctrans.load_model(tmp_path)
+        path.write_text(json.dumps({"base_channels": 4}))
+        with pytest.raises(uctrans.ModelFileError, match="names no model"):
+            uctrans.load_model(tmp_path)
+
+    def test_weights_missing_truncated_or_of_another_size(self, tmp_path):
+        weights = self.saved(tmp_path) / WEIGHTS_FILE
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(uctrans.ModelFileError, match="not a whole safetensors file"):
+            uctrans.load_model(tmp_path)
+        weights.unlink()
+        with pytest.raises(uctrans.ModelFileError, match="does not exist: copy the weights"):
+            uctrans.load_model(tmp_path)
+        build("unet", base_channels=8).save_pretrained(tmp_path / "wide")
+        weights.write_bytes((tmp_path / "wide" / WEIGHTS_FILE).read_bytes())
+        with pytest.raises(uctrans.ModelFileError, match="of another shape"):
+            uctrans.load_model(tmp_path)
+
+    def test_class_and_file_disagree(self, tmp_path):
+        with pytest.raises(uctrans.ModelFileError, match="describes a 'unet', not a 'uctransnet'"):
+            uctrans.UCTransNet.from_pretrained(self.saved(tmp_path))
+
+    def test_checkpoint_truncated_foreign_or_executable(self, tmp_path):
+        path = tmp_path / "model.pt"
+        torch.save({"weights": torch.zeros(3)}, path)
+        with pytest.raises(uctrans.ModelFileError, match="neither a checkpoint of a training run nor"):
+            uctrans.load_model(path)
+        path.write_bytes(path.read_bytes()[:200])
+        with pytest.raises(uctrans.ModelFileError, match="truncated or no checkpoint"):
+            uctrans.load_model(path)
+        path.write_bytes(b"not a checkpoint at all")
+        with pytest.raises(uctrans.ModelFileError, match=r"model\.pt"):
+            uctrans.load_model(path)
+        path.write_text("epoch,dice\n1,0.5\n")
+        with pytest.raises(uctrans.ModelFileError, match="truncated or no checkpoint"):
+            uctrans.load_model(path)
+        torch.save({"format": "uctrans-checkpoint", "model": {"name": "unet"}}, path)
+        with pytest.raises(uctrans.ModelFileError, match="lacks the entry 'state'"):
+            uctrans.load_model(path)
+        torch.save(nn.Linear(2, 2), path)
+        with pytest.raises(uctrans.ModelFileError, match="never executed here"):
+            uctrans.load_model(path)
