@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 
 
 class _Kernels:
-    """Finds uctrans.kernels where unpacking an archive turned the link uctrans/kernels into a text file."""
+    """Find uctrans.kernels if unpacking an archive turned the link uctrans/kernels into a text file."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
@@ -21,31 +21,31 @@ class _Kernels:
 if not (ROOT / "uctrans/kernels").is_dir():
     sys.meta_path.append(_Kernels)
 
-from uctrans import SegmentationModel, create_model, load_model  # noqa: E402 - after the link is mended
+from uctrans import SegmentationModel, create_model, load_model  # noqa: E402 - the finder must be there first
 
 dependencies = ["torch", "numpy", "einops", "safetensors"]
 
 
 def uctransnet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:
-    """UCTransNet; see ``uctrans.UCTransNet`` for the options.
+    """Build or load a UCTransNet; ``uctrans.UCTransNet`` lists the options.
 
     Args:
         pretrained: a local file or folder that ``uctrans.load_model`` reads; None gives random weights.
-        options: arguments of the model; they come from the file where ``pretrained`` is given.
+        options: arguments of the model; not allowed with ``pretrained``, which has its own.
 
     Raises:
-        ValueError: ``pretrained`` together with options, or a file of another model.
+        ValueError: ``pretrained`` is given together with options, or holds another model.
     """
     return _model("uctransnet", pretrained, options)
 
 
 def dual_branch_uctransnet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:
-    """The dual-branch network; see ``uctrans.DualBranchUCTransNet`` for the options, and `uctransnet`."""
+    """Build or load the dual-branch network; ``uctrans.DualBranchUCTransNet`` lists the options, see `uctransnet`."""
     return _model("dual_branch_uctransnet", pretrained, options)
 
 
 def unet(pretrained: str | Path | None = None, **options: Any) -> SegmentationModel:
-    """U-Net; see ``uctrans.UNet`` for the options, and `uctransnet` for ``pretrained``."""
+    """Build or load a U-Net; ``uctrans.UNet`` lists the options, see `uctransnet`."""
     return _model("unet", pretrained, options)
 
 

@@ -1,6 +1,6 @@
-"""UCTransNet for medical image segmentation, over fused channel-attention operators.
+"""UCTransNet for medical image segmentation, built on fused channel-attention operators.
 
-Names are imported when they are first used, so that ``uctrans.kernels`` and ``uctrans.layers`` load nothing above them.
+Names are imported on first use, so that ``uctrans.kernels`` and ``uctrans.layers`` can be imported without the models.
 """
 
 import importlib
@@ -48,8 +48,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{'layers' if name == 'set_backend' else 'models'}")
-    return getattr(home, name)
+    package = importlib.import_module(f"{__name__}.{'layers' if name == 'set_backend' else 'models'}")
+    return getattr(package, name)
 
 
 def __dir__() -> list[str]:

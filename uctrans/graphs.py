@@ -1,8 +1,8 @@
-"""CUDA graphs: work that is recorded once and then replayed, so that the host launches no kernel of it by itself.
+"""CUDA graphs: record work once and replay it, so that the host launches all of its kernels in one call.
 
-What may be recorded has static shapes, works on tensors that stay where they are, and never waits for the device.
-Memory of recordings comes from pools of their own, which nothing else can use. Recordings may share a pool: they must
-not run at the same time then, and what a replay returns is overwritten by the next one.
+Work can be recorded if it has static shapes, uses tensors that stay where they are, and never waits for the device.
+Recordings take their memory from pools that nothing else can use. Recordings that share a pool must not run at the same
+time, and each replay overwrites what the one before returned.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 SHAPES_KEPT = 8
-SHARE_OF_FREE_MEMORY = 0.5  # for all recordings of a network, of what is free when the first is made
+SHARE_OF_FREE_MEMORY = 0.5  # for all recordings of a network, measured when the first one is made
 RAISING = "error"  # a mode of torch.cuda.set_sync_debug_mode
 
 
 class CaptureError(RuntimeError):
-    """Work that cannot be recorded as a CUDA graph; the message says what it did."""
+    """Work that cannot be recorded as a CUDA graph; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Recording:
     """Recorded work.
 
     Attributes:
-        replay: does the work again and returns its result, the same tensors each time.
+        replay: repeats the work and returns its result, the same tensors each time.
         size: bytes by which its pool has grown.
     """
 
@@ -38,14 +38,14 @@ class Recording:
 
 
 class CudaRecorder:
-    """Records work on the current CUDA device.
+    """Record work on the current CUDA device.
 
-    Work goes three ways, each time on a stream beside the current one: it is warmed up, rehearsed, then recorded. All
-    that is recorded until ``begin_pool`` is called shares a pool of memory.
+    Work is warmed up, rehearsed, then recorded, each time on a side stream. All recordings up to a call of
+    ``begin_pool`` share a pool of memory.
 
     Args:
         generators: random generators of the device, besides its default one, that the work draws from; they advance
-            with every replay as if the work had been done plainly.
+            with every replay as if the work had run without a graph.
     """
 
     def __init__(self, generators: Sequence[torch.Generator] = ()):
@@ -54,19 +54,19 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream()
 
     def begin_pool(self) -> None:
-        """Take memory from a new pool from now on: that of a pool is free again once all its recordings are gone."""
+        """Take memory from a new pool from now on. The memory of a pool is freed with the last of its recordings."""
         self.pool = torch.cuda.graph_pool_handle()
 
     def free_memory(self) -> int:
-        """Bytes that are free on the device, those included that PyTorch keeps for later."""
+        """Return the free bytes of the device, including those that PyTorch's allocator holds in reserve."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
     def warm_up(self, work: Callable[[], Any]) -> Any:
-        """Do the work plainly and return its result.
+        """Do the work without a graph and return its result.
 
-        Kernels are compiled, handles and optimizer states created, which a recording may not do.
+        This compiles kernels and creates handles and optimizer states, which must not happen in a recording.
         """
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
@@ -76,9 +76,9 @@ class CudaRecorder:
         return result
 
     def rehearse(self, work: Callable[[], Any]) -> Any:
-        """Do the work plainly once more, and return its result, where nothing may wait for the device.
+        """Do the work without a graph, raise if it waits for the device, and return its result.
 
-        A recording that fails leaves the process in a state that is hard to repair; here it fails before.
+        A recording that fails leaves the process in a state that is hard to repair; a rehearsal fails before it.
 
         Raises:
             CaptureError: the work waits for the device.
@@ -99,10 +99,10 @@ class CudaRecorder:
         """Record the work without doing it.
 
         Raises:
-            CaptureError: the work does what cannot be recorded.
-            torch.OutOfMemoryError: there is too little memory for its pool beside what else is there.
+            CaptureError: the work cannot be recorded.
+            torch.OutOfMemoryError: there is too little memory for its pool.
         """
-        # A graph that is destroyed in the midst of a recording would end it, and cycles are collected at any time.
+        # Destroying another graph would end a recording, and garbage collection may do so at any time.
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -137,11 +137,11 @@ class CudaRecorder:
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Leave a recording that failed, such that the generators and the device can be used again."""
+        """End a failed recording in a way that the generators and the device can be used again."""
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
-        # The failed recording may hold on to its pool, and the generators still take themselves to be recorded; both
-        # end with the next recording that succeeds.
+        # The failed recording may keep its pool, and the generators still believe they are recorded; the next
+        # recording that succeeds ends both.
         self.begin_pool()
         with contextlib.suppress(RuntimeError):
             empty = self._graph()
@@ -152,9 +152,9 @@ class CudaRecorder:
 
 @dataclass
 class _Shape:
-    """What is known of a shape of input: how often it was computed plainly, and its recording with its input."""
+    """A shape of input: how often it was computed without a graph, and its recording with the tensor it reads."""
 
-    plain_calls: int = 0
+    calls_without_graph: int = 0
     recording: Recording | None = None
     images: Tensor | None = None
 
@@ -167,17 +167,17 @@ class _Shape:
 class CapturedForward:
     """A network for inference, called through one CUDA graph for each shape of input.
 
-    A shape is computed plainly when it comes for the first and the second time and recorded when it comes again; the
-    ``SHAPES_KEPT`` shapes used last are remembered. Their recordings take ``SHARE_OF_FREE_MEMORY`` of the memory that
-    was free before the first of them, and beyond it only while one is made: those that were not used for longest go. A
-    shape that takes more alone is computed plainly from then on, and so is one for which there is too little memory
-    beside the recordings, which all go then. Weights that change in place are seen; a network that
-    is moved, set to another backend or to training needs another ``CapturedForward``.
+    A shape is computed without a graph in its first two calls and recorded in the third. The ``SHAPES_KEPT`` shapes
+    used last are remembered. Their recordings may take ``SHARE_OF_FREE_MEMORY`` of the memory that was free before the
+    first of them, and more only while one is being made; the least recently used ones are dropped. A shape whose
+    recording alone takes more is computed without a graph from then on. So is a shape for which there is too little
+    memory beside the recordings, and all recordings are dropped then. Weights may change in place. A network that is
+    moved, or set to another backend or to training, needs another ``CapturedForward``.
 
     Args:
-        forward: input tensor to output tensor, without gradients. It should not hold what holds the
-            ``CapturedForward``, so that graphs are freed with it and not by the next collection of cycles.
-        recorder: what records, made for the device of the input.
+        forward: computes an output tensor from an input tensor, without gradients. It should not refer to the object
+            that holds the ``CapturedForward``; otherwise graphs are freed only by the garbage collector.
+        recorder: a :class:`CudaRecorder` made for the device of the input.
     """
 
     def __init__(self, forward: Callable[[Tensor], Tensor], recorder: Any):
@@ -188,7 +188,7 @@ class CapturedForward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """The output for ``images``, in memory of its own.
+        """Return the output for ``images`` in memory that no later call overwrites.
 
         Raises:
             CaptureError: the network cannot be recorded.
@@ -198,7 +198,7 @@ class CapturedForward:
         try:
             return self._call(key, images)
         except torch.OutOfMemoryError:
-            pass  # after this block, as the error holds on to what the call has made
+            pass  # continue after this block: the error keeps alive what the call has made
         self._shapes.clear()
         self._too_large.add(key)
         self.recorder.free_memory()
@@ -212,19 +212,19 @@ class CapturedForward:
         if len(self._shapes) > SHAPES_KEPT:
             self._shapes.popitem(last=False)
         try:
-            if shape.plain_calls < 2:
-                shape.plain_calls += 1
-                do_plainly = self.recorder.warm_up if shape.plain_calls == 1 else self.recorder.rehearse
-                return do_plainly(lambda: self.forward(images))
+            if shape.calls_without_graph < 2:
+                shape.calls_without_graph += 1
+                do = self.recorder.warm_up if shape.calls_without_graph == 1 else self.recorder.rehearse
+                return do(lambda: self.forward(images))
             if shape.recording is None:
                 self._record(shape, images)
-                self._make_room(key)  # recording has waited for the device: no replay of what goes is under way
+                self._make_room(key)  # recording has waited for the device, so no dropped recording is running
         except CaptureError as error:
             raise CaptureError(
                 f"the network cannot be recorded as a CUDA graph ({error}); use it with graph off"
             ) from error
         if key in self._too_large:
-            del shape  # and with it the memory of the recording
+            del shape  # frees the memory of the recording
             return self.forward(images)
         shape.images.copy_(images)
         return shape.recording.replay().clone()
@@ -232,8 +232,8 @@ class CapturedForward:
     def _record(self, shape: _Shape, images: Tensor) -> None:
         if self._size_kept is None:
             self._size_kept = SHARE_OF_FREE_MEMORY * self.recorder.free_memory()
-        # What is made under inference mode, the state of the random generator among it, could not be written outside of
-        # it. Leaving inference mode switches gradients on.
+        # Tensors made in inference mode, such as the state of the random generator, could not be written outside of it.
+        # Leaving inference mode switches gradients on, hence no_grad.
         with torch.inference_mode(False), torch.no_grad():
             static = torch.empty_strided(images.shape, images.stride(), dtype=images.dtype, device=images.device)
             static.copy_(images)
@@ -242,7 +242,7 @@ class CapturedForward:
             shape.images = static
 
     def _make_room(self, latest: tuple) -> None:
-        """Forget what is too much beside the latest recording, or that one where it is too much alone."""
+        """Drop recordings until the latest one fits beside them, or drop the latest if it is too large alone."""
         if self._shapes[latest].size > self._size_kept:
             del self._shapes[latest]
             self._too_large.add(latest)

@@ -1,7 +1,7 @@
-"""Weights in the dtype that autocast would cast them to: kept so for inference, cast in one go for training.
+"""Weights in the dtype that autocast would cast them to: kept that way for inference, cast in one go for training.
 
-Autocast casts each weight by itself in every call, and its gradient back: two launches a weight and step, of a few
-microseconds each, whatever its size. UCTransNet has 152 such weights.
+Autocast casts each weight by itself in every call, and its gradient back. That is two launches a weight and step, of a
+few microseconds each whatever its size; UCTransNet has 152 such weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.func import functional_call
 
-from uctrans.layers import ChannelAttention, ChannelGate
+from .layers import ChannelAttention, ChannelGate
 
 CAST_BY_AUTOCAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, ChannelAttention)
 
 
 def modules_cast_by_autocast(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules all of whose weights autocast casts, with their names.
+    """Yield the modules whose weights are all cast by autocast, with their names.
 
-    Norms and position embeddings, which autocast leaves in float32, are not among them, and neither are the gates,
-    whose operator chooses its dtypes itself.
+    Autocast leaves norms and position embeddings in float32. The gates are left out, too: their operator chooses its
+    own dtypes.
     """
     in_gates = {part for gate in model.modules() if isinstance(gate, ChannelGate) for part in gate.modules()}
     for name, module in model.named_modules():
@@ -30,11 +30,11 @@ def modules_cast_by_autocast(model: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 def keep_weights_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the weights of convolutions, linear maps and attention, in place; return ``model``.
+    """Cast the weights of convolutions, linear maps and attention in place, and return ``model``.
 
-    Under autocast to ``dtype`` the network computes the very same numbers from half the bytes, without a cast of every
-    weight a call: at the published width these read 262 MB and write 131 MB. The model is for inference under autocast
-    then: a training would round its steps away.
+    Under autocast to ``dtype`` the network then computes the same bits from half the bytes, without casting every
+    weight in every call: at the published width these casts read 262 MB and write 131 MB. Use such a model for
+    inference only; the steps of a training would be rounded away.
     """
     for _, module in modules_cast_by_autocast(model):
         module.to(dtype)
@@ -42,19 +42,19 @@ def keep_weights_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def casting_together(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Any]:
-    """``model`` as it is called in a training under autocast to ``dtype``, with all weights cast at once.
+    """Return a function that calls ``model`` with all weights cast at once, for training under autocast to ``dtype``.
 
-    The numbers are those of autocast, and so are the gradients, in float32 where the parameters are: only the launches
-    are fewer. A weight that several operations take gets the sum of its gradients in ``dtype``, where autocast would
-    add them in float32. All gradients in ``dtype`` are kept until the last one is there, at the end of backward. What
-    activation checkpointing computes again casts its weights by itself.
+    Outputs and gradients are those of autocast, with fewer launches; gradients are float32 where parameters are. A
+    weight that several operators use gets the sum of its gradients in ``dtype``, where autocast adds them in float32.
+    All gradients in ``dtype`` are kept until the last one is computed, at the end of the backward pass. Stages that
+    activation checkpointing computes again cast their weights one by one.
     """
     cast_by_autocast = {
         f"{prefix}.{name}"
         for prefix, module in modules_cast_by_autocast(model)
         for name, _ in module.named_parameters()
     }
-    # A parameter that several modules share comes once here, and ``functional_call`` gives its copy to all of them.
+    # A parameter that several modules share is named once; ``functional_call`` gives its copy to all of them.
     weights = {name: parameter for name, parameter in model.named_parameters() if name in cast_by_autocast}
 
     def forward(images: Tensor) -> Any:
@@ -65,7 +65,7 @@ def casting_together(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor],
 
 
 class _CastTogether(torch.autograd.Function):
-    """Copies of weights in another dtype, all by one operator; and their gradients back, likewise."""
+    """Cast weights to another dtype by one operator, and their gradients back likewise."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -76,10 +76,10 @@ class _CastTogether(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        cast = _cast([gradients[number] for number in there], [ctx.dtypes[number] for number in there])
-        of_weight = dict(zip(there, cast, strict=True))
-        return None, *(of_weight.get(number) for number in range(len(gradients)))
+        present = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        cast = _cast([gradients[number] for number in present], [ctx.dtypes[number] for number in present])
+        by_weight = dict(zip(present, cast, strict=True))
+        return None, *(by_weight.get(number) for number in range(len(gradients)))
 
 
 def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
