@@ -1,3 +1,8 @@
+"""Networks through CUDA graphs: outputs, memory, shapes that are dropped, and work that cannot be recorded.
+
+Without a GPU, ``HostRecorder`` takes the place of CUDA graphs.
+"""
+
 import subprocess
 import sys
 import weakref

@@ -1,4 +1,4 @@
-"""Weights that are cast once and for all, or all at once: the same bits as under autocast alone."""
+"""Weights that are cast in advance, or all at once in training, give the same bits as autocast alone."""
 
 import copy
 from pathlib import Path
@@ -13,18 +13,26 @@ from uctrans.training.losses import segmentation_loss
 from uctrans.weight_casts import casting_together, keep_weights_cast, modules_cast_by_autocast
 
 ROOT = Path(__file__).parents[1]
+NAMES = ["unet", "uctransnet", "dual_branch_uctransnet"]
+ON_TRITON = {"backend": "triton", "patch_sizes": (4, 2), "base_channels": 2, "num_layers": 1}
 
 
 def network(name, **options):
     torch.manual_seed(0)
     options = {"base_channels": 4, **options}
     if name != "unet":
-        options = {"image_size": 48, "num_layers": 2, "num_heads": 2, **options}
+        options = {"image_size": 32, "num_layers": 2, "num_heads": 2, **options}
+    if name == "dual_branch_uctransnet":
+        options = {"dilations": (2, 2, 2, 1), **options}
     model = uctrans.create_model(name, **options)
     with torch.no_grad():
         for parameter in model.parameters():  # no two alike, no zeros
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model.eval()
+
+
+def images(count=2, side=32):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -39,30 +47,29 @@ def network(name, **options):
     ],
 )
 def test_outputs_under_autocast_are_the_same_to_the_bit(name, options, dtype):
-    assert_same_outputs(network(name, **options), "cpu", dtype)
+    assert_same_outputs(network(name, **options), "cpu", dtype, images())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the test below runs them in bfloat16")
 def test_outputs_of_the_triton_operators_are_the_same_to_the_bit():
     pytest.importorskip("triton")
-    assert_same_outputs(network("uctransnet", backend="triton"), "cpu", torch.float16)
+    assert_same_outputs(network("uctransnet", **ON_TRITON), "cpu", torch.float16, images(1, 8))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_on_a_gpu_outputs_are_the_same_to_the_bit(name):
-    assert_same_outputs(network(name, base_channels=16).cuda(), "cuda", torch.bfloat16)
+    assert_same_outputs(network(name, base_channels=16).cuda(), "cuda", torch.bfloat16, images().cuda())
 
 
 @torch.no_grad()
-def assert_same_outputs(model, device, dtype):
+def assert_same_outputs(model, device, dtype, image):
     cast = keep_weights_cast(copy.deepcopy(model), dtype)
-    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.autocast(device, dtype, cache_enabled=False):
         assert torch.equal(cast(image), model(image))
 
 
-@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_autocast_leaves_alone_stays_in_float32(name):
     model = keep_weights_cast(network(name), torch.bfloat16)
     kept = {key for key, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
@@ -72,12 +79,12 @@ def test_what_autocast_leaves_alone_stays_in_float32(name):
 
 
 def weights_cast_by_autocast(model):
-    """Each once, though modules lie in each other."""
+    """Return each weight once, though modules contain each other."""
     modules = torch.nn.ModuleList(module for _, module in modules_cast_by_autocast(model))
     return list(modules.parameters())
 
 
-def test_the_published_network_has_as_many_weights_that_autocast_casts_as_is_said():
+def test_the_number_of_weights_that_is_stated_is_right():
     with torch.device("meta"):
         model = uctrans.create_model("uctransnet")
     count = len(weights_cast_by_autocast(model))
@@ -87,7 +94,7 @@ def test_the_published_network_has_as_many_weights_that_autocast_casts_as_is_sai
 
 
 def train_once(model, forward, device, dtype, image):
-    """Logits of a call in training under autocast; the gradients stay in ``model``."""
+    """Return the logits of a call in training under autocast; the gradients stay in ``model``."""
     torch.manual_seed(2)  # of dropout
     with torch.autocast(device, dtype, cache_enabled=False):
         logits = forward(image)
@@ -98,7 +105,7 @@ def train_once(model, forward, device, dtype, image):
 
 
 def assert_the_same_training(model, device, dtype, image):
-    """Of a copy whose weights are cast together; return the copy."""
+    """Train ``model`` and a copy whose weights are cast together, once."""
     model = model.train().to(memory_format=torch.channels_last)
     other = copy.deepcopy(model)
     logits = train_once(model, model, device, dtype, image)
@@ -111,38 +118,35 @@ def assert_the_same_training(model, device, dtype, image):
         assert torch.equal(same, buffer), name
 
 
-@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_has_fewer_casts(name):
     model = network(name).train()
     weights = weights_cast_by_autocast(model)
     casts = []
     for forward in (model, casting_together(model, torch.bfloat16)):
         with Launched() as launched:
-            train_once(model, forward, "cpu", torch.bfloat16, torch.rand(1, 3, 48, 48))
+            train_once(model, forward, "cpu", torch.bfloat16, images(1))
         casts.append(launched.operators["aten::_to_copy"])
     assert 1.8 * len(weights) < casts[0] - casts[1] <= 2 * len(weights)  # there and back, but for a few
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_has_the_same_bits(name, is_checkpointing):
     model = network(name)
     if is_checkpointing:
         uctrans.set_checkpointing(model)
-    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-    assert_the_same_training(model, "cpu", torch.bfloat16, image)
+    assert_the_same_training(model, "cpu", torch.bfloat16, images())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the test below runs them in bfloat16")
 def test_a_training_step_of_the_triton_operators_likewise():
     pytest.importorskip("triton")
-    model = network("uctransnet", backend="triton", base_channels=2, num_layers=1)
-    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-    assert_the_same_training(model, "cpu", torch.float16, image)
+    assert_the_same_training(network("uctransnet", **ON_TRITON), "cpu", torch.float16, images(2, 8))
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_lie_as_one_launch_for_many_casts_them(name, is_checkpointing, monkeypatch):
     """On CUDA one launch casts many tensors only where all lie as their copies do; else each has one of its own."""
     casts = []
@@ -158,26 +162,25 @@ def test_gradients_lie_as_one_launch_for_many_casts_them(name, is_checkpointing,
     model = network(name).train().to(memory_format=torch.channels_last)
     if is_checkpointing:
         uctrans.set_checkpointing(model)
-    train_once(model, casting_together(model, torch.bfloat16), "cpu", torch.bfloat16, torch.rand(2, 3, 48, 48))
+    train_once(model, casting_together(model, torch.bfloat16), "cpu", torch.bfloat16, images())
     there, back = casts
     assert len(there) == len(back) and all(there) and all(back)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_on_a_gpu_a_training_step_has_the_same_bits(name, is_checkpointing):
     model = network(name, base_channels=16).cuda()
     if is_checkpointing:
         uctrans.set_checkpointing(model)
-    image = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(1)).cuda()
     # Gradients of weights that cuDNN adds up in any order would differ from run to run.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
-        assert_the_same_training(model, "cuda", torch.bfloat16, image)
+        assert_the_same_training(model, "cuda", torch.bfloat16, images().cuda())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["unet", "uctransnet", "dual_branch_uctransnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_on_a_gpu_few_launches_cast_all_weights(name):
     """There and back: what casts a list of tensors, and what casts one, by the names of PyTorch's kernels."""
     model = network(name, base_channels=16).cuda().train().to(memory_format=torch.channels_last)

@@ -22,7 +22,8 @@ DTYPES = [
     torch.float16,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # the interpreter multiplies bfloat16 wrongly
 ]
-CHANNELS, PATCHES, GRID = (4, 24), (4, 2), (3, 3)
+CHANNELS, PATCHES, GRID = (4, 24), (4, 2), (2, 3)
+BATCH = 1  # the interpreter takes long; the kernels' own tests have larger batches
 PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID = (64, 128, 256, 512), (16, 8, 4, 2), (14, 14)
 
 
@@ -59,12 +60,12 @@ def normal(*size, dtype=torch.float32, seed=1):
 
 
 def tokens(channels=CHANNELS, dtype=torch.float32):
-    return normal(2, GRID[0] * GRID[1], sum(channels), dtype=dtype)
+    return normal(BATCH, GRID[0] * GRID[1], sum(channels), dtype=dtype)
 
 
-def features(channels=CHANNELS, patches=PATCHES, grid=GRID, draw=0):
+def features(channels=CHANNELS, patches=PATCHES, grid=GRID, draw=0, batch=BATCH):
     return [
-        normal(2, width, grid[0] * patch, grid[1] * patch, seed=100 * draw + width)
+        normal(batch, width, grid[0] * patch, grid[1] * patch, seed=100 * draw + width)
         for width, patch in zip(channels, patches, strict=True)
     ]
 
@@ -105,9 +106,9 @@ class TestErrorBudget:
 
     @pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "training"])
     def test_transformer(self, is_training):
-        """Layers on layers amplify some draws' rounding tenfold on either side: the median of five is what counts."""
+        """Layers on layers amplify some draws' rounding tenfold on either side, so the median of three is compared."""
         module = transformer(num_layers=2).train(is_training)
-        spent = [budget_spent(*ours_published_and_exact(module, features(draw=draw))) for draw in range(5)]
+        spent = [budget_spent(*ours_published_and_exact(module, features(draw=draw))) for draw in range(3)]
         for place, shares in enumerate(zip(*spent, strict=True)):
             assert statistics.median(shares) <= 1, f"result {place} spends {shares} of its budget"
 
@@ -208,8 +209,16 @@ class TestNothingIsCopied:
         assert all(parameter.grad is not None for parameter in module.parameters())
         return forward, backward
 
-    @pytest.mark.parametrize("dropout", [0.0, 0.3])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "dropout"),
+        [
+            (torch.float32, 0.0),
+            (torch.float16, 0.3),
+            pytest.param(torch.bfloat16, 0.0, marks=pytest.mark.gpu),
+            pytest.param(torch.bfloat16, 0.3, marks=pytest.mark.gpu),
+        ],
+        ids=str,
+    )
     def test_in_one_dtype(self, dtype, dropout):
         forward, backward = self.forward_and_backward(layer(dropout=dropout, mlp_dropout=dropout, dtype=dtype))
         assert forward.names == backward.names == []
@@ -260,7 +269,7 @@ class TestOnAGpu:
     """The published widths at 224 pixels, under bfloat16 autocast as networks are trained."""
 
     def features(self):
-        return features(PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID)
+        return features(PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID, batch=2)
 
     @staticmethod
     def step(module, inputs):
