@@ -114,6 +114,10 @@ class TestUpstream:
         with pytest.raises(uctrans.ModelFileError, match="holds no state dict"):
             uctrans.load_upstream({"epoch": 3})
 
+    def test_another_encoder_has_no_published_names(self):
+        with pytest.raises(KeyError, match=r"encoder\.nested.* has no published name"):
+            uctrans.to_upstream(build("dual_branch_uctransnet"))
+
     def test_unknown_channel_order(self):
         with pytest.raises(ValueError, match="must be one of rgb, bgr"):
             uctrans.load_upstream({}, channel_order="grb")

@@ -79,6 +79,11 @@ def to_upstream(model: UCTransNet, *, channel_order: str = "rgb") -> dict[str, T
     """Return the state dict of ``model`` under the published names; the inverse of :func:`load_upstream`, bit for bit.
 
     ``channel_order="bgr"`` mirrors the first convolution, so that the published code can feed it BGR images.
+
+    Raises:
+        ValueError: ``channel_order`` is neither ``rgb`` nor ``bgr``.
+        ModelFileError: ``channel_order`` is ``bgr`` and the model does not take three channels.
+        KeyError: the published network has no such weights, as of a :class:`DualBranchUCTransNet`.
     """
     _check_channel_order(channel_order)
     published = {}
@@ -126,27 +131,25 @@ _NAMES = [
 
 def _published_names(name: str, model: UCTransNet) -> list[str]:
     """Return the published names of one of our entries; the keys of all heads come before their values."""
-    match, templates = next(
-        (match, templates) for pattern, *templates in _NAMES if (match := re.fullmatch(pattern, name))
-    )
-    names = []
-    for template in templates:
-        filled = _fill(template, match)
-        if "{scale}" in filled:
-            names += [filled.replace("{scale}", str(scale + 1)) for scale in range(len(model.transformer.channels))]
-        elif "{head}" in filled:
-            names += [filled.replace("{head}", str(head)) for head in range(model.config["num_heads"])]
-        else:
-            names.append(filled)
-    return names
+    for pattern, *templates in _NAMES:
+        if match := re.fullmatch(pattern, name):
+            return [filled for template in templates for filled in _fill(template, match, model)]
+    raise KeyError(f"{name} has no published name; only a UCTransNet with its own encoder has")
 
 
-def _fill(template: str, match: re.Match[str]) -> str:
+def _fill(template: str, match: re.Match[str], model: UCTransNet) -> list[str]:
+    """Return the names that a template stands for: one, or one for each scale or head."""
+
     def group(reference: re.Match[str]) -> str:
         value = match[int(reference[1])]
         return str(int(value) + 1) if reference[2] else value
 
-    return re.sub(r"\{(\d)(\+1)?\}", group, template)
+    name = re.sub(r"\{(\d)(\+1)?\}", group, template)
+    if "{scale}" in name:
+        return [name.replace("{scale}", str(scale + 1)) for scale in range(len(model.transformer.channels))]
+    if "{head}" in name:
+        return [name.replace("{head}", str(head)) for head in range(model.config["num_heads"])]
+    return [name]
 
 
 def _join(name: str, pieces: list[Tensor], model: UCTransNet) -> Tensor:
