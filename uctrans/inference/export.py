@@ -32,7 +32,7 @@ from ..data import protocol_of
 from ..extras import import_extra
 from ..kernels.channel_attention import fewest_tokens_to_correlate
 from ..layers import ChannelAttention, PatchEmbedding, set_backend
-from ..layers.backend import layers_with_backend
+from ..layers.switching import layers_with_backend
 from ..models import load_model
 from ..writing import write_json
 from .settings import InferenceError, check_choice, output_folder, refuse_existing

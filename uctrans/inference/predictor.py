@@ -19,7 +19,7 @@ from ..devices import find_device
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
 from ..layers import set_backend
-from ..layers.backend import layers_with_backend
+from ..layers.switching import layers_with_backend
 from ..models import load_model
 from ..models.base import probabilities
 from ..tiling import OVERLAP, tiled

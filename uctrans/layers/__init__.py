@@ -1,10 +1,10 @@
 """Layers over the operators: drop them into any U-Net."""
 
 from .attention import ChannelAttention
-from .backend import set_backend
 from .blocks import ConvNormAct, ConvNormActPool, DeepestStage, DoubleConv, DoubleConvPool, DownStage, Encoder
 from .gate import ChannelGate
 from .nested import DualBranchDown, DualBranchEncoder, NestedU, U2DownBlock, U2UpBlock
+from .switching import set_backend
 from .tokens import PatchEmbedding, Reconstruct
 from .transformer import ChannelTransformer, TransformerLayer
 

@@ -1,4 +1,4 @@
-"""Switch the implementation that a model's operators use."""
+"""Switch the backend of all layers of a model."""
 
 from torch import nn
 
