@@ -308,7 +308,7 @@ def test_strengths_that_cannot_be(strengths, message):
 
 
 @pytest.mark.gpu
-def test_can_be_captured_in_a_cuda_graph_and_draws_anew_at_each_replay():
+def test_a_cuda_graph_draws_new_numbers_at_each_replay():
     images, masks = (tensor.cuda() for tensor in make_batch(32, 48, 48))
     on_gpu = torch.Generator("cuda").manual_seed(0)
     turn_flip_rotate(images, masks, on_gpu)

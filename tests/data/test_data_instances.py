@@ -130,7 +130,7 @@ def check(root):
     check_truth(samples, find_instances(samples))
 
 
-def test_truth_that_is_right(pairs, recwarn):
+def test_masks_and_maps_that_fit_give_no_warning(pairs, recwarn):
     check(pairs)
     assert not recwarn.list
 
@@ -144,14 +144,14 @@ def test_truth_that_is_right(pairs, recwarn):
         ("instances/b.png", (nuclei() > 0) * np.uint8(255), r"instances/b\.png: is a mask"),
     ],
 )
-def test_truth_that_is_wrong_is_told_at_once(pairs, file, pixels, message):
+def test_masks_and_maps_that_are_wrong_are_refused(pairs, file, pixels, message):
     write_png(pairs / file, pixels)
     with pytest.raises(DataError, match=message):
         check(pairs)
 
 
-def test_a_mask_of_0_and_1_taken_for_a_map_is_told(pairs):
-    """Four parts of one number; a single nucleus in one piece is none to wonder at."""
+def test_a_mask_of_0_and_1_in_place_of_a_map_gives_a_warning(pairs):
+    """One number in four places warns; a single nucleus in one piece does not."""
     one = np.where(nuclei() == 1, np.uint8(255), np.uint8(0))
     write_png(pairs / "masks/a.png", one)
     write_png(pairs / "instances/a.png", one // 255)
@@ -163,7 +163,7 @@ def test_a_mask_of_0_and_1_taken_for_a_map_is_told(pairs):
     assert len(caught) == 1
 
 
-def test_a_map_that_fits_loosely_is_told(pairs):
+def test_a_map_that_fits_loosely_gives_a_warning(pairs):
     write_instances(pairs / "instances/a.png", nuclei(1))
     write_instances(pairs / "instances/b.png", nuclei(3))
     with pytest.warns(UserWarning, match=r"^1 instance maps fit their masks with a Dice below 0\.8: .*b\.png"):
@@ -171,7 +171,7 @@ def test_a_map_that_fits_loosely_is_told(pairs):
 
 
 @pytest.mark.parametrize("name", ["b.npy", "B.png", "b.TXT"])
-def test_files_that_may_be_meant_for_a_sample_without_a_map_are_told(pairs, name):
+def test_files_that_may_be_meant_for_a_sample_without_a_map_give_a_warning(pairs, name):
     (pairs / "instances/b.png").rename(pairs / "instances" / name)
     with pytest.warns(UserWarning, match=rf"Ignored .*instances/{name}: .*the name of its mask, capitals included"):
         assert list(find_instances(find_samples(pairs))) == ["a"]

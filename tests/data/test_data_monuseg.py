@@ -215,7 +215,7 @@ def test_a_large_outline_never_swallows_a_nucleus_inside_it(order):
     assert np.unique(instances).tolist() == [1, 2]
 
 
-def test_hidden_nuclei_are_told_and_numbers_have_no_gaps():
+def test_hidden_nuclei_give_a_warning_and_numbers_have_no_gaps():
     square, large = np.array(SQUARE), np.array([(0, 0), (11, 0), (11, 11), (0, 11)])
     halves = [np.array([(2, 3), (5, 3), (5, 5), (2, 5)]), np.array([(2, 6), (5, 6), (5, 8), (2, 8)])]
     outside = square + 100
@@ -274,7 +274,7 @@ def write_image(folder, name, outlines=OUTLINES):
 
 @pytest.fixture
 def split(tmp_path):
-    """A dataset that comes split; one of two training images, none for validation and the test image have outlines."""
+    """Write a dataset that comes split; one of two training images and the test image have outlines."""
     for folder, name in (("train", "a"), ("train", "b"), ("val", "c"), ("test", "d")):
         write_image(tmp_path / folder, name)
     for name in ("b", "d"):

@@ -145,7 +145,7 @@ def test_without_strengths_crops_are_turned_and_flipped_only():
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
-def test_resized_images_are_augmented_likewise(order):
+def test_resized_images_are_augmented_as_crops_are(order):
     """Image and mask by the same map, colours as those of crops, in the order that the network sees."""
     settings = {"image_size": (9, 9), "channel_order": order}
     still = get_protocol("augmented-224", augmentation=NativeAugmentation(**NO_CHANGES), **settings)

@@ -141,7 +141,7 @@ def test_several_pages_or_frames(tmp_path):
     stack = random_pixels(50, 40, 4)
     tifffile.imwrite(tmp_path / "stack.tif", random_pixels(5, 8, 9), photometric="minisblack")
     tifffile.imwrite(tmp_path / "narrow.tif", stack, photometric="minisblack")  # looks like channels
-    tifffile.imwrite(tmp_path / "three.tif", stack[:3], photometric="minisblack")  # likewise
+    tifffile.imwrite(tmp_path / "three.tif", stack[:3], photometric="minisblack")  # looks like planes
     tifffile.imwrite(tmp_path / "imagej.tif", stack, imagej=True, metadata={"axes": "ZYX"})
     imageio.v3.imwrite(tmp_path / "film.gif", random_pixels(2, 8, 9, 3))
     for name, pages in (("stack", 5), ("narrow", 50), ("three", 3), ("imagej", 50)):

@@ -110,7 +110,7 @@ def test_boundary_target_is_that_of_the_whole_map(dataset):
         assert set(np.unique(expected)) == {0, 1, 2}
 
 
-def test_a_mask_of_0_and_1_taken_for_a_map_is_told(dataset):
+def test_a_mask_of_0_and_1_in_place_of_a_map_gives_a_warning(dataset):
     parts = imageio.v3.imread(dataset / "instances/a.png")
     parts[:, 12:14] = 0
     put(dataset / "instances/a.png", (parts > 0).astype(np.uint16))
