@@ -4,17 +4,18 @@ import csv
 import re
 import runpy
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from skimage.io import imread
 
 from uctrans import UCTransNet, cli, to_upstream
-from uctrans.data import find_development_samples, load_folds
+from uctrans.data import find_development_samples, load_folds, write_demo_dataset
+from uctrans.training import TrainConfig, train
 from uctrans.writing import write_png
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ PAGES = {
         *ROOT.glob("kernels/**/README.md"),
     )
 }
-TINY = ("--epochs", "1", "--base-channels", "2", "--image-size", "32", "--threads", "1", "--no-progress")
+TINY = {"epochs": 1, "base_channels": 2, "image_size": 32, "threads": 1, "progress": False}
 
 
 def blocks(language, page=None):
@@ -41,18 +42,32 @@ def commands(page=None):
     return [line for line in lines if line.startswith("uctrans ")]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a dataset, data, and a run on it, runs/first."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_demo_dataset(folder / "data")
+    train(TrainConfig(str(folder / "data"), str(folder / "runs/first"), **TINY))
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with what the pages take for granted: downloaded weights and an earlier run."""
+    """A working directory, where SIGTERM does again afterwards what it did before: the command line takes it over."""
     monkeypatch.chdir(tmp_path)
+    previous = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.fixture
+def working_folder(folder, trained):
+    """A working directory with what the pages take for granted: data, a run, downloaded weights."""
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
     weights = to_upstream(UCTransNet(base_channels=2, image_size=64))
     torch.save({"state_dict": weights}, "best_model-UCTransNet.pth.tar")
     Path("docs").symlink_to(ROOT / "docs")
-    Path("runs/first").mkdir(parents=True)
-    Path("runs/first/config.yaml").write_text(yaml.safe_dump({"data": "data", "output": "runs/first", "epochs": 7}))
-    previous = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, previous)  # the command line takes it over
+    return folder
 
 
 def test_the_pages_have_what_these_tests_look_for():
@@ -63,17 +78,16 @@ def test_the_pages_have_what_these_tests_look_for():
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_runs(number, folder):
+def test_python_runs(number, working_folder):
     """Blocks run as they stand; models that ask for the full width get a narrow one."""
-    source = blocks("python")[number].replace(
-        'create_model("uctransnet", ', 'create_model("uctransnet", base_channels=2, '
+    script = working_folder / "block.py"
+    script.write_text(
+        blocks("python")[number].replace('create_model("uctransnet", ', 'create_model("uctransnet", base_channels=2, ')
     )
-    script = folder / "block.py"
-    script.write_text(source)
     runpy.run_path(str(script))
 
 
-def test_commands_parse(folder):
+def test_commands_parse(working_folder):
     for command in dict.fromkeys(commands()):
         words = shlex.split(command, comments=True)[1:]
         name, settings = cli.parse(words)
@@ -83,8 +97,9 @@ def test_commands_parse(folder):
 
 def run_command(command):
     words = shlex.split(command)[1:]
-    quiet = {"train": TINY, "evaluate": ("--no-progress",)}.get(words[0], ())
-    assert cli.main([*words, *quiet]) == 0, command
+    settings = {"train": TINY, "evaluate": {"progress": False}}.get(words[0], {})
+    flags = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in settings.items()]
+    assert cli.main([*words, *flags]) == 0, command
 
 
 def put_image(path, seed):
@@ -154,10 +169,11 @@ def test_the_folds_of_monuseg_fit_the_authors_split(folder):
     assert Path("runs/fold0/best").is_dir()
 
 
-def test_a_flag_wins_over_the_config_file(folder):
+def test_a_flag_wins_over_the_config_file(working_folder, trained):
     command = next(command for command in commands() if "--config runs/first" in command)
     _, settings = cli.parse(shlex.split(command)[1:])
-    assert (settings.data, settings.output, settings.epochs, settings.seed) == ("data", "runs/second", 7, 1)
+    assert (settings.data, settings.output) == (str(trained / "data"), "runs/second")
+    assert (settings.base_channels, settings.seed) == (TINY["base_channels"], 1)
 
 
 def test_make_targets_exist():
