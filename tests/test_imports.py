@@ -1,11 +1,14 @@
-"""What importing costs: no optional package, no GPU, hardly more time than importing torch."""
+"""What importing costs (no optional package, no GPU, hardly more time than torch) and which way imports run."""
 
+import ast
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,14 +43,50 @@ for name in {names!r}:
 """
 
 
+# What a part of uctrans may import besides itself; kernels can be used alone.
+MAY_IMPORT = {
+    "kernels": (),
+    "layers": ("kernels",),
+    "models": ("kernels", "layers"),
+    "data": (),
+    "training": ("kernels", "layers", "models", "data"),
+    "inference": ("kernels", "layers", "models", "data"),
+    "study": ("models", "data", "training", "inference"),
+}
+
+
+def module_files():
+    """Return the file of every module of uctrans, by the module's name."""
+    files = {}
+    for folder, package in (("uctrans", "uctrans"), ("kernels", "uctrans.kernels")):
+        for path in (ROOT / folder).rglob("*.py"):
+            relative = path.relative_to(ROOT / folder)
+            if folder == "kernels" or relative.parts[0] != "kernels":
+                files[".".join((package, *relative.with_suffix("").parts)).removesuffix(".__init__")] = path
+    return files
+
+
 def module_names():
-    files = {path: "uctrans" for path in (ROOT / "uctrans").rglob("*.py") if "kernels" not in path.parts}
-    files |= dict.fromkeys((ROOT / "kernels").rglob("*.py"), "uctrans.kernels")
-    names = []
-    for path, package in files.items():
-        parts = path.relative_to(ROOT / package.rpartition(".")[2]).with_suffix("").parts
-        names.append(".".join((package, *parts)).removesuffix(".__init__"))
-    return sorted(set(names) - {"uctrans.__main__"})  # which runs the command
+    return sorted(module_files().keys() - {"uctrans.__main__"})  # importing it runs the command
+
+
+def imported_modules(name, path, files):
+    """Return the modules of uctrans that ``name`` imports anywhere: in functions, and the launchers of operators."""
+    text = path.read_text(encoding="utf-8")
+    found = {f"{name.rpartition('.')[0]}.{module}" for module in re.findall(r'launcher=f"{__package__}\.(\w+):', text)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level or not (node.module or "").startswith("uctrans"), f"{path}: imports uctrans absolutely"
+            package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+            base = ".".join((*package[: len(package) - node.level + 1], *([node.module] if node.module else [])))
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in files else base for alias in node.names}
+    return (found & files.keys()) - {name}
+
+
+@pytest.fixture(scope="module")
+def import_graph():
+    files = module_files()
+    return {name: imported_modules(name, path, files) for name, path in files.items()}
 
 
 def is_triton_code(name):
@@ -61,6 +100,22 @@ def run(source, **environment):
     result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment, cwd="/")
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_imports_have_no_circle(import_graph):
+    assert len(tuple(TopologicalSorter(import_graph).static_order())) == len(import_graph)
+
+
+def test_imports_run_one_way(import_graph):
+    wrong = [
+        f"{name} imports {imported}"
+        for name, found in import_graph.items()
+        for imported in found
+        if (part := name.split(".")[1:2]) and part[0] in MAY_IMPORT and imported.split(".")[1:2] != part
+        if imported.split(".")[1:2] and imported.split(".")[1] in MAY_IMPORT
+        and imported.split(".")[1] not in MAY_IMPORT[part[0]]
+    ]  # fmt: skip
+    assert wrong == []
 
 
 @pytest.fixture(scope="module")
