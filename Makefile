@@ -2,7 +2,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format benchmark gpu resources clean
+.PHONY: help demo test test-all lint format benchmark gpu resources clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python test` chooses another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
@@ -21,14 +21,17 @@ help: ## list the targets
 demo: $(VENV)/.training ## create the environment, train on the embedded picture, evaluate, predict: results in demo/
 	$(BIN)/uctrans demo --output demo
 
-test: $(VENV)/.dev ## create the environment, run the tests
+test: $(VENV)/.dev ## create the environment, run the tests but the slow ones
+	$(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/.dev ## run all tests
 	$(BIN)/python -m pytest -p no:benchmark -n $(WORKERS)
 
 lint: $(VENV)/.dev ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.dev ## mend what can be mended of both
+format: $(VENV)/.dev ## apply what ruff can correct
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
