@@ -24,7 +24,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Four training, two validation and two test images of bright squares."""
+    """Write four training, two validation and two test images of bright squares."""
     folder, generator = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 2), ("test", 2)):
         for number in range(count):
@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def settings(data):
-    """Settings of a study of two networks and two seeds."""
+    """Return the settings of a study of two networks and two seeds."""
     return {
         "data": str(data),
         "base_channels": 2,
@@ -58,7 +58,7 @@ def settings(data):
 
 @pytest.fixture(scope="session")
 def do_here():
-    """A function that does the runs and ensembles of a study in this process, and the study that has nothing left."""
+    """Return a function that does the runs of a study in this process, and calls the study, which has nothing left."""
 
     def do(config):
         begin(config, "models")
@@ -76,7 +76,7 @@ def do_here():
 
 @pytest.fixture(scope="session")
 def plain(settings, tmp_path_factory, do_here):
-    """The settings of a finished study of two networks and two seeds; nobody may write into its folder."""
+    """Return the settings of a finished study of two networks and two seeds; no test may write into its folder."""
     config = ModelStudyConfig(**settings, output=str(tmp_path_factory.mktemp("study") / "plain"))
     do_here(config)
     return config
@@ -84,7 +84,7 @@ def plain(settings, tmp_path_factory, do_here):
 
 @pytest.fixture(scope="session")
 def folded(settings, tmp_path_factory, do_here):
-    """The same with two folds, two patiences, and a UCTransNet that starts from the U-Net."""
+    """Return those of one with two folds, two patiences, and a UCTransNet that starts from the U-Net."""
     own = {"models": ("uctransnet_from_unet", "unet"), "cross_validation": 2, "epochs": 4, "patience": (3, 1)}
     own |= {"seeds": 1, "output": str(tmp_path_factory.mktemp("study") / "folded")}
     config = ModelStudyConfig(**settings | own)
@@ -94,14 +94,14 @@ def folded(settings, tmp_path_factory, do_here):
 
 @pytest.fixture
 def plain_copy(plain, tmp_path):
-    """The settings of a copy of the plain study in another place."""
+    """Return the settings of a copy of the plain study in another place."""
     shutil.copytree(plain.output, tmp_path / "copy")
     return replace(plain, output=str(tmp_path / "copy"))
 
 
 @pytest.fixture
 def folded_copy(folded, tmp_path):
-    """The settings of a copy of the study with folds in another place."""
+    """Return the settings of a copy of the study with folds in another place."""
     shutil.copytree(folded.output, tmp_path / "copy")
     return replace(folded, output=str(tmp_path / "copy"))
 
@@ -118,7 +118,7 @@ def no_workers(monkeypatch):
 
 @pytest.fixture(scope="session")
 def table_of():
-    """A function that reads the table of a study: rows by variant and patience."""
+    """Return a function that reads the table of a study: rows by variant and patience."""
 
     def read(config):
         with (Path(config.output) / "table.csv").open(newline="") as file:

@@ -137,12 +137,12 @@ def test_recipes_are_settings_of_a_training_and_of_a_study(recipe):
         ("--minutes 0", "minutes: 0.0 is too small"),
         ("--cross-validation 1", "cross_validation: 1 is too small; give 2 folds or more"),
         ("--folds 1", "cross_validation: 1 is too small; give 2 folds or more"),
-        ("--cross-validation 7", "folds: 7 cannot be made of 6 images"),
+        ("--cross-validation 7 --models unet", "folds: 7 cannot be made of 6 images"),
         ("--cross-validation glas", "glas: is neither a file nor one of the folds"),
         ("--cross-validation monuseg --folds monuseg --fold 0", "leave out folds and fold"),
         ("--score-size huge", "score_size: 'huge' is not known"),
         ("--score-resolution native", "set score_size to native too"),
-        ("--device cuda:99", "device: cuda:99 is not there"),
+        ("--device cuda:99 --models unet", "device: cuda:99 is not there"),
     ],
 )  # fmt: skip
 def test_mistakes_are_reported_before_anything_is_trained(words, message, data, tmp_path, no_workers, capsys):

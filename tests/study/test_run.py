@@ -22,7 +22,7 @@ from uctrans.training.log import read_metrics
 
 @pytest.fixture
 def unet(plain, tmp_path):
-    """The settings of a study of one U-Net, not begun yet."""
+    """Return the settings of a study of one U-Net that has not begun."""
     return replace(plain, models=("unet",), model_options={}, seeds=1, output=str(tmp_path / "study"))
 
 
@@ -38,7 +38,7 @@ def same_weights(*folders):
 
 
 def test_each_patience_ends_as_it_would_alone(folded, tmp_path):
-    """Also of a network that starts from the U-Net of its fold, which makes a difference."""
+    """Check a network that starts from the U-Net of its fold, and that the start makes a difference."""
     planned = next(each for each in folded.plan() if each.variant.from_unet and each.fold == 1)
     for patience in (1, 3):
         alone = replace(planned.config, output=str(tmp_path / str(patience)), patience=patience)
@@ -154,9 +154,11 @@ def test_a_finished_run_needs_no_checkpoints(unet, do_here, no_workers):
 
 
 def test_a_worker_that_dies_stops_no_other_and_the_same_command_ends_like_one_process(
-    folded, table_of, tmp_path, monkeypatch, capfd
+    folded_copy, folded, table_of, monkeypatch, capfd
 ):
-    config = replace(folded, output=str(tmp_path / "study"), processes=2)
+    folder = Path(folded_copy.output)
+    shutil.rmtree(folder / "runs" / "uctransnet_from_unet")
+    shutil.rmtree(folder / "runs" / "unet" / "seed_0" / "fold_1")
     start_worker, workers = run.start_worker, []
 
     def killing_the_first(lock):
@@ -165,39 +167,38 @@ def test_a_worker_that_dies_stops_no_other_and_the_same_command_ends_like_one_pr
             workers[0].process.kill()
         return workers[-1]
 
-    with monkeypatch.context() as patch, pytest.raises(StudyError, match="unet, seed 0, fold 0 was killed by SIGKILL"):
+    dead = "uctransnet_from_unet, seed 0, fold 0"
+    with monkeypatch.context() as patch, pytest.raises(StudyError, match=f"{dead} was killed by SIGKILL"):
         patch.setattr(run, "start_worker", killing_the_first)
-        study_models(config)
-    out = capfd.readouterr().out
-    assert "unet, seed 0, fold 0: its process was killed by SIGKILL; the same command tries it again" in out
-    assert "run 1 of 4: unet, seed 0, fold 1: Dice" in out
-    row = table_of(config)["unet", 1]
-    assert (row["runs"], row["folds"], row["missing"]) == ("1", "1", "1")
+        study_models(replace(folded_copy, patience=3, processes=2))
     assert all(worker.process.poll() is not None for worker in workers)
+    out = capfd.readouterr().out
+    assert f"{dead}: its process was killed by SIGKILL; the same command tries it again" in out
+    assert "run 2 of 4: unet, seed 0, fold 1: Dice" in out
+    assert "run 3 of 4: uctransnet_from_unet, seed 0, fold 1: Dice" in out, "its U-Net came first"
+    row = table_of(folded_copy)["uctransnet_from_unet", 3]
+    assert (row["runs"], row["folds"], row["missing"]) == ("1", "1", "1")
 
-    words = ["study", "models", "-i", config.data, "-o", config.output, "--models", ",".join(config.models)]
-    words += ["--patience", "1,3", "--folds", "2", "--seeds", "1", "--model-options", '{"num_layers": 1}']
+    words = ["study", "models", "-i", folded.data, "-o", str(folder), "--models", ",".join(folded.models)]
+    words += ["--patience", "3", "--folds", "2", "--seeds", "1", "--model-options", '{"num_layers": 1}']
     for name in ("base_channels", "image_size", "epochs", "first_best_epoch", "batch_size", "learning_rate", "threads"):
-        words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+        words += [f"--{name.replace('_', '-')}", str(getattr(folded, name))]
     previous = signal.getsignal(signal.SIGTERM)
     assert cli.main(words) == 0
     signal.signal(signal.SIGTERM, previous)
-    out = capfd.readouterr().out
-    assert out.count("ensemble of 2 folds: Dice") == 2
-    assert "about" in out.partition("run 3 of 4")[0]
-    assert table_of(config) == table_of(folded)
+    assert "uctransnet_from_unet, seed 0, ensemble of 2 folds: Dice" in capfd.readouterr().out
+    assert table_of(folded_copy) == {place: row for place, row in table_of(folded).items() if place[1] == 3}
 
 
 @pytest.mark.parametrize("cause", ["SIGINT", pytest.param("time", marks=pytest.mark.slow)])
-def test_signals_and_the_end_of_the_time_save_the_runs(cause, unet, monkeypatch):
-    seeds = 2 if cause == "SIGINT" else 1
-    config = replace(unet, seeds=seeds, processes=seeds, minutes=1000, epochs=100_000, first_best_epoch=100_000)
-    folders, ahead = [planned.folder for planned in config.plan()], [0]
+def test_a_signal_and_the_end_of_the_time_save_the_run(cause, unet, monkeypatch):
+    config = replace(unet, minutes=1000, epochs=100_000, first_best_epoch=100_000)
+    folder, ahead = config.plan()[0].folder, [0]
     monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: time.time() + ahead[0], sleep=time.sleep))
 
     def stop():
         until = time.monotonic() + 300
-        while not all(read_metrics(folder / "metrics.csv") for folder in folders) and time.monotonic() < until:
+        while not read_metrics(folder / "metrics.csv") and time.monotonic() < until:
             time.sleep(0.1)
         if cause == "SIGINT":
             os.kill(os.getpid(), signal.SIGINT)
@@ -206,17 +207,16 @@ def test_signals_and_the_end_of_the_time_save_the_runs(cause, unet, monkeypatch)
 
     threading.Thread(target=stop).start()
     result = study_models(config)
-    assert (result.stopped_by, result.finished, result.total, result.table) == (cause, 0, seeds, None)
-    assert f"0 of {seeds} runs finished; the same command continues" in str(result)
-    for folder in folders:
-        epochs = len(read_metrics(folder / "metrics.csv"))
-        assert load_checkpoint(folder / "last.pt")["epoch"] == epochs > 0
-        assert "stopped by SIGTERM" in (folder / "log.txt").read_text().splitlines()[-1]
+    assert (result.stopped_by, result.finished, result.total, result.table) == (cause, 0, 1, None)
+    assert "0 of 1 runs finished; the same command continues" in str(result)
+    epochs = len(read_metrics(folder / "metrics.csv"))
+    assert load_checkpoint(folder / "last.pt")["epoch"] == epochs > 0
+    assert "stopped by SIGTERM" in (folder / "log.txt").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize(("seconds_an_epoch", "is_begun"), [(60.0, False), (10.0, True), (1000.0, True)])
 def test_no_run_begins_that_would_not_fit(seconds_an_epoch, is_begun, plain_copy, monkeypatch, no_workers):
-    """Of ten minutes one is left; a run of two epochs that takes longer than ten can only be done in pieces."""
+    """One of ten minutes is left. A run of two epochs that takes more than ten can only be done in pieces."""
     for planned in plain_copy.plan():
         file = planned.folder / "metrics.csv"
         header, *rows = [line.split(",") for line in file.read_text().splitlines()]

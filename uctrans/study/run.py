@@ -8,6 +8,7 @@ alone, and it inherits the lock of the folder, which is free when the last worke
 import contextlib
 import dataclasses
 import inspect
+import math
 import multiprocessing
 import os
 import queue
@@ -162,8 +163,10 @@ class _Study:
     def __init__(self, config: StudyConfig, plan: list[PlannedRun], deadline: float | None, lock: int):
         self.config, self.plan, self.deadline, self.lock = config, plan, deadline, lock
         self.died: list[str] = []
+        self._seconds: dict[str, float] = {}  # of training, by the name of a run that is over; nan if it failed
         over = [run for run in plan if is_over(run)]
-        self._over = {run.name for run in over}
+        for run in over:
+            self._note_end(run)
         for number, run in enumerate(over, 1):
             self._report(run, number)
         jobs: list[Job] = [*plan, *config.ensembles()]
@@ -201,10 +204,8 @@ class _Study:
 
     def _next(self) -> Job | None:
         """Return the first job that can begin now and is expected to end in time."""
-        return next((job for job in self._waiting if self._is_ready(job) and self._fits(job)), None)
-
-    def _is_ready(self, job: Job) -> bool:
-        return all(run.name in self._over for run in job.needs)
+        ready = (job for job in self._waiting if all(run.name in self._seconds for run in job.needs))
+        return next((job for job in ready if self._fits(job)), None)
 
     def _fits(self, job: Job) -> bool:
         """Tell whether a job may begin; one that takes longer than the whole call can only be done in pieces."""
@@ -215,19 +216,20 @@ class _Study:
 
     def _seconds_left(self, run: PlannedRun) -> float | None:
         """Return the expected time of a run, by finished runs of the same network or else of all; None without any."""
-        finished = [other for other in self.plan if other.name in self._over and read_failure(other) is None]
-        own = [other for other in finished if other.variant == run.variant]
-        if not finished:
+        trained = [other for other in self.plan if self._seconds.get(other.name, math.nan) >= 0]
+        own = [other for other in trained if other.variant == run.variant]
+        if not trained:
             return None
-        return max(0.0, statistics.mean(map(_seconds_trained, own or finished)) - _seconds_trained(run))
+        seconds = statistics.mean(self._seconds[other.name] for other in own or trained)
+        return max(0.0, seconds - _seconds_trained(run))
 
     def _look_at(self, worker: _Worker) -> None:
         """Note that the job of a worker is over, or that the worker has died."""
         code, job = worker.process.poll(), worker.job
         if job is not None and is_over(job):
             worker.job = None
-            self._over |= {job.name} if isinstance(job, PlannedRun) else set()
-            self._report(job, len(self._over))
+            self._note_end(job)
+            self._report(job, len(self._seconds))
         elif job is not None and code is not None:
             end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             self.died.append(f"{job.name} {end}")
@@ -241,8 +243,12 @@ class _Study:
         for worker in self._workers:
             try:
                 worker.process.wait(SECONDS_TO_SAVE)
-            finally:  # also after a second signal
+            except subprocess.TimeoutExpired:
                 worker.process.kill()
+
+    def _note_end(self, job: Job) -> None:
+        if isinstance(job, PlannedRun):
+            self._seconds[job.name] = math.nan if read_failure(job) else _seconds_trained(job)
 
     def _report(self, job: Job, number: int) -> None:
         """Print a line about a job that is over."""
@@ -255,7 +261,7 @@ class _Study:
             line += f"failed, {reason}; to try it again, delete {job.folder}"
         else:
             line += f"{_dice_in_words(read_scores(job))}, {_duration(_seconds_trained(job))}"
-        left = [self._seconds_left(run) for run in self.plan if run.name not in self._over]
+        left = [self._seconds_left(run) for run in self.plan if run.name not in self._seconds]
         if left and None not in left:
             line += f"; about {_duration(sum(left) / self.config.processes)} to go"
         print(line, flush=True)
