@@ -1,8 +1,8 @@
-"""A stand-in for CUDA graphs on a CPU, as strict as they are: what Python decided while recording is frozen.
+"""A stand-in for CUDA graphs on a CPU, as strict as they are: decisions of Python are frozen in a recording.
 
-Recording notes every operator that reaches the CPU with the very tensors it was given. A replay runs these operators
-again and writes their results into the tensors that the recording returned. So a learning rate that is a Python number,
-a batch that was counted on the host or a tensor that was replaced shows, as it would on a GPU.
+A recording notes every operator that reaches the CPU, with the tensors it was given. A replay runs these operators
+again and writes their results into the tensors that the recording returned. A learning rate that is a Python number, a
+batch that is counted on the host, or a tensor that is replaced therefore shows as it would on a GPU.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ READS_A_VALUE = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_sel
 
 
 class HostRecorder:
-    """Takes the place of ``CudaRecorder``; counts what it does.
+    """Take the place of ``CudaRecorder``, and count its calls.
 
     ``free`` bytes are free on the device that it stands for, and a recording takes ``size_of(result)`` of them.
     """
@@ -42,7 +42,7 @@ class HostRecorder:
             return work()
 
     def record(self, work):
-        """Record the work; it is done here already, and so the first replay does nothing."""
+        """Record the work, which also does it, so the first replay does nothing."""
         self.recordings += 1
         with _Notes() as notes:
             result = work()

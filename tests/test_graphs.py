@@ -1,4 +1,4 @@
-"""Networks through CUDA graphs: outputs, memory, shapes that are dropped, and work that cannot be recorded.
+"""Networks called through CUDA graphs: outputs, memory, dropped shapes, and work that cannot be recorded.
 
 Without a GPU, ``HostRecorder`` takes the place of CUDA graphs.
 """
@@ -87,13 +87,13 @@ def test_the_shape_that_was_used_last_stays():
 
 
 def forward_of_sizes(recordings_that_fit, size=4000):
-    """A network of which so many recordings fit into the memory; they are larger for larger images."""
+    """Return a network of which ``recordings_that_fit`` fit into memory; they grow with the batch."""
     recorder = HostRecorder(free=2 * recordings_that_fit * size, size_of=lambda result: size * result.shape[0] - 192)
     return CapturedForward(lambda batch: batch * 2, recorder), recorder  # an input of 48 numbers is 192 bytes
 
 
 def replays_of(forward, recorder, batch):
-    """How many of four calls were replays; all of them have to be right."""
+    """Check the outputs of four calls, and return how many of them were replays."""
     before = recorder.replays
     for _ in range(4):
         assert torch.equal(forward(batch), batch * 2)
@@ -251,7 +251,7 @@ def test_on_a_gpu_the_size_of_a_recording_is_memory_that_is_free_again_without_i
     assert reserved() <= before
 
 
-# In a process of its own: a recording that fails may leave another one in no state to go on.
+# In a process of its own, because a recording that fails may break later ones.
 AFTER_A_FAILURE = """
 import torch
 from uctrans.graphs import CaptureError, CudaRecorder
@@ -282,6 +282,6 @@ assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_work_goes_on_after_a_recording_that_failed():
+def test_on_a_gpu_work_continues_after_a_recording_that_failed():
     ended = subprocess.run([sys.executable, "-c", AFTER_A_FAILURE], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr

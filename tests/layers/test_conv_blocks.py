@@ -1,4 +1,4 @@
-"""Convolution, batch norm, ReLU and pool on Triton: the same function, state and statistics as the modules in a row.
+"""Convolution, batch norm, ReLU and pooling on Triton compute what the separate modules compute.
 
 Without a GPU the kernels run in Triton's interpreter.
 """
@@ -50,7 +50,7 @@ def outputs_gradients_and_buffers(module, steps=3):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """One entry a call of an operator."""
+    """Return a list that gets an entry for each call of an operator."""
     made = []
 
     def count(operator):
@@ -78,7 +78,7 @@ def test_triton_is_the_modules(kind, dilation, training, calls):
 
 
 def test_pool_is_that_of_the_block_without_it():
-    """On every backend: the very map, what PyTorch pools of it, and names of weights that fit both."""
+    """On every backend the map and its maxima are the same, and so are the names of the weights."""
     for backend in ("reference", "composed", "triton"):
         plain, pooling = block(), block(ConvNormActPool)
         pooling.load_state_dict(plain.state_dict())
@@ -90,8 +90,8 @@ def test_pool_is_that_of_the_block_without_it():
 
 # On a GPU auto is Triton, which the tests above hold to the modules.
 @pytest.mark.parametrize("backend", ["composed", "reference"] + ["auto"] * (DEVICE == "cpu"))
-def test_elsewhere_the_modules_run_as_ever(backend, calls):
-    """To the last bit, also where their hooks look."""
+def test_other_backends_run_the_modules(backend, calls):
+    """Results are the same to the last bit, and hooks of the modules run."""
     module = block(DoubleConv)
     expected = outputs_gradients_and_buffers(nn.Sequential(*(nn.Sequential(*part) for part in copy.deepcopy(module))))
     found = outputs_gradients_and_buffers(set_backend(module, backend))
@@ -122,7 +122,7 @@ def test_other_norms_run_as_they_are(norm, calls):
 
 
 def test_synchronised_batch_norm_runs_as_it_is(calls):
-    """What ``convert_sync_batchnorm`` leaves; in evaluation, as in training it needs a GPU."""
+    """Test the result of ``convert_sync_batchnorm`` in evaluation; in training it needs a GPU."""
     module = nn.SyncBatchNorm.convert_sync_batchnorm(block()).eval()
     assert isinstance(module.norm, nn.SyncBatchNorm) and isinstance(module, ConvNormAct)
     expected = set_backend(copy.deepcopy(module), "composed")(maps())
@@ -149,7 +149,7 @@ def test_a_triton_that_cannot_run_is_refused(monkeypatch):
         ConvNormAct(3, 8, "tritn")
 
 
-def test_names_of_weights_and_random_numbers_are_as_ever():
+def test_names_of_weights_and_random_numbers_do_not_change():
     torch.manual_seed(0)
     plain = nn.Conv2d(3, 8, 3, padding=2, dilation=2)
     module = block(DilatedConvNormAct, 2)

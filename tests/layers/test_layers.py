@@ -1,4 +1,4 @@
-"""Layers: the packed transformer, reconstruction on the token grid, and scales that are switched off."""
+"""The layers on PyTorch: packed transformer, reconstruction on the token grid, gate, and bad input."""
 
 import functools
 
@@ -117,7 +117,7 @@ class TestReconstruct:
         torch.testing.assert_close(composed.norm.running_var, published.norm.running_var, rtol=1e-12, atol=0)
 
     def test_uncorrected_variance_would_show(self):
-        """The test above can fail: plain batch norm over few tokens leaves another running variance."""
+        """Plain batch norm over few tokens leaves another running variance, so the tests above can fail."""
         composed, published = self.pair()
         tokens = torch.randn(1, 6, 1, 2)
         published(tokens)
@@ -304,7 +304,7 @@ def test_every_layer_knows_its_backend_when_it_is_made(make):
 class TestChannelGate:
     @pytest.mark.parametrize("backend", ["reference", "composed"])
     def test_drop_in(self, backend):
-        """Any U-Net: skip and decoder of different widths, decoder at half or at full size, no tokens."""
+        """The gate fits any U-Net: other widths of skip and decoder, decoder at half or full size, no tokens."""
         gate = ChannelGate(6, 10, backend=backend)
         skip = torch.randn(2, 6, 8, 12)
         assert gate(skip, torch.randn(2, 10, 4, 6)).shape == (2, 16, 8, 12)

@@ -1,4 +1,4 @@
-"""Blocks of the dual-branch network against their steps written out: taps, sums and maxima, one at a time."""
+"""Blocks of the dual-branch network against the same steps in single taps, sums and maxima."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"]
 
 
 def randomised(module, training):
-    """float64, with statistics and affine parameters that are not zero or one."""
+    """Return the module in float64, with statistics and affine parameters that are not 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     for name, value in module.state_dict().items():
         if value.is_floating_point():
@@ -28,7 +28,7 @@ def normal(*shape, seed=1):
 
 
 def convolved(feature, conv, dilation=1):
-    """A 3x3 convolution as the sum over its nine taps; outside of the map there are zeros."""
+    """Convolve by summing over the nine taps; outside of the map there are zeros."""
     height, width = feature.shape[-2:]
     padded = F.pad(feature, [dilation] * 4)
     result = conv.bias.view(1, -1, 1, 1)
@@ -60,7 +60,7 @@ def pooled(feature):
 
 
 def upsampled(feature, transposed):
-    """Each pixel becomes 2x2 pixels, each by a matrix of its own."""
+    """Turn each pixel into 2x2 pixels, each by its own matrix."""
     grown = feature.new_zeros(feature.shape[0], transposed.out_channels, *(2 * side for side in feature.shape[-2:]))
     for row in (0, 1):
         for column in (0, 1):
@@ -89,7 +89,7 @@ def nested_u(block, feature):
 
 
 def assert_same(module, written_out, *inputs):
-    """Outputs, and gradients by inputs and parameters."""
+    """Compare outputs, and gradients by inputs and parameters."""
     leaves = [*inputs, *module.parameters()]
     results = []
     for function in (module, written_out):
@@ -116,7 +116,7 @@ class TestDualBranchDown:
         assert_same(module, written_out, normal(2, 3, 12, 10))
 
     def test_dilation_wider_than_the_map(self):
-        """Only the middle tap meets the map; images may be smaller than what the network was made for."""
+        """Images may be smaller than ``image_size``; then only the middle tap meets the map."""
         module = randomised(DualBranchDown(3, 4, 2), training=False)
         feature = normal(2, 3, 4, 4)
         middle = DilatedConvNormAct(3, 2, 2).double().eval()
@@ -166,7 +166,7 @@ class TestNestedU:
         assert_same(module, lambda feature: nested_u(module, feature), normal(2, 3, 16, 8))
 
     def test_residual(self):
-        """A U that gives nothing leaves the feature as it is."""
+        """A U whose result is zero leaves the feature unchanged."""
         module = randomised(NestedU(3, 2, 2), training=False)
         last = module.up[0].convs[1].norm
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)

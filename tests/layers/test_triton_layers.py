@@ -1,4 +1,4 @@
-"""Layers on Triton: as exact as the published sequence, nothing copied on the way, compiled and captured as a whole.
+"""Layers on Triton: as exact as the published sequence, without copies, compiled and recorded as one graph.
 
 Without a GPU the kernels run in Triton's interpreter, which multiplies bfloat16 wrongly: those cases need a GPU.
 """
@@ -28,7 +28,7 @@ PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID = (64, 128, 256, 512), (16
 
 
 def perturbed(module, dtype=torch.float32):
-    """``module`` with positions, biases and norms away from where they start, at 0 and 1."""
+    """Move positions, biases and norms of ``module`` away from their initial values of 0 and 1."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1 or name.endswith("position"):
@@ -71,7 +71,7 @@ def features(channels=CHANNELS, patches=PATCHES, grid=GRID, draw=0, batch=BATCH)
 
 
 def all_results(module, inputs, backend, dtype, transform=lambda module: module):
-    """Outputs, gradients by the inputs and by every parameter, and buffers, computed by ``backend`` in ``dtype``."""
+    """Return outputs, gradients by inputs and parameters, and buffers, computed by ``backend`` in ``dtype``."""
     module = set_backend(copy.deepcopy(module).to(dtype), backend)
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
     outputs = transform(module)(*inputs) if len(inputs) == 1 else transform(module)(inputs)
@@ -131,7 +131,7 @@ class TestDropout:
     WIDTH, RATE = 48, 0.3
 
     def attention_that_shows_its_map(self):
-        """One scale and head; as the values and the output projection are identities, the output is the map."""
+        """Return an attention whose output is its map: values and output projection are identities."""
         module = ChannelAttention([self.WIDTH], num_heads=1, dropout=self.RATE, backend="triton").to(DEVICE)
         module.key_value.data[1, 0] = torch.eye(self.WIDTH)
         module.output[0].weight.data = torch.eye(self.WIDTH, device=DEVICE)
@@ -165,8 +165,8 @@ class TestDropout:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
 
-    def test_of_the_mlps_alone(self):
-        """Both of an MLP's dropouts act, at the rate that all scales share."""
+    def test_dropout_of_the_mlps(self):
+        """Both dropouts of an MLP act, at the rate that all scales share."""
         module = layer(mlp_dropout=0.3).mlp.train()
         hidden = []
         module[0].dropout.register_forward_hook(lambda _, inputs, output: hidden.append(output))
@@ -178,7 +178,7 @@ class TestDropout:
 
 
 class MovedData(TorchDispatchMode):
-    """Records operators that move data without computing, with what they move: copies, concatenations, casts."""
+    """Record operators that only move data (copies, concatenations, casts), with their first argument."""
 
     NAMES = ("clone", "copy_", "cat", "stack", "_to_copy", "contiguous", "index", "constant_pad_nd")
 
@@ -197,7 +197,7 @@ class MovedData(TorchDispatchMode):
 
 
 class TestNothingIsCopied:
-    """Norms, projections and attention hand each other what they wrote, in forward and in backward."""
+    """Norms, projections and attention read what the others wrote, in forward and backward."""
 
     def forward_and_backward(self, module):
         inputs = tokens(dtype=module.mlp_norm.weight.dtype).requires_grad_()
@@ -224,7 +224,7 @@ class TestNothingIsCopied:
         assert forward.names == backward.names == []
 
     def test_under_autocast_only_weights_and_the_residual_are_cast(self):
-        """The norms write what the projections read. Tokens themselves stay float32 between the two residuals."""
+        """The norms write the dtype that the projections read; tokens stay float32 between the residuals."""
         module = layer()
         with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
             forward, backward = self.forward_and_backward(module)
@@ -258,7 +258,7 @@ class TestCompiled:
         for eager, compiled in zip(*results, strict=True):
             torch.testing.assert_close(compiled, eager)
 
-    def test_dropout_draws_anew_in_every_call(self):
+    def test_dropout_draws_new_numbers_in_every_call(self):
         module = transformer(dropout=0.3).train()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         assert not torch.equal(compiled(features())[0], compiled(features())[0])
@@ -266,14 +266,14 @@ class TestCompiled:
 
 @pytest.mark.gpu
 class TestOnAGpu:
-    """The published widths at 224 pixels, under bfloat16 autocast as networks are trained."""
+    """The published widths at 224 pixels under bfloat16 autocast, as in training."""
 
     def features(self):
         return features(PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID, batch=2)
 
     @staticmethod
     def step(module, inputs):
-        """One forward and backward; what a caller of a captured graph reads: outputs and gradients."""
+        """Run forward and backward; return outputs and gradients."""
         # Autocast must not keep casts of weights from one replay to the next.
         with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
             outputs = module(inputs)
@@ -300,7 +300,7 @@ class TestOnAGpu:
         assert_within_budget(ours, published, exact)
 
     def test_a_cuda_graph_replays_forward_and_backward(self):
-        """With other features in the same memory, a replay gives what calling the module gives."""
+        """With other features in the same memory, a replay computes what a call of the module computes."""
         module, inputs = published_transformer().eval(), self.features()
         graph, (outputs, gradients) = self.captured(module, inputs)
         for place, feature in enumerate(inputs):

@@ -17,7 +17,7 @@ SMALL = {
 }
 NAMES = sorted(SMALL)
 
-# For what takes long on four scales and tells no more there; a U-Net has always four.
+# For tests that take long on four scales and show no more there; a U-Net always has four.
 TWO_SCALES = {
     "dual_branch_uctransnet": {"patch_sizes": (4, 2), "num_layers": 1, "dilations": 2, "depths": (1, 1)},
     "unet": {"base_channels": 2},
@@ -26,7 +26,7 @@ TWO_SCALES = {
 
 
 def build(name, **options):
-    """Build a small model, the same for each seed of the tests."""
+    """Build a small model, with the same weights in every call."""
     torch.manual_seed(0)
     return uctrans.create_model(name, **(SMALL[name] | options))
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same numbers to the bit, less kept, also in recorded steps."""
+"""Activation checkpointing keeps less and gives the same bits, also in recorded steps."""
 
 import copy
 
@@ -19,7 +19,7 @@ def image():
 
 
 def step(model, compute=lambda model, image: model(image).square().mean()):
-    """Loss, gradients and buffers after a step that draws the same random numbers each time."""
+    """Return loss, gradients and buffers of a step that draws the same random numbers each time."""
     torch.manual_seed(5)
     model.zero_grad(set_to_none=True)
     loss = compute(model, image())
@@ -29,7 +29,7 @@ def step(model, compute=lambda model, image: model(image).square().mean()):
 
 
 def kept_bytes(model):
-    """Bytes of maps that a forward pass keeps for the backward pass, by autograd or as inputs of stages."""
+    """Return the bytes that a forward pass keeps for the backward pass, by autograd or as inputs of stages."""
     kept = {}
 
     def note(tensor):

@@ -1,4 +1,4 @@
-"""DualBranchUCTransNet: its parts in order, sizes, depths and dilations, what it refuses, and that it learns."""
+"""DualBranchUCTransNet: the order of its parts, its options, bad input, and learning."""
 
 import os
 
@@ -23,7 +23,7 @@ def build(**options):
 
 
 def blobs(size, seed=0):
-    """Two noisy pictures (2, 3, size, size) of dark discs on a mottled ground, and their masks (2, size, size)."""
+    """Return two noisy images (2, 3, size, size) of dark discs, and their masks (2, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     masks = torch.zeros(2, size, size, dtype=torch.long)
@@ -37,7 +37,7 @@ def blobs(size, seed=0):
 
 
 class TestNetwork:
-    def test_its_parts_in_order(self):
+    def test_order_of_its_parts(self):
         model = build().eval()
         image = torch.rand(2, 3, 32, 48)
         features, feature = [], model.encoder.stem(image)
@@ -93,7 +93,7 @@ class TestNetwork:
     @pytest.mark.slow
     @pytest.mark.parametrize("settings", [{}, {"formats": ("torch",), "dynamic": "size"}], ids=["batch", "size"])
     def test_exports(self, tmp_path, settings):
-        """Exporting compares every program with the model, on several shapes."""
+        """``export`` itself compares every program with the model, on several shapes."""
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
         randomised(build()).save_pretrained(tmp_path / "model")
@@ -136,7 +136,7 @@ class TestOptions:
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
 
     def test_images_are_padded_until_every_level_holds_its_depth(self):
-        """Depth 3 at the fourth scale needs multiples of 64 pixels: 224 is held, as 256."""
+        """Depth 3 at the fourth scale needs multiples of 64 pixels, so an image of 224 is padded to 256."""
         model = build(image_size=224, depths=(4, 3, 2, 3), dilations=2).eval()
         assert model.size_multiple == 64
         assert model.transformer.embeddings[0].position.shape[-2:] == (16, 16)
@@ -144,7 +144,7 @@ class TestOptions:
             assert model(torch.rand(1, 3, *size)).shape == (1, 1, *size)
 
     def test_dilation_of_the_map_that_is_padded_for_the_depths(self):
-        """48 pixels are held as 64 where the fourth scale is halved twice: its stage then sees 4x4 pixels, not 3x3."""
+        """Depth 2 at the fourth scale pads 48 pixels to 64; the last stage then has 4x4 pixels, not 3x3."""
         options = {"image_size": 48, "depths": (4, 3, 2, 2)}
         assert build(**options, dilations=(1, 1, 1, 3)).size_multiple == 32
         with pytest.raises(
@@ -232,7 +232,7 @@ class TestOptions:
 
 
 def test_full_size_counts():
-    """Parameters and operations that the documentation of DualBranchUCTransNet states."""
+    """Parameters and operations are as the documentation of DualBranchUCTransNet states."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -251,10 +251,9 @@ def test_full_size_counts():
 
 
 def least_dice_after_overfitting(name, images, masks, steps):
-    """Dice of the worse picture, by a network in eval mode.
+    """Train on two images; return the lower of their Dice scores in evaluation mode.
 
-    The rate falls to nothing, so that weights and running statistics come to rest: the score is that of any of the last
-    dozens of steps, not of a lucky one.
+    The learning rate falls to zero, so that weights and running statistics settle before the score is taken.
     """
     torch.manual_seed(0)
     model = uctrans.create_model(name, base_channels=8, image_size=images.shape[-1], num_layers=1)
@@ -279,7 +278,7 @@ def test_overfits_two_pictures(name):
 @pytest.mark.skipif(MONUSEG not in os.environ, reason=f"needs MoNuSeg: set {MONUSEG} to its folder of train, val, test")
 @pytest.mark.parametrize("name", ["uctransnet", "dual_branch_uctransnet"])
 def test_overfits_two_crops_of_monuseg(name):
-    """The middle 96 x 96 pixels of the first two training images, at full resolution."""
+    """Use the middle 96 x 96 pixels of the first two training images, at full resolution."""
     samples = find_samples(os.environ[MONUSEG], "train")[:2]
     tissue = load_native(samples, classes=1)
     corners = (tissue.sizes - 96) // 2

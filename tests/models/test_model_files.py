@@ -133,13 +133,13 @@ class TestUnusableFiles:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(uctrans.ModelFileError, match="missing does not exist: give a run folder"):
             uctrans.load_model(tmp_path / "missing")
-        with pytest.raises(uctrans.ModelFileError, match=r"holds no config\.json"):
+        with pytest.raises(uctrans.ModelFileError, match=r"has no config\.json"):
             uctrans.load_model(tmp_path)
 
     def test_model_one_folder_further_down(self, tmp_path):
         self.saved(tmp_path / "run" / "best")
         (tmp_path / "data").mkdir()
-        with pytest.raises(uctrans.ModelFileError, match=r"holds no config\.json; did you mean .*/run\?"):
+        with pytest.raises(uctrans.ModelFileError, match=r"has no config\.json; did you mean .*/run\?"):
             uctrans.load_model(tmp_path)
         self.saved(tmp_path / "model")
         with pytest.raises(uctrans.ModelFileError, match=r"did you mean .*/model or .*/run\?"):
@@ -165,7 +165,7 @@ class TestUnusableFiles:
         with pytest.raises(uctrans.ModelFileError, match=r"config\.json.*depth"):
             uctrans.load_model(tmp_path)
         path.write_text(json.dumps({"base_channels": 4}))
-        with pytest.raises(uctrans.ModelFileError, match="names no model"):
+        with pytest.raises(uctrans.ModelFileError, match="does not name a model"):
             uctrans.load_model(tmp_path)
 
     def test_weights_missing_truncated_or_of_another_size(self, tmp_path):
@@ -192,13 +192,13 @@ class TestUnusableFiles:
         with pytest.raises(uctrans.ModelFileError, match="neither a checkpoint of a training run nor"):
             uctrans.load_model(path)
         path.write_bytes(path.read_bytes()[:200])
-        with pytest.raises(uctrans.ModelFileError, match="truncated or no checkpoint"):
+        with pytest.raises(uctrans.ModelFileError, match="truncated or not a checkpoint"):
             uctrans.load_model(path)
         path.write_bytes(b"not a checkpoint at all")
         with pytest.raises(uctrans.ModelFileError, match=r"model\.pt"):
             uctrans.load_model(path)
         path.write_text("epoch,dice\n1,0.5\n")
-        with pytest.raises(uctrans.ModelFileError, match="truncated or no checkpoint"):
+        with pytest.raises(uctrans.ModelFileError, match="truncated or not a checkpoint"):
             uctrans.load_model(path)
         torch.save({"format": "uctrans-checkpoint", "model": {"name": "unet"}}, path)
         with pytest.raises(uctrans.ModelFileError, match="lacks the entry 'state'"):

@@ -1,4 +1,4 @@
-"""Every model: sizes, gradients, compiling and exporting, what it refuses; UCTransNet and U-Net in particular."""
+"""Every model: sizes, gradients, compiling, exporting, bad input; then UCTransNet and U-Net."""
 
 import json
 
@@ -65,7 +65,7 @@ class TestEveryModel:
 
     @pytest.mark.slow
     def test_compiles_for_sizes_that_change(self, name):
-        """The second size makes height and width symbols, from which the padding is computed."""
+        """From the second size on, height and width are symbols, and the padding is computed from them."""
         model = build(name, **TWO_SCALES[name]).eval()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""The authors' checkpoints, in and out bit for bit, at other image sizes, and damaged."""
+"""Checkpoints of the authors' code: conversion in both directions, other image sizes, damaged files."""
 
 import numpy as np
 import pytest
@@ -107,9 +107,9 @@ class TestUpstream:
         without = {key: value for key, value in published.items() if key != "up4.coatt.mlp_x.1.bias"}
         with pytest.raises(uctrans.ModelFileError, match=r"lacks up4\.coatt\.mlp_x\.1\.bias"):
             uctrans.load_upstream(without)
-        with pytest.raises(uctrans.ModelFileError, match="holds 1 entries that UCTransNet has not, first extra"):
+        with pytest.raises(uctrans.ModelFileError, match="holds 1 entries that UCTransNet does not have, first extra"):
             uctrans.load_upstream(published | {"extra": torch.zeros(1)})
-        with pytest.raises(uctrans.ModelFileError, match="it is no UCTransNet checkpoint"):
+        with pytest.raises(uctrans.ModelFileError, match="it is not a UCTransNet checkpoint"):
             uctrans.load_upstream({"conv.weight": torch.zeros(1)})
         with pytest.raises(uctrans.ModelFileError, match="holds no state dict"):
             uctrans.load_upstream({"epoch": 3})

@@ -1,4 +1,4 @@
-"""A whole UCTransNet on Triton: every operator of it has a kernel, forward and backward.
+"""A whole UCTransNet on Triton, forward and backward.
 
 Without a GPU the kernels run in Triton's interpreter.
 """
@@ -55,7 +55,7 @@ def logits_and_gradients(network, backend, dtype, image, memory_format, transfor
 
 
 def test_as_exact_as_the_reference(memory_format):
-    """In evaluation, where batch norm does not amplify rounding; two draws are measured together."""
+    """Compare in evaluation, where batch norm does not amplify rounding; two draws are measured together."""
     network = model(memory_format).eval()
     runs = [("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
     drawn = [

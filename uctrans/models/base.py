@@ -177,11 +177,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelFileError(f"{folder} holds no {CONFIG_FILE}: give a folder that save_pretrained wrote") from None
+        raise ModelFileError(f"{folder} has no {CONFIG_FILE}: give a folder that save_pretrained wrote") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelFileError(f"{path} is not JSON ({error}): save the model again or restore the file") from None
     if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise ModelFileError(f"{path} names no model: it needs the key 'name' that save_pretrained writes")
+        raise ModelFileError(f"{path} does not name a model: it needs the key 'name' that save_pretrained writes")
     return config
 
 
@@ -202,12 +202,12 @@ def read_checkpoint(path: str | Path) -> Any:
     except pickle.UnpicklingError:
         # PyTorch's own message advises loading without weights_only, which would execute what the file holds.
         raise ModelFileError(
-            f"{path} is no checkpoint, or holds more than tensors and plain values, which is never executed here: "
+            f"{path} is not a checkpoint, or holds more than tensors and plain values, which is never executed here: "
             f"save its state dict alone with torch.save, or download it again"
         ) from None
     except Exception as error:  # arbitrary bytes make torch.load fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelFileError(f"{path} is truncated or no checkpoint ({reason}): copy or download it again") from None
+        raise ModelFileError(f"{path} is truncated or not a checkpoint ({reason}): copy or download it again") from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -215,7 +215,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = safetensors.torch.load_file(path)
     except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist: copy the weights beside {CONFIG_FILE}") from None
+        raise ModelFileError(f"{path} does not exist: copy the weights into the folder of {CONFIG_FILE}") from None
     except safetensors.SafetensorError as error:
         raise ModelFileError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None
     load_state(model, state, path)
@@ -233,7 +233,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
             if keys
         ]
         raise ModelFileError(
-            f"{source} does not fit this model: entries {', '.join(differences)}. It is of another model or size; "
+            f"{source} does not fit this model: entries {', '.join(differences)}. It belongs to another model or size; "
             f"create the model with the configuration it was saved with"
         )
     model.load_state_dict(state)

@@ -39,7 +39,7 @@ def _load_folder(folder: Path) -> SegmentationModel:
             f"{folder} is a run without best weights yet: use {folder / LAST_CHECKPOINT}, or continue the run"
         )
     elif not (folder / CONFIG_FILE).exists() and (inside := _folders_with_a_model(folder)):
-        raise ModelFileError(f"{folder} holds no {CONFIG_FILE}; did you mean {' or '.join(map(str, inside))}?")
+        raise ModelFileError(f"{folder} has no {CONFIG_FILE}; did you mean {' or '.join(map(str, inside))}?")
     return model_class_of(folder).from_pretrained(folder)
 
 
@@ -71,7 +71,9 @@ def _from_checkpoint(checkpoint: dict[str, Any], path: Path) -> SegmentationMode
         state, metadata = checkpoint.get("ema") or saved["state"], dict(saved["metadata"])
         model = model_class(saved["name"])(**saved["config"])
     except KeyError as error:
-        raise ModelFileError(f"{path} lacks the entry {error}: it is no whole checkpoint of a training run") from None
+        raise ModelFileError(
+            f"{path} lacks the entry {error}: it is not a whole checkpoint of a training run"
+        ) from None
     except (TypeError, ValueError) as error:
         raise ModelFileError(f"{path}: {error}") from None
     load_state(model, state, path)

@@ -61,7 +61,9 @@ def from_published(checkpoint: object, source: object, channel_order: str = "rgb
     except ModelFileError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:  # shapes that contradict each other
-        raise ModelFileError(f"{source} is damaged or no UCTransNet checkpoint ({error}): download it again") from None
+        raise ModelFileError(
+            f"{source} is damaged or not a UCTransNet checkpoint ({error}): download it again"
+        ) from None
     load_state(model, converted, source)
     return model.eval()
 
@@ -184,10 +186,14 @@ def _converted(state: dict[str, Tensor], model: UCTransNet, source: object) -> d
         published = _published_names(name, model)
         missing = [entry for entry in published if entry not in left]
         if missing:
-            raise ModelFileError(f"{source} lacks {missing[0]}: it is no whole UCTransNet checkpoint")
+            raise ModelFileError(
+                f"{source} lacks {missing[0]}: it is not a whole UCTransNet checkpoint; download it again"
+            )
         converted[name] = _join(name, [left.pop(entry) for entry in published], model)
     if left:
-        raise ModelFileError(f"{source} holds {len(left)} entries that UCTransNet has not, first {next(iter(left))}")
+        raise ModelFileError(
+            f"{source} holds {len(left)} entries that UCTransNet does not have, first {next(iter(left))}"
+        )
     return converted
 
 
@@ -215,11 +221,11 @@ def _infer_config(state: dict[str, Tensor], source: object) -> dict[str, object]
         hidden, width = state["mtc.encoder.layer.0.ffn1.fc1.weight"].shape
         classes = state["outc.weight"].shape[0]
     except KeyError as error:
-        raise ModelFileError(f"{source} lacks {error.args[0]}: it is no UCTransNet checkpoint") from None
+        raise ModelFileError(f"{source} lacks {error.args[0]}: it is not a UCTransNet checkpoint") from None
     rows = math.isqrt(tokens)
     if rows * rows != tokens:
         raise ModelFileError(
-            f"{source} has {tokens} tokens, no square grid: the published network is for square images"
+            f"{source} has {tokens} tokens, which is not a square grid: the published network takes square images only"
         )
     widths = [weight.shape[0] for weight in patches]
     doubled = [widths[0] * 2**scale for scale in range(scales)]
