@@ -57,9 +57,10 @@ class SegmentationModel(nn.Module):
 
         With huggingface_hub installed, also write a model card (``README.md``) if there is none.
         """
-        folder = write_model(Path(folder), self._saved())
+        folder, saved = Path(folder), self._saved()
+        write_model(folder, saved)
         if importlib.util.find_spec("huggingface_hub") is not None:
-            write_card(folder, self._saved())
+            write_card(folder, saved)
         return folder
 
     @classmethod
@@ -105,22 +106,22 @@ class SegmentationModel(nn.Module):
         hub = import_extra("huggingface_hub", "hub")
         hub.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder), self._saved())
+            saved = self._saved()
+            write_model(Path(folder), saved)
             if not hub.file_exists(repository, CARD_FILE):
-                write_card(Path(folder), self._saved())
+                write_card(Path(folder), saved)
             return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
 
     def _saved(self) -> dict[str, Any]:
         return {"name": self.name, "config": self.config, "metadata": self.metadata, "state": self.state_dict()}
 
 
-def write_model(folder: Path, saved: dict[str, Any]) -> Path:
+def write_model(folder: Path, saved: dict[str, Any]) -> None:
     """Write ``model.safetensors`` and ``config.json`` of a model, given as its name, config, metadata and state."""
     state = {key: value.detach().contiguous() for key, value in saved["state"].items()}
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(state))
     text = json.dumps({"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}, indent=2)
     write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
-    return folder
 
 
 def write_card(folder: Path, saved: dict[str, Any]) -> None:
