@@ -1,6 +1,6 @@
 """Channel attention in plain PyTorch at its fastest, on any device and in any dtype.
 
-Three things differ from the paper's steps, none of them in the result (docs/design.md has the identities):
+Three things differ from the paper's steps, none of them in the result (README.md has the identities):
 
 - The instance norm is a temperature: softmax ignores its mean, so it takes one standard deviation a head and scale.
 - All scales are rows of one matrix product, one head at a time, so that the map of a head stays in the cache.
