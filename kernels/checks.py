@@ -1,4 +1,4 @@
-"""Checks of what the public functions are given."""
+"""Checks of the arguments of public functions."""
 
 import numbers
 from collections.abc import Iterable, Sequence
@@ -13,13 +13,13 @@ REMEDY = "convert them with .to(dtype), or run under torch.autocast"
 
 
 def check_dtypes_and_devices(**tensors: Tensor) -> None:
-    """Raise unless all are tensors on one device, of one of :data:`DTYPES` (under autocast: of any but float64).
+    """Raise unless all are tensors on one device and of one of :data:`DTYPES` (under autocast: of any but float64).
 
     Autocast leaves float64 as it is, so that there, too, all of them or none may be float64.
 
     Raises:
-        TypeError: no tensor, a dtype that is not in :data:`DTYPES`, or mixed dtypes.
-        ValueError: mixed devices.
+        TypeError: an argument is not a tensor, its dtype is not in :data:`DTYPES`, or dtypes are mixed.
+        ValueError: devices are mixed.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -39,7 +39,7 @@ def check_dtypes_and_devices(**tensors: Tensor) -> None:
 
 
 def check_tensor_lists(**lists: Iterable[Tensor]) -> None:
-    """Raise ``TypeError`` unless each can hold one tensor a scale; a tensor itself would fall apart into its rows."""
+    """Raise ``TypeError`` unless each can hold one tensor a scale; a tensor itself would be split into its rows."""
     for name, tensors in lists.items():
         if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
             given = "a tensor" if isinstance(tensors, Tensor) else type(tensors).__name__

@@ -1,8 +1,8 @@
-"""The dropout mask of the attention operators: a function of a seed and of an entry's place, whatever computes it.
+"""The dropout mask of the attention operators, a function of a seed and of an entry's place: every form has the same.
 
 An entry is dropped when a 32-bit hash of (seed, row, column) falls below ``p * 2^32``. A hash costs a kernel about a
-dozen instructions and needs no neighbour, so that forward and backward, with tiles of any shape, draw the same mask.
-Two keys are hashed from the seed and the row number; they are all that is stored.
+dozen instructions and needs no neighbour, so forward and backward draw the same mask with tiles of any shape. Only two
+keys for each row are stored, hashed from the seed and the row number.
 
 The mixing steps are multiply-xorshift rounds. Multipliers and shifts: C. Wellons, "Prospecting for hash functions"
 (2018), the two-round function of lowest bias known there.
@@ -18,22 +18,22 @@ GOLDEN_RATIO = 0x9E3779B9  # 2^32 / golden ratio, odd: consecutive numbers land 
 
 
 def drop_threshold(dropout_p: float) -> int:
-    """The number of 32-bit hashes, out of 2^32, that drop an entry; at least one where ``dropout_p`` is not 0."""
+    """Return how many of the 2^32 hashes drop an entry; at least one where ``dropout_p`` is not 0."""
     return min(max(round(dropout_p * WORD), 1), WORD - 1) if dropout_p > 0 else 0
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What kept entries are multiplied by so that the mean stays."""
+    """Return the factor of kept entries that keeps the mean."""
     return WORD / (WORD - drop_threshold(dropout_p))
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's generator: (1,) int64 on ``device``, drawn anew by every replay of a CUDA graph."""
+    """Draw a seed from torch's generator, (1,) int64 on ``device``; every replay of a CUDA graph draws another."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def row_keys(seed: Tensor, rows: int) -> Tensor:
-    """Two keys a row: (2, rows) int32, for row numbers 0 to ``rows - 1`` and a ``seed`` of one int64."""
+    """Return two keys for each row, (2, rows) int32, from a ``seed`` of one int64."""
     low, high = seed & (WORD - 1), (seed >> 32) & (WORD - 1)
     mixed_seed = _mix(low ^ _mix(high))
     numbers = torch.arange(rows, device=seed.device)
@@ -42,7 +42,7 @@ def row_keys(seed: Tensor, rows: int) -> Tensor:
 
 
 def keep_mask(keys: Tensor, columns: int, dropout_p: float) -> Tensor:
-    """Which entries stay: (2, *rows) int32 -> (*rows, columns) bool."""
+    """Return which entries stay: keys (2, *rows) int32 -> (*rows, columns) bool."""
     first, second = (key.long().unsqueeze(-1) & (WORD - 1) for key in keys)
     place = torch.arange(columns, device=keys.device) * GOLDEN_RATIO
     word = (place + first) % WORD
@@ -52,7 +52,7 @@ def keep_mask(keys: Tensor, columns: int, dropout_p: float) -> Tensor:
 
 
 def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64, whose output bits each depend on all input bits."""
+    """Mix a 32-bit word, held in int64, by a bijection whose output bits each depend on all input bits."""
     word = (word ^ (word >> 16)) * FIRST_MULTIPLIER % WORD
     word = (word ^ (word >> 15)) * SECOND_MULTIPLIER % WORD
     return word ^ (word >> 15)

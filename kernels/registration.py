@@ -72,7 +72,7 @@ def register_gradient(name: str, setup_context: Callable[..., None], backward: C
 
 
 def cast_under_autocast(name: str, left_alone: Sequence[int] = ()) -> None:
-    """Under autocast, give ``uctrans::name`` its floating-point tensors in autocast's dtype, except float64.
+    """Give ``uctrans::name`` its floating-point tensors, except float64, in autocast's dtype where autocast is on.
 
     Args:
         name: name of the operator.

@@ -1,6 +1,6 @@
 """What tests of the operators share: awkward shapes, inputs, and error budgets.
 
-An implementation may be as far from the float64 oracle as twice what the paper's own steps are in the same dtype.
+An implementation may be at most twice as far from the float64 oracle as the paper's steps are in the same dtype.
 """
 
 import math
@@ -39,7 +39,7 @@ ATTENTION_SHAPES = (
 
 
 def attention_inputs(shape: AttentionShape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of ``shape``: standard normal, requiring gradients."""
+    """Return query, key and value of ``shape``: standard normal, requiring gradients."""
     generator = torch.Generator().manual_seed(seed)
     lead = (shape.batch, shape.heads, shape.tokens)
     widths = (sum(shape.segments), shape.key_channels, shape.key_channels)
@@ -50,14 +50,14 @@ def attention_inputs(shape: AttentionShape, dtype: torch.dtype, seed: int = 0) -
 
 
 def outputs_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
-    """The output of ``function(*inputs)`` and the gradient of its inner product with ``weight`` by each input."""
+    """Return ``function(*inputs)``, and the gradient of its inner product with ``weight`` by each input."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*inputs)
     return [output.detach(), *torch.autograd.grad(output, inputs, weight.to(output.dtype))]
 
 
 def assert_within_budget(actual: Sequence[Tensor], baseline: Sequence[Tensor], oracle: Sequence[Tensor]) -> None:
-    """Every tensor of ``actual`` is at most ``BUDGET`` times as far from the float64 ``oracle`` as ``baseline`` is.
+    """Check that each of ``actual`` is at most ``BUDGET`` times as far from the float64 ``oracle`` as ``baseline``.
 
     Distance is the Frobenius norm of the difference. ``FREE_ULPS`` of the oracle's norm are free, few in half
     precision, where one rounding of the result is an error that both share.
@@ -67,7 +67,7 @@ def assert_within_budget(actual: Sequence[Tensor], baseline: Sequence[Tensor], o
 
 
 def budget_spent(actual: Sequence[Tensor], baseline: Sequence[Tensor], oracle: Sequence[Tensor]) -> list[float]:
-    """For each tensor its error over the error it may have; see :func:`assert_within_budget`."""
+    """Return each tensor's error over the error it may have; see :func:`assert_within_budget`."""
     shares = []
     for place, (result, own, exact) in enumerate(zip(actual, baseline, oracle, strict=True)):
         assert result.shape == exact.shape, f"result {place}: {tuple(result.shape)} instead of {tuple(exact.shape)}"
@@ -84,7 +84,7 @@ def budget_spent(actual: Sequence[Tensor], baseline: Sequence[Tensor], oracle: S
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Inside, fresh memory is NaN (the largest integer): what a kernel reads or leaves unwritten shows."""
+    """Fill fresh memory with NaN (the largest integer), so that reading what was not written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -32,7 +32,7 @@ def channel_attention(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C)."""
+    """Attend (B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C)."""
     heads = query.shape[1]
     drop = Dropout(dropout_p, seed, heads)
     scale = 1 / math.sqrt(key.shape[-1])
@@ -58,7 +58,7 @@ def project_then_attend(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """Projections first: one product for the keys and values, one a scale for the queries, each for all heads."""
+    """Project first: one product for keys and values, one a scale for queries, each for all heads."""
     heads = key_value_weight.shape[1]
     segments = _segments(query_weights)
     key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, (2, heads, -1))
@@ -82,7 +82,7 @@ def correlate_then_attend(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """Token correlation first: ``T^T T`` is shared by all heads, and only it and the last product see the tokens."""
+    """Correlate the tokens first: ``T^T T`` is shared by all heads; only it and the last product see the tokens."""
     heads = key_value_weight.shape[1]
     segments = _segments(query_weights)
     drop = Dropout(dropout_p, seed, heads)
@@ -101,7 +101,7 @@ def correlate_then_attend(
 def projected_attention_maps(
     tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_weight: Tensor, eps: float
 ) -> list[Tensor]:
-    """Softmax maps of each scale before dropout, mean over heads: a list of (B, C, S)."""
+    """Return the softmax maps of each scale before dropout, mean over heads: a list of (B, C, S)."""
     heads = key_weight.shape[0]
     segments = _segments(query_weights)
     correlation = _correlation(tokens, context)
@@ -128,7 +128,7 @@ def _scores_from_correlation(correlation: Tensor, query_weights: Sequence[Tensor
 
 
 def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Tensor:
-    """Softmax of each row over the standard deviation of its segment's map; statistics in at least float32.
+    """Return the softmax of each row over its segment's standard deviation; statistics in at least float32.
 
     Means and squares are taken row by row and then summed over the rows of a segment, so that the map is read as one
     tensor. It is centred before it is squared: squares of uncentred scores would cancel where their offset is large.
@@ -142,7 +142,7 @@ def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Te
 
 
 def _segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:
-    """Every row's value replaced by the mean over its segment: (B, sum C) -> (B, sum C)."""
+    """Replace every row's value by the mean over its segment: (B, sum C) -> (B, sum C)."""
     return torch.cat([block.mean(dim=1, keepdim=True).expand_as(block) for block in rows.split(segments, dim=1)], dim=1)
 
 

@@ -41,7 +41,7 @@ def channel_attention(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """Channel-wise cross attention with instance-normalised similarity over packed scales, mean over heads.
+    """Attend over channels, with instance-normalised similarity over packed scales, and average the heads.
 
     Per sample, head and scale, with ``Q`` (N x C), ``K`` and ``V`` (N x S): ``X = Q^T K / sqrt(S)``, ``Z`` = instance
     norm of ``X`` over the whole C x S map, ``P`` = softmax of ``Z`` over S, and the output is ``dropout(P) V^T``.
@@ -107,7 +107,7 @@ def projected_channel_attention(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`channel_attention` with its three projections, free to multiply in the cheaper order.
+    """Project and apply :func:`channel_attention`, multiplying in the cheaper order.
 
     A program that ``torch.export`` traces (``strict=False``) with an open number of tokens holds one order for all of
     them, that of long sequences: its cost beyond the other's is bounded, where the other's grows with the tokens.

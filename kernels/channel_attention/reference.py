@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ def channel_attention(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C)."""
+    """Attend (B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C)."""
     masks = _dropout_masks(query.shape[0], query.shape[1], segments, key.shape[-1], dropout_p, seed)
     mixed = [
         _attend_one_scale(queries, key, value, dropout_p, eps, mask)
@@ -41,7 +42,7 @@ def projected_channel_attention(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """(B, N, sum C), (B, N, S), [(H, C, C)], (2, H, S, S) -> (B, N, sum C); one projection a head and scale."""
+    """Project each head and scale, attend: (B, N, sum C), (B, N, S), [(H, C, C)], (2, H, S, S) -> (B, N, sum C)."""
     key_weights, value_weights = key_value_weight
     keys = torch.stack([F.linear(context, weight) for weight in key_weights], dim=1)
     values = torch.stack([F.linear(context, weight) for weight in value_weights], dim=1)
@@ -57,7 +58,7 @@ def projected_channel_attention(
 def projected_attention_maps(
     tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_weight: Tensor, eps: float
 ) -> list[Tensor]:
-    """Softmax maps of each scale before dropout, mean over heads: a list of (B, C, S)."""
+    """Return the softmax maps of each scale before dropout, mean over heads: a list of (B, C, S)."""
     keys = torch.stack([F.linear(context, weight) for weight in key_weight], dim=1)
     maps = []
     for scale_tokens, weights in zip(_split(tokens, query_weights), query_weights, strict=True):
@@ -71,15 +72,15 @@ def _attend_one_scale(
 ) -> Tensor:
     attention = _attention_map(query, key, eps)  # [B, H, C, S]
     attention = F.dropout(attention, dropout_p) if mask is None else attention * mask * keep_scale(dropout_p)
-    mixed = attention @ value.transpose(-1, -2)  # [B, H, C, N]
+    mixed = attention @ rearrange(value, "b h n s -> b h s n")  # [B, H, C, N]
     # The published sequence moves the heads last in memory before it averages them.
-    return mixed.permute(0, 3, 2, 1).contiguous().mean(dim=-1)
+    return rearrange(mixed, "b h c n -> b n c h").contiguous().mean(dim=-1)
 
 
 def _dropout_masks(
     batch: int, heads: int, segments: Sequence[int], key_channels: int, dropout_p: float, seed: Tensor | None
 ) -> Sequence[Tensor | None]:
-    """With a seed, the mask that every backend draws: one (B, H, C, S) a scale. Without, ``None`` for each."""
+    """Return the mask (B, H, C, S) of each scale that every backend draws from ``seed``; ``None`` without a seed."""
     if seed is None or dropout_p == 0:
         return [None] * len(segments)
     keys = row_keys(seed, batch * heads * sum(segments)).view(2, batch, heads, sum(segments))
@@ -87,7 +88,7 @@ def _dropout_masks(
 
 
 def _attention_map(query: Tensor, key: Tensor, eps: float) -> Tensor:
-    scores = query.transpose(-1, -2) @ key / math.sqrt(key.shape[-1])  # [B, H, C, S]
+    scores = rearrange(query, "b h n c -> b h c n") @ key / math.sqrt(key.shape[-1])  # [B, H, C, S]
     return F.instance_norm(scores, eps=eps).softmax(dim=-1)
 
 

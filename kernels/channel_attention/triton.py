@@ -57,7 +57,7 @@ def forward(
     eps: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """(B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C) and :class:`Saved`, one after the other."""
+    """Launch (B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C), and after it :class:`Saved`."""
     batch, heads, tokens, channels = query.shape
     key_channels = key.shape[-1]
     output = query.new_empty(batch, tokens, channels)

@@ -52,7 +52,7 @@ def attention_forward_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Output of one head for a tile of query channels, and the logarithms of its softmax's sums."""
+    """Write the output of one head for a tile of query channels, and the logarithms of its softmax's sums."""
     pid_c, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
     query_ptr = queries.ptr + batch * queries.stride_b + head * queries.stride_h
@@ -104,7 +104,7 @@ def attention_forward_kernel(
 
 @triton.jit
 def head_mean_kernel(head_output_ptr, output_ptr, heads, elements, BLOCK: tl.constexpr):
-    """Mean over heads: (B, H, elements) -> (B, elements)."""
+    """Take the mean over heads: (B, H, elements) -> (B, elements)."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
     batch = tl.program_id(1).to(tl.int64)
@@ -145,7 +145,7 @@ def query_gradient_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For a tile of query channels: keys mixed by the gradient of the scores, and what the later kernels need by row.
+    """Write the keys mixed by the gradient of the scores, and vectors that later kernels need, for query channels.
 
     ``delta``: inner product of a row of the softmax with its gradient. ``slope``: inner product of a row's scores with
     their gradient. ``row_mean``: mean score of a row.
@@ -242,7 +242,7 @@ def key_value_gradient_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For a tile of key channels: gradient of value, and queries mixed by the gradient of the scaled logits.
+    """Write the gradient of value, and queries mixed by the gradient of the scaled logits, for a tile of key channels.
 
     Scores are computed transposed, ``K^T Q``: transposing a product just made has been miscompiled on Hopper.
     """

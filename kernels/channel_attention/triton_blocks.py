@@ -66,7 +66,7 @@ class GramBlocks(NamedTuple):
 
 
 def token_tiles(problem: Problem) -> tuple[int, ...]:
-    """Powers of two, falling, that cover the tokens: 196 -> (128, 64, 16), 250 -> (256,), 500 -> (256, 256)."""
+    """Return falling powers of two that cover the tokens: 196 -> (128, 64, 16), 250 -> (256,), 500 -> (256, 256)."""
     if problem.dtype == torch.float32:
         return _equal_tiles(problem.tokens, TOKEN_TILE_OF_FLOAT32)
     if not problem.is_aligned:
@@ -76,7 +76,7 @@ def token_tiles(problem: Problem) -> tuple[int, ...]:
 
 
 def forward_blocks(problem: Problem) -> AttentionBlocks:
-    """Tiles of the forward kernel: the query is held, key and value stream."""
+    """Return the tiles of the forward kernel, which holds the query and streams key and value."""
     if problem.dtype == torch.float32:
         choices = [AttentionBlocks(16, 16, 4, 1)]
     elif not problem.is_aligned:
@@ -94,7 +94,7 @@ def forward_blocks(problem: Problem) -> AttentionBlocks:
 
 
 def query_gradient_blocks(problem: Problem) -> AttentionBlocks:
-    """Tiles of the kernel of the query's gradient: query and upstream gradient are held, key and value stream."""
+    """Return the tiles of the query's gradient, whose kernel holds query and gradient and streams key and value."""
     if problem.dtype == torch.float32 or not problem.is_aligned:
         choices = [AttentionBlocks(16, 16, 8, 1)]
     else:
@@ -103,7 +103,7 @@ def query_gradient_blocks(problem: Problem) -> AttentionBlocks:
 
 
 def key_value_gradient_blocks(problem: Problem) -> AttentionBlocks:
-    """Tiles of the kernel of the gradients of key and value, which are held; query and upstream gradient stream."""
+    """Return the tiles of the gradients of key and value, which the kernel holds; query and gradient stream."""
     if problem.dtype == torch.float32 or not problem.is_aligned:
         choices = [AttentionBlocks(16, 16, 8, 1)]
     else:
@@ -114,7 +114,7 @@ def key_value_gradient_blocks(problem: Problem) -> AttentionBlocks:
 
 
 def gram_blocks(problem: Problem) -> GramBlocks:
-    """Tiles of the kernels that make Gram matrices."""
+    """Return the tiles of the kernels that make Gram matrices."""
     if current_architecture().family == "interpreter":
         return GramBlocks(64, 64, 4, 1)
     if problem.dtype == torch.float32 or not problem.is_aligned:
@@ -124,7 +124,7 @@ def gram_blocks(problem: Problem) -> GramBlocks:
 
 
 def correction_blocks(problem: Problem) -> GramBlocks:
-    """Tiles of the products with Gram matrices, which are float32 for float16."""
+    """Return the tiles of the products with Gram matrices, which are float32 for float16."""
     if current_architecture().family == "interpreter":
         return GramBlocks(64, 64, 4, 1)
     if problem.dtype == torch.float32:
@@ -150,7 +150,7 @@ def _falling_tiles(tokens: int, most: int) -> tuple[int, ...]:
 
 
 def shared_memory_of(blocks: AttentionBlocks, problem: Problem, held: int) -> int:
-    """Bytes that a program takes at most: ``held`` tiles of its own channels, and two of the other side a stage."""
+    """Return the most bytes that a program takes: ``held`` tiles of its channels, two of the other side a stage."""
     rows = held * blocks.own + 2 * blocks.num_stages * blocks.step
     return sum(token_tiles(problem)) * problem.dtype.itemsize * rows
 

@@ -1,6 +1,6 @@
-"""Triton kernels of what instance norm adds to attention: temperatures before it, corrections of gradients after it.
+"""Triton kernels of the instance norm in attention: temperatures before it, corrections of gradients after it.
 
-The map of scores is never formed for them. All of it follows from Gram matrices, products of pairs of tokens summed
+The map of scores is never formed for them. All follows from Gram matrices, products of pairs of tokens summed
 over channels: ``sum of squares of Q^T K`` is the inner product of ``Q Q^T`` and ``K K^T``. Far from zero that inner
 product would cancel, so the tokens of each channel are centred and their mean becomes one token more: with ``m`` the
 mean, ``[q - m, sqrt(N) m]`` has the scores of ``q``. Gram matrices are of these N + 1 tokens.
@@ -23,7 +23,7 @@ def token_mean_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean of each channel over the tokens: (B, H, N, C) -> (B, H, C).
+    """Take the mean of each channel over the tokens: (B, H, N, C) -> (B, H, C).
 
     Summed in float64, which takes no longer than the reading: a mean near zero may be multiplied by keys far from it.
     """
@@ -54,7 +54,7 @@ def key_gram_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: its tile of the covariance of keys over channels; on the diagonal also their means."""
+    """Write a tile of the covariance of the keys over channels, and on the diagonal their means."""
     pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(tokens + 1, BLOCK_N)
     pid_i, pid_j = pid_pair // blocks, pid_pair % blocks
@@ -91,7 +91,7 @@ def score_variance_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: its share of the variance of one segment's map of scores ``Q^T K / sqrt(S)``."""
+    """Write the share that a pair of token blocks has in the variance of a segment's scores ``Q^T K / sqrt(S)``."""
     pid_pair, pid_segment, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     size = tokens + 1
     blocks = tl.cdiv(size, BLOCK_N)
@@ -146,7 +146,7 @@ def temperature_kernel(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """1 / (sqrt(S) sigma) of each row's map, and with a seed the keys of its dropout mask."""
+    """Write 1 / (sqrt(S) sigma) of each row's map, and with a seed the keys of its dropout mask."""
     pid_bh = tl.program_id(1)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_pair = tl.arange(0, BLOCK_PAIRS)
@@ -183,9 +183,10 @@ def coefficient_kernel(
     SEGMENT_STARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Per row, what instance norm takes out of its gradient is ``weight * (scores - mean of the map)``.
+    """Write the ``weight`` and ``offset`` of each row.
 
-    Also the row's ``offset``: its mean score less the mean of its map.
+    Instance norm subtracts ``weight * (scores - mean of the map)`` from the gradient of a row; ``offset`` is the row's
+    mean score less the mean of its map.
     """
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_c < CHANNELS
@@ -221,7 +222,7 @@ def query_gram_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of token blocks: sum over channels of ``weight q q^T``; on the diagonal also of ``weight offset q``."""
+    """Write a tile of the sum over channels of ``weight q q^T``, and on the diagonal that of ``weight offset q``."""
     pid_pair, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     size = tokens + 1
     blocks = tl.cdiv(size, BLOCK_N)
@@ -270,7 +271,7 @@ def query_correction_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """In place, mixed keys become ``dQ = mixed keys - weight S (key covariance Q + offset key means)``."""
+    """Turn mixed keys into ``dQ = mixed keys - weight S (key covariance Q + offset key means)``, in place."""
     pid_c, pid_n, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
     query_ptr = queries.ptr + batch * queries.stride_b + head * queries.stride_h
@@ -323,7 +324,7 @@ def key_correction_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """In place, mixed queries become ``dK = mixed queries - (query Gram (K - key means) + query sums)``."""
+    """Turn mixed queries into ``dK = mixed queries - (query Gram (K - key means) + query sums)``, in place."""
     pid_s, pid_n, pid_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head = pid_bh // heads, pid_bh % heads
     key_ptr = keys.ptr + batch * keys.stride_b + head * keys.stride_h
@@ -374,7 +375,7 @@ def _shifted_gram(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums over channels of pairs of tokens' values, each less a shift of its token; sums of both; both shifts.
+    """Return sums over channels of pairs of tokens' values, each less its token's shift; sums of both; both shifts.
 
     The shift is the token's mean over the first block of channels. Sums that are centred later then cancel by no more
     than the ratio of all channels to those of a block, however far from zero the values are.
@@ -404,7 +405,7 @@ def _shifted_gram(
 
 @triton.jit
 def _centred_rows(base_ptr, token_mean_ptr, stride_n, stride_k, offs_n, offs_k, tokens, channels):
-    """[tokens, channels] in float32, centred over the tokens; sqrt(N) times the means as token N; zero behind."""
+    """Load [tokens, channels] in float32, centred over the tokens; token N is sqrt(N) times the means; then zero."""
     mask_k = offs_k < channels
     mask = (offs_n < tokens)[:, None] & mask_k[None, :]
     tile = tl.load(base_ptr + offs_n[:, None] * stride_n + offs_k[None, :] * stride_k, mask=mask, other=0.0)
@@ -415,7 +416,7 @@ def _centred_rows(base_ptr, token_mean_ptr, stride_n, stride_k, offs_n, offs_k, 
 
 @triton.jit
 def _centred_columns(base_ptr, token_mean_ptr, stride_n, stride_k, offs_n, offs_k, tokens, channels):
-    """The same transposed, [channels, tokens]."""
+    """Load the same transposed, [channels, tokens]."""
     mask_k = offs_k < channels
     mask = (offs_n < tokens)[None, :] & mask_k[:, None]
     tile = tl.load(base_ptr + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k, mask=mask, other=0.0)
@@ -435,7 +436,7 @@ def _store_symmetric(base_ptr, tile, offs_i, offs_j, size, is_off_diagonal):
 
 @triton.jit
 def _mix(word):
-    """The bijection of 32-bit words of kernels/dropout.py."""
+    """Mix a 32-bit word as kernels/dropout.py does."""
     word = (word ^ (word >> 16)) * 0x21F0AAAD
     word = (word ^ (word >> 15)) * 0xD35A2D97
     return word ^ (word >> 15)

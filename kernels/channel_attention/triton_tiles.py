@@ -1,4 +1,4 @@
-"""What the attention kernels do with tiles: tuples of them along the tokens, and the dropout mask of one.
+"""Tuples of tiles along the tokens, and the dropout mask of a tile.
 
 The tiles of a tuple cover the token axis side by side: ``TILES`` are their numbers of tokens, ``STARTS`` their first.
 """
@@ -28,13 +28,13 @@ def map_of(tensor: Tensor) -> HeadMap:
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS]; a function, as a size out of a tuple is constant to Triton as an argument only."""
+    """Return zeros [ROWS, COLUMNS]. A size out of a tuple is constant to Triton only as an argument."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
 @triton.jit
 def zero_tiles(ROWS: tl.constexpr, TOKEN_TILES: tl.constexpr):
-    """Tiles [ROWS, tokens]."""
+    """Return zeros as tiles [ROWS, tokens]."""
     tiles = ()
     for t in tl.static_range(len(TOKEN_TILES)):
         tiles = tiles + (zeros(ROWS, TOKEN_TILES[t]),)
@@ -45,7 +45,7 @@ def zero_tiles(ROWS: tl.constexpr, TOKEN_TILES: tl.constexpr):
 def load_rows(
     base_ptr, stride_c, stride_n, offs_c, tokens, CHANNELS: tl.constexpr, TILES: tl.constexpr, STARTS: tl.constexpr
 ):
-    """Tiles [channels, tokens], zero outside."""
+    """Load tiles [channels, tokens], zero outside."""
     tiles = ()
     for t in tl.static_range(len(TILES)):
         offs_n = STARTS[t] + tl.arange(0, TILES[t])
@@ -59,7 +59,7 @@ def load_rows(
 def load_columns(
     base_ptr, stride_c, stride_n, offs_c, tokens, CHANNELS: tl.constexpr, TILES: tl.constexpr, STARTS: tl.constexpr
 ):
-    """Tiles [tokens, channels], zero outside."""
+    """Load tiles [tokens, channels], zero outside."""
     tiles = ()
     for t in tl.static_range(len(TILES)):
         offs_n = STARTS[t] + tl.arange(0, TILES[t])
@@ -91,7 +91,7 @@ def store_rows(
 
 @triton.jit
 def contract(rows, columns, PRECISION: tl.constexpr):
-    """Sum of products over the tokens: tiles [M, tokens], tiles [tokens, K] -> [M, K]."""
+    """Sum products over the tokens: tiles [M, tokens], tiles [tokens, K] -> [M, K]."""
     product = tl.dot(rows[0], columns[0], input_precision=PRECISION)
     for t in tl.static_range(1, len(rows)):
         product = tl.dot(rows[t], columns[t], product, input_precision=PRECISION)
@@ -100,7 +100,7 @@ def contract(rows, columns, PRECISION: tl.constexpr):
 
 @triton.jit
 def shrink_and_accumulate(tiles, shrink, weights, values, PRECISION: tl.constexpr):
-    """``tiles * shrink + weights values``: tiles [M, tokens], [M, K], tiles [K, tokens]."""
+    """Return ``tiles * shrink + weights values``: tiles [M, tokens], [M, K], tiles [K, tokens]."""
     new_tiles = ()
     for t in tl.static_range(len(tiles)):
         tile = tl.dot(weights, values[t], tiles[t] * shrink[:, None], input_precision=PRECISION)
@@ -110,7 +110,7 @@ def shrink_and_accumulate(tiles, shrink, weights, values, PRECISION: tl.constexp
 
 @triton.jit
 def accumulate_transposed(tiles, weights, columns, PRECISION: tl.constexpr):
-    """``tiles + weights columns^T``: tiles [M, tokens], [M, K], tiles [tokens, K]."""
+    """Return ``tiles + weights columns^T``: tiles [M, tokens], [M, K], tiles [tokens, K]."""
     new_tiles = ()
     for t in tl.static_range(len(tiles)):
         new_tiles = new_tiles + (tl.dot(weights, tl.trans(columns[t]), tiles[t], input_precision=PRECISION),)
@@ -119,7 +119,7 @@ def accumulate_transposed(tiles, weights, columns, PRECISION: tl.constexpr):
 
 @triton.jit
 def inner_products(rows, other_rows):
-    """Row by row over the tokens: two tuples of tiles [M, tokens] -> [M]."""
+    """Multiply and sum row by row over the tokens: two tuples of tiles [M, tokens] -> [M]."""
     total = tl.sum(rows[0].to(tl.float32) * other_rows[0].to(tl.float32), axis=1)
     for t in tl.static_range(1, len(rows)):
         total += tl.sum(rows[t].to(tl.float32) * other_rows[t].to(tl.float32), axis=1)
@@ -128,7 +128,7 @@ def inner_products(rows, other_rows):
 
 @triton.jit
 def subtract_outer(tiles, rows, vector_ptr, shift, tokens, TILES: tl.constexpr, STARTS: tl.constexpr):
-    """Tiles [M, tokens] less the products of [M] with a vector in memory plus ``shift`` [tokens]."""
+    """Subtract from tiles [M, tokens] the products of [M] with a vector in memory plus ``shift`` [tokens]."""
     new_tiles = ()
     for t in tl.static_range(len(TILES)):
         offs_n = STARTS[t] + tl.arange(0, TILES[t])
@@ -139,7 +139,7 @@ def subtract_outer(tiles, rows, vector_ptr, shift, tokens, TILES: tl.constexpr, 
 
 @triton.jit
 def weighted_sums(rows, shifts, weight_ptr, tokens, TILES: tl.constexpr, STARTS: tl.constexpr):
-    """Sum over the tokens of tiles [M, tokens], each row less its shift, each token times its weight -> [M]."""
+    """Sum tiles [M, tokens] over the tokens, each row less its shift, each token times its weight -> [M]."""
     total = tl.zeros([rows[0].shape[0]], tl.float32)
     for t in tl.static_range(len(TILES)):
         offs_n = STARTS[t] + tl.arange(0, TILES[t])
@@ -150,21 +150,21 @@ def weighted_sums(rows, shifts, weight_ptr, tokens, TILES: tl.constexpr, STARTS:
 
 @triton.jit
 def keep_rows(row_key_ptr, row, mask, offs_column, rows, threshold):
-    """Dropout mask [rows, columns]."""
+    """Return the dropout mask [rows, columns]."""
     first, second = load_row_keys(row_key_ptr, row, mask, rows)
     return hash(first[:, None], second[:, None], offs_column[None, :]) >= threshold
 
 
 @triton.jit
 def keep_columns(row_key_ptr, row, mask, offs_column, rows, threshold):
-    """The same mask transposed, [columns, rows]."""
+    """Return the same mask transposed, [columns, rows]."""
     first, second = load_row_keys(row_key_ptr, row, mask, rows)
     return hash(first[None, :], second[None, :], offs_column[:, None]) >= threshold
 
 
 @triton.jit
 def load_row_keys(row_key_ptr, row, mask, rows):
-    """Both keys of each row of the dropout mask."""
+    """Load both keys of each row of the dropout mask."""
     first = tl.load(row_key_ptr + row, mask=mask, other=0).to(tl.uint32, bitcast=True)
     second = tl.load(row_key_ptr + rows + row, mask=mask, other=0).to(tl.uint32, bitcast=True)
     return first, second
@@ -172,7 +172,7 @@ def load_row_keys(row_key_ptr, row, mask, rows):
 
 @triton.jit
 def hash(first, second, column):
-    """The 32-bit word of an entry, see kernels/dropout.py, moved to the range of int32 in its order."""
+    """Return the 32-bit hash of an entry (kernels/dropout.py), moved to the range of int32 in its order."""
     word = column.to(tl.uint32) * 0x9E3779B9 + first
     word = (word ^ (word >> 16)) * 0x21F0AAAD
     word = (word ^ (word >> 15) ^ second) * 0xD35A2D97

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def packed_layer_norm(tokens: Tensor, segments: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(B, N, sum C), (sum C,), (sum C,) -> (B, N, sum C)."""
+    """Normalise each scale: (B, N, sum C), (sum C,), (sum C,) -> (B, N, sum C)."""
     segments = list(segments)
     scales = zip(tokens.split(segments, dim=-1), weight.split(segments), bias.split(segments), strict=True)
     return torch.cat(
@@ -29,6 +29,6 @@ def cross_layer_norm(
     context_bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """(B, N, sum C), four (sum C,) -> (B, N, sum C) of each scale by itself, (B, N, sum C) of all together."""
+    """Normalise each scale, and all together: (B, N, sum C), four (sum C,) -> twice (B, N, sum C)."""
     scale_tokens = packed_layer_norm(tokens, segments, weight, bias, eps)
     return scale_tokens, F.layer_norm(tokens, tokens.shape[-1:], context_weight, context_bias, eps)

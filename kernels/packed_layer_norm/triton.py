@@ -71,7 +71,7 @@ def _standardise(tokens, offs_channel, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def _standardise_whole(tokens, eps, WIDTHS: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr):
-    """:func:`_standardise` of all scales together."""
+    """Standardise all scales together; see :func:`_standardise`."""
     mean = 0.0
     for scale in tl.static_range(len(WIDTHS)):
         mean += tl.sum(tokens[scale])
@@ -290,7 +290,7 @@ def _backward_twice(
 def packed_layer_norm(
     tokens: Tensor, segments: Sequence[int], weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """(B, N, sum C), (sum C,), (sum C,) -> (B, N, sum C) in ``dtype``."""
+    """Launch (B, N, sum C), (sum C,), (sum C,) -> (B, N, sum C) in ``dtype``."""
     output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     if output.numel() > 0:
         _normalise[(tokens.shape[0] * tokens.shape[1],)](
@@ -314,7 +314,7 @@ def cross_layer_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(B, N, sum C), four (sum C,) -> twice (B, N, sum C) in ``dtype``: each scale by itself, all together."""
+    """Launch (B, N, sum C), four (sum C,) -> twice (B, N, sum C) in ``dtype``: each scale by itself, all together."""
     output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     context = torch.empty_like(output)
     if output.numel() > 0:

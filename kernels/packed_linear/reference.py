@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """(B, N, sum I), [(O, I)] -> (B, N, sum O), or with heads [(H, O, I)] -> (B, N, H, sum O)."""
+    """Map (B, N, sum I) by [(O, I)] -> (B, N, sum O), or with heads by [(H, O, I)] -> (B, N, H, sum O)."""
     scales = tokens.split([weight.shape[-1] for weight in weights], dim=-1)
     if weights[0].ndim == 2:
         return _map_scales(scales, weights, biases)

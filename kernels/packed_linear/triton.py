@@ -72,7 +72,7 @@ def _project(
     BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """output[row, head, start + o] = sum over i of tokens[row, start + i] weight[head, o, i] + bias[head, o]."""
+    """Write output[row, head, start + o] = sum over i of tokens[row, start + i] weight[head, o, i] + bias[head, o]."""
     product, scale, offs_row, offs_column = projected(
         tokens,
         weights,
@@ -114,7 +114,7 @@ def _project_back(
     BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """d_tokens[row, start + i] = sum over head and o of gradient[row, head, start + o] weight[head, o, i]."""
+    """Write d_tokens[row, start + i] = sum over head and o of gradient[row, head, start + o] weight[head, o, i]."""
     product, scale, offs_row, offs_column = projected_back(
         gradient,
         weights,
@@ -157,7 +157,7 @@ def _correlate(
     BLOCK_IN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """sums[split]: over the split's rows, gradient[row, head, o] tokens[row, i]; behind it, gradient[row, head, o]."""
+    """Write the sums of gradient[row, head, o] tokens[row, i] and of gradient[row, head, o] over a split's rows."""
     pid_split = tl.program_id(1)
     scale, tile = locate(tl.num_programs(0) - 1 - tl.program_id(0), TILES, 1)
     in_width = of_scale(IN_WIDTHS, scale)
@@ -201,7 +201,7 @@ def _correlate(
 
 
 def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """(B, N, sum I), [([H,] O, I)], [([H,] O)] or nothing -> (B, N, [H,] sum O)."""
+    """Launch (B, N, sum I), [([H,] O, I)], [([H,] O)] or nothing -> (B, N, [H,] sum O)."""
     heads, in_widths, out_widths = sizes_of(weights)
     output = tokens.new_empty(*tokens.shape[:2], *weights[0].shape[:-2], sum(out_widths))
     columns = [heads * width for width in out_widths]
@@ -222,7 +222,7 @@ def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
 
 
 def token_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """(B, N, [H,] sum O), [([H,] O, I)] -> (B, N, sum I)."""
+    """Return the gradient of the tokens: (B, N, [H,] sum O), [([H,] O, I)] -> (B, N, sum I)."""
     heads, in_widths, out_widths = sizes_of(weights)
     d_tokens = gradient.new_empty(*gradient.shape[:2], sum(in_widths))
     launch_by_blocks(

@@ -15,7 +15,7 @@ def packed_mlp(
     contract_weights: Sequence[Tensor],
     contract_biases: Sequence[Tensor],
 ) -> Tensor:
-    """residual + contract(GELU(expand(tokens))), scale by scale: (B, N, sum C) -> (B, N, sum C)."""
+    """Return residual + contract(GELU(expand(tokens))), scale by scale: (B, N, sum C) -> (B, N, sum C)."""
     scales = tokens.split([weight.shape[1] for weight in expand_weights], dim=-1)
     layers = zip(expand_weights, expand_biases, contract_weights, contract_biases, strict=True)
     mixed = []

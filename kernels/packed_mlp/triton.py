@@ -47,7 +47,7 @@ def _expand(
     BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """hidden = tokens weight^T + bias, where it is kept, and activation = GELU(hidden)."""
+    """Write hidden = tokens weight^T + bias, where it is kept, and activation = GELU(hidden)."""
     hidden, scale, offs_row, offs_column = projected(
         tokens,
         weights,
@@ -91,7 +91,7 @@ def _contract(
     BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """output = residual + activation weight^T + bias; the residual lies like the output."""
+    """Write output = residual + activation weight^T + bias; the residual lies like the output."""
     output, scale, offs_row, offs_column = projected(
         activation,
         weights,
@@ -132,7 +132,7 @@ def _contract_back(
     BLOCK_STEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """d_hidden = (gradient weight) GELU'(hidden), where GELU'(x) = Phi(x) + x phi(x)."""
+    """Write d_hidden = (gradient weight) GELU'(hidden), where GELU'(x) = Phi(x) + x phi(x)."""
     d_hidden, scale, offs_row, offs_column = projected_back(
         gradient,
         weights,
