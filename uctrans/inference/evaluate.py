@@ -29,7 +29,7 @@ from .metrics import (
     mean_over_classes,
     score_instances,
 )
-from .predictor import predictor_of, to_labels, transforms_in_words
+from .predictor import TRANSFORMS, predictor_of, to_labels
 from .settings import (
     InferenceError,
     check_choice,
@@ -409,8 +409,9 @@ def _draw_figures(
 
 def _remarks(config: EvaluateConfig, images: int) -> tuple[str, ...]:
     remarks = []
-    if words := transforms_in_words(config.tta):
-        remarks.append(f"Each probability is {words}")
+    if config.tta != "none":
+        kinds = "flips" if config.tta == "flips" else "flips and rotations"
+        remarks.append(f"Each probability is the mean over {len(TRANSFORMS[config.tta])} {kinds}")
     total = None if config.split == "all" else drawn_from(config.data)
     if total is not None:
         remarks.append(

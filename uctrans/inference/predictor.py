@@ -180,12 +180,6 @@ def predictor_of(config: Any) -> Predictor:
     return load_predictor(config.model, config.backend, **{name: getattr(config, name) for name in SETTINGS})
 
 
-def transforms_in_words(tta: str) -> str:
-    """Return what probabilities are averaged over, as "the mean over 8 flips and rotations"; "" for one prediction."""
-    count = len(TRANSFORMS[tta])
-    return "" if count == 1 else f"the mean over {count} {'flips' if tta == 'flips' else 'flips and rotations'}"
-
-
 def transform(images: Tensor, turns: int, flip: bool) -> Tensor:
     """Flip the columns of ``(..., H, W)`` if ``flip`` is set, then turn counter-clockwise by ``turns`` quarters."""
     return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
