@@ -1,4 +1,4 @@
-"""What all benchmarks of operators share: the record, and the race that pytest-benchmark shows."""
+"""Fixtures and options of all benchmarks of operators: the record, and the race that pytest-benchmark shows."""
 
 from pathlib import Path
 

@@ -1,12 +1,12 @@
-"""Run the plan for a CUDA GPU: what it must show, most important first, in two calls of at most ten minutes.
+"""Run the plan for a CUDA GPU, the most important steps first, in two calls of at most ten minutes.
 
     python -m benchmarks.gpu                (make gpu PYTHON=python)
     python -m benchmarks.gpu --list
 
 A checkout is enough, without installation, where Python has torch, triton, numpy, einops, scikit-image, safetensors,
-tqdm, pytest and pytest-benchmark. Every step is a command with a limit; its output is a log in ``--output``, beside the
-record of all measurements. The same command again runs the steps that never began, then those that were cut short.
-docs/gpu.md says what each step decides.
+tqdm, pytest and pytest-benchmark. Every step is a command with a limit. The folder ``--output`` gets a log of each step
+and the record of all measurements. The same command again runs the steps that never began, then those that were cut
+short. docs/gpu.md says what each step decides.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def _outcome(process: subprocess.Popen, seconds: float) -> str:
     except subprocess.TimeoutExpired:
         return "cut short"
     finally:
-        # An interrupt lets pytest print its summary. What does not end by itself is ended with all its children.
+        # An interrupt lets pytest print its summary. A process that goes on is killed, with its children.
         for sent, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, sent)

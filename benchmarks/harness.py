@@ -44,8 +44,8 @@ Function = Callable[..., Any]
 class Work:
     """Floating-point operations, and bytes that must be moved to and from memory.
 
-    It is the work that the mathematics asks for, the same for every candidate: each input read once and each output
-    written once. What a candidate does beyond it lowers its share of the roofline.
+    The mathematics needs this work, which is the same for every candidate: each input is read once and each output
+    written once. Any work that a candidate adds lowers its share of the roofline.
     """
 
     flop: float
@@ -77,13 +77,13 @@ class Case:
 
     Attributes:
         name: the operator's, for the record.
-        sizes: what the record says of the workload.
+        sizes: sizes of the workload, for the record and the name of the case.
         device: "cpu" or "cuda".
         dtype: of the arguments.
         candidates: functions of the arguments by name; ``operator`` is among them.
-        exact: the published operations, without dropout; they run in float64 and say what is right.
+        exact: the published operations, without dropout; results are compared with theirs in float64.
         draw: makes a new call of random numbers.
-        work: what a pass must compute and move.
+        work: operations and bytes of a pass.
         tolerance: the relative error that each output and gradient may have.
         dropout_p: the candidates' probability of dropping.
         compiled: names of candidates that also race compiled by ``torch.compile``.
@@ -114,7 +114,7 @@ class Case:
         function = self.candidates[candidate.removesuffix(COMPILED)]
         if not candidate.endswith(COMPILED):
             return function
-        torch.compiler.reset()  # left to itself, PyTorch runs a function uncompiled after a few shapes
+        torch.compiler.reset()  # after a few shapes PyTorch would run a function uncompiled
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     def calls(self, passes: str) -> list[Call]:
@@ -248,7 +248,8 @@ def _dropout_error(case: Case, function: Function, passes: str, call: Call) -> f
     """Return the error of a mean of draws; fail unless a candidate drops at the case's rate and keeps expectations.
 
     Values are independent standard normal numbers, so that an output with dropout is off by sqrt(p / (1 - p)) of its
-    norm, and the mean of n outputs by a factor of sqrt(n) less; without dropout, or with one mask for all, it is not.
+    norm, and the mean of n outputs by a factor of sqrt(n) less. Another rate, or one mask for all draws, gives another
+    distance.
     """
     (exact,), _ = exact_results(case)
     with torch.set_grad_enabled(passes != "forward"):
@@ -446,7 +447,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def kernels(run: Callable[[], object], device: str) -> list[dict[str, Any]]:
-    """Return what a run launches on a GPU, or calls on a CPU, by name: calls and seconds, the longest first."""
+    """Return the kernels that a run launches (on a CPU the operators that it calls): name, calls, seconds.
+
+    The longest come first. A backward pass includes the forward pass before it.
+    """
     activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         run()

@@ -1,4 +1,4 @@
-"""Time whole networks: a training step, inference, their memory, what a step launches.
+"""Time whole networks: training step, inference, peak memory, kernels of a step.
 
     python -m benchmarks.network --mode training --model uctransnet --batch 4
     python -m benchmarks.network --mode inference --batch 1
@@ -9,8 +9,8 @@
 Every candidate is checked and then takes turns with the project's own network, ``ours``. On a GPU ``ours`` and the
 baselines compute in bfloat16, channels-last, and are captured as CUDA graphs; ``published`` is float32, contiguous and
 eager, as the published script runs it. On a CPU all are float32 and eager, and ``ours`` is the composed form. Training
-is forward, published loss, backward and Adam on a batch at hand. What is compiled is compiled in PyTorch's default
-mode, as tuning takes minutes. Convolutions are those that cuDNN measures to be fastest.
+is forward, published loss, backward and Adam on one batch. ``torch.compile`` runs in its default mode, because tuning
+takes minutes. cuDNN measures which convolutions are fastest.
 """
 
 import argparse
@@ -59,11 +59,11 @@ CALLS_IN_A_ROW = {"cuda": 3, "cpu": 1}
 LEARNING_RATE = 1e-4
 CHECKED_STEPS = 5
 # Relative errors allowed of the first loss and of the later ones, against exact float32 without dropout. On 4 images of
-# 96 pixels, on a CPU, bfloat16 reaches 0.07 % and 1.1 %. What is compiled runs with dropout in the check too, as
-# compiling it twice takes minutes: dropout alone is 6.8 % there.
+# 96 pixels, on a CPU, bfloat16 reaches 0.07 % and 1.1 %. A compiled candidate is checked with dropout, because it takes
+# minutes to compile it twice: dropout alone is 6.8 % there.
 LOSS_TOLERANCES = {"without dropout": (0.01, 0.04), "with dropout": (0.03, 0.15)}
-# Of the logits. With 16 base channels, on a CPU, the published operations reach 2.4e-3 in bfloat16; float32 on a GPU
-# has TF32 in convolutions.
+# Relative errors allowed of the logits. With 16 base channels, on a CPU, the published operations reach 2.4e-3 in
+# bfloat16; float32 on a GPU has TF32 in convolutions.
 LOGIT_TOLERANCES = {"bfloat16": 2e-2, "float32": 5e-3}
 
 MEMORY_STEPS = 4  # after the first, which compiles and tunes: a plain one, the one that records, two replays
@@ -115,7 +115,7 @@ class Variant:
 
     @property
     def dtype(self) -> str:
-        """What most products are computed in."""
+        """The dtype of most products."""
         return "bfloat16" if self.half else "float32"
 
     @property
@@ -381,7 +381,7 @@ def race(mode: str, problem: Problem, candidates: list[str]) -> Iterator[tuple[s
 
 def release() -> None:
     """Give back the memory of what is no longer used, and forget what was compiled."""
-    torch.compiler.reset()  # left to itself, PyTorch runs a function uncompiled after a few shapes
+    torch.compiler.reset()  # after a few shapes PyTorch would run a function uncompiled
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -396,8 +396,8 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def peak_memory(problem: Problem, candidate: str) -> dict[str, int]:
     """Return the peak bytes of training: weights, Adam's state, batch and step; on a CPU those of the process.
 
-    What is captured is measured while it is captured: its memory is taken then, and a replay takes none. The peak of a
-    process is read from /proc, which only Linux has.
+    A step takes its memory when it is captured, and a replay takes none, so the peak includes the capture. On a CPU the
+    peak is read from /proc, which only Linux has.
     """
     on_gpu = problem.device == "cuda"
     work = Training(problem, CANDIDATES[candidate].on(problem.device))

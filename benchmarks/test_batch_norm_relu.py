@@ -47,7 +47,7 @@ def norm(
         return Call((normal().requires_grad_(), parameter(), parameter(), *statistics), gradients)
 
     def work(passes: str) -> Work:
-        """Count the least bytes with statistics of the batch, which ask for a pass of their own in both directions.
+        """Count the fewest bytes with statistics of the batch, which need a pass of their own in both directions.
 
         Forward reads the map twice and writes the result; backward reads map and gradient twice and writes a gradient.
         The pooled map is written, and its gradient read twice.

@@ -29,6 +29,7 @@ PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 INPUT_PASSES = {"forward": 1, "backward": 2, "both": 3}
 OUTPUT_PASSES = {"forward": 1, "backward": 1, "both": 2}
 
+NO_KERNEL = ("No viable backend", "No available kernel")
 SDPA_ALIGNMENT = 8  # channels; rows of the fused kernels must start on 16 bytes
 
 
@@ -152,4 +153,9 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
 def test_channel_attention(race, case, passes, candidate):
-    race(case, passes, candidate)
+    try:
+        race(case, passes, candidate)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NO_KERNEL):
+            raise
+        pytest.skip(f"PyTorch has no such attention for this case: {error}")

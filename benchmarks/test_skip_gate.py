@@ -56,7 +56,7 @@ def gates(
         return reduce(add, (work_at(scale, passes) for scale in scales))
 
     def work_at(scale: int, passes: str) -> Work:
-        """Count a gate of means, which asks for two passes over what it gates, forward and backward.
+        """Count a gate of means, which needs two passes over the map it gates, forward and backward.
 
         In elements, with ``e`` the encoder feature, ``r`` the tokens, ``d`` the decoder feature and ``up(d)`` as the
         result holds it:

@@ -92,7 +92,7 @@ def time_to_dice(config: TrainConfig, dice: float, every: int = 1) -> dict[str, 
             )
             clock.resume()
 
-            # Not the run's own: what a look at the test images captures must not help validation.
+            # Not the run's own: graphs that a look at the test images captures must not help validation.
             forward = plain_forward(run.validated_model, config)
             curve: list[tuple[int, float, float, float | None]] = []
             test_dice, last_look, first_epoch = math.nan, -every, None
@@ -156,7 +156,7 @@ class EpochLog(SilentLog):
 
 
 def settings_of(candidate: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of a run: what the command line sets for all candidates, and the candidate's own."""
+    """Return the settings of a run: those of the command line, shared by all candidates, and the candidate's own."""
     shared = {name: getattr(given, name) for name in SHARED if getattr(given, name) is not None}
     return shared | CANDIDATES[candidate] | {"seed": seed, "progress": False}
 

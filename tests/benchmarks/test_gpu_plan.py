@@ -1,4 +1,4 @@
-"""The plan for a GPU: what runs first, what a limit does, what continues, and that its commands exist."""
+"""The plan for a GPU: the order of its steps, their limits, how a second call continues, and that commands exist."""
 
 import importlib
 import sys
@@ -85,7 +85,7 @@ def test_what_a_step_started_ends_with_it(tmp_path):
     assert read_lines(tmp_path / "steps.jsonl")[0]["seconds"] < 30
 
 
-def test_a_program_that_is_not_installed_is_told(tmp_path):
+def test_a_missing_program_is_an_outcome(tmp_path):
     assert run(Step("memcheck", ("no-such-program",), 10), tmp_path, seconds=10) == "not there"
     assert [step.name for step in pending([Step("memcheck", ("no-such-program",), 10)], tmp_path)] == ["memcheck"]
 

@@ -1,4 +1,4 @@
-"""The harness: what a sample times, what is refused, and the arithmetic of pairs, work and rates."""
+"""The harness: the time of a sample, wrong candidates, and the arithmetic of pairs, work and rates."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""Benchmarks of whole networks: candidates are checked, what is wrong does not race, and what each mode measures."""
+"""Benchmarks of whole networks: candidates are checked, wrong ones do not race, and each mode measures."""
 
 import math
 import time
@@ -49,7 +49,7 @@ def learning_fast(monkeypatch):
 
 @pytest.fixture
 def recorders(monkeypatch):
-    """The recorders that were made in place of those of CUDA graphs."""
+    """Put recorders on the host in the place of those of CUDA graphs, and return them as they are made."""
     made = []
 
     def make(generators=()):

@@ -72,7 +72,7 @@ def test_checkpoints_are_written_as_in_training(data, monkeypatch):
     assert found["seconds_until_saved"] >= found["seconds"]
 
 
-def test_a_target_that_is_not_reached_is_told(data):
+def test_a_target_that_is_not_reached(data):
     found = time_to_dice(config(data, epochs=3, first_best_epoch=2), dice=1.1)
     assert not found["reached"]
     assert found["epochs"] == 3
