@@ -37,19 +37,8 @@ TIFF_BITS = (1, 8, 16)
 TIFF_KINDS = ("MINISBLACK", "RGB", "PALETTE", "YCBCR")
 INTEGERS = (bool, np.uint8, np.uint16)
 # Pillow and tifffile raise these for damaged files, MemoryError for a damaged size.
-READ_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
+READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
+READ_ERRORS += (MemoryError, struct.error, zlib.error)
 
 
 class Doubts:
