@@ -23,12 +23,13 @@ SMALL = AttentionShape(2, 2, 5, (4, 8), 12)
 ODD = AttentionShape(1, 2, 21, (3, 39), 67)
 SHAPES = (
     AttentionShape(1, 2, 8, (8, 16, 32, 64), 120),
-    AttentionShape(8, 2, 1, (3,), 3),  # a single token; several samples, so that luck averages out
+    AttentionShape(4, 1, 1, (3,), 3),  # a single token; several samples, so that luck averages out
     ODD,
     AttentionShape(1, 2, 7, (1, 130), 131),  # a scale of one channel beside one over 128
     AttentionShape(1, 1, 100, (12, 20), 24),  # more tokens than channels, in three tiles; keys of another width
     AttentionShape(0, 2, 9, (4, 8), 12),  # an empty batch
 )
+HALF = (torch.float16, torch.bfloat16)
 # Own channels, step, warps, stages: what the table holds, and tiles smaller and larger than the widths of the tests.
 CONFIGURATIONS = [(16, 16, 4, 1), (32, 16, 8, 1), (32, 32, 8, 1), (64, 16, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2)]
 
@@ -66,7 +67,9 @@ def test_published_widths(tokens, dtype, dropout_p):
         compare(AttentionShape(batch, 4, tokens, (64, 128, 256, 512), 960), dtype, dropout_p=dropout_p, seed=SEED)
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(dtype, marks=pytest.mark.gpu) for dtype in HALF)], ids=str
+)
 @pytest.mark.parametrize("blocks", CONFIGURATIONS, ids=str)
 def test_every_launch_configuration(blocks, dtype, monkeypatch):
     from uctrans.kernels.channel_attention import triton
@@ -77,7 +80,7 @@ def test_every_launch_configuration(blocks, dtype, monkeypatch):
         monkeypatch.setattr(triton, table, lambda *_: AttentionBlocks(*blocks))
     for table in ("gram_blocks", "correction_blocks"):
         monkeypatch.setattr(triton, table, lambda *_: GramBlocks(own, step, num_warps, num_stages))
-    compare(ODD, dtype, dropout_p=0.2, seed=SEED)
+    compare(AttentionShape(1, 1, 21, (3, 39), 67), dtype, dropout_p=0.2, seed=SEED)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_any_shape_agrees_with_the_reference(batch, heads, tokens, segments, key
 
 
 class TestNumbersThatAreHardToHold:
-    shape = AttentionShape(2, 2, 20, (16, 40), 56)
+    shape = AttentionShape(1, 2, 20, (16, 40), 56)
 
     def inputs(self, dtype):
         return on_device(attention_inputs(self.shape, dtype))
@@ -206,7 +209,7 @@ class TestNumbersThatAreHardToHold:
     def test_range_of_float16(self, scale, gradient_size):
         query, key, value = self.inputs(torch.float64)
         inputs = [(query * scale).half(), (key * scale).half(), value.half()]
-        gradient = torch.randn(2, 20, 56, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradient = torch.randn(1, 20, 56, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         gradient = (gradient * gradient_size).half().double().to(DEVICE)
         assert_as_exact_as_the_reference(self.shape.segments, inputs, gradient)
 
@@ -277,38 +280,37 @@ class TestStrides:
 
 class TestDropout:
     # As many tokens as key channels and as query channels: with the identity as value or gradient, maps come out whole.
-    shape = AttentionShape(2, 3, 20, (8, 12), 20)
+    shape = AttentionShape(1, 2, 20, (8, 12), 20)
 
     def maps(self, dropout_p, seed):
         """The dropped softmax maps of all heads as the forward pass mixes with them: (B, H, sum C, S)."""
         query, key, _ = on_device(attention_inputs(self.shape, torch.float32))
         identity = torch.eye(20, device=DEVICE)
         maps = []
-        for head in range(3):
-            value = torch.zeros(2, 3, 20, 20, device=DEVICE)
-            value[:, head] = identity * 3
+        for head in range(2):
+            value = torch.zeros(1, 2, 20, 20, device=DEVICE)
+            value[:, head] = identity * 2
             mixed = attend(self.shape.segments, dropout_p=dropout_p, seed=seed)(query, key, value)
             maps.append(mixed.transpose(1, 2))
         return torch.stack(maps, dim=1)
 
     def expected_mask(self, dropout_p, seed):
-        keys = row_keys(torch.tensor([seed]), 2 * 3 * 20).view(2, 2, 3, 20)
+        keys = row_keys(torch.tensor([seed]), 2 * 20).view(2, 1, 2, 20)
         return keep_mask(keys, 20, dropout_p).to(DEVICE)
 
-    @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
-    def test_mask_in_forward(self, dropout_p):
-        dropped, plain = self.maps(dropout_p, SEED), self.maps(0.0, None)
+    def test_mask_in_forward(self):
+        dropped, plain = self.maps(0.1, SEED), self.maps(0.0, None)
         assert plain.min() > 0
-        assert torch.equal(dropped != 0, self.expected_mask(dropout_p, SEED))
-        torch.testing.assert_close(dropped, plain * (dropped != 0) * keep_scale(dropout_p))
+        assert torch.equal(dropped != 0, self.expected_mask(0.1, SEED))
+        torch.testing.assert_close(dropped, plain * (dropped != 0) * keep_scale(0.1))
 
     def test_mask_in_backward(self):
         """With the identity as upstream gradient, the gradient of value is the dropped map."""
         inputs = on_device(attention_inputs(self.shape, torch.float32))
-        identity = torch.eye(20, dtype=torch.float64, device=DEVICE).expand(2, 20, 20)
+        identity = torch.eye(20, dtype=torch.float64, device=DEVICE).expand(1, 20, 20)
         function = attend(self.shape.segments, dropout_p=0.5, seed=SEED)
         *_, value_gradient = outputs_and_gradients(function, inputs, identity)
-        torch.testing.assert_close(value_gradient * 3, self.maps(0.5, SEED))
+        torch.testing.assert_close(value_gradient * 2, self.maps(0.5, SEED))
 
     @pytest.mark.parametrize("backend", ["triton", "composed"])
     def test_seed_gives_the_same_mask_on_every_backend(self, backend):
@@ -348,21 +350,20 @@ class TestOperator:
         key_value = torch.stack([key, value], dim=3).transpose(1, 2).transpose(2, 3).contiguous().detach()
         return (query, key_value.requires_grad_(requires_grad), *rest)  # (B, N, 2, H, S)
 
-    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-    def test_opcheck(self, dropout_p):
-        arguments = self.arguments(dropout_p, requires_grad=True)
+    def test_opcheck(self):
         operators = torch.ops.uctrans
-        torch.library.opcheck(operators.channel_attention, arguments)
-        torch.library.opcheck(operators.channel_attention_packed, self.packed(arguments))
-        plain = self.arguments(dropout_p)
-        for forward, inputs in (
-            (operators.channel_attention, plain),
-            (operators.channel_attention_packed, self.packed(plain)),
+        arguments, plain = self.arguments(0.3, requires_grad=True), self.arguments(0.3)
+        for name, inputs, frozen in (
+            ("channel_attention", arguments, plain),
+            ("channel_attention_packed", self.packed(arguments), self.packed(plain)),
         ):
-            output, *saved = forward(*inputs)
-            backward = getattr(operators, f"{forward._qualified_op_name.split('::')[1]}_backward")
-            *tensors, segments, dropout, _eps, _seed = inputs
+            forward, backward = getattr(operators, name), getattr(operators, f"{name}_backward")
+            torch.library.opcheck(forward, inputs)
+            output, *saved = forward(*frozen)
+            *tensors, segments, dropout, _eps, _seed = frozen
             torch.library.opcheck(backward, (torch.randn_like(output), *tensors, *saved, segments, dropout))
+        # Without dropout no keys of a mask are saved.
+        torch.library.opcheck(operators.channel_attention, self.arguments(0.0), test_utils=["test_faketensor"])
 
     def test_packed_is_the_same_function(self):
         arguments = self.arguments(0.3, requires_grad=True)
@@ -376,11 +377,10 @@ class TestOperator:
         assert torch.equal(of_query, of_packed_query)
         assert torch.equal(torch.stack([of_key, of_value]), of_key_value.permute(2, 0, 3, 1, 4))
 
-    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-    def test_compiles_without_a_break(self, dropout_p):
+    def test_compiles_without_a_break(self):
         inputs = on_device(attention_inputs(SMALL, torch.float32))
         seed = torch.tensor([SEED], device=DEVICE)
-        function = attend(SMALL.segments, dropout_p=dropout_p, seed=seed)
+        function = attend(SMALL.segments, dropout_p=0.3, seed=seed)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         gradient = torch.ones(2, 5, 12, dtype=torch.float64, device=DEVICE)
         for result, expected in zip(
@@ -545,7 +545,8 @@ class TestLimits:
         assert not correlating_is_cheaper(257, 1, (258,), 258)
         sizes = ((1, 257, 258), (1, 257, 258), (2, 1, 258, 258), (1, 258, 258))
         inputs = [(torch.randn(*size, generator=generator) / size[-1] ** 0.5).to(DEVICE) for size in sizes]
-        assert_as_exact_as(TestProjected.attend("reference"), TestProjected.attend("triton"), inputs)
+        results, expected = (TestProjected.attend(backend)(*inputs) for backend in ("triton", "reference"))
+        torch.testing.assert_close(results, expected, atol=1e-5, rtol=1e-4)  # float32 ends at 256 tokens
 
 
 @pytest.mark.gpu

@@ -247,9 +247,10 @@ def test_autocast():
 
 
 def test_gradcheck():
-    inputs = [tensor.requires_grad_() for tensor in linear_inputs(SMALL)]
-    assert torch.autograd.gradcheck(flat(packed_linear, SMALL, backend="composed"), inputs)
-    assert torch.autograd.gradgradcheck(flat(packed_linear, SMALL, backend="composed"), inputs)
+    shape = LinearShape(1, 2, 2, (2, 3), (3, 1), has_biases=True)
+    inputs = [tensor.requires_grad_() for tensor in linear_inputs(shape)]
+    assert torch.autograd.gradcheck(flat(packed_linear, shape, backend="composed"), inputs)
+    assert torch.autograd.gradgradcheck(flat(packed_linear, shape, backend="composed"), inputs)
 
 
 class TestBadInput:

@@ -26,7 +26,7 @@ class MlpShape:
 
 
 SHAPES = (
-    MlpShape(2, 4, (8, 16, 32, 64), (32, 64, 128, 256)),
+    MlpShape(1, 4, (8, 16, 32, 64), (16, 32, 64, 70)),
     MlpShape(1, 1, (3,), (5,)),  # a single token, a single scale
     MlpShape(2, 9, (5, 7), (9, 40)),  # odd everything
     MlpShape(1, 33, (17, 33), (68, 1)),  # a hidden layer of one channel
@@ -118,7 +118,7 @@ def test_every_tile_of_the_table(dtype, monkeypatch):
     """Each tile in turn, on a problem larger than any."""
     from uctrans.kernels.packed_linear import triton as kernels
 
-    shape = MlpShape(1, 129, (65,), (130,))
+    shape = MlpShape(1, 65, (33,), (129,))
     inputs = mlp_inputs(shape, dtype)
     for tile in kernels._tiles(dtype):
         monkeypatch.setattr(kernels, "_tiles", lambda dtype, tile=tile: (tile,))
@@ -265,9 +265,10 @@ def test_a_residual_in_float32_beside_half_precision():
 
 
 def test_gradcheck():
-    inputs = [tensor.requires_grad_() for tensor in mlp_inputs(SMALL)]
-    assert torch.autograd.gradcheck(flat(packed_mlp, SMALL, backend="composed"), inputs)
-    assert torch.autograd.gradgradcheck(flat(packed_mlp, SMALL, backend="composed"), inputs)
+    shape = MlpShape(1, 2, (2, 3), (3, 1))
+    inputs = [tensor.requires_grad_() for tensor in mlp_inputs(shape)]
+    assert torch.autograd.gradcheck(flat(packed_mlp, shape, backend="composed"), inputs)
+    assert torch.autograd.gradgradcheck(flat(packed_mlp, shape, backend="composed"), inputs)
 
 
 class TestBadInput:
