@@ -204,14 +204,15 @@ class TestNumbersThatAreHardToHold:
         inputs = [tensor * scale if name in sides else tensor for name, tensor in tensors.items()]
         assert_as_exact_as_the_reference(self.shape.segments, inputs)
 
-    @pytest.mark.parametrize("gradient_size", [1e-3, 1.0, 1e3])
-    @pytest.mark.parametrize("scale", [0.1, 1.0, 16.0, 30.0])
+    @pytest.mark.parametrize("gradient_size", [1e-3, 1e3])
+    @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
     def test_range_of_float16(self, scale, gradient_size):
-        query, key, value = self.inputs(torch.float64)
+        shape = AttentionShape(2, 2, 20, (16, 40), 56)
+        query, key, value = on_device(attention_inputs(shape, torch.float64))
         inputs = [(query * scale).half(), (key * scale).half(), value.half()]
-        gradient = torch.randn(1, 20, 56, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradient = torch.randn(2, 20, 56, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         gradient = (gradient * gradient_size).half().double().to(DEVICE)
-        assert_as_exact_as_the_reference(self.shape.segments, inputs, gradient)
+        assert_as_exact_as_the_reference(shape.segments, inputs, gradient)
 
     def test_constant_map_without_eps(self):
         query, key, value = self.inputs(torch.float32)
