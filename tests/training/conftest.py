@@ -1,10 +1,16 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from skimage.io import imsave
 
-from uctrans.training import TrainConfig
+from uctrans.training import TrainConfig, train
+from uctrans.training.distributed import Processes
+from uctrans.training.run import Run
 
+CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 SIZE = 24
 
 
@@ -43,27 +49,53 @@ def even_folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("even"), 8, 3, seed=1)
 
 
+# A run that takes milliseconds an epoch.
+SETTINGS = {
+    "model": "unet",
+    "base_channels": 2,
+    "image_size": 16,
+    "epochs": 3,
+    "first_best_epoch": 1,
+    "learning_rate": 0.01,
+    "min_learning_rate": 0.001,
+    "device": "cpu",
+    "progress": False,
+}
+
+
 @pytest.fixture
 def make_config(image_folder, tmp_path):
-    """Settings of a run that takes milliseconds an epoch, in a folder of the test's own."""
+    """Make the settings of a small run in the folder "run" of the test."""
 
     def make(**changes):
-        settings = {
-            "data": str(image_folder),
-            "output": str(tmp_path / "run"),
-            "model": "unet",
-            "base_channels": 2,
-            "image_size": 16,
-            "epochs": 3,
-            "first_best_epoch": 1,
-            "learning_rate": 0.01,
-            "min_learning_rate": 0.001,
-            "device": "cpu",
-            "progress": False,
-        }
-        return TrainConfig(**{**settings, **changes})
+        return TrainConfig(**{"data": str(image_folder), "output": str(tmp_path / "run"), **SETTINGS, **changes})
 
     return make
+
+
+@pytest.fixture
+def make_run(make_config):
+    """Make a small run at the beginning of its first epoch."""
+
+    def make(**changes):
+        run = Run(make_config(**changes), CPU)
+        run.begin_epoch()
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_once(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(TrainConfig(data=str(image_folder), output=str(folder), **SETTINGS | {"epochs": 2}))
+    return folder
+
+
+@pytest.fixture
+def finished(trained_once, tmp_path):
+    """The folder "run" of the test, which holds a run of two epochs with the settings of make_config."""
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))
 
 
 @pytest.fixture

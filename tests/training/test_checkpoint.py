@@ -16,17 +16,8 @@ from uctrans.training.checkpoint import copy_checkpoint, load_weights, save_chec
 ROOT = Path(uctrans.__file__).parents[1]
 
 
-@pytest.fixture
-def finished(make_config):
-    """A run of two epochs: its configuration and its folder."""
-    config = make_config(epochs=2)
-    train(config)
-    return config, Path(config.output)
-
-
 def test_checkpoint_has_the_documented_keys(finished):
-    _, folder = finished
-    checkpoint = load_checkpoint(folder / "last.pt")
+    checkpoint = load_checkpoint(finished / "last.pt")
     assert checkpoint.keys() == {
         "format", "version", "train_config", "epoch", "model", "ema", "optimizer", "scheduler", "best", "generators",
         "sampler",
@@ -37,11 +28,10 @@ def test_checkpoint_has_the_documented_keys(finished):
 
 
 def test_load_model_reads_run_folder_and_checkpoints(finished, assert_same):
-    _, folder = finished
-    state = dict(load_checkpoint(folder / "last.pt")["model"]["state"])
-    assert_same(dict(uctrans.load_model(folder / "last.pt").state_dict()), state)
-    best = dict(load_checkpoint(folder / "best.pt")["model"]["state"])
-    assert_same(dict(uctrans.load_model(folder).state_dict()), best)
+    state = dict(load_checkpoint(finished / "last.pt")["model"]["state"])
+    assert_same(dict(uctrans.load_model(finished / "last.pt").state_dict()), state)
+    best = dict(load_checkpoint(finished / "best.pt")["model"]["state"])
+    assert_same(dict(uctrans.load_model(finished).state_dict()), best)
 
 
 def test_checkpoints_of_killed_processes_are_cleared_away(tmp_path):
@@ -62,8 +52,7 @@ def test_folder_without_permission_is_named(tmp_path, monkeypatch):
 
 
 def test_full_disk_keeps_the_previous_checkpoint(finished, make_config, monkeypatch):
-    _, folder = finished
-    before = (folder / "last.pt").read_bytes()
+    before = (finished / "last.pt").read_bytes()
 
     def half_save(checkpoint, file):
         file.write(before[: len(before) // 2])
@@ -74,17 +63,16 @@ def test_full_disk_keeps_the_previous_checkpoint(finished, make_config, monkeypa
         CheckpointError, match=r"(last|best)\.pt: cannot be written .*free space .* continue with resume"
     ):
         train(make_config(epochs=4, resume=True))
-    assert (folder / "last.pt").read_bytes() == before
-    assert not list(folder.glob(".*"))
+    assert (finished / "last.pt").read_bytes() == before
+    assert not list(finished.glob(".*"))
     monkeypatch.undo()
     assert train(make_config(epochs=4, resume=True)).epochs == 4
 
 
 def test_file_size_limit_keeps_the_previous_checkpoint(finished, make_config):
-    _, folder = finished
-    before = (folder / "last.pt").read_bytes()
+    before = (finished / "last.pt").read_bytes()
     resumed = make_config(epochs=4, resume=True)
-    resumed.save_yaml(folder.parent / "resumed.yaml")
+    resumed.save_yaml(finished.parent / "resumed.yaml")
     script = (
         "import resource, sys\n"
         "from uctrans.training import TrainConfig, train\n"
@@ -92,7 +80,7 @@ def test_file_size_limit_keeps_the_previous_checkpoint(finished, make_config):
         "train(TrainConfig.load_yaml(sys.argv[1]))\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script, str(folder.parent / "resumed.yaml")],
+        [sys.executable, "-c", script, str(finished.parent / "resumed.yaml")],
         capture_output=True,
         text=True,
         timeout=120,
@@ -102,8 +90,8 @@ def test_file_size_limit_keeps_the_previous_checkpoint(finished, make_config):
     assert "CheckpointError" in result.stderr.splitlines()[-1]
     assert ".pt: cannot be written" in result.stderr.splitlines()[-1]
     assert "free space" in result.stderr.splitlines()[-1]
-    assert (folder / "last.pt").read_bytes() == before
-    assert load_checkpoint(folder / "last.pt")["epoch"] == 2
+    assert (finished / "last.pt").read_bytes() == before
+    assert load_checkpoint(finished / "last.pt")["epoch"] == 2
 
 
 def test_best_weights_that_cannot_be_written_are_named(make_config, monkeypatch):
@@ -147,7 +135,7 @@ def test_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
 def test_truncated_checkpoint_is_named(finished, keep):
-    path = finished[1] / "last.pt"
+    path = finished / "last.pt"
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     with pytest.raises(CheckpointError, match=r"last\.pt.*take another checkpoint"):
@@ -195,7 +183,7 @@ def test_other_contents_are_refused(tmp_path, content, message):
 
 
 def test_weights_of_another_model_or_size_are_refused(finished):
-    saved = load_checkpoint(finished[1] / "last.pt")["model"]
+    saved = load_checkpoint(finished / "last.pt")["model"]
     with pytest.raises(CheckpointError, match=r"last\.pt: holds another unet \(base_channels: 2 in the file, 4 here\)"):
         load_weights(uctrans.UNet(base_channels=4), saved, "last.pt")
     with pytest.raises(CheckpointError, match=r"last\.pt: holds a unet, not a uctransnet; set model to unet"):
@@ -205,12 +193,11 @@ def test_weights_of_another_model_or_size_are_refused(finished):
 
 
 def test_foreign_checkpoint_in_a_run_folder_is_refused(finished, make_config):
-    _, folder = finished
-    other = make_config(output=str(folder.parent / "other"), base_channels=4)
+    other = make_config(output=str(finished.parent / "other"), base_channels=4)
     train(other)
     checkpoint = load_checkpoint(Path(other.output) / "last.pt")
     save_checkpoint(
-        folder / "last.pt", {**checkpoint, "train_config": load_checkpoint(folder / "last.pt")["train_config"]}
+        finished / "last.pt", {**checkpoint, "train_config": load_checkpoint(finished / "last.pt")["train_config"]}
     )
     with pytest.raises(CheckpointError, match=r"last\.pt: holds another unet"):
         train(make_config(epochs=5, resume=True))

@@ -1,7 +1,12 @@
+"""A resumed run ends with the bits of one that was never stopped, or is refused."""
+
 import dataclasses
+import multiprocessing
 import os
-import subprocess
-import sys
+import random
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,18 +14,25 @@ import torch
 
 import uctrans
 from uctrans.training import CheckpointError, ConfigError, TrainConfig, load_checkpoint, loop, train
+from uctrans.training.checkpoint import save_checkpoint
 from uctrans.training.distributed import Processes
 from uctrans.training.log import read_metrics
-from uctrans.training.run import Run
 
-ROOT = Path(uctrans.__file__).parents[1]
-CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 WITH_DROPOUT = {
     "model": "uctransnet",
     "image_size": 32,
     "model_options": {"num_layers": 1, "num_heads": 1},
     "ema_decay": 0.9,
 }
+# Before or after a file of this name is replaced for the first time.
+MOMENTS = (
+    ("before", "last.pt"),
+    ("before", "model.safetensors"),
+    ("before", "config.json"),
+    ("before", "best.pt"),
+    ("after", "best.pt"),
+    ("after", "last.pt"),
+)
 
 
 def end_of(config):
@@ -36,36 +48,82 @@ def end_of(config):
     return {"checkpoints": checkpoints, "rows": rows, "weights": weights}
 
 
+def resumed(config):
+    return dataclasses.replace(config, resume=(Path(config.output) / "last.pt").exists())
+
+
+def train_on_a_disk(config, change):
+    """Train while Path.replace is slow, or kills the process at a moment of `MOMENTS`; a child process runs this."""
+    original = Path.replace
+
+    def replace(path, target):
+        if change == "slow":
+            time.sleep(random.uniform(0, 0.03))  # so that the training is ahead of what is on the disk
+        elif Path(target).name == change[1]:
+            if change[0] == "after":
+                original(path, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, target)
+
+    Path.replace = replace
+    train(config)
+
+
+def child_that_trains(config, change):
+    # Children are forked from a server that has imported the packages once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["uctrans.training", "torch.utils.tensorboard", "matplotlib.figure", "skimage.io"])
+    child = context.Process(target=train_on_a_disk, args=(resumed(config), change))
+    child.start()
+    return child
+
+
+def kill_at(config, moment):
+    child = child_that_trains(config, moment)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_run_killed_while_it_writes_ends_with_the_same_bits(make_config, tmp_path, assert_same):
+    straight, killed = (make_config(output=str(tmp_path / name), save_minutes=0) for name in ("straight", "killed"))
+    train(straight)
+    for moment in (("after", "last.pt"), ("before", "best.pt")):
+        kill_at(killed, moment)
+    assert train(resumed(killed)).epochs == 3
+    assert_same(end_of(straight), end_of(killed))
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
 @pytest.mark.slow
 def test_run_killed_at_any_moment_ends_with_the_same_bits(make_config, tmp_path, assert_same):
     settings = {"epochs": 12, "save_minutes": 0, **WITH_DROPOUT}
-    configs = [make_config(output=str(tmp_path / name), **settings) for name in ("straight", "killed")]
-    files = [tmp_path / "straight.yaml", tmp_path / "killed.yaml"]
-    for config, file in zip(configs, files, strict=True):
-        config.save_yaml(file)
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed_runs.py")), *map(str, files)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    print(result.stdout, result.stderr)
-    assert result.returncode == 0
-    straight, killed = map(end_of, configs)
-    assert [row["epoch"] for row in killed["rows"]] == list(range(1, 13))
-    assert_same(straight, killed)
+    straight, killed = (make_config(output=str(tmp_path / name), **settings) for name in ("straight", "killed"))
+    train(straight)
+    for moment in MOMENTS:
+        kill_at(killed, moment)
+    path = Path(killed.output) / "last.pt"
+    for _ in range(4):
+        before = path.stat().st_mtime_ns
+        child = child_that_trains(killed, "slow")
+        while path.stat().st_mtime_ns == before and child.is_alive():
+            time.sleep(0.001)
+        child.join(random.uniform(0, 0.3))
+        child.kill()
+        child.join()
+        print(f"{child.exitcode} in epoch {load_checkpoint(path)['epoch']}")
+    assert train(resumed(killed)).epochs == 12
+    assert_same(end_of(straight), end_of(killed))
     assert not list((tmp_path / "killed").rglob(".*"))
 
 
 @pytest.mark.parametrize("changes", [WITH_DROPOUT, {"optimizer": "adamw", "weight_decay": 0.1, "amp": "bf16"}])
 def test_run_in_two_parts_is_the_run_in_one(make_config, tmp_path, assert_same, changes):
-    straight = make_config(output=str(tmp_path / "straight"), epochs=4, **changes)
+    straight = make_config(output=str(tmp_path / "straight"), epochs=2, **changes)
     train(straight)
-    train(make_config(epochs=2, **changes))
+    train(make_config(epochs=1, **changes))
     torch.manual_seed(99)
-    parts = make_config(epochs=4, resume=True, **changes)
-    assert train(parts).epochs == 4
+    parts = make_config(epochs=2, resume=True, **changes)
+    assert train(parts).epochs == 2
     assert_same(end_of(straight), end_of(parts))
 
 
@@ -79,11 +137,10 @@ def test_best_of_a_short_run_counts_no_more_where_the_run_goes_on(make_config, m
     assert uctrans.load_model(result.run_folder).metadata["best_epoch"] == 4
 
 
-def test_config_of_a_resumed_run_repeats_the_run(make_config, tmp_path, assert_same):
-    train(make_config(epochs=1))
-    first = train(make_config(epochs=2, resume=True))
-    repeated = TrainConfig.load_yaml(first.run_folder / "config.yaml")
-    assert not repeated.resume
+def test_config_of_a_resumed_run_repeats_the_run(finished, make_config, tmp_path, assert_same):
+    train(make_config(epochs=3, resume=True))
+    repeated = TrainConfig.load_yaml(finished / "config.yaml")
+    assert (repeated.resume, repeated.epochs) == (False, 3)
     train(dataclasses.replace(repeated, output=str(tmp_path / "second")))
     ends = [load_checkpoint(tmp_path / name / "last.pt")["model"]["state"] for name in ("run", "second")]
     assert_same(*ends)
@@ -101,11 +158,10 @@ def test_patience_goes_on_counting(make_config, monkeypatch):
     assert (longer.stopped_by, longer.epochs, longer.best_epoch) == ("epochs", 8, 2)
 
 
-def test_finished_run_has_nothing_left_to_do(make_config):
-    train(make_config(epochs=2))
+def test_finished_run_has_nothing_left_to_do(finished, make_config):
     result = train(make_config(epochs=2, resume=True))
     assert (result.stopped_by, result.epochs) == ("epochs", 2)
-    assert len(read_metrics(result.run_folder / "metrics.csv")) == 2
+    assert len(read_metrics(finished / "metrics.csv")) == 2
 
 
 @pytest.mark.parametrize(
@@ -115,55 +171,53 @@ def test_finished_run_has_nothing_left_to_do(make_config):
         ({"base_channels": 4, "batch_size": 2}, r"base_channels: 2 -> 4; batch_size: 4 -> 2"),
         ({"model_options": {"skips": []}}, r"model_options: \{\} -> \{'skips': \[\]\}"),
         ({"ema_decay": 0.5}, r"ema_decay: 0\.0 -> 0\.5"),
+        ({"data": "elsewhere"}, "data: "),
     ],
 )
-def test_changed_settings_are_listed(make_config, changes, message):
-    train(make_config(epochs=1))
+def test_changed_settings_are_listed(finished, make_config, changes, message):
     with pytest.raises(ConfigError, match=rf"run: .*other settings.*{message}.*epochs, patience, device, threads"):
-        train(make_config(epochs=2, resume=True, **changes))
+        train(make_config(resume=True, **changes))
 
 
-def test_changed_data_folder_is_an_error(make_config, tmp_path, image_folder):
-    train(make_config(epochs=1))
+def test_a_run_of_a_version_with_other_settings_resumes(finished, make_config):
+    checkpoint = load_checkpoint(finished / "last.pt")
+    checkpoint["train_config"]["gone"] = 7
+    del checkpoint["train_config"]["checkpointing"]
+    save_checkpoint(finished / "last.pt", checkpoint)
+    assert train(make_config(epochs=2, resume=True)).epochs == 2
+
+
+def test_another_path_to_the_same_data_is_fine(finished, make_config, tmp_path, image_folder):
     (tmp_path / "other").symlink_to(image_folder)
-    with pytest.raises(ConfigError, match="data: "):
-        train(make_config(epochs=2, resume=True, data=str(tmp_path)))
     assert train(make_config(epochs=2, resume=True, data=str(tmp_path / "other"))).epochs == 2
 
 
-def test_changed_images_are_an_error(make_config, tmp_path, image_folder):
-    data = tmp_path / "data"
-    for split in ("train", "val"):
-        for kind in ("images", "masks"):
-            (data / split / kind).mkdir(parents=True)
-            for path in (image_folder / split / kind).iterdir():
-                (data / split / kind / path.name).symlink_to(path)
-    train(make_config(epochs=1, data=str(data)))
+def test_changed_images_are_an_error(make_config, make_run, tmp_path, image_folder):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    state = make_run(data=str(data)).state_dict()
     for kind in ("images", "masks"):
         (data / "train" / kind / "train6.png").unlink()
     with pytest.raises(CheckpointError, match=r"last\.pt: the train images are not those .*first: train6"):
-        train(make_config(epochs=2, data=str(data), resume=True))
+        make_run(data=str(data)).load_state_dict(state, Path("last.pt"))
 
 
-def test_another_number_of_processes_is_an_error(make_config, tmp_path):
-    config = make_config(epochs=1)
-    train(config)
-    run = Run(config, Processes(rank=0, count=1, device=torch.device("cpu")))
+def test_another_number_of_processes_is_an_error(make_run):
+    run = make_run()
+    state = run.state_dict()
     run.group = Processes(rank=0, count=2, device=torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"last\.pt: the run had 1 processes, this one has 2; .*nproc-per-node 1"):
-        run.load_state_dict(load_checkpoint(tmp_path / "run" / "last.pt"), tmp_path / "run" / "last.pt")
+        run.load_state_dict(state, Path("last.pt"))
 
 
-def test_another_kind_of_device_draws_anew_from_the_seed(make_config, tmp_path):
-    config = make_config(epochs=1)
-    train(config)
-    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+def test_another_kind_of_device_draws_new_numbers_from_the_seed(finished, make_run):
+    checkpoint = load_checkpoint(finished / "last.pt")
     checkpoint["generators"][0]["device"] = "cuda"
     checkpoint["optimizer"]["param_groups"][0] |= {"lr": torch.tensor(0.01), "capturable": True}
     draws = []
     for _ in range(2):
-        run = Run(config, CPU)
-        run.load_state_dict(checkpoint, tmp_path / "run" / "last.pt")
+        run = make_run()
+        run.order = None
+        run.load_state_dict(checkpoint, finished / "last.pt")
         run.begin_epoch()
         draws.append(
             [run.order.tolist(), torch.rand(3).tolist(), torch.rand(3, generator=run.augment_generator).tolist()]
@@ -172,14 +226,11 @@ def test_another_kind_of_device_draws_anew_from_the_seed(make_config, tmp_path):
     assert run.optimizer.param_groups[0]["capturable"] is False
     loop.train_step(run, run.batch(0))
     assert run.totals.loss > 0
-    fresh = Run(config, CPU)
-    fresh.begin_epoch()
-    assert fresh.order.tolist() != draws[0][0]
+    assert make_run().order.tolist() != draws[0][0]
 
 
 def test_resume_needs_the_initial_weights_no_more(make_config, tmp_path):
     uctrans.UNet(base_channels=2).save_pretrained(tmp_path / "unet")
     train(make_config(epochs=1, init_from=str(tmp_path / "unet")))
-    for path in (tmp_path / "unet").iterdir():
-        path.unlink()
+    shutil.rmtree(tmp_path / "unet")
     assert train(make_config(epochs=2, init_from=str(tmp_path / "unet"), resume=True)).epochs == 2

@@ -1,22 +1,27 @@
-import copy
+"""A training step: it never waits for the device, copies nothing to it, and lowers the loss."""
+
+import functools
 import gc
-import math
 import resource
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from uctrans.data import NativeImages, SegmentationTensors
 from uctrans.training import TrainConfig
 from uctrans.training import run as run_module
 from uctrans.training.distributed import Processes
 from uctrans.training.loop import train_step, validate
 from uctrans.training.losses import EpochTotals, configured_loss_and_dice, image_dice, segmentation_loss
-from uctrans.training.optimization import WeightAverage, build_optimizer, learning_rate
-from uctrans.training.run import Run
+from uctrans.training.optimization import WeightAverage, build_optimizer
+from uctrans.training.run import build_model, build_protocol
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
+META = torch.device("meta")
 TINY_TRANSFORMER = {"model": "uctransnet", "image_size": 32, "model_options": {"num_layers": 1, "num_heads": 1}}
 NATIVE = {"protocol": "native", "crops_per_image": 2, "batch_size": 2}
 # What makes the host wait for a device: reading a value, or a shape that depends on values.
@@ -33,19 +38,18 @@ class CalledOperators(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def started_run(config):
-    run = Run(config, CPU)
-    run.begin_epoch()
-    return run
-
-
 @pytest.mark.parametrize(
     "changes",
-    [{}, TINY_TRANSFORMER, {"ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.01}, {"amp": "bf16"}, NATIVE],
-    ids=["unet", "uctransnet", "ema-adamw", "bf16", "native"],
+    [
+        TINY_TRANSFORMER,
+        {"ema_decay": 0.9, "optimizer": "adamw", "weight_decay": 0.01, "amp": "bf16"},
+        {"classes": 3, "palette": "#000000,#ffffff,#ff0000"},
+        NATIVE,
+    ],
+    ids=["uctransnet", "ema-adamw-bf16", "classes", "native"],
 )
-def test_step_never_waits_for_the_device(make_config, changes):
-    run = started_run(make_config(**changes))
+def test_step_never_waits_for_the_device(make_run, changes):
+    run = make_run(**changes)
     with CalledOperators() as called:
         train_step(run, run.batch(0))
         train_step(run, run.batch(1))
@@ -53,11 +57,122 @@ def test_step_never_waits_for_the_device(make_config, changes):
     assert not [name for name in called.names if any(word in name for word in WAITING)]
 
 
-def test_step_of_several_classes_never_waits_for_the_device(make_config):
-    run = started_run(make_config(classes=3, palette="#000000,#ffffff,#ff0000"))
+def test_the_check_for_waiting_sees_a_value_being_read():
     with CalledOperators() as called:
-        train_step(run, run.batch(0))
-    assert not [name for name in called.names if any(word in name for word in WAITING)]
+        torch.ones(()).item()
+    assert any(word in name for name in called.names for word in WAITING)
+
+
+class Transfers(TorchDispatchMode):
+    """Notes the operators that have tensors on the device and on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.operators = [], 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        results = function(*arguments, **(options or {}))
+        tensors = [leaf for leaf in tree_leaves((arguments, options, results)) if isinstance(leaf, torch.Tensor)]
+        on_device = [tensor for tensor in tensors if tensor.device.type == "meta"]
+        # A CPU tensor of no dimensions is a number that goes along with the launch, unless it is copied.
+        is_copy = function.name() in ("aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy")
+        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu" and (tensor.ndim > 0 or is_copy)]
+        if on_device and on_host:
+            self.found.append(str(function))
+        self.operators += bool(on_device)
+        return results
+
+
+class TensorsOfPythonValues(TorchFunctionMode):
+    """Notes tensors made of Python's values, which are copied to the device."""
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor)
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function in self.MAKERS:
+            self.found.append(function.__name__)
+        return function(*arguments, **(options or {}))
+
+
+def step_on_meta(images=6, side=32, **changes):
+    """A step on PyTorch's device "meta", which computes shapes only, in place of a GPU.
+
+    A tensor that was left on the CPU, a value that is read, or a copy between host and device stops the step or is
+    found: what would fail on a GPU, make the host wait, or not be recordable as a CUDA graph.
+    """
+    config = TrainConfig(data="data", output="run", base_channels=2, image_size=side, **changes)
+    protocol = build_protocol(config)
+    model = build_model(config, protocol.image_size).to(META, memory_format=torch.channels_last)
+    names = [f"image{number}" for number in range(images)]
+    zeros = functools.partial(torch.zeros, device=META)
+    if protocol.keeps_resolution:
+        pixels = images * side * side
+        places = zeros(images, dtype=torch.int64), zeros(2, images, dtype=torch.int64)
+        data = NativeImages(names, zeros(3, pixels, dtype=torch.uint8), zeros(pixels, dtype=torch.uint8), *places)
+    else:
+        maps = zeros(images, 3, side, side, dtype=torch.uint8), zeros(images, side, side, dtype=torch.uint8)
+        data = SegmentationTensors(names, *maps, [(side, side)] * images)
+    run = SimpleNamespace(
+        forward=model,
+        model=model,
+        optimizer=build_optimizer(config, model, META),
+        average=WeightAverage(model, config.ema_decay) if config.ema_decay else None,
+        train_data=data,
+        protocol=protocol,
+        augment_generator=torch.Generator(),
+        totals=EpochTotals(META),
+        group=Processes(rank=0, count=1, device=META),
+        config=config,
+    )
+    return functools.partial(train_step, run)
+
+
+SMALL_TRANSFORMER = {"model": "uctransnet", "model_options": {"num_layers": 1, "num_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "unet", "ema_decay": 0.9, "channel_order": "bgr"},
+        SMALL_TRANSFORMER,
+        SMALL_TRANSFORMER | {"backend": "reference"},
+        SMALL_TRANSFORMER | {"model": "dual_branch_uctransnet", "classes": 3, "side": 48},
+        {"model": "unet", "protocol": "native"},
+        {"model": "unet", "protocol": "native", "target": "boundary"},
+    ],
+    ids=["average-bgr", "uctransnet", "reference", "dual-branch-classes", "native", "boundary"],
+)
+def test_nothing_of_a_step_goes_between_host_and_device(changes):
+    step = step_on_meta(**changes)
+    index = torch.zeros(4, dtype=torch.int64, device=META)
+    step(index)  # the first makes the optimizer's state
+    with Transfers() as transfers, TensorsOfPythonValues() as values:
+        step(index)
+    assert transfers.found == []
+    assert values.found == []
+    assert transfers.operators > 100
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: torch.ones(3).to(META),
+        lambda: torch.tensor([1.0, 2.0], device=META),
+        lambda: torch.tensor(1.0).to(META),
+        lambda: torch.ones(3, device=META).index_select(0, torch.zeros(2, dtype=torch.int64)),
+    ],
+)
+def test_the_check_sees_a_transfer(work):
+    with Transfers() as transfers, TensorsOfPythonValues() as values:
+        try:
+            work()
+        except RuntimeError:
+            return
+    assert transfers.found or values.found
 
 
 @pytest.mark.parametrize("target", ["mask", "boundary"])
@@ -81,31 +196,25 @@ def test_loss_and_dice_share_one_read_of_the_logits(target):
     torch.testing.assert_close(loss, segmentation_loss(logits, masks, backend="reference"))
 
 
-def test_the_check_for_waiting_sees_a_value_being_read():
-    with CalledOperators() as called:
-        torch.ones(()).item()
-    assert any(word in name for name in called.names for word in WAITING)
-
-
-def test_a_step_lowers_the_loss_of_its_batch(make_config):
-    run = started_run(make_config(batch_size=7))
+def test_steps_lower_the_loss_of_their_batch(make_run):
+    run = make_run(batch_size=7)
     before = validate(run.model, run.train_data, run.protocol, run.config, CPU).read(CPU)[0]
     for _ in range(20):
         train_step(run, run.batch(0))
     assert validate(run.model, run.train_data, run.protocol, run.config, CPU).read(CPU)[0] < before - 0.05
 
 
-def test_memory_of_a_step_is_flat(make_config):
-    run = started_run(make_config(ema_decay=0.9))
+def test_memory_of_a_step_is_flat(make_run):
+    run = make_run(ema_decay=0.9)
 
     def live_tensors():
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    for _ in range(50):
+    for _ in range(10):
         train_step(run, run.batch(0))
     tensors, resident = live_tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    steps = 200
+    steps = 60
     for _ in range(steps):
         train_step(run, run.batch(0))
     # A leak is one a step at least; what earlier tests left behind may go meanwhile.
@@ -113,15 +222,15 @@ def test_memory_of_a_step_is_flat(make_config):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 4096  # KiB; one batch's activations are 100
 
 
-def test_bfloat16_autocast_trains_in_float32(make_config):
-    run = started_run(make_config(amp="bf16"))
-    train_step(run, run.batch(0))
-    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
-    assert run.totals.read(CPU)[0] > 0
-    other = started_run(make_config(amp="no"))
-    train_step(other, other.batch(0))
-    assert run.totals.loss != other.totals.loss
-    torch.testing.assert_close(run.totals.loss, other.totals.loss, rtol=0.05, atol=0)
+def test_bfloat16_autocast_trains_in_float32(make_run):
+    losses = []
+    for amp in ("bf16", "no"):
+        run = make_run(amp=amp)
+        train_step(run, run.batch(0))
+        assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+        losses.append(run.totals.loss)
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0)
 
 
 def test_totals_remember_the_first_step_that_was_not_finite():
@@ -138,8 +247,8 @@ def test_totals_remember_the_first_step_that_was_not_finite():
     assert totals.read(CPU) == (0.5, 1.0)
 
 
-def test_validation_means_over_images_whatever_the_batch(make_config):
-    run = started_run(make_config())
+def test_validation_means_over_images_whatever_the_batch(make_config, make_run):
+    run = make_run()
     scores = []
     for size in (1, 2, 3):
         config = make_config(batch_size=size)
@@ -148,108 +257,15 @@ def test_validation_means_over_images_whatever_the_batch(make_config):
     assert run.model.training
 
 
-def test_moving_average_is_its_closed_form():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    average = WeightAverage(model, 0.9)
-    history = [copy.deepcopy(model.state_dict())]
-    for _ in range(10):
-        with torch.no_grad():
-            model[0].weight.add_(torch.randn(2, 3))
-        model(torch.randn(4, 3))
-        average.update(model)
-        history.append(copy.deepcopy(model.state_dict()))
-    for name in ("0.weight", "1.running_var"):
-        expected = 0.9**10 * history[0][name]
-        for step in range(1, 11):
-            expected = expected + 0.1 * 0.9 ** (10 - step) * history[step][name]
-        torch.testing.assert_close(average.model.state_dict()[name], expected)
-    assert average.model[1].num_batches_tracked == 10
-    assert not average.model.training
-
-
-def test_learning_rates_are_the_published_schedule(make_config):
-    config = make_config(learning_rate=1e-3, min_learning_rate=1e-4, restart_period=10)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=1, eta_min=1e-4)
-    for epoch in range(1, 35):
-        assert learning_rate(config, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-        optimizer.step()
-        schedule.step()
-
-
-def test_one_cosine_over_all_epochs_after_a_warm_up(make_config):
-    config = make_config(
-        learning_rate=1.0, min_learning_rate=0.0, restart_period=None, warmup_epochs=4, epochs=20, first_best_epoch=1
-    )
-    rates = [learning_rate(config, epoch) for epoch in range(1, 21)]
-    cosine = [(1 + math.cos(math.pi * epoch / 20)) / 2 for epoch in range(20)]
-    assert rates[:4] == pytest.approx([share * rate for share, rate in zip((0.2, 0.4, 0.6, 0.8), cosine, strict=False)])
-    assert rates[4:] == pytest.approx(cosine[4:])
-
-
-def test_the_step_uses_the_learning_rate_of_its_epoch(make_config):
-    run = Run(make_config(learning_rate=1e-3, min_learning_rate=1e-4), CPU)
-    run.epoch = 5
-    run.begin_epoch()
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(5.5e-4)
-
-
-@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
-def test_optimizer_is_the_fused_one_that_was_asked_for(make_config, name, kind):
-    optimizer = build_optimizer(make_config(optimizer=name), torch.nn.Linear(2, 2), torch.device("cpu"))
-    assert type(optimizer) is kind
-    assert optimizer.defaults["fused"]
-
-
-def test_fused_adam_is_adam(make_config):
-    model = torch.nn.Linear(3, 1)
-    plain = copy.deepcopy(model)
-    fused = build_optimizer(make_config(learning_rate=1e-2), model, torch.device("cpu"))
-    reference = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=False, foreach=False)
-    for _ in range(5):
-        inputs = torch.randn(4, 3)
-        for network, optimizer in ((model, fused), (plain, reference)):
-            optimizer.zero_grad()
-            network(inputs).square().sum().backward()
-            optimizer.step()
-    torch.testing.assert_close(model.weight, plain.weight)
-
-
-def test_compile_wraps_what_a_step_calls_and_not_what_is_saved(make_config, monkeypatch):
-    compiled = []
-
-    def fake_compile(model, dynamic):
-        assert dynamic is False
-        compiled.append(model)
-        return lambda images: model(images)
-
-    monkeypatch.setattr(torch, "compile", fake_compile)
-    run = started_run(make_config(compile=True))
-    assert compiled == [run.model]
-    train_step(run, run.batch(0))
-    assert run.totals.steps == 1
-
-
-def test_deterministic_kernels_where_they_are_asked_for(make_config):
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        run = started_run(make_config(deterministic=True, threads=1))
-        assert torch.are_deterministic_algorithms_enabled()
-        train_step(run, run.batch(0))
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def test_an_epoch_shows_every_image_once_and_keeps_the_last_smaller_batch(make_config):
-    run = started_run(make_config(batch_size=3))
+def test_an_epoch_shows_every_image_once_and_keeps_the_last_smaller_batch(make_run):
+    run = make_run(batch_size=3)
     batches = [run.batch(step).tolist() for step in range(run.steps_per_epoch)]
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert sorted(position for batch in batches for position in batch) == list(range(7))
 
 
-def test_processes_share_an_epoch_evenly(make_config):
-    run = started_run(make_config(batch_size=2))
+def test_processes_share_an_epoch_evenly(make_run):
+    run = make_run(batch_size=2)
     shares = []
     for rank in range(2):
         run.group = Processes(rank=rank, count=2, device=torch.device("cpu"))
@@ -263,7 +279,7 @@ def test_processes_share_an_epoch_evenly(make_config):
 @pytest.mark.parametrize(
     ("settings", "count", "called"),
     [
-        ({"amp": "bf16"}, 1, "cast at once"),
+        ({"amp": "bf16"}, 1, "cast together"),
         ({"amp": "no"}, 1, "the model"),
         ({"amp": "bf16"}, 2, "in two processes"),
         ({"amp": "bf16", "compile": True}, 1, "compiled"),
@@ -272,7 +288,37 @@ def test_processes_share_an_epoch_evenly(make_config):
 )
 def test_how_the_network_is_called(make_config, monkeypatch, settings, count, called):
     """Both ways to cast give the same bits, so that only this shows which one is taken."""
-    group = SimpleNamespace(count=count, wrap=lambda model: model if count == 1 else "in two processes")
-    monkeypatch.setattr(run_module, "casting_together", lambda model, dtype: "cast at once")
-    monkeypatch.setattr(torch, "compile", lambda forward, **_: "compiled")
-    assert run_module.training_forward("the model", make_config(**settings), group)
+
+    def answers(name):
+        return lambda images: name
+
+    group = SimpleNamespace(count=count, wrap=lambda model: model if count == 1 else answers("in two processes"))
+    monkeypatch.setattr(run_module, "casting_together", lambda model, dtype: answers("cast together"))
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: answers("compiled"))
+    forward = run_module.training_forward(answers("the model"), make_config(**settings), group)
+    assert forward(torch.zeros(1)) == called
+
+
+def test_compile_wraps_what_a_step_calls_and_not_what_is_saved(make_run, monkeypatch):
+    compiled = []
+
+    def fake_compile(model, dynamic):
+        assert dynamic is False
+        compiled.append(model)
+        return lambda images: model(images)
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    run = make_run(compile=True)
+    assert compiled == [run.model]
+    train_step(run, run.batch(0))
+    assert run.totals.steps == 1
+
+
+def test_deterministic_kernels_where_they_are_asked_for(make_run):
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        run = make_run(deterministic=True, threads=1)
+        assert torch.are_deterministic_algorithms_enabled()
+        train_step(run, run.batch(0))
+    finally:
+        torch.use_deterministic_algorithms(before)
