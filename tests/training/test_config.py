@@ -1,7 +1,6 @@
 import pytest
 import yaml
 
-from uctrans.study import SkipStudyConfig
 from uctrans.training import ConfigError, TrainConfig
 from uctrans.training.config import changed_fields
 
@@ -101,8 +100,6 @@ def test_a_patience_that_ends_before_the_next_validation_is_refused():
         TrainConfig(data="d", output="o", patience=5, val_every=10)
     TrainConfig(data="d", output="o", patience=10, val_every=10)
     TrainConfig(data="d", output="o", patience=5, val_every=10, epochs=10)  # one validation, at the end
-    with pytest.raises(ConfigError, match=r"^patience: 5 epochs"):
-        SkipStudyConfig(data="d", output="o", patience=(5, 20), val_every=10)
 
 
 def test_loss_weights_that_are_both_zero_are_refused():

@@ -14,7 +14,7 @@ import uctrans
 from uctrans.data import Protocol
 from uctrans.models import registry
 from uctrans.training import ConfigError, load_checkpoint, train
-from uctrans.training.distributed import choose_device, processes, with_sync_batch_norm
+from uctrans.training.distributed import processes, with_sync_batch_norm
 from uctrans.training.log import read_metrics
 
 ROOT = Path(uctrans.__file__).parents[1]
@@ -117,12 +117,19 @@ def test_without_torchrun_this_is_the_only_process():
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto") == torch.device("cuda", 0)
-    assert choose_device("cuda", local_rank=1) == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match=r"device: cuda:2 is not there; .*no more processes than GPUs"):
-        choose_device("auto", local_rank=2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with processes("auto") as group:
+        assert chosen == [group.device] == [torch.device("cuda", 1)]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with (
+        pytest.raises(ConfigError, match=r"device: cuda:2 is not there; .*no more processes than GPUs"),
+        processes("auto"),
+    ):
+        pass
 
 
 def test_sync_batch_norm_needs_cuda():

@@ -7,7 +7,6 @@ import runpy
 import shutil
 import signal
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,15 +355,6 @@ def test_signal_saves_in_the_middle_of_an_epoch_and_resume_ends_with_the_same_bi
     for row in rows[0] + rows[1]:
         del row["seconds"], row["images_per_second"]
     assert rows[0] == rows[1]
-
-
-def test_the_end_of_the_time_stops_like_a_signal(make_config):
-    config = make_config(epochs=1)
-    result = train(config, stop_at=time.time())
-    assert (result.stopped_by, result.epochs) == ("time", 0)
-    assert "stopped by time after epoch 0, saved in" in (result.run_folder / "log.txt").read_text().splitlines()[-1]
-    result = train(replace(config, resume=True), stop_at=time.time() + 3600)
-    assert (result.stopped_by, result.epochs) == ("epochs", 1)
 
 
 def test_images_per_second_counts_what_was_trained_on_since_the_epoch_was_resumed(make_run, monkeypatch):

@@ -188,10 +188,8 @@ class TrainConfig:
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{name}: {value!r} is not known; choose one of {', '.join(map(str, choices))}")
         for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            smallest = min(value, default=None) if isinstance(value, tuple) else value  # a study takes some as a list
-            if smallest is not None and smallest < least:
-                raise ConfigError(f"{name}: {smallest} is too small; give at least {least}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name}: {value} is too small; give at least {least}")
         if not self.data or not self.output:
             raise ConfigError(f"{'output' if self.data else 'data'}: is empty; name a folder")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
@@ -202,10 +200,9 @@ class TrainConfig:
                 f"learning_rate: {self.learning_rate} must be positive and not below min_learning_rate "
                 f"({self.min_learning_rate}); raise it or lower min_learning_rate"
             )
-        smallest = min(self.patience, default=self.epochs) if isinstance(self.patience, tuple) else self.patience
-        if smallest < self.val_every < self.epochs:
+        if self.patience < self.val_every < self.epochs:
             raise ConfigError(
-                f"patience: {smallest} epochs end before the next validation, one in {self.val_every} (val_every); "
+                f"patience: {self.patience} epochs end before the next validation (val_every {self.val_every}); "
                 f"give at least {self.val_every}"
             )
         if self.dice_weight + self.cross_entropy_weight <= 0:

@@ -85,26 +85,20 @@ class Processes:
                 dist.broadcast(buffer, src=0)
 
 
-def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device called ``name``; "cuda" means the GPU whose number is ``local_rank``.
+@contextlib.contextmanager
+def processes(device_name: str) -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started (NCCL between GPUs, otherwise gloo) and leave them at the end.
+
+    Without ``torchrun`` this process is the only one. An existing process group is used and stays as it is. The device
+    "cuda" means a different GPU in each process.
 
     Raises:
         ConfigError: There is no such device.
     """
     try:
-        return find_device(name, local_rank or 0)
+        device = find_device(device_name, default_index=int(os.environ.get("LOCAL_RANK", 0)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-@contextlib.contextmanager
-def processes(device_name: str) -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started (NCCL between GPUs, otherwise gloo) and leave them at the end.
-
-    Without ``torchrun`` this process is the only one. An existing process group is used and stays as it is.
-    """
-    local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
-    device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     is_owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -44,7 +44,7 @@ class RunResult:
         best_epoch: Epoch with the best validation Dice, 0 if there is none yet.
         best_score: Validation Dice of the best epoch, nan if there is none yet.
         epochs: Number of complete epochs.
-        stopped_by: "epochs" or "early stopping"; "SIGINT", "SIGTERM" or "time" if the run can be resumed.
+        stopped_by: "epochs" or "early stopping"; "SIGINT" or "SIGTERM" if the run can be resumed.
     """
 
     run_folder: Path
@@ -54,11 +54,10 @@ class RunResult:
     stopped_by: str
 
 
-def train(config: TrainConfig, *, stop_at: float | None = None) -> RunResult:
+def train(config: TrainConfig) -> RunResult:
     """Train a network with the settings of ``config``, or resume the run in its output folder.
 
-    Under ``torchrun`` every process calls this; the first one writes the files. At ``stop_at``, a time as of
-    ``time.time()``, the run stops after the current step and is saved, as after a signal.
+    Under ``torchrun`` every process calls this; the first one writes the files.
 
     Raises:
         ConfigError: a setting cannot be used here, or a resumed run has other settings.
@@ -76,7 +75,7 @@ def train(config: TrainConfig, *, stop_at: float | None = None) -> RunResult:
             run.load_state_dict(checkpoint, Path(config.output) / "last.pt")
             del checkpoint
         group.barrier()  # no process writes before all have looked for a checkpoint
-        with _open_log(run) as log, StopRequest(stop_at) as stop:
+        with _open_log(run) as log, StopRequest() as stop:
             with open_writer(config) as writer:
                 if not config.resume:
                     save(run, writer)
