@@ -5,6 +5,7 @@ import functools
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,14 +125,13 @@ def test_a_runs_config_repeats_it(trained, tmp_path):
     assert settings.to_dict() == written
 
 
-def test_resume_goes_on_with_the_settings_of_the_run(data, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert cli.main(["train", "-i", str(data), "-o", str(run), "--epochs", "1", "--patience", "7", *TINY]) == 0
+def test_resume_continues_with_the_settings_of_the_run(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
     before = yaml.safe_load((run / "config.yaml").read_text())
     settings = cli.parse(["train", f"--output={run}", "--resume"])[1]
-    assert settings.to_dict() == {**before, "resume": True}
+    assert settings.to_dict() == {**before, "output": str(run), "resume": True}
     assert cli.main(["train", "--resume", "-o", str(run), "--epochs", "2"]) == 0
-    assert yaml.safe_load((run / "config.yaml").read_text()) == {**before, "epochs": 2}
+    assert yaml.safe_load((run / "config.yaml").read_text()) == {**before, "output": str(run), "epochs": 2}
     assert "seed: 0 -> 3" in error_of(capsys, "train", "-o", run, "--resume", "--seed", "3")
 
     words = ["train", "--config", str(run / "config.yaml"), "-o", str(tmp_path / "second"), "--epochs", "1"]
@@ -247,7 +247,9 @@ def test_a_run_that_a_signal_stopped_says_so_in_its_status(stopped_by, status, m
     assert cli.main(["train", "-i", "data", "-o", "run"]) == status
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_signals_end_training_with_a_checkpoint(number, status, data, tmp_path):
     run = tmp_path / "run"
     words = [sys.executable, "-m", "uctrans", "train", "-i", data, "-o", run, "--epochs", "2000", *TINY]

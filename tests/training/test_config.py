@@ -1,3 +1,5 @@
+"""Settings: their defaults, their files, and the values that are refused."""
+
 import pytest
 import yaml
 

@@ -1,3 +1,5 @@
+"""The log of a run: metrics, lines, bar and picture."""
+
 import errno
 import math
 import re

@@ -72,18 +72,17 @@ def test_a_step_sees_crops_and_lowers_the_loss(make_native):
     handle.remove()
     assert seen == [(3, 3, 24, 24)]
     before = validate(run.model, run.val_data, run.protocol, run.config, CPU).read(CPU)[0]
-    for step in range(30):
+    for step in range(20):
         train_step(run, run.batch(step % 2))
     assert validate(run.model, run.val_data, run.protocol, run.config, CPU).read(CPU)[0] < before - 0.05
 
 
-@pytest.mark.parametrize("target", ["mask", "boundary"])
-def test_run_in_two_parts_is_the_run_in_one(make_native, tmp_path, assert_same, target):
-    settings = {"target": target, "augmentation": {"rotation": 180}}
-    train(make_native(output=str(tmp_path / "straight"), epochs=3, **settings))
+def test_run_in_two_parts_is_the_run_in_one(make_native, tmp_path, assert_same):
+    settings = {"target": "boundary", "augmentation": {"rotation": 180}}
+    train(make_native(output=str(tmp_path / "straight"), epochs=2, **settings))
     train(make_native(epochs=1, **settings))
     torch.manual_seed(99)
-    train(make_native(epochs=3, resume=True, **settings))
+    train(make_native(epochs=2, resume=True, **settings))
     ends = [load_checkpoint(tmp_path / name / "last.pt") for name in ("straight", "run")]
     for end in ends:
         del end["train_config"]
@@ -120,7 +119,7 @@ def test_another_seed_is_another_run(make_native):
 @pytest.mark.parametrize("target", ["mask", "boundary"])
 def test_validation_predicts_as_prediction_does(make_native, tmp_path, target):
     """The Dice of validation is that of evaluation, and its logits those of the blended tiles."""
-    config = make_native(epochs=4, target=target)
+    config = make_native(epochs=2, target=target)
     result = train(config)
     run = Run(config, CPU)
     model = uctrans.load_model(result.run_folder)

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training: what is copied, what waits, what replaces what, what goes wrong."""
+"""The thread that writes checkpoints: copies of the state, the order of writing, and failures."""
 
 import copy
 import threading
@@ -14,7 +14,7 @@ PATIENCE = 20  # seconds, after which a test that hangs fails
 
 
 class Disk:
-    """Takes checkpoints one by one, as it is told to."""
+    """Takes a checkpoint whenever the test allows one."""
 
     def __init__(self):
         self.written, self.failures = [], {}
