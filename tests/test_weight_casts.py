@@ -14,7 +14,7 @@ from uctrans.weight_casts import casting_together, keep_weights_cast, modules_ca
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["unet", "uctransnet", "dual_branch_uctransnet"]
-ON_TRITON = {"backend": "triton", "patch_sizes": (4, 2), "base_channels": 2, "num_layers": 1}
+ON_TRITON = {"backend": "triton", "patch_sizes": (4, 2), "base_channels": 2, "num_layers": 1, "num_heads": 1}
 
 
 def network(name, **options):

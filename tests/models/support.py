@@ -18,8 +18,8 @@ SMALL = {
 NAMES = sorted(SMALL)
 
 # For tests that take long on four scales and show no more there; a U-Net always has four.
-TWO_SCALES = {
-    "dual_branch_uctransnet": {"patch_sizes": (4, 2), "num_layers": 1, "dilations": 2, "depths": (1, 1)},
+FEW_SCALES = {
+    "dual_branch_uctransnet": {"patch_sizes": (2,), "depths": (1,), "dilations": 2},
     "unet": {"base_channels": 2},
     "uctransnet": {"patch_sizes": (4, 2), "num_layers": 1},
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import uctrans
-from tests.models.support import NAMES, TWO_SCALES, build, randomised
+from tests.models.support import FEW_SCALES, NAMES, build, randomised
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,16 +34,17 @@ class TestEveryModel:
         continued = torch.cat([continued, continued[..., -1:, :], continued[..., -1:, :]], dim=2)
         torch.testing.assert_close(model(image), model(continued)[..., :30, :31])
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_inference_compiles_without_a_graph_break(self, name):
-        model = build(name, **TWO_SCALES[name]).eval()
+        model = build(name, **FEW_SCALES[name]).eval()
         image = torch.rand(2, 3, 16, 24)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(image), model(image))
 
     def test_training_compiles_without_a_graph_break(self, name):
-        model = build(name, **TWO_SCALES[name])
+        model = build(name, **FEW_SCALES[name])
         image = torch.rand(2, 3, 16, 24)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -53,7 +54,7 @@ class TestEveryModel:
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         state = {key: value.clone() for key, value in model.state_dict().items()}
 
-        plain = build(name, **TWO_SCALES[name])
+        plain = build(name, **FEW_SCALES[name])
         torch.manual_seed(5)
         expected = plain(image)
         expected.square().mean().backward()
@@ -66,7 +67,7 @@ class TestEveryModel:
     @pytest.mark.slow
     def test_compiles_for_sizes_that_change(self, name):
         """From the second size on, height and width are symbols, and the padding is computed from them."""
-        model = build(name, **TWO_SCALES[name]).eval()
+        model = build(name, **FEW_SCALES[name]).eval()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
@@ -75,7 +76,7 @@ class TestEveryModel:
                 torch.testing.assert_close(compiled(image), model(image))
 
     def test_exports_without_a_graph_break(self, name):
-        model = randomised(build(name, **TWO_SCALES[name]))
+        model = randomised(build(name, **FEW_SCALES[name]))
         image = torch.rand(2, 3, 18, 24)
         program = torch.export.export(model, (image,))
         torch.testing.assert_close(program.module()(image), model(image))

@@ -40,9 +40,9 @@ def model(memory_format):
     return network.to(memory_format=memory_format)
 
 
-def images(draw=0, height=8, width=16):
+def images(draw=0, batch=1, width=16):
     generator = torch.Generator().manual_seed(draw)
-    return torch.rand(2, 3, height, width, generator=generator).to(DEVICE)
+    return torch.rand(batch, 3, 8, width, generator=generator).to(DEVICE)
 
 
 def logits_and_gradients(network, backend, dtype, image, memory_format, transform=lambda function: function):
@@ -70,7 +70,7 @@ def test_training_changes_the_same_buffers(memory_format):
     with torch.no_grad():
         for draw in range(2):
             for network in (ours, published):
-                network(images(draw).contiguous(memory_format=memory_format))
+                network(images(draw, batch=2).contiguous(memory_format=memory_format))
     for (name, buffer), expected in zip(ours.named_buffers(), published.buffers(), strict=True):
         torch.testing.assert_close(
             buffer, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
@@ -79,7 +79,7 @@ def test_training_changes_the_same_buffers(memory_format):
 
 def test_compiles_whole():
     memory_format = torch.channels_last
-    network, image = model(memory_format).train(), images(width=8)[:1]
+    network, image = model(memory_format).train(), images(width=8)
 
     def compiled(module):
         return torch.compile(module, fullgraph=True, backend="aot_eager")
