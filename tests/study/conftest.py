@@ -67,8 +67,8 @@ def do_here():
         for ensemble in config.ensembles():
             for patience in config.patience:
                 models = ",".join(str(member.at(patience)) for member in ensemble.needs)
-                folder = str(ensemble.at(patience))
-                evaluate(EvaluateConfig(models, config.data, folder, batch_size=1, device="cpu", progress=False))
+                settings = {"batch_size": 1, "device": "cpu", "overwrite": True, "progress": False}
+                evaluate(EvaluateConfig(models, config.data, str(ensemble.at(patience)), **settings))
         return study_models(config)
 
     return do

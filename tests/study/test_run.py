@@ -83,13 +83,13 @@ def test_an_interrupted_run_continues_to_the_same_weights(plain_copy, plain, do_
     assert table_of(plain_copy) == table_of(plain)
 
 
-def test_a_trained_run_without_scores_is_only_scored(plain_copy, plain, do_here, table_of):
-    planned = plain_copy.plan()[0]
+def test_a_trained_run_without_scores_is_only_scored_also_in_a_study_that_moved(folded_copy, folded, do_here, table_of):
+    planned = next(each for each in folded_copy.plan() if each.variant.from_unet and each.fold == 1)
     before = (planned.folder / "metrics.csv").read_text()
-    shutil.rmtree(planned.at(50))
-    do_here(plain_copy)
+    shutil.rmtree(planned.at(3))
+    do_here(folded_copy)
     assert (planned.folder / "metrics.csv").read_text() == before
-    assert table_of(plain_copy) == table_of(plain)
+    assert table_of(folded_copy) == table_of(folded)
 
 
 def test_a_run_that_diverges_fails_alone(plain_copy, plain, do_here, monkeypatch, capsys, no_workers, table_of):

@@ -29,7 +29,10 @@ CHANGEABLE_ON_RESUME = (
     "min_learning_rate",
     "amp",
     "graph",
+    "compile",
     "checkpointing",
+    "folds",  # the names of the images in them are compared instead
+    "init_from",  # only read when a run begins
 )
 
 _CHOICES = {
@@ -129,8 +132,8 @@ class TrainConfig:
         progress: Show a progress bar and one line for each epoch; log.txt is always written.
         resume: Continue the run in the output folder. The command line takes the other settings from its config.yaml;
             in Python give all of them (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
-            device, threads, progress, save_minutes, learning_rate, min_learning_rate, amp, graph and checkpointing may
-            differ from those of the run.
+            device, threads, progress, save_minutes, learning_rate, min_learning_rate, amp, graph, compile and
+            checkpointing may differ from those of the run, and folds and init_from if only their place has changed.
 
     Raises:
         ConfigError: A value has the wrong type or range; the message names the field and the remedy.
