@@ -135,38 +135,41 @@ def test_refuses_options_of_another_type(option, value, message):
             build(name, **{option: value})
 
 
-class TestUCTransNet:
-    def test_backends_agree(self):
-        model = build("uctransnet").double()
+@pytest.mark.parametrize("name", ["uctransnet", "dual_branch_uctransnet"])
+class TestNetworksWithATransformer:
+    def test_backends_agree(self, name):
+        model = randomised(build(name)).double()
         image = torch.rand(2, 3, 40, 56, dtype=torch.float64)
-        outputs = {}
-        for backend in ("reference", "composed"):
-            uctrans.set_backend(model.eval(), backend)
-            outputs[backend] = model(image)
+        outputs = {backend: uctrans.set_backend(model, backend)(image) for backend in ("reference", "composed")}
         torch.testing.assert_close(outputs["composed"], outputs["reference"])
 
-    @pytest.mark.parametrize("patch_sizes", [(8,), (4, 2), (16, 8, 4), (16, 8, 4, 2), (32, 16, 8, 4, 2)], ids=str)
-    def test_any_number_of_scales(self, patch_sizes):
-        model = uctrans.UCTransNet(base_channels=3, image_size=32, num_layers=1, num_heads=2, patch_sizes=patch_sizes)
+    @pytest.mark.parametrize("patch_sizes", [(8,), (4, 2), (16, 8, 4), (32, 16, 8, 4, 2)], ids=str)
+    def test_any_number_of_scales(self, name, patch_sizes):
+        depths = {"depths": range(len(patch_sizes), 0, -1), "dilations": 1} if name != "uctransnet" else {}
+        model = build(name, num_layers=1, patch_sizes=patch_sizes, **depths)
         assert model(torch.rand(2, 3, 64, 80)).shape == (2, 1, 64, 80)
 
-    def test_any_widths(self):
-        model = build("uctransnet", base_channels=(5, 3, 7, 6))
-        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
-        assert model.load_unet(build("unet", base_channels=(5, 3, 7, 6)))
-
-    def test_oblong_image_size(self):
-        model = build("uctransnet", image_size=(32, 64))
+    def test_oblong_image_size(self, name):
+        model = build(name, image_size=(32, 64))
         assert model.transformer.embeddings[0].position.shape[-2:] == (2, 4)
         assert model(torch.rand(2, 3, 32, 64)).shape == (2, 1, 32, 64)
 
-    def test_attention_maps(self):
-        model = build("uctransnet").eval()
-        logits, maps = model.forward_with_attention(torch.rand(2, 3, 30, 32))
-        assert logits.shape == (2, 1, 30, 32)
-        assert [[tuple(scale.shape) for scale in layer] for layer in maps] == [
-            [(2, width, 60) for width in (4, 8, 16, 32)]
-        ] * 2
+    def test_attention_maps(self, name):
+        model = build(name, num_layers=2).eval()
+        image = torch.rand(2, 3, 30, 32)
+        logits, maps = model.forward_with_attention(image)
+        torch.testing.assert_close(logits, model(image))
+        shapes = [(2, width, 60) for width in (4, 8, 16, 32)]
+        assert [[tuple(scale.shape) for scale in layer] for layer in maps] == [shapes] * 2
+
+    @pytest.mark.parametrize("image_size", [64, (64, 32)], ids=str)
+    def test_positions_for_another_size(self, name, image_size):
+        model = randomised(build(name))
+        resized = uctrans.resize_positions(model, image_size)
+        rows, columns = (64, 64) if image_size == 64 else image_size
+        assert resized.transformer.embeddings[0].position.shape[-2:] == (rows // 16, columns // 16)
+        image = torch.rand(1, 3, rows, columns)
+        torch.testing.assert_close(resized(image), model(image))  # interpolated once, or in every call
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -185,9 +188,16 @@ class TestUCTransNet:
         ],
         ids=str,
     )
-    def test_refuses_options_that_do_not_fit(self, options, message):
+    def test_refuses_options_that_do_not_fit(self, name, options, message):
         with pytest.raises(ValueError, match=message):
-            build("uctransnet", **options)
+            build(name, **options)
+
+
+class TestUCTransNet:
+    def test_any_widths(self):
+        model = build("uctransnet", base_channels=(5, 3, 7, 6))
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
+        assert model.load_unet(build("unet", base_channels=(5, 3, 7, 6)))
 
     def test_starts_from_a_unet(self):
         unet = randomised(build("unet"))
