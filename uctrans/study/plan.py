@@ -299,7 +299,7 @@ class ModelStudyConfig(StudyConfig):
                 self._check_from_unet(name)
 
     def _check_from_unet(self, name: str) -> None:
-        if not hasattr(model_class(_network(name)), "load_unet"):
+        if not model_class(_network(name)).can_start_from_unet:
             raise StudyError(f"models: {name}: {_network(name)} cannot start from a U-Net; leave it out")
         if UNET not in self.models:
             raise StudyError(f"models: {name} starts from the U-Net of its seed and fold; name {UNET} too")
