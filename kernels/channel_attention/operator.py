@@ -147,9 +147,8 @@ def projected_channel_attention(
     # The three projections write what the operator reads, and it writes the gradients that they read: no copies.
     query = packed_linear(tokens, query_weights, backend="triton").transpose(1, 2)  # [B, H, N, sum C]
     key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, key_value_weight.shape[:3])
-    key, value = key_and_value(key_value)
-    if not _fits_kernels(query, key, value):
-        return composed.channel_attention(query, key, value, segments, dropout_p, eps, seed)
+    if not _fits_kernels(query, key_value):
+        return composed.channel_attention(query, *key_and_value(key_value), segments, dropout_p, eps, seed)
     seed = _seed_of_mask(seed, dropout_p, tokens.device)
     return torch.ops.uctrans.channel_attention_packed(query, key_value, segments, dropout_p, eps, seed)[0]
 
@@ -198,21 +197,21 @@ def fewest_tokens_to_correlate(heads: int, segments: Sequence[int], key_channels
     return correlating_at_all // (projecting_a_token - correlating_a_token) + 1
 
 
-def longest_fused_forward(query: Tensor, key: Tensor, value: Tensor) -> int:
+def longest_fused_forward(query: Tensor, *others: Tensor) -> int:
     """Return the most tokens for which a kernel computes the output, at least :data:`LONGEST_FUSED`."""
-    goes_further = query.dtype != torch.float32 and has_aligned_strides(query, key, value)
+    goes_further = query.dtype != torch.float32 and has_aligned_strides(query, *others)
     return LONGEST_FUSED_FORWARD if goes_further else LONGEST_FUSED
 
 
-def _fits_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _fits_kernels(query: Tensor, *others: Tensor) -> bool:
     """Return whether the kernels hold these sizes, with the gradients where any is needed."""
     batch, heads, tokens, _ = query.shape
     if batch * heads > MOST_HEADS:
         return False
     if tokens <= LONGEST_FUSED:
         return True
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    return not needs_gradient and tokens <= longest_fused_forward(query, key, value)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *others))
+    return not needs_gradient and tokens <= longest_fused_forward(query, *others)
 
 
 def _is_open(size: int | torch.SymInt) -> bool:
