@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from uctrans.kernels.channel_attention import operator
-from uctrans.kernels.formats import has_aligned_rows
 
 pytest.importorskip("triton")
 
@@ -43,25 +42,6 @@ def test_what_fits_nowhere_is_refused(monkeypatch):
     monkeypatch.setattr(triton_blocks, "current_architecture", lambda: Architecture("cuda", 90, 16 << 10))
     with pytest.raises(ValueError, match="no tiles of Problem"):
         triton_blocks.forward_blocks(Problem(4, 640, 960, torch.bfloat16, is_aligned=True))
-
-
-@pytest.mark.parametrize(
-    ("change", "is_aligned"),
-    [
-        (lambda base: base[:-8].view(1, 2, 3, 48), True),
-        (lambda base: base[8:].view(1, 2, 3, 48), True),
-        (lambda base: base[1:-7].view(1, 2, 3, 48), False),  # starts one entry into its memory
-        (lambda base: base[:-8].view(1, 2, 3, 48)[..., :40], True),  # rows 48 apart
-        (lambda base: base[:-8].view(1, 2, 3, 48)[..., :47], True),  # an odd width, and rows 48 apart
-        (lambda base: base[:-26].view(1, 2, 3, 45)[..., :40], False),  # rows 45 apart
-        (lambda base: base[:-8].view(1, 2, 48, 3).transpose(2, 3), False),  # channels 3 apart
-        (lambda base: base[:48].expand(1, 2, 3, 48), True),  # one row for all
-    ],
-)
-def test_alignment_is_that_of_rows_in_memory(change, is_aligned):
-    tensor = change(torch.empty(296, dtype=torch.float16, device="meta"))
-    plain = torch.empty(1, 2, 3, 48, dtype=torch.float16, device="meta")
-    assert has_aligned_rows(plain, tensor) is is_aligned
 
 
 def test_longest_forward_depends_on_the_strides_of_every_operand():
