@@ -68,18 +68,18 @@ def plan(folder: Path) -> list[Step]:
 
     dual_branch = ("--model", "dual_branch_uctransnet")
     return [
-        Step("correctness", (*tests, "-m", "gpu"), 100),
+        Step("correctness", (*tests, "-m", "gpu"), 90),
         Step("training-4", network("training", 4, UNCOMPILED), 40),
         Step("training-32", network("training", 32, UNCOMPILED), 40),
-        Step("operators-32", operators("batch_32 and not compiled"), 120),
+        Step("operators-32", operators("batch_32 and not compiled"), 110),
         Step("inference-1", network("inference", 1, UNCOMPILED), 25),
         Step("inference-32", network("inference", 32, UNCOMPILED), 25),
         Step("profile-4", network("profile", 4, "ours"), 20),
         Step("profile-32", network("profile", 32, "ours,reference"), 25),
-        Step("memory-32", network("memory", 32, UNCOMPILED), 45),
+        Step("memory-32", network("memory", 32, UNCOMPILED), 60),
         Step("memcheck", sanitizer("memcheck"), 50),
-        Step("compiled-4", network("training", 4, "compiled,ours compiled"), 70),
-        Step("compiled-32", network("training", 32, "compiled,ours compiled"), 70),
+        Step("compiled-4", network("training", 4, "compiled,ours compiled"), 90),
+        Step("compiled-32", network("training", 32, "compiled,ours compiled"), 90),
         Step("racecheck", sanitizer("racecheck"), 30),
         Step("operators-4", operators("batch_4 and not compiled"), 45),
         Step("dual-branch-4", network("training", 4, UNCOMPILED, *dual_branch), 40),

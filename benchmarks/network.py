@@ -387,9 +387,15 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def tune_convolutions() -> None:
+    """Let cuDNN measure which convolutions are fastest, as a training does."""
+    torch.backends.cudnn.benchmark = True
+
+
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function finds in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=tune_convolutions) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -532,7 +538,7 @@ def main(words: list[str] | None = None) -> int:
         sizes = {"batch": given.batch, "pixels": given.pixels, "base_channels": given.base_channels}
         print(operator_table({backend: dispatched_operators(given.model, backend, **sizes) for backend in BACKENDS}))
         return 0
-    torch.backends.cudnn.benchmark = True
+    tune_convolutions()
     append_line(given.record, {"environment": environment()})
     lines = []
     for candidate, notes, seconds in measurements(given, problem):

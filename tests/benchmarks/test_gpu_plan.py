@@ -98,7 +98,7 @@ def test_the_smallest_steps_run(capsys):
 def test_the_command_lists_refuses_and_needs_a_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["--list", "-o", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("correctness (100 s): ")
+    assert capsys.readouterr().out.startswith("correctness (90 s): ")
     assert main(["-o", str(tmp_path)]) == 2
     assert "sees no CUDA GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
