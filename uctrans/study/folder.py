@@ -49,23 +49,14 @@ FREE = (
 
 @dataclass(frozen=True)
 class Score:
-    """An evaluation of a run or an ensemble on the test images.
+    """An evaluation of a run or an ensemble on the test images."""
 
-    Attributes:
-        mean: Mean over the images by score, or None where it is undefined for all of them.
-        count: Number of images of each mean.
-        images: Number of test images.
-        scored_at: The pixels that were counted, in words.
-        scoring: The settings size, resolution and tta.
-        validation_dice: Best Dice on the validation images during training, or None for an ensemble.
-    """
-
-    mean: dict[str, float | None]
-    count: dict[str, int]
-    images: int
-    scored_at: str
-    scoring: dict[str, str]
-    validation_dice: float | None
+    mean: dict[str, float | None]  # over the images, by score; None where it is undefined for all of them
+    count: dict[str, int]  # images of each mean
+    images: int  # of the test split
+    scored_at: str  # the pixels that were counted, in words
+    scoring: dict[str, str]  # size, resolution and tta of ``EvaluateConfig``
+    validation_dice: float | None  # the best during training; None for an ensemble
 
 
 def read_score(folder: Path) -> Score | None:

@@ -24,42 +24,25 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the networks that a study compares.
+    """One of the networks that a study compares."""
 
-    Attributes:
-        name: Name in the table, and of the folder of its runs.
-        model: Registry name of the network.
-        options: Arguments of the network in addition to those that every training sets.
-        from_unet: Whether it starts from the trained U-Net of the same seed and fold.
-    """
-
-    name: str
-    model: str
-    options: dict[str, Any]
-    from_unet: bool = False
+    name: str  # in the table, and of the folder of its runs
+    model: str  # registry name of the network
+    options: dict[str, Any]  # arguments of the network in addition to those that every training sets
+    from_unet: bool = False  # whether it starts from the trained U-Net of the same seed and fold
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training, which is scored where each of the patiences stops it.
-
-    Attributes:
-        variant: The network.
-        seed: Seed of the training.
-        fold: The fold that it trains on, or None without cross-validation.
-        config: Settings of the training, with the smallest patience.
-        patiences: The patiences in ascending order.
-        scoring: The settings size, resolution and tta of ``EvaluateConfig``.
-        unet: The run of the U-Net whose weights it starts from, if any.
-    """
+    """One training, which is scored where each of the patiences stops it."""
 
     variant: Variant
     seed: int
-    fold: int | None
-    config: TrainConfig
-    patiences: tuple[int, ...]
-    scoring: dict[str, str]
-    unet: "PlannedRun | None" = None
+    fold: int | None  # None without cross-validation
+    config: TrainConfig  # with the smallest patience
+    patiences: tuple[int, ...]  # ascending
+    scoring: dict[str, str]  # size, resolution and tta of ``EvaluateConfig``
+    unet: "PlannedRun | None" = None  # the run whose weights it starts from
 
     @property
     def folder(self) -> Path:
@@ -88,13 +71,9 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class PlannedEnsemble:
-    """The mean of the probabilities of the runs of a network with one seed on all folds.
+    """The mean of the probabilities of the runs of a network with one seed on all folds."""
 
-    Attributes:
-        needs: Its members, which must be over before it can be scored.
-    """
-
-    needs: tuple[PlannedRun, ...]
+    needs: tuple[PlannedRun, ...]  # its members, which must be over before it can be scored
 
     @property
     def name(self) -> str:

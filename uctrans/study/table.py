@@ -29,17 +29,11 @@ SINGLE_RUN = "single run"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a network at a patience.
+    """A line of the table: a network at a patience."""
 
-    Attributes:
-        record: What table.csv holds of it, numbers in full: scores 0..1, sample standard deviations.
-        values: By score, one number for each run or ensemble.
-        failed: By seed and fold in words, why the training of a run diverged. These runs have no scores.
-    """
-
-    record: dict[str, Any]
-    values: dict[str, list[float]]
-    failed: dict[str, str]
+    record: dict[str, Any]  # what table.csv holds of it, numbers in full
+    values: dict[str, list[float]]  # by score, one number for each run or ensemble
+    failed: dict[str, str]  # by seed and fold in words, why the training of a run diverged
 
 
 @dataclass(frozen=True)
