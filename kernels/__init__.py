@@ -5,8 +5,7 @@ uctrans.kernels.channel_attention import reference``.
 """
 
 from .backend import BACKENDS, check_backend, resolve_backend
-from .batch_norm_relu import batch_norm_relu
-from .batch_norm_relu_pool import batch_norm_relu_pool
+from .batch_norm_relu import batch_norm_relu, batch_norm_relu_pool
 from .channel_attention import channel_attention, projected_attention_maps, projected_channel_attention
 from .packed_layer_norm import cross_layer_norm, packed_layer_norm
 from .packed_linear import packed_linear

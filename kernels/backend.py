@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "composed", "reference")
 ENVIRONMENT_VARIABLE = "UCTRANS_BACKEND"
@@ -70,6 +71,16 @@ def choose_form(backend: str, tensor: Tensor, name: str, *, fits: bool = True) -
             raise NotImplementedError(f"the Triton operator of {name} computes in float32; use backend='composed'")
         return "composed"
     return "triton" if fits else "composed"
+
+
+def takes_plain_steps_only() -> bool:
+    """Return whether a composed form must consist of PyTorch's operations, without gradients written by hand.
+
+    A compiler fuses plain steps by itself; functional transforms and forward-mode gradients need them.
+    """
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def is_interpreting() -> bool:

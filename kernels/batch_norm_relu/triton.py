@@ -1,19 +1,21 @@
 """Launchers of batch norm and ReLU on Triton: two passes over the map forward, two over map and gradient backward.
 
-Forward takes the statistics, then writes the output. Backward sums what passes the ReLU, then writes the gradient;
-which pixels pass is computed again from the map, so that of forward only the map itself is kept. Nothing depends on the
+Forward takes the statistics, then writes the output. Backward sums what passes the ReLU, then writes the gradient. It
+computes again from the map which pixels pass, so that forward keeps the map alone. With the max-pool, the kernel that
+writes the output also writes the pooled map, and both passes of backward read its gradient. No result depends on the
 order of programs.
 """
-
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..formats import empty_map
-from . import triton_channels, triton_layout, triton_maps
-from .triton_layout import count_parts, cut_evenly, cut_into_parts, maps_of, programs_of
+from . import triton_channels, triton_layout, triton_maps, triton_windows
+from .triton_channels import Running
+from .triton_layout import count_parts, cut_evenly, cut_into_parts, maps_of, programs_of, windows_of
+from .triton_maps import Norm
+from .triton_windows import Size
 
 # Programs that sum hold, in half precision, 16 bytes of a tile a thread, the longest load; programs that write a map
 # have two such loads a thread.
@@ -35,61 +37,65 @@ def forward(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, mean and biased variance of the batch (C,), and the running statistics after it (2, C)."""
-    mean, variance, running = statistics(feature, running_mean, running_var, momentum)
+    """Return the output, mean and biased variance of the batch (C,), and the running statistics after it (2, C)."""
+    mean, variance, running = _statistics(feature, running_mean, running_var, momentum)
     return apply(feature, weight, bias, mean, variance, eps), mean, variance, running
 
 
-def statistics(
-    feature: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of the batch (C,), and the running statistics after it (2, C)."""
-    channels = feature.shape[1]
-    mean, variance = (torch.empty(channels, device=feature.device) for _ in range(2))
-    has_running = running_mean is not None
-    running = feature.new_empty((2, channels) if has_running else 0, dtype=running_mean.dtype if has_running else None)
-    if feature.numel() == 0:
-        mean.zero_(), variance.fill_(1)
-        if has_running:
-            running[0].copy_(running_mean), running[1].copy_(running_var)
-        return mean, variance, running
-    (values,), layout = maps_of(feature)
-    cut, tiles = cut_into_parts(layout)
-    parts = torch.empty(count_parts(cut), 3, channels, device=feature.device)
-    with torch.cuda.device_of(feature):
-        triton_maps.statistics_kernel[programs_of(cut, layout, tiles)](
-            values, parts, cut, layout.unit, **tiles, STEPS=triton_layout.STEPS, num_warps=SUM_WARPS
-        )
-        triton_channels.combine_statistics_kernel[(triton.cdiv(channels, CHANNEL_BLOCK),)](
-            parts,
-            contiguous(running_mean),
-            contiguous(running_var),
-            mean,
-            variance,
-            running if has_running else None,
-            momentum,
-            cut,
-            parts.shape[0],
-            layout.unit,
-            **_channel_tiles(parts),
-            num_warps=CHANNEL_WARPS,
-        )
-    return mean, variance, running
+def forward_and_pool(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of :func:`forward`, and after the output its pooled map."""
+    mean, variance, running = _statistics(feature, running_mean, running_var, momentum)
+    return *apply_and_pool(feature, weight, bias, mean, variance, eps), mean, variance, running
 
 
 def apply(feature: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """The map normalised by the given statistics, then the ReLU."""
+    """Normalise the map by the given statistics, and apply the ReLU."""
     output = empty_map(feature, *feature.shape[1:], feature.dtype)
     if feature.numel() == 0:
         return output
     (values, written), layout = maps_of(feature, output)
     cut, tiles = cut_evenly(layout)
-    channels = [contiguous(tensor) for tensor in (weight, bias, mean, variance)]
-    with torch.cuda.device_of(feature):
-        triton_maps.normalise_kernel[programs_of(cut, layout, tiles)](
-            values, *channels, written, eps, cut, layout.unit, **tiles, num_warps=NUM_WARPS
-        )
+    triton_maps.normalise_kernel[programs_of(cut, tiles)](
+        feature=values,
+        output=written,
+        norm=_norm(weight, bias, mean, variance, eps),
+        cut=cut,
+        TILES=tiles,
+        num_warps=NUM_WARPS,
+    )
     return output
+
+
+def apply_and_pool(
+    feature: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Normalise the map by the given statistics, apply the ReLU, and return also the maximum of each window."""
+    _, channels, height, width = feature.shape
+    output = empty_map(feature, channels, height, width, feature.dtype)
+    pooled = empty_map(feature, channels, height // 2, width // 2, feature.dtype)
+    if feature.numel() == 0:
+        return output, pooled
+    (values, written, written_pooled), layout = maps_of(feature, output, pooled)
+    cut, tiles = cut_evenly(windows_of(feature, layout))
+    triton_windows.normalise_and_pool_kernel[programs_of(cut, tiles)](
+        feature=values,
+        output=written,
+        pooled=written_pooled,
+        norm=_norm(weight, bias, mean, variance, eps),
+        cut=cut,
+        size=Size(height, width),
+        TILES=tiles,
+        num_warps=NUM_WARPS,
+    )
+    return output, pooled
 
 
 def backward(
@@ -102,78 +108,150 @@ def backward(
     eps: float,
     is_of_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the feature (B, C, H, W), weight and bias (C,)."""
+    """Return the gradients by the feature (B, C, H, W), weight and bias (C,)."""
     d_feature = empty_map(feature, *feature.shape[1:], feature.dtype)
     if feature.numel() == 0:
         return d_feature, torch.zeros_like(weight), torch.zeros_like(bias)
     (values, written, upstream), layout = maps_of(feature, d_feature, gradient)
-    channels = [contiguous(tensor) for tensor in (weight, bias, mean, variance)]
+    norm = _norm(weight, bias, mean, variance, eps)
     cut, tiles = cut_into_parts(layout)
     parts = torch.empty(count_parts(cut), 2, layout.channels, device=feature.device)
-    with torch.cuda.device_of(feature):
-        triton_maps.gradient_sums_kernel[programs_of(cut, layout, tiles)](
-            upstream,
-            values,
-            *channels,
-            parts,
-            eps,
-            cut,
-            layout.unit,
-            **tiles,
-            STEPS=triton_layout.STEPS,
-            num_warps=SUM_WARPS,
-        )
-        sums, d_weight, d_bias = add_gradient_sums(parts, weight, bias, channels[3], eps)
-        cut, tiles = cut_evenly(layout)
-        triton_maps.gradient_kernel[programs_of(cut, layout, tiles)](
-            upstream,
-            values,
-            *channels,
-            sums if is_of_batch else None,
-            written,
-            inverse_count(feature),
-            eps,
-            cut,
-            layout.unit,
-            **tiles,
-            num_warps=NUM_WARPS,
-        )
+    triton_maps.gradient_sums_kernel[programs_of(cut, tiles)](
+        gradient=upstream,
+        feature=values,
+        norm=norm,
+        parts_ptr=parts,
+        cut=cut,
+        TILES=tiles,
+        STEPS=triton_layout.STEPS,
+        num_warps=SUM_WARPS,
+    )
+    sums, d_weight, d_bias = _add_gradient_sums(parts, norm)
+    cut, tiles = cut_evenly(layout)
+    triton_maps.gradient_kernel[programs_of(cut, tiles)](
+        gradient=upstream,
+        feature=values,
+        d_feature=written,
+        norm=norm,
+        sums_ptr=sums if is_of_batch else None,
+        inverse_count=feature.shape[1] / feature.numel(),
+        cut=cut,
+        TILES=tiles,
+        num_warps=NUM_WARPS,
+    )
     return d_feature, d_weight, d_bias
 
 
-def add_gradient_sums(
-    parts: Tensor, weight: Tensor, bias: Tensor, variance: Tensor, eps: float
+def backward_of_pool(
+    gradient: Tensor | None,
+    d_pooled: Tensor,
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    is_of_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of all parts (2, C), and the gradients by weight and bias (C,) that they are."""
+    """Return the gradients of :func:`backward`, from those by the pooled map and, where there is one, by the map."""
+    d_feature = empty_map(feature, *feature.shape[1:], feature.dtype)
+    if feature.numel() == 0:
+        return d_feature, torch.zeros_like(weight), torch.zeros_like(bias)
+    if gradient is None:
+        gradient = feature.new_zeros(()).expand(feature.shape)  # one element, read again and again
+    (values, written, upstream, upstream_pooled), layout = maps_of(feature, d_feature, gradient, d_pooled)
+    layout = windows_of(feature, layout)
+    norm, size = _norm(weight, bias, mean, variance, eps), Size(*feature.shape[2:])
+    cut, tiles = cut_into_parts(layout)
+    parts = torch.empty(count_parts(cut), 2, layout.channels, device=feature.device)
+    triton_windows.window_gradient_sums_kernel[programs_of(cut, tiles)](
+        gradient=upstream,
+        d_pooled=upstream_pooled,
+        feature=values,
+        norm=norm,
+        parts_ptr=parts,
+        cut=cut,
+        size=size,
+        TILES=tiles,
+        num_warps=NUM_WARPS,
+    )
+    sums, d_weight, d_bias = _add_gradient_sums(parts, norm)
+    cut, tiles = cut_evenly(layout)
+    triton_windows.window_gradient_kernel[programs_of(cut, tiles)](
+        gradient=upstream,
+        d_pooled=upstream_pooled,
+        feature=values,
+        d_feature=written,
+        norm=norm,
+        sums_ptr=sums if is_of_batch else None,
+        inverse_count=feature.shape[1] / feature.numel(),
+        cut=cut,
+        size=size,
+        TILES=tiles,
+        num_warps=NUM_WARPS,
+    )
+    return d_feature, d_weight, d_bias
+
+
+def _statistics(
+    feature: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance of the batch (C,), and the running statistics after it (2, C)."""
+    channels = feature.shape[1]
+    mean, variance = (torch.empty(channels, device=feature.device) for _ in range(2))
+    updated = feature.new_empty(0) if running_mean is None else running_mean.new_empty(2, channels)
+    if feature.numel() == 0:
+        if running_mean is not None:
+            torch.stack([running_mean, running_var], out=updated)
+        return mean.zero_(), variance.fill_(1), updated
+    (values,), layout = maps_of(feature)
+    cut, tiles = cut_into_parts(layout)
+    parts = torch.empty(count_parts(cut), 3, channels, device=feature.device)
+    triton_maps.statistics_kernel[programs_of(cut, tiles)](
+        feature=values, parts_ptr=parts, cut=cut, TILES=tiles, STEPS=triton_layout.STEPS, num_warps=SUM_WARPS
+    )
+    running = None
+    if running_mean is not None:
+        running = Running(running_mean.contiguous(), running_var.contiguous(), updated, momentum)
+    triton_channels.combine_statistics_kernel[(triton.cdiv(channels, CHANNEL_BLOCK),)](
+        parts_ptr=parts,
+        mean_ptr=mean,
+        variance_ptr=variance,
+        running=running,
+        cut=cut,
+        parts=len(parts),
+        channels=channels,
+        BLOCK_PARTS=_parts_at_once(parts),
+        BLOCK_C=CHANNEL_BLOCK,
+        num_warps=CHANNEL_WARPS,
+    )
+    return mean, variance, updated
+
+
+def _add_gradient_sums(parts: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of all parts (2, C), and the gradients by weight and bias (C,) that follow from them."""
     count, _, channels = parts.shape
     sums = torch.empty(2, channels, device=parts.device)
-    d_weight, d_bias = (
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (weight, bias)
-    )
+    d_weight, d_bias = torch.empty_like(norm.weight_ptr), torch.empty_like(norm.bias_ptr)
     triton_channels.add_gradient_sums_kernel[(triton.cdiv(channels, CHANNEL_BLOCK),)](
-        parts,
-        variance,
-        sums,
-        d_weight,
-        d_bias,
-        eps,
-        channels,
-        count,
-        **_channel_tiles(parts),
+        parts_ptr=parts,
+        variance_ptr=norm.variance_ptr,
+        sums_ptr=sums,
+        d_weight_ptr=d_weight,
+        d_bias_ptr=d_bias,
+        eps=norm.eps,
+        parts=count,
+        channels=channels,
+        BLOCK_PARTS=_parts_at_once(parts),
+        BLOCK_C=CHANNEL_BLOCK,
         num_warps=CHANNEL_WARPS,
     )
     return sums, d_weight, d_bias
 
 
-def inverse_count(feature: Tensor) -> float:
-    """One over the number of values a channel."""
-    return feature.shape[1] / feature.numel()
+def _norm(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Norm:
+    return Norm(weight.contiguous(), bias.contiguous(), mean.contiguous(), variance.contiguous(), eps)
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Numbers of the channels as kernels read them."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def _channel_tiles(parts: Tensor) -> dict[str, Any]:
-    return {"BLOCK_PARTS": min(triton.next_power_of_2(parts.shape[0]), MOST_PARTS_AT_ONCE), "BLOCK_C": CHANNEL_BLOCK}
+def _parts_at_once(parts: Tensor) -> int:
+    return min(triton.next_power_of_2(len(parts)), MOST_PARTS_AT_ONCE)

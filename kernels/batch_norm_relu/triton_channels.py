@@ -1,15 +1,27 @@
-"""Triton kernels of the channels: what the parts of a map found is put together, always in the same order.
+"""Triton kernels of the channels: they put together what was found in the parts of a map, always in the same order.
 
 A program has a block of channels, and walks along the parts [BLOCK_PARTS, BLOCK_C]. All arithmetic is float32.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Running(NamedTuple):
+    """The running statistics (C,), where they are written after the batch (2, C), and the share of the batch."""
+
+    mean_ptr: Tensor
+    variance_ptr: Tensor
+    updated_ptr: Tensor
+    momentum: float
 
 
 @triton.jit
 def _pixels_of_parts(cut, parts):
-    """How many pixels of all images each part has."""
+    """Count the pixels of all images that each part has."""
     images = cut.images - parts // cut.chunks * cut.images_a_part
     pixels = cut.pixels - parts % cut.chunks * cut.pixels_a_part
     images = tl.maximum(tl.minimum(images, cut.images_a_part), 0)
@@ -18,25 +30,13 @@ def _pixels_of_parts(cut, parts):
 
 @triton.jit
 def combine_statistics_kernel(
-    parts_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    mean_ptr,
-    variance_ptr,
-    running_ptr,
-    momentum,
-    cut,
-    parts,
-    UNIT: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    parts_ptr, mean_ptr, variance_ptr, running, cut, parts, channels, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Mean and biased variance of the batch (C,), and the running statistics after it (2, C).
+    """Write mean and biased variance of the batch (C,), and the running statistics after it (2, C).
 
-    The mean of the parts comes first, as seen from a value of the first one, then the squares around it: parts that lie
-    apart add what lies between them.
+    First comes the mean of the parts, as seen from a value of the first one, then the squares around it: parts that lie
+    apart add the distances between them.
     """
-    channels = cut.channel_units * UNIT
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     origin = tl.load(parts_ptr + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
@@ -68,14 +68,15 @@ def combine_statistics_kernel(
     mean += origin
     tl.store(mean_ptr + offs_c, mean, mask=mask_c)
     tl.store(variance_ptr + offs_c, around_mean_of_all / count, mask=mask_c)
-    if running_mean_ptr is not None:
-        running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        running_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    if running is not None:
+        running_mean = tl.load(running.mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        running_var = tl.load(running.variance_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         unbiased = around_mean_of_all / (count - 1.0)
-        running_mean = momentum * mean + (1.0 - momentum) * running_mean
-        running_var = momentum * unbiased + (1.0 - momentum) * running_var
-        tl.store(running_ptr + offs_c, running_mean.to(running_ptr.dtype.element_ty), mask=mask_c)
-        tl.store(running_ptr + channels + offs_c, running_var.to(running_ptr.dtype.element_ty), mask=mask_c)
+        running_mean = running.momentum * mean + (1.0 - running.momentum) * running_mean
+        running_var = running.momentum * unbiased + (1.0 - running.momentum) * running_var
+        dtype = running.updated_ptr.dtype.element_ty
+        tl.store(running.updated_ptr + offs_c, running_mean.to(dtype), mask=mask_c)
+        tl.store(running.updated_ptr + channels + offs_c, running_var.to(dtype), mask=mask_c)
 
 
 @triton.jit
@@ -86,12 +87,12 @@ def add_gradient_sums_kernel(
     d_weight_ptr,
     d_bias_ptr,
     eps,
-    channels,
     parts,
+    channels,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The sums of all parts (2, C), and the gradients by weight and bias that they are."""
+    """Write the sums of all parts (2, C), and the gradients by weight and bias that follow from them."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     total = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)

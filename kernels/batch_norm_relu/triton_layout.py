@@ -1,4 +1,4 @@
-"""How maps are seen by the kernels: strides in units, tiles that fit, and the parts that programs take.
+"""Strides of maps as kernels read them, tiles that fit, and the parts that programs take.
 
 Constants here and in ``triton.py`` do not depend on the GPU, so that results do not either.
 """
@@ -11,9 +11,12 @@ import triton
 from torch import Tensor
 
 from ..formats import memory_format_of
-from .triton_maps import Cut, Map
+from .triton_maps import Cut, Map, Tiles
 
 TILE = 2048  # elements
+# Elements of a tile of windows, which is loaded four times: in half precision a thread has four or, with gradients,
+# nine of the longest loads under way, 16 bytes each.
+WINDOW_TILE = 1024
 MOST_CHANNELS = 128  # of a tile in channels-last memory
 
 # Programs that sum load so many tiles at once, and leave parts that others add: at most four for each of 132
@@ -21,17 +24,17 @@ MOST_CHANNELS = 128  # of a tile in channels-last memory
 STEPS = 4
 MOST_PARTS = 4 * 132
 
-# Of programs that write a map, enough tiles each to hide its start; fewer where programs would be too few to fill a
-# GPU.
+# Programs that write a map have enough tiles each to hide their start, and fewer where programs would be too few to
+# fill a GPU.
 PROGRAM_TILES = 8
 ENOUGH_PROGRAMS = 16 * 132
 
-LARGEST_UNIT = 16  # a larger divisor of channels is of no use to the compiler
+LARGEST_UNIT = 16  # the compiler makes no use of a larger divisor of the channels
 LARGEST_STRIDE = 2**20  # between neighbours in a tile, which are counted in 32 bits
 
 
 class Layout(NamedTuple):
-    """How the maps of a launch lie: what kernels walk along, pixels or windows of them, and the tiles that fit."""
+    """What the kernels of a launch walk along, pixels or windows of them, and the tiles that fit."""
 
     images: int
     pixels: int  # of an image
@@ -42,7 +45,7 @@ class Layout(NamedTuple):
 
 
 def maps_of(feature: Tensor, *others: Tensor) -> tuple[list[Map], Layout]:
-    """What kernels see of ``feature`` and of others of its images and channels, all in its memory format."""
+    """Describe ``feature`` and others of its images and channels to kernels, all in its memory format."""
     is_channels_last = memory_format_of(feature) == torch.channels_last
     maps = [_map(tensor, is_channels_last) for tensor in (feature, *others)]
     batch, channels, height, width = feature.shape
@@ -52,8 +55,15 @@ def maps_of(feature: Tensor, *others: Tensor) -> tuple[list[Map], Layout]:
     return maps, Layout(images, pixels, channels, unit, is_channels_last, TILE)
 
 
+def windows_of(feature: Tensor, layout: Layout) -> Layout:
+    """Return ``layout`` for kernels that walk along the windows of each image."""
+    batch, _, height, width = feature.shape
+    windows = ((height + 1) // 2) * ((width + 1) // 2)
+    return layout._replace(images=batch, pixels=windows, tile=WINDOW_TILE)
+
+
 def _map(feature: Tensor, is_channels_last: bool) -> Map:
-    """Strides of ``feature``, in units of one; of a copy where it does not lie as kernels read it."""
+    """Return the strides of ``feature``, in units of one; of a copy if kernels cannot read it as it lies."""
     batch, channels, height, width = feature.shape
     image, channel, row, column = feature.stride()
     # The stride of an axis of one says nothing.
@@ -67,58 +77,54 @@ def _map(feature: Tensor, is_channels_last: bool) -> Map:
         follows = follows and pixel <= 1 and channel <= LARGEST_STRIDE
     if not follows:
         memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-        return _map(_copy(feature, memory_format), is_channels_last)
+        # ``contiguous`` would return the same tensor if only an axis of one is out of place.
+        return _map(torch.empty_like(feature, memory_format=memory_format).copy_(feature), is_channels_last)
     return Map(feature, image, channel, pixel)
 
 
-def _copy(feature: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """In memory of its own: ``contiguous`` leaves what lies right but for an axis of one as it is."""
-    return torch.empty_like(feature, memory_format=memory_format).copy_(feature)
-
-
-def _tiles(layout: Layout) -> dict[str, int]:
+def _tiles(layout: Layout) -> Tiles:
     if layout.is_channels_last:
         block_c = min(triton.next_power_of_2(layout.channels), MOST_CHANNELS, layout.tile)
-        return {"BLOCK_PIXELS": layout.tile // block_c, "BLOCK_C": block_c}
+        return Tiles(layout.unit, layout.tile // block_c, block_c)
     block_pixels = min(triton.next_power_of_2(layout.pixels), layout.tile)
     block_c = min(triton.next_power_of_2(layout.channels), layout.tile // block_pixels)
-    return {"BLOCK_PIXELS": block_pixels, "BLOCK_C": block_c}
+    return Tiles(layout.unit, block_pixels, block_c)
 
 
-def cut_into_parts(layout: Layout) -> tuple[Cut, dict[str, int]]:
-    """For programs that sum: few parts, as whoever needs the sums adds them all."""
+def cut_into_parts(layout: Layout) -> tuple[Cut, Tiles]:
+    """Cut a map for programs that sum: into few parts, because whoever needs the sums adds them all."""
     tiles = _tiles(layout)
-    most = max(MOST_PARTS // triton.cdiv(layout.channels, tiles["BLOCK_C"]), 1)
+    most = max(MOST_PARTS // triton.cdiv(layout.channels, tiles.BLOCK_C), 1)
     return _cut(layout, tiles, min(triton.cdiv(_pixel_tiles(layout, tiles), STEPS), most)), tiles
 
 
-def cut_evenly(layout: Layout) -> tuple[Cut, dict[str, int]]:
-    """For programs that write a map: as many as it takes."""
+def cut_evenly(layout: Layout) -> tuple[Cut, Tiles]:
+    """Cut a map for programs that write one: into as many parts as it takes."""
     tiles = _tiles(layout)
     pixel_tiles = _pixel_tiles(layout, tiles)
-    enough = triton.cdiv(ENOUGH_PROGRAMS, triton.cdiv(layout.channels, tiles["BLOCK_C"]))
+    enough = triton.cdiv(ENOUGH_PROGRAMS, triton.cdiv(layout.channels, tiles.BLOCK_C))
     return _cut(layout, tiles, max(triton.cdiv(pixel_tiles, PROGRAM_TILES), min(pixel_tiles, enough))), tiles
 
 
-def _pixel_tiles(layout: Layout, tiles: dict[str, int]) -> int:
-    """How many tiles the pixels of all images fill; of the channels there may be several blocks."""
-    return layout.images * triton.cdiv(layout.pixels, tiles["BLOCK_PIXELS"])
+def _pixel_tiles(layout: Layout, tiles: Tiles) -> int:
+    """Count the tiles that the pixels of all images fill, for one block of channels."""
+    return layout.images * triton.cdiv(layout.pixels, tiles.BLOCK_PIXELS)
 
 
-def _cut(layout: Layout, tiles: dict[str, int], parts: int) -> Cut:
-    """About so many parts, never more: whole tiles of an image, or whole images."""
+def _cut(layout: Layout, tiles: Tiles, parts: int) -> Cut:
+    """Cut into about so many parts, never more: whole tiles of an image, or whole images."""
     images_a_part = triton.cdiv(layout.images, parts)
-    image_tiles = triton.cdiv(layout.pixels, tiles["BLOCK_PIXELS"])
-    pixels_a_part = triton.cdiv(image_tiles, max(parts // layout.images, 1)) * tiles["BLOCK_PIXELS"]
+    image_tiles = triton.cdiv(layout.pixels, tiles.BLOCK_PIXELS)
+    pixels_a_part = triton.cdiv(image_tiles, max(parts // layout.images, 1)) * tiles.BLOCK_PIXELS
     chunks = triton.cdiv(layout.pixels, pixels_a_part)
     return Cut(layout.images, layout.pixels, layout.channels // layout.unit, images_a_part, pixels_a_part, chunks)
 
 
 def count_parts(cut: Cut) -> int:
-    """Parts of the whole map."""
+    """Count the parts of the whole map."""
     return triton.cdiv(cut.images, cut.images_a_part) * cut.chunks
 
 
-def programs_of(cut: Cut, layout: Layout, tiles: dict[str, int]) -> tuple[int]:
-    """The grid of a launch: a program for each part and block of channels."""
-    return (count_parts(cut) * triton.cdiv(layout.channels, tiles["BLOCK_C"]),)
+def programs_of(cut: Cut, tiles: Tiles) -> tuple[int]:
+    """Return the grid of a launch: a program for each part and block of channels."""
+    return (count_parts(cut) * triton.cdiv(cut.channel_units * tiles.UNIT, tiles.BLOCK_C),)

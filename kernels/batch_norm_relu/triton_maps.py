@@ -1,8 +1,8 @@
 """Triton kernels that read and write whole maps: statistics, the normalised map, and gradients.
 
 A program has a block of channels, and walks along pixels of one image or of several, [BLOCK_PIXELS, BLOCK_C] at a time.
-Maps are read through their strides: one kernel serves contiguous and channels-last memory, and only block sizes know
-the difference. In channels-last memory the pixels of all images are those of one. All arithmetic is float32.
+Maps are read through their strides, so that one kernel serves contiguous and channels-last memory with blocks of other
+sizes. In channels-last memory the pixels of all images count as those of one. All arithmetic is float32.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,26 @@ class Map(NamedTuple):
     pixel_units: int  # stride of a pixel, in UNIT elements: the compiler sees what divides it, and loads whole vectors
 
 
+class Norm(NamedTuple):
+    """Four numbers of each channel, (C,) and contiguous, and what is added to the variance."""
+
+    weight_ptr: Tensor
+    bias_ptr: Tensor
+    mean_ptr: Tensor
+    variance_ptr: Tensor
+    eps: float
+
+
+class Tiles(NamedTuple):
+    """Sizes of tiles, known when a kernel is compiled."""
+
+    UNIT: int  # divides the channels and the strides of pixels
+    BLOCK_PIXELS: int
+    BLOCK_C: int
+
+
 class Cut(NamedTuple):
-    """How a map is cut into parts, one for a program and block of channels: a few images, and a chunk of each."""
+    """A map cut into parts, one for a program and block of channels: a few images, and a chunk of each."""
 
     images: int
     pixels: int  # of an image
@@ -33,10 +51,10 @@ class Cut(NamedTuple):
 
 
 @triton.jit
-def place_of(pid, cut, channels, BLOCK_C: tl.constexpr):
-    """Which part and which first channel are a program's, and where the part begins and ends."""
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    first_channel = pid % channel_blocks * BLOCK_C
+def place_of(pid, cut, TILES: tl.constexpr):
+    """Return a program's part and first channel, and where the part begins and ends."""
+    channel_blocks = tl.cdiv(cut.channel_units * TILES.UNIT, TILES.BLOCK_C)
+    first_channel = pid % channel_blocks * TILES.BLOCK_C
     part = pid // channel_blocks
     first_image = part // cut.chunks * cut.images_a_part
     end_image = tl.minimum(first_image + cut.images_a_part, cut.images)
@@ -46,42 +64,51 @@ def place_of(pid, cut, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _at(map, image, first_channel, first_pixel, UNIT: tl.constexpr):
-    """Where the channels and pixels of a program begin."""
+def _at(map, image, first_channel, first_pixel, TILES: tl.constexpr):
+    """Return a pointer to the first channel and pixel of a program."""
     ptr = map.ptr + image.to(tl.int64) * map.stride_image + first_channel.to(tl.int64) * map.stride_channel
-    return ptr + first_pixel.to(tl.int64) * (map.pixel_units * UNIT)
+    return ptr + first_pixel.to(tl.int64) * (map.pixel_units * TILES.UNIT)
 
 
 @triton.jit
-def _offsets(map, UNIT: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    offs_pixel = tl.arange(0, BLOCK_PIXELS)
-    offs_c = tl.arange(0, BLOCK_C)
-    return offs_pixel[:, None] * (map.pixel_units * UNIT) + offs_c[None, :] * map.stride_channel
+def _offsets(map, TILES: tl.constexpr):
+    """Return the offsets of a tile: [BLOCK_PIXELS, BLOCK_C]."""
+    offs_pixel = tl.arange(0, TILES.BLOCK_PIXELS)
+    offs_c = tl.arange(0, TILES.BLOCK_C)
+    return offs_pixel[:, None] * (map.pixel_units * TILES.UNIT) + offs_c[None, :] * map.stride_channel
+
+
+@triton.jit
+def zeros(TILES: tl.constexpr):
+    """Return zeros for each entry of a tile: [BLOCK_PIXELS, BLOCK_C]."""
+    BLOCK_PIXELS: tl.constexpr = TILES.BLOCK_PIXELS
+    BLOCK_C: tl.constexpr = TILES.BLOCK_C
+    return tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
 
 
 @triton.jit
 def _channel(ptr, offs_c, mask_c):
-    """A number of each channel, beside its pixels: [1, BLOCK_C]."""
+    """Load a number of each channel so that it meets its pixels: [1, BLOCK_C]."""
     return tl.load(ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def normalisation(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c):
-    """What normalises: the mean, the inverse deviation, the weight times it, and the bias."""
-    inverse_deviation = tl.rsqrt(_channel(variance_ptr, offs_c, mask_c) + eps)
-    scale = _channel(weight_ptr, offs_c, mask_c) * inverse_deviation
-    return _channel(mean_ptr, offs_c, mask_c), inverse_deviation, scale, _channel(bias_ptr, offs_c, mask_c)
+def load_norm(norm, offs_c, mask_c):
+    """Load the mean, the inverse deviation, the weight times it, and the bias."""
+    inverse_deviation = tl.rsqrt(_channel(norm.variance_ptr, offs_c, mask_c) + norm.eps)
+    scale = _channel(norm.weight_ptr, offs_c, mask_c) * inverse_deviation
+    return _channel(norm.mean_ptr, offs_c, mask_c), inverse_deviation, scale, _channel(norm.bias_ptr, offs_c, mask_c)
 
 
 @triton.jit
 def activate(normalised):
-    """The ReLU: what is no number must not become zero."""
+    """Apply the ReLU; NaN must not become zero."""
     return tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def through_statistics(sums_ptr, inverse_deviation, inverse_count, channels, offs_c, mask_c):
-    """What the gradient loses as the statistics are those of the batch: a mean, and a multiple of the centred map."""
+    """Return what the statistics of the batch take from the gradient: a mean, and the slope of the centred map."""
     mean_gradient = _channel(sums_ptr, offs_c, mask_c) * inverse_count
     # One deviation after the other: the square of a large one may be infinite.
     slope = _channel(sums_ptr + channels, offs_c, mask_c) * inverse_count * inverse_deviation * inverse_deviation
@@ -89,51 +116,41 @@ def through_statistics(sums_ptr, inverse_deviation, inverse_count, channels, off
 
 
 @triton.jit
-def statistics_kernel(
-    feature,
-    parts_ptr,
-    cut,
-    UNIT: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Of each part (parts, 3, C): one of its values, their mean as seen from there, and the sum of squares around it.
+def statistics_kernel(feature, parts_ptr, cut, TILES: tl.constexpr, STEPS: tl.constexpr):
+    """Write for each part (parts, 3, C) one of its values, their mean as seen from it, and the squares around the mean.
 
-    Values of a lane are taken from the first one that it meets, so that no common offset is squared: that one is among
-    them, and their sum of squares around it is at most one plus their number times that around their mean.
+    A lane takes its values as distances from its first one, so that no common offset is squared; README.md bounds the
+    error.
     """
-    channels = cut.channel_units * UNIT
-    part, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(
-        tl.program_id(0), cut, channels, BLOCK_C
-    )
-    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
-    offs_c = tl.arange(0, BLOCK_C)
+    channels = cut.channel_units * TILES.UNIT
+    part, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(tl.program_id(0), cut, TILES)
+    offs_pixel = first_pixel + tl.arange(0, TILES.BLOCK_PIXELS)
+    offs_c = tl.arange(0, TILES.BLOCK_C)
     mask_c = first_channel + offs_c < channels
-    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
-    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
+    offs = _offsets(feature, TILES)
+    ptr = _at(feature, first_image, first_channel, first_pixel, TILES)
     origin = tl.load(ptr + offs_c * feature.stride_channel, mask=mask_c, other=0.0).to(tl.float32)  # [BLOCK_C]
     mask = (offs_pixel < end_pixel)[:, None] & mask_c[None, :]
     first = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_PIXELS, BLOCK_C]
-    total = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
+    total = zeros(TILES)
+    squares = zeros(TILES)
     for _ in range(first_image, end_image):
         pixel_ptr = ptr
-        for start in range(0, end_pixel - first_pixel, STEPS * BLOCK_PIXELS):
-            tiles = ()  # all loads first, so that they are under way at once
+        for start in range(0, end_pixel - first_pixel, STEPS * TILES.BLOCK_PIXELS):
+            tiles = ()  # all loads first, so that they are under way at the same time
             for step in tl.static_range(STEPS):
-                mask = (start + step * BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+                mask = (start + step * TILES.BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
                 tiles = tiles + (tl.load(pixel_ptr + offs, mask=mask, other=0.0),)
-                pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
+                pixel_ptr += TILES.BLOCK_PIXELS * (feature.pixel_units * TILES.UNIT)
             for step in tl.static_range(STEPS):
-                mask = (start + step * BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+                mask = (start + step * TILES.BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
                 centred = tl.where(mask, tiles[step].to(tl.float32) - first, 0.0)  # [BLOCK_PIXELS, BLOCK_C]
                 total += centred
                 squares += centred * centred
         ptr += feature.stride_image
 
     images = end_image - first_image
-    lane_pixels = tl.cdiv(tl.maximum(end_pixel - offs_pixel, 0), BLOCK_PIXELS)
+    lane_pixels = tl.cdiv(tl.maximum(end_pixel - offs_pixel, 0), TILES.BLOCK_PIXELS)
     counts = (images * lane_pixels).to(tl.float32)[:, None]
     lane_means = total / tl.maximum(counts, 1.0)
     lane_squares = squares - total * lane_means
@@ -149,89 +166,61 @@ def statistics_kernel(
 
 
 @triton.jit
-def normalise_kernel(
-    feature,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    variance_ptr,
-    output,
-    eps,
-    cut,
-    UNIT: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The output: the map with mean 0 and variance 1, scaled, shifted, and no less than zero."""
-    channels = cut.channel_units * UNIT
-    # Last to first: what the statistics were taken of last is still in the cache.
+def normalise_kernel(feature, output, norm, cut, TILES: tl.constexpr):
+    """Write the output: the map with mean 0 and variance 1, scaled, shifted, and no less than zero."""
+    channels = cut.channel_units * TILES.UNIT
+    # From last to first: the cache still holds the end of the map, which the statistics read last.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    _, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(pid, cut, channels, BLOCK_C)
-    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
-    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    _, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(pid, cut, TILES)
+    offs_pixel = first_pixel + tl.arange(0, TILES.BLOCK_PIXELS)
+    offs_c = first_channel + tl.arange(0, TILES.BLOCK_C)
     mask_c = offs_c < channels
-    mean, _, scale, bias = normalisation(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c)
-    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
-    output_offs = _offsets(output, UNIT, BLOCK_PIXELS, BLOCK_C)
-    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
-    output_ptr = _at(output, first_image, first_channel, first_pixel, UNIT)
+    mean, _, scale, bias = load_norm(norm, offs_c, mask_c)
+    offs = _offsets(feature, TILES)
+    output_offs = _offsets(output, TILES)
+    ptr = _at(feature, first_image, first_channel, first_pixel, TILES)
+    output_ptr = _at(output, first_image, first_channel, first_pixel, TILES)
     for _ in range(first_image, end_image):
         pixel_ptr = ptr
         output_pixel_ptr = output_ptr
-        for start in range(0, end_pixel - first_pixel, BLOCK_PIXELS):
+        for start in range(0, end_pixel - first_pixel, TILES.BLOCK_PIXELS):
             mask = (start + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
             values = tl.load(pixel_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_PIXELS, BLOCK_C]
             activated = activate((values - mean) * scale + bias)
             tl.store(output_pixel_ptr + output_offs, activated.to(output.ptr.dtype.element_ty), mask=mask)
-            pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
-            output_pixel_ptr += BLOCK_PIXELS * (output.pixel_units * UNIT)
+            pixel_ptr += TILES.BLOCK_PIXELS * (feature.pixel_units * TILES.UNIT)
+            output_pixel_ptr += TILES.BLOCK_PIXELS * (output.pixel_units * TILES.UNIT)
         ptr += feature.stride_image
         output_ptr += output.stride_image
 
 
 @triton.jit
-def gradient_sums_kernel(
-    gradient,
-    feature,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    variance_ptr,
-    parts_ptr,
-    eps,
-    cut,
-    UNIT: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Of each part (parts, 2, C): the sums of ``g`` and of ``g (x - mean)``, with ``g`` what passes the ReLU."""
-    channels = cut.channel_units * UNIT
-    part, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(
-        tl.program_id(0), cut, channels, BLOCK_C
-    )
-    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
-    offs_c = first_channel + tl.arange(0, BLOCK_C)
+def gradient_sums_kernel(gradient, feature, norm, parts_ptr, cut, TILES: tl.constexpr, STEPS: tl.constexpr):
+    """Write for each part (parts, 2, C) the sums of ``g`` and of ``g (x - mean)``; ``g`` is what passes the ReLU."""
+    channels = cut.channel_units * TILES.UNIT
+    part, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(tl.program_id(0), cut, TILES)
+    offs_pixel = first_pixel + tl.arange(0, TILES.BLOCK_PIXELS)
+    offs_c = first_channel + tl.arange(0, TILES.BLOCK_C)
     mask_c = offs_c < channels
-    mean, _, scale, bias = normalisation(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c)
-    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
-    gradient_offs = _offsets(gradient, UNIT, BLOCK_PIXELS, BLOCK_C)
-    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
-    gradient_ptr = _at(gradient, first_image, first_channel, first_pixel, UNIT)
-    total = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
-    weighted = tl.zeros([BLOCK_PIXELS, BLOCK_C], tl.float32)
+    mean, _, scale, bias = load_norm(norm, offs_c, mask_c)
+    offs = _offsets(feature, TILES)
+    gradient_offs = _offsets(gradient, TILES)
+    ptr = _at(feature, first_image, first_channel, first_pixel, TILES)
+    gradient_ptr = _at(gradient, first_image, first_channel, first_pixel, TILES)
+    total = zeros(TILES)
+    weighted = zeros(TILES)
     for _ in range(first_image, end_image):
         pixel_ptr = ptr
         gradient_pixel_ptr = gradient_ptr
-        for start in range(0, end_pixel - first_pixel, STEPS * BLOCK_PIXELS):
-            tiles = ()  # all loads first, so that they are under way at once
+        for start in range(0, end_pixel - first_pixel, STEPS * TILES.BLOCK_PIXELS):
+            tiles = ()  # all loads first, so that they are under way at the same time
             upstream = ()
             for step in tl.static_range(STEPS):
-                mask = (start + step * BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
+                mask = (start + step * TILES.BLOCK_PIXELS + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
                 tiles = tiles + (tl.load(pixel_ptr + offs, mask=mask, other=0.0),)
                 upstream = upstream + (tl.load(gradient_pixel_ptr + gradient_offs, mask=mask, other=0.0),)
-                pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
-                gradient_pixel_ptr += BLOCK_PIXELS * (gradient.pixel_units * UNIT)
+                pixel_ptr += TILES.BLOCK_PIXELS * (feature.pixel_units * TILES.UNIT)
+                gradient_pixel_ptr += TILES.BLOCK_PIXELS * (gradient.pixel_units * TILES.UNIT)
             for step in tl.static_range(STEPS):
                 centred = tiles[step].to(tl.float32) - mean  # [BLOCK_PIXELS, BLOCK_C]
                 passed = tl.where(centred * scale + bias <= 0.0, 0.0, upstream[step].to(tl.float32))
@@ -245,46 +234,29 @@ def gradient_sums_kernel(
 
 
 @triton.jit
-def gradient_kernel(
-    gradient,
-    feature,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    variance_ptr,
-    sums_ptr,
-    d_feature,
-    inverse_count,
-    eps,
-    cut,
-    UNIT: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The gradient by the feature; without sums, of statistics that do not depend on it."""
-    channels = cut.channel_units * UNIT
-    # Last to first: what the gradients were summed of last is still in the cache.
+def gradient_kernel(gradient, feature, d_feature, norm, sums_ptr, inverse_count, cut, TILES: tl.constexpr):
+    """Write the gradient by the feature; without sums, for statistics that do not depend on it."""
+    channels = cut.channel_units * TILES.UNIT
+    # From last to first: the cache still holds the end of both maps, which was summed last.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    _, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(pid, cut, channels, BLOCK_C)
-    offs_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
-    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    _, first_channel, first_image, end_image, first_pixel, end_pixel = place_of(pid, cut, TILES)
+    offs_pixel = first_pixel + tl.arange(0, TILES.BLOCK_PIXELS)
+    offs_c = first_channel + tl.arange(0, TILES.BLOCK_C)
     mask_c = offs_c < channels
-    mean, inverse_deviation, scale, bias = normalisation(
-        weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, offs_c, mask_c
-    )
+    mean, inverse_deviation, scale, bias = load_norm(norm, offs_c, mask_c)
     if sums_ptr is not None:
         mean_gradient, slope = through_statistics(sums_ptr, inverse_deviation, inverse_count, channels, offs_c, mask_c)
-    offs = _offsets(feature, UNIT, BLOCK_PIXELS, BLOCK_C)
-    gradient_offs = _offsets(gradient, UNIT, BLOCK_PIXELS, BLOCK_C)
-    d_offs = _offsets(d_feature, UNIT, BLOCK_PIXELS, BLOCK_C)
-    ptr = _at(feature, first_image, first_channel, first_pixel, UNIT)
-    gradient_ptr = _at(gradient, first_image, first_channel, first_pixel, UNIT)
-    d_ptr = _at(d_feature, first_image, first_channel, first_pixel, UNIT)
+    offs = _offsets(feature, TILES)
+    gradient_offs = _offsets(gradient, TILES)
+    d_offs = _offsets(d_feature, TILES)
+    ptr = _at(feature, first_image, first_channel, first_pixel, TILES)
+    gradient_ptr = _at(gradient, first_image, first_channel, first_pixel, TILES)
+    d_ptr = _at(d_feature, first_image, first_channel, first_pixel, TILES)
     for _ in range(first_image, end_image):
         pixel_ptr = ptr
         gradient_pixel_ptr = gradient_ptr
         d_pixel_ptr = d_ptr
-        for start in range(0, end_pixel - first_pixel, BLOCK_PIXELS):
+        for start in range(0, end_pixel - first_pixel, TILES.BLOCK_PIXELS):
             mask = (start + offs_pixel < end_pixel)[:, None] & mask_c[None, :]
             values = tl.load(pixel_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_PIXELS, BLOCK_C]
             upstream = tl.load(gradient_pixel_ptr + gradient_offs, mask=mask, other=0.0).to(tl.float32)
@@ -293,9 +265,9 @@ def gradient_kernel(
             if sums_ptr is not None:
                 d_values = d_values - mean_gradient - centred * slope
             tl.store(d_pixel_ptr + d_offs, (scale * d_values).to(d_feature.ptr.dtype.element_ty), mask=mask)
-            pixel_ptr += BLOCK_PIXELS * (feature.pixel_units * UNIT)
-            gradient_pixel_ptr += BLOCK_PIXELS * (gradient.pixel_units * UNIT)
-            d_pixel_ptr += BLOCK_PIXELS * (d_feature.pixel_units * UNIT)
+            pixel_ptr += TILES.BLOCK_PIXELS * (feature.pixel_units * TILES.UNIT)
+            gradient_pixel_ptr += TILES.BLOCK_PIXELS * (gradient.pixel_units * TILES.UNIT)
+            d_pixel_ptr += TILES.BLOCK_PIXELS * (d_feature.pixel_units * TILES.UNIT)
         ptr += feature.stride_image
         gradient_ptr += gradient.stride_image
         d_ptr += d_feature.stride_image

@@ -1,4 +1,4 @@
-"""The sums over pixels that segmentation losses and Dice scores are made of, in one read of logits and masks."""
+"""Loss and Dice of segmentations: their sums over pixels in one read of logits and masks, and what is made of them."""
 
 from .operator import segmentation_scores, segmentation_sums
 

@@ -1,25 +1,29 @@
-"""The public functions of segmentation losses: what they take, what they refuse, and which implementation runs."""
+"""The sums of segmentation losses, and loss and Dice: public functions, checks, choice of the form, registration."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import resolve_backend
+from ..backend import choose_form
 from ..checks import check_dtypes_and_devices, check_numbers_type
-from . import composed, dispatch, reference, scores  # noqa: F401 (dispatch registers the operators)
-from .explicit import BINARY_SUMS, CLASS_SUMS, COUNTS
+from ..formats import empty_map, statistics_dtype
+from ..registration import register_gradient, register_operator
+from . import composed, reference
+from .reference import BINARY_SUMS, CLASS_SUMS, COUNTS
 
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-MOST_CLASSES = 64  # of a tile that still holds several pixels
+MOST_CLASSES = 64  # so that a tile still holds several pixels
 MOST_PIXELS = 2**30  # of an image; they are counted in 32 bits
 
 
 def segmentation_sums(logits: Tensor, masks: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Sum over the pixels of each image, in one read, what losses and Dice scores are made of.
+    """Sum over the pixels of each image, in one read, the terms that losses and Dice scores are made of.
 
     Args:
         logits: (B, K, H, W), of any strides. One class means a sigmoid, ``p = sigmoid(z)``, more mean a softmax.
         masks: (B, H, W), bool or integers: for one class ``t`` of {0, 1}, else labels 0 to K - 1, and ``t`` is 1 in
-            the label's class. Of other values, one class takes the number as ``t``; what is no label has no class.
+            the label's class. One class takes other numbers as ``t``; with several, other numbers have no class.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``. Triton takes float32, float16 and bfloat16 and up
             to 64 classes, computes in float32 and has no second derivative; ``auto`` leaves the rest to ``composed``.
 
@@ -35,10 +39,13 @@ def segmentation_sums(logits: Tensor, masks: Tensor, *, backend: str = "auto") -
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
     """
     _check_maps(logits, masks)
-    chosen = _resolve(backend, logits, _obstacle_to_sums(logits), "segmentation_sums")
-    if chosen == "triton":
+    limit = _limit_beyond(logits)
+    form = choose_form(backend, logits, "segmentation_sums", fits=limit is None)
+    if backend == "triton" and limit is not None:
+        raise NotImplementedError(f"the Triton operator of segmentation_sums {limit}; use backend='composed'")
+    if form == "triton":
         return torch.ops.uctrans.segmentation_sums(logits, masks)
-    return (reference if chosen == "reference" else composed).segmentation_sums(logits, masks)
+    return (reference if form == "reference" else composed).segmentation_sums(logits, masks)
 
 
 def segmentation_scores(
@@ -51,14 +58,14 @@ def segmentation_scores(
     cross_entropy_weight: float = 0.5,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Make the loss of the published protocol and the Dice scores of what :func:`segmentation_sums` returned.
+    """Compute the loss of the published protocol and the Dice scores from what :func:`segmentation_sums` returned.
 
     Args:
         sums: (4, B, 1) or (3, B, K).
         counts: (3, B, K).
-        pixels: of an image.
-        totals: float32 (3,), images, positive and negative pixels that the loss is averaged over; those of the counts
-            when not given.
+        pixels: pixels of an image.
+        totals: float32 (3,), images, positive and negative pixels that the loss is averaged over; by default those of
+            the counts.
         dice_weight: weight of the Dice loss.
         cross_entropy_weight: weight of the cross entropy.
         backend: see :func:`segmentation_sums`; ``composed`` and ``reference`` are the same here.
@@ -78,12 +85,11 @@ def segmentation_scores(
         NotImplementedError: see :func:`segmentation_sums`.
     """
     _check_sums(sums, counts, totals, dice_weight, cross_entropy_weight)
-    obstacle = "computes in float32" if sums.dtype == torch.float64 else None
     arguments = (sums, counts, totals, pixels, dice_weight, cross_entropy_weight)
-    if _resolve(backend, sums, obstacle, "segmentation_scores") == "triton":
+    if choose_form(backend, sums, "segmentation_scores") == "triton":
         loss, dice, _slopes = torch.ops.uctrans.segmentation_scores(*arguments)
         return loss, dice
-    return scores.segmentation_scores(*arguments)
+    return reference.segmentation_scores(*arguments)
 
 
 def _check_maps(logits: Tensor, masks: Tensor) -> None:
@@ -118,21 +124,83 @@ def _check_sums(
         raise ValueError(f"totals must be (3,), images, positives and negatives; got {tuple(totals.shape)}")
 
 
-def _resolve(backend: str, tensor: Tensor, obstacle: str | None, name: str) -> str:
-    """The backend that runs; an obstacle is why the kernels cannot take ``tensor``, or ``None`` where they can."""
-    chosen = resolve_backend(backend, tensor.device)
-    if chosen != "triton" or obstacle is None:
-        return chosen
-    if backend == "triton":
-        raise NotImplementedError(f"the Triton operator of {name} {obstacle}; use backend='composed'")
-    return "composed"
-
-
-def _obstacle_to_sums(logits: Tensor) -> str | None:
-    if logits.dtype == torch.float64:
-        return "computes in float32"
+def _limit_beyond(logits: Tensor) -> str | None:
+    """Return the limit of the kernels that ``logits`` is beyond, in words, or ``None``."""
     if logits.shape[1] > MOST_CLASSES:
         return f"takes up to {MOST_CLASSES} classes, not {logits.shape[1]}"
     if logits.shape[2] * logits.shape[3] > MOST_PIXELS:
         return f"takes images of up to {MOST_PIXELS} pixels, not {logits.shape[2]} x {logits.shape[3]}"
     return None
+
+
+@register_operator(
+    "segmentation_sums",
+    "(Tensor logits, Tensor masks) -> (Tensor sums, Tensor counts)",
+    launcher=f"{__package__}.triton:forward",
+)
+def _fake_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    batch, classes = logits.shape[:2]
+    rows = BINARY_SUMS if classes == 1 else CLASS_SUMS
+    sums = logits.new_empty(rows, batch, classes, dtype=statistics_dtype(logits))
+    return sums, logits.new_empty(COUNTS, batch, classes, dtype=torch.float32)
+
+
+@register_operator(
+    "segmentation_sums_backward",
+    "(Tensor gradient, Tensor logits, Tensor masks) -> Tensor",
+    launcher=f"{__package__}.triton:backward",
+    backward_of="segmentation_sums",
+)
+def _fake_sums_backward(gradient: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
+    return empty_map(logits, *logits.shape[1:], logits.dtype)
+
+
+@register_operator(
+    "segmentation_scores",
+    "(Tensor sums, Tensor counts, Tensor? totals, SymInt pixels, float dice_weight, float cross_entropy_weight) -> "
+    "(Tensor loss, Tensor dice, Tensor slopes)",
+    launcher=f"{__package__}.triton_scores:segmentation_scores",
+)
+def _fake_scores(sums: Tensor, counts: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return sums.new_empty(()), counts.new_empty(counts.shape[1]), sums.new_empty(sums.shape)
+
+
+# It takes the sums, too, so that a gradient of it by them is asked for, and refused.
+@register_operator(
+    "segmentation_scores_backward",
+    "(Tensor gradient, Tensor slopes, Tensor sums) -> Tensor",
+    launcher=f"{__package__}.triton_scores:backward",
+    backward_of="segmentation_scores",
+)
+def _fake_scores_backward(gradient: Tensor, slopes: Tensor, sums: Tensor) -> Tensor:
+    return slopes.new_empty(slopes.shape)
+
+
+def _save_sums(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _sums_gradient(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+    if gradient is None:
+        return None, None
+    return torch.ops.uctrans.segmentation_sums_backward(gradient, *ctx.saved_tensors), None
+
+
+def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, dice, slopes = output
+    ctx.save_for_backward(slopes, inputs[0])
+    ctx.mark_non_differentiable(dice, slopes)
+    ctx.set_materialize_grads(False)
+
+
+def _scores_gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    others = (None,) * 5
+    if gradient is None:
+        return None, *others
+    return torch.ops.uctrans.segmentation_scores_backward(gradient, *ctx.saved_tensors), *others
+
+
+register_gradient("segmentation_sums", _save_sums, _sums_gradient)
+register_gradient("segmentation_scores", _save_scores, _scores_gradient)

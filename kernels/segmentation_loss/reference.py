@@ -1,4 +1,6 @@
-"""The sums of a segmentation loss, one PyTorch operation a step: the specification, oracle and baseline.
+"""The sums of a segmentation loss, and loss and Dice, one PyTorch operation a step: specification, oracle and baseline.
+
+The sums are a few numbers an image, so that the steps from them to loss and Dice are the composed form, too.
 
 Source: the loss of the authors' implementation of UCTransNet, written in logits so that it is finite for any of them.
 """
@@ -8,6 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats import statistics_dtype
+
+BINARY_SUMS, CLASS_SUMS, COUNTS = 4, 3, 3  # rows of sums for one class and for several, and of counts
+
+DICE_SMOOTHING = 1e-5
+DICE_SCALE = 0.25  # probabilities and masks are halved before they are multiplied
+POSITIVE_WEIGHT = 0.5
+NEGATIVE_WEIGHT = 0.5
+EMPTY = 1e-12  # keeps 0 / 0 out of masks without positives or without negatives
+
+# (2 DICE_SCALE overlap + smoothing) / (DICE_SCALE area + smoothing), divided through by the scale:
+# 2 (overlap + OVERLAP_SMOOTHING) / (area + AREA_SMOOTHING)
+AREA_SMOOTHING = DICE_SMOOTHING / DICE_SCALE
+OVERLAP_SMOOTHING = AREA_SMOOTHING / 2
 
 
 def segmentation_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,3 +51,40 @@ def segmentation_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over_pixels(pixels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return pixels.flatten(2).sum(2, dtype=dtype)
+
+
+def _totals(counts: Tensor, pixels: int) -> Tensor:
+    """Count images, positive and negative pixels of a batch, float32 (3,), from its counts (3, B, K)."""
+    actual = counts[2]
+    images, classes = actual.shape
+    positives = (actual if classes == 1 else actual[:, 1:]).sum()
+    return torch.stack([torch.full_like(positives, images), positives, images * pixels - positives])
+
+
+def segmentation_scores(
+    sums: Tensor,
+    counts: Tensor,
+    totals: Tensor | None,
+    pixels: int,
+    dice_weight: float,
+    cross_entropy_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """(4 or 3, B, K), (3, B, K), (3,) or None -> the loss, a scalar, and the Dice scores (B,)."""
+    images, positives, negatives = (_totals(counts, pixels) if totals is None else totals).unbind()
+    overlap, area, *cross_entropies = sums.unbind()
+    score = (overlap + OVERLAP_SMOOTHING) / (area + AREA_SMOOTHING)
+    dice_loss = (1 - 2 * score).mean(1).sum() / images
+    if sums.shape[2] == 1:
+        positive, negative = (sum_of_pixels.sum() for sum_of_pixels in cross_entropies)
+        cross_entropy = POSITIVE_WEIGHT * positive / (positives + EMPTY)
+        cross_entropy = cross_entropy + NEGATIVE_WEIGHT * negative / (negatives + EMPTY)
+    else:
+        cross_entropy = cross_entropies[0].sum() / (images * pixels)
+    return dice_weight * dice_loss + cross_entropy_weight * cross_entropy, _dice(counts)
+
+
+def _dice(counts: Tensor) -> Tensor:
+    """(3, B, K) -> (B,): of the class, or the mean over foreground classes; one in neither mask nor prediction is 1."""
+    hits, predicted, actual = counts if counts.shape[2] == 1 else counts[:, :, 1:]
+    area = predicted + actual
+    return torch.where(area > 0, 2 * hits / area, 1.0).mean(1)

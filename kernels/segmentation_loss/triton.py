@@ -1,8 +1,8 @@
-"""Triton kernels of the sums: forward reads logits and masks once, backward once more and writes the gradient.
+"""Triton kernels and launchers of the sums: forward reads logits and masks once, backward reads them once more.
 
 A program sums some tiles of one image and writes its part of each sum; the parts are added in a fixed order. Logits and
 masks are read through their strides and in their dtypes, and all arithmetic is float32. A tile is [PIXELS] for one
-class and [PIXELS, CLASSES] for several, with all classes of a pixel in it.
+class and [PIXELS, CLASSES] for several: it holds all classes of a pixel.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formats import empty_map
 from ..launch import add_parts
-from .explicit import BINARY_SUMS, CLASS_SUMS, COUNTS
+from .reference import BINARY_SUMS, CLASS_SUMS, COUNTS
 
 NUM_WARPS = 4
 TILE = 1024  # pixels of one class: eight a thread, in half precision the longest load
@@ -35,10 +35,10 @@ class Pixels(NamedTuple):
 
 @triton.jit
 def _log1p(value):
-    """log(1 + value) for 0 <= value <= 1, to rounding also near 0: twice the area tangent of value / (2 + value)."""
+    """Return log(1 + value) for 0 <= value <= 1, exact near 0: twice the area tangent of value / (2 + value)."""
     ratio = value / (2.0 + value)
     square = ratio * ratio
-    # What is left of the series is below 2^-26 of it, as the ratio is at most 1/3.
+    # The terms left out are below 2^-26 of the sum, because the ratio is at most 1/3.
     series = 1.0 / 11.0 + square * (1.0 / 13.0)
     series = 1.0 / 9.0 + square * series
     series = 1.0 / 7.0 + square * series
@@ -49,7 +49,7 @@ def _log1p(value):
 
 @triton.jit
 def _sigmoid(logits):
-    """sigmoid(z) and sigmoid(-z), both to rounding, and exp(-|z|)."""
+    """Return sigmoid(z) and sigmoid(-z), both to rounding, and exp(-|z|)."""
     small = tl.exp(-tl.abs(logits))
     larger = 1.0 / (1.0 + small)
     smaller = small * larger
@@ -59,7 +59,7 @@ def _sigmoid(logits):
 
 @triton.jit
 def _load_pixels(map, image, first_pixel, pixels, BLOCK_PIXELS: tl.constexpr):
-    """Pixels of a map of one class [BLOCK_PIXELS], zero beyond the image."""
+    """Load pixels of a map of one class [BLOCK_PIXELS], zero beyond the image."""
     offs = tl.arange(0, BLOCK_PIXELS)
     ptr = map.ptr + image.to(tl.int64) * map.stride_image + first_pixel.to(tl.int64) * map.stride_pixel
     return tl.load(ptr + offs * map.stride_pixel, mask=first_pixel + offs < pixels, other=0)
@@ -67,7 +67,7 @@ def _load_pixels(map, image, first_pixel, pixels, BLOCK_PIXELS: tl.constexpr):
 
 @triton.jit
 def _class_ptrs(map, image, first_pixel, BLOCK_PIXELS: tl.constexpr, CLASSES: tl.constexpr):
-    """Pointers to all classes of some pixels [BLOCK_PIXELS, CLASSES]."""
+    """Return pointers to all classes of some pixels [BLOCK_PIXELS, CLASSES]."""
     ptr = map.ptr + image.to(tl.int64) * map.stride_image + first_pixel.to(tl.int64) * map.stride_pixel
     offs_class = tl.arange(0, CLASSES).to(tl.int64) * map.stride_class
     return ptr + tl.arange(0, BLOCK_PIXELS)[:, None] * map.stride_pixel + offs_class[None, :]
@@ -77,7 +77,7 @@ def _class_ptrs(map, image, first_pixel, BLOCK_PIXELS: tl.constexpr, CLASSES: tl
 def binary_sums_kernel(
     logits, masks, sums_ptr, counts_ptr, row, pixels, parts, tiles_a_part, BLOCK_PIXELS: tl.constexpr
 ):
-    """Parts of the four sums (parts, 4, B) and of the three counts (parts, 3, B) of one class."""
+    """Write parts of the four sums (parts, 4, B) and of the three counts (parts, 3, B) of one class."""
     image = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     overlap = tl.zeros([BLOCK_PIXELS], tl.float32)
@@ -117,7 +117,7 @@ def binary_sums_kernel(
 
 @triton.jit(do_not_specialize=["row", "tiles"])
 def binary_gradient_kernel(gradient_ptr, logits, masks, d_logits, row, pixels, tiles, BLOCK_PIXELS: tl.constexpr):
-    """The gradient by the logits of one class, a tile a program, from that of the sums (4, B)."""
+    """Write the gradient by the logits of one class, a tile a program, from that of the sums (4, B)."""
     image = tl.program_id(0) // tiles
     first_pixel = tl.program_id(0) % tiles * BLOCK_PIXELS
     gradient_ptr += image
@@ -139,7 +139,7 @@ def binary_gradient_kernel(gradient_ptr, logits, masks, d_logits, row, pixels, t
 
 @triton.jit
 def _softmax(logits, CLASSES: tl.constexpr):
-    """Probabilities, their logarithms, and the first class of the largest logit [PIXELS, 1], NaN the largest of all."""
+    """Return probabilities, their logarithms, and the first class of the largest logit [PIXELS, 1]; NaN is largest."""
     offs_class = tl.arange(0, CLASSES)[None, :]
     largest = tl.max(logits, axis=1)[:, None]
     is_nan = logits != logits
@@ -148,7 +148,7 @@ def _softmax(logits, CLASSES: tl.constexpr):
     chosen = tl.min(tl.where(is_largest, offs_class, CLASSES), axis=1)[:, None]
     below = logits - largest
     exponential = tl.exp(below)
-    # What the chosen class adds to the sum is 1; the logarithm of the whole is exact where the others add little.
+    # The chosen class adds 1 to the sum; added last, it leaves the logarithm exact where the others add little.
     others = tl.sum(tl.where(offs_class == chosen, exponential - 1.0, exponential), axis=1)[:, None]
     logarithm = tl.where(others > 1.0, tl.log(1.0 + others), _log1p(others))
     return exponential / (1.0 + others), below - logarithm, chosen
@@ -168,7 +168,7 @@ def class_sums_kernel(
     BLOCK_PIXELS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """Parts of the three sums and of the three counts of several classes, (parts, 3, B, K) each."""
+    """Write parts of the three sums and of the three counts of several classes, (parts, 3, B, K) each."""
     image = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     offs_class = tl.arange(0, CLASSES)
@@ -219,7 +219,7 @@ def class_gradient_kernel(
     BLOCK_PIXELS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """The gradient by the logits of several classes, a tile a program, from that of the sums (3, B, K)."""
+    """Write the gradient by the logits of several classes, a tile a program, from that of the sums (3, B, K)."""
     image = tl.program_id(0) // tiles
     first_pixel = tl.program_id(0) % tiles * BLOCK_PIXELS
     offs_class = tl.arange(0, CLASSES)
@@ -235,7 +235,7 @@ def class_gradient_kernel(
     value = tl.where(mask_class[None, :], value.to(tl.float32), float("-inf"))
     probability, _, _ = _softmax(value, CLASSES)  # [BLOCK_PIXELS, CLASSES]
     target = (label == offs_class[None, :]).to(tl.float32)
-    # By the logarithms of the probabilities, then through the softmax.
+    # First by the logarithms of the probabilities, then through the softmax.
     d_logarithm = probability * (d_overlap * target + 2.0 * d_area * probability) - d_cross_entropy * target
     d_value = d_logarithm - probability * tl.sum(d_logarithm, axis=1)[:, None]
     ptrs = _class_ptrs(d_logits, image, first_pixel, BLOCK_PIXELS, CLASSES)
@@ -254,42 +254,49 @@ def forward(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     tiles_a_part = triton.cdiv(tiles, MOST_PARTS)
     parts = triton.cdiv(tiles, tiles_a_part)
     sums, counts = (torch.empty(parts, count * batch * classes, device=logits.device) for count in (rows, COUNTS))
-    maps = _pixels(logits), _pixels(_integers(masks).unsqueeze(1))
-    with torch.cuda.device_of(logits):
-        if classes == 1:
-            binary_sums_kernel[(batch * parts,)](
-                *maps, sums, counts, batch, pixels, parts, tiles_a_part, **sizes, num_warps=NUM_WARPS
-            )
-        else:
-            class_sums_kernel[(batch * parts,)](
-                *maps, sums, counts, batch * classes, classes, pixels, parts, tiles_a_part, **sizes, num_warps=NUM_WARPS
-            )
+    arguments = {
+        "logits": _pixels(logits),
+        "masks": _pixels(_integers(masks).unsqueeze(1)),
+        "sums_ptr": sums,
+        "counts_ptr": counts,
+        "row": batch * classes,
+        "pixels": pixels,
+        "parts": parts,
+        "tiles_a_part": tiles_a_part,
+    }
+    if classes == 1:
+        binary_sums_kernel[(batch * parts,)](**arguments, **sizes, num_warps=NUM_WARPS)
+    else:
+        class_sums_kernel[(batch * parts,)](**arguments, classes=classes, **sizes, num_warps=NUM_WARPS)
     return tuple(add_parts(part, torch.float32).view(-1, batch, classes) for part in (sums, counts))
 
 
 def backward(gradient: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
-    """The gradient by the logits, in their dtype and memory format, from that of the sums."""
+    """Return the gradient by the logits, in their dtype and memory format, from that of the sums."""
     batch, classes, height, width = logits.shape
     d_logits = empty_map(logits, classes, height, width, logits.dtype)
     if d_logits.numel() == 0:
         return d_logits
-    pixels, sizes = height * width, _sizes(classes)
-    tiles = triton.cdiv(pixels, sizes["BLOCK_PIXELS"])
-    maps = _pixels(logits), _pixels(_integers(masks).unsqueeze(1)), _pixels(d_logits)
-    with torch.cuda.device_of(logits):
-        if classes == 1:
-            binary_gradient_kernel[(batch * tiles,)](
-                gradient.contiguous(), *maps, batch, pixels, tiles, **sizes, num_warps=NUM_WARPS
-            )
-        else:
-            class_gradient_kernel[(batch * tiles,)](
-                gradient.contiguous(), *maps, batch * classes, classes, pixels, tiles, **sizes, num_warps=NUM_WARPS
-            )
+    sizes = _sizes(classes)
+    tiles = triton.cdiv(height * width, sizes["BLOCK_PIXELS"])
+    arguments = {
+        "gradient_ptr": gradient.contiguous(),
+        "logits": _pixels(logits),
+        "masks": _pixels(_integers(masks).unsqueeze(1)),
+        "d_logits": _pixels(d_logits),
+        "row": batch * classes,
+        "pixels": height * width,
+        "tiles": tiles,
+    }
+    if classes == 1:
+        binary_gradient_kernel[(batch * tiles,)](**arguments, **sizes, num_warps=NUM_WARPS)
+    else:
+        class_gradient_kernel[(batch * tiles,)](**arguments, classes=classes, **sizes, num_warps=NUM_WARPS)
     return d_logits
 
 
 def _sizes(classes: int) -> dict[str, int]:
-    """The tile: all classes of as many pixels as it holds."""
+    """Return the sizes of a tile: all classes of as many pixels as it holds."""
     if classes == 1:
         return {"BLOCK_PIXELS": TILE}
     block = triton.next_power_of_2(classes)
@@ -297,12 +304,12 @@ def _sizes(classes: int) -> dict[str, int]:
 
 
 def _integers(masks: Tensor) -> Tensor:
-    """Booleans as the bytes that they are."""
+    """View booleans as bytes, which they are in memory."""
     return masks.view(torch.uint8) if masks.dtype == torch.bool else masks
 
 
 def _pixels(map: Tensor) -> Pixels:
-    """What kernels see of ``map``; a copy of it where pixels are not at one distance."""
+    """Describe ``map`` to kernels, or a copy of it if its pixels are unevenly spaced."""
     height, width = map.shape[2:]
     image, channel, row, column = map.stride()
     pixel = column if width > 1 else row

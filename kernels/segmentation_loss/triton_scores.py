@@ -1,7 +1,6 @@
 """Triton kernels from the sums to the loss, its gradient by the sums, and the Dice scores: one program for all images.
 
-Between the pass over pixels and that over their gradients there are a few numbers an image, which cost nothing but the
-launches: here it is one.
+Between the passes over pixels there are a few numbers an image, which cost as much as the launches: here it is one.
 """
 
 import torch
@@ -9,15 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import scores
+from . import reference
 
 NUM_WARPS = 4
 TILE = 512  # entries of a tile of images and classes
-SMOOTHING = (scores.OVERLAP_SMOOTHING, scores.AREA_SMOOTHING)
+
+OVERLAP_SMOOTHING = tl.constexpr(reference.OVERLAP_SMOOTHING)
+AREA_SMOOTHING = tl.constexpr(reference.AREA_SMOOTHING)
+EMPTY = tl.constexpr(reference.EMPTY)
 
 
 @triton.jit
 def _dice(hits, predicted, actual):
+    """Return the Dice score; a class that neither mask nor prediction holds scores 1."""
     area = predicted + actual
     return tl.where(area > 0, 2.0 * hits / area, 1.0)
 
@@ -31,17 +34,13 @@ def binary_scores_kernel(
     dice_ptr,
     slopes_ptr,
     images,
-    image_total,
     pixel_total,
     dice_weight,
     positive_weight,
     negative_weight,
-    overlap_smoothing,
-    area_smoothing,
-    empty,
     BLOCK_IMAGES: tl.constexpr,
 ):
-    """Loss, Dice and gradients of one class: sums and slopes (4, B), counts (3, B)."""
+    """Write loss, Dice and gradients of one class: sums and slopes (4, B), counts (3, B)."""
     dice_loss = tl.zeros([BLOCK_IMAGES], tl.float32)
     positive = tl.zeros([BLOCK_IMAGES], tl.float32)
     negative = tl.zeros([BLOCK_IMAGES], tl.float32)
@@ -49,8 +48,8 @@ def binary_scores_kernel(
     for start in range(0, images, BLOCK_IMAGES):
         offs = start + tl.arange(0, BLOCK_IMAGES)
         mask = offs < images
-        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + overlap_smoothing
-        area = tl.load(sums_ptr + images + offs, mask=mask, other=0.0) + area_smoothing
+        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + OVERLAP_SMOOTHING
+        area = tl.load(sums_ptr + images + offs, mask=mask, other=0.0) + AREA_SMOOTHING
         dice_loss += tl.where(mask, 1.0 - 2.0 * (overlap / area), 0.0)
         positive += tl.load(sums_ptr + 2 * images + offs, mask=mask, other=0.0)
         negative += tl.load(sums_ptr + 3 * images + offs, mask=mask, other=0.0)
@@ -59,6 +58,7 @@ def binary_scores_kernel(
         actual = tl.load(counts_ptr + 2 * images + offs, mask=mask, other=0.0)
         positives += actual
         tl.store(dice_ptr + offs, _dice(hits, predicted, actual), mask=mask)
+    image_total = images.to(tl.float32)
     positive_total = tl.sum(positives)
     negative_total = pixel_total - positive_total
     if totals_ptr is not None:
@@ -66,15 +66,15 @@ def binary_scores_kernel(
         positive_total = tl.load(totals_ptr + 1)
         negative_total = tl.load(totals_ptr + 2)
     dice_weight = dice_weight / image_total
-    positive_weight = positive_weight / (positive_total + empty)
-    negative_weight = negative_weight / (negative_total + empty)
+    positive_weight = positive_weight / (positive_total + EMPTY)
+    negative_weight = negative_weight / (negative_total + EMPTY)
     cross_entropy = positive_weight * tl.sum(positive) + negative_weight * tl.sum(negative)
     tl.store(loss_ptr, dice_weight * tl.sum(dice_loss) + cross_entropy)
     for start in range(0, images, BLOCK_IMAGES):
         offs = start + tl.arange(0, BLOCK_IMAGES)
         mask = offs < images
-        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + overlap_smoothing
-        area = tl.load(sums_ptr + images + offs, mask=mask, other=0.0) + area_smoothing
+        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + OVERLAP_SMOOTHING
+        area = tl.load(sums_ptr + images + offs, mask=mask, other=0.0) + AREA_SMOOTHING
         slope = 2.0 * dice_weight / area
         tl.store(slopes_ptr + offs, -slope, mask=mask)
         tl.store(slopes_ptr + images + offs, slope * (overlap / area), mask=mask)
@@ -92,16 +92,13 @@ def class_scores_kernel(
     slopes_ptr,
     images,
     classes,
-    image_total,
     pixels,
     dice_weight,
     cross_entropy_weight,
-    overlap_smoothing,
-    area_smoothing,
     BLOCK_IMAGES: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """Loss, Dice and gradients of several classes: sums, slopes and counts (3, B, K)."""
+    """Write loss, Dice and gradients of several classes: sums, slopes and counts (3, B, K)."""
     row = images * classes
     offs_class = tl.arange(0, CLASSES)[None, :]
     mask_class = offs_class < classes
@@ -111,8 +108,8 @@ def class_scores_kernel(
         offs_image = start + tl.arange(0, BLOCK_IMAGES)[:, None]
         mask = (offs_image < images) & mask_class
         offs = offs_image * classes + offs_class
-        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + overlap_smoothing
-        area = tl.load(sums_ptr + row + offs, mask=mask, other=0.0) + area_smoothing
+        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + OVERLAP_SMOOTHING
+        area = tl.load(sums_ptr + row + offs, mask=mask, other=0.0) + AREA_SMOOTHING
         dice_loss += tl.where(mask, 1.0 - 2.0 * (overlap / area), 0.0)
         cross_entropy += tl.load(sums_ptr + 2 * row + offs, mask=mask, other=0.0)
         hits = tl.load(counts_ptr + offs, mask=mask, other=0.0)
@@ -122,6 +119,7 @@ def class_scores_kernel(
         dice = tl.sum(tl.where(is_foreground, _dice(hits, predicted, actual), 0.0), axis=1) / (classes - 1)
         offs_dice = start + tl.arange(0, BLOCK_IMAGES)
         tl.store(dice_ptr + offs_dice, dice, mask=offs_dice < images)
+    image_total = images.to(tl.float32)
     if totals_ptr is not None:
         image_total = tl.load(totals_ptr)
     dice_weight = dice_weight / (image_total * classes)
@@ -132,8 +130,8 @@ def class_scores_kernel(
         offs_image = start + tl.arange(0, BLOCK_IMAGES)[:, None]
         mask = (offs_image < images) & mask_class
         offs = offs_image * classes + offs_class
-        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + overlap_smoothing
-        area = tl.load(sums_ptr + row + offs, mask=mask, other=0.0) + area_smoothing
+        overlap = tl.load(sums_ptr + offs, mask=mask, other=0.0) + OVERLAP_SMOOTHING
+        area = tl.load(sums_ptr + row + offs, mask=mask, other=0.0) + AREA_SMOOTHING
         slope = 2.0 * dice_weight / area
         tl.store(slopes_ptr + offs, -slope, mask=mask)
         tl.store(slopes_ptr + row + offs, slope * (overlap / area), mask=mask)
@@ -149,50 +147,43 @@ def segmentation_scores(
     dice_weight: float,
     cross_entropy_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the Dice scores (B,), and the gradient of the loss by the sums in their shape."""
+    """Return the loss, the Dice scores (B,), and the gradient of the loss by the sums in their shape."""
     _, images, classes = sums.shape
-    if images == 0:
-        loss, dice = scores.segmentation_scores(sums, counts, totals, pixels, dice_weight, cross_entropy_weight)
-        return loss, dice, torch.empty(sums.shape, device=sums.device)
-    loss = torch.empty((), device=sums.device)
-    dice = torch.empty(images, device=sums.device)
     slopes = torch.empty(sums.shape, device=sums.device)
-    tensors = (sums.contiguous(), counts.contiguous(), None if totals is None else totals.contiguous())
+    if images == 0:
+        return (*reference.segmentation_scores(sums, counts, totals, pixels, dice_weight, cross_entropy_weight), slopes)
+    loss, dice = (torch.empty(size, device=sums.device) for size in ((), images))
     block_classes = triton.next_power_of_2(classes)
-    block_images = min(triton.next_power_of_2(images), max(TILE // block_classes, 1))
-    with torch.cuda.device_of(sums):
-        if classes == 1:
-            binary_scores_kernel[(1,)](
-                *tensors,
-                loss,
-                dice,
-                slopes,
-                images,
-                float(images),
-                float(images * pixels),
-                dice_weight,
-                cross_entropy_weight * scores.POSITIVE_WEIGHT,
-                cross_entropy_weight * scores.NEGATIVE_WEIGHT,
-                *SMOOTHING,
-                scores.EMPTY,
-                block_images,
-                num_warps=NUM_WARPS,
-            )
-        else:
-            class_scores_kernel[(1,)](
-                *tensors,
-                loss,
-                dice,
-                slopes,
-                images,
-                classes,
-                float(images),
-                float(pixels),
-                dice_weight,
-                cross_entropy_weight,
-                *SMOOTHING,
-                block_images,
-                block_classes,
-                num_warps=NUM_WARPS,
-            )
+    arguments = {
+        "sums_ptr": sums.contiguous(),
+        "counts_ptr": counts.contiguous(),
+        "totals_ptr": None if totals is None else totals.contiguous(),
+        "loss_ptr": loss,
+        "dice_ptr": dice,
+        "slopes_ptr": slopes,
+        "images": images,
+        "dice_weight": dice_weight,
+        "BLOCK_IMAGES": min(triton.next_power_of_2(images), max(TILE // block_classes, 1)),
+        "num_warps": NUM_WARPS,
+    }
+    if classes == 1:
+        binary_scores_kernel[(1,)](
+            **arguments,
+            pixel_total=float(images * pixels),
+            positive_weight=cross_entropy_weight * reference.POSITIVE_WEIGHT,
+            negative_weight=cross_entropy_weight * reference.NEGATIVE_WEIGHT,
+        )
+    else:
+        class_scores_kernel[(1,)](
+            **arguments,
+            classes=classes,
+            pixels=float(pixels),
+            cross_entropy_weight=cross_entropy_weight,
+            CLASSES=block_classes,
+        )
     return loss, dice, slopes
+
+
+def backward(gradient: Tensor, slopes: Tensor, sums: Tensor) -> Tensor:
+    """Return the gradient by the sums, from that of the loss."""
+    return gradient * slopes

@@ -9,9 +9,9 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from ..backend import takes_plain_steps_only
 from ..formats import statistics_dtype
 
 
@@ -26,7 +26,7 @@ def skip_gate(
     concatenate: bool = True,
 ) -> Tensor:
     """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) or None -> (B, C + D, H, W) or (B, C, H, W)."""
-    if _takes_plain_steps_only():
+    if takes_plain_steps_only():
         pool, activate, gate_and_concatenate = _global_mean, _activated_skip, _gate_and_concatenate
     else:
         pool, activate, gate_and_concatenate = _GlobalMean.apply, _ActivatedSkip.apply, _GateAndConcatenate.apply
@@ -39,13 +39,6 @@ def skip_gate(
         logits = logits + F.linear(pool(decoder_feature).to(decoder_feature.dtype), weight_decoder, bias_decoder)
     gate = torch.sigmoid(0.5 * logits)[:, :, None, None]
     return gate_and_concatenate(activate(encoder_feature, tokens), decoder_feature if concatenate else None, gate)
-
-
-def _takes_plain_steps_only() -> bool:
-    """A compiler fuses plain steps by itself; functional transforms and forward-mode gradients need them."""
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
 
 
 def _global_mean(feature: Tensor) -> Tensor:

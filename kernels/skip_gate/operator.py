@@ -1,14 +1,20 @@
-"""The public function of the skip path: what it takes, what it refuses, and which implementation runs."""
+"""The skip path: public function, checks, choice of the form, and registration.
+
+``uctrans::skip_gate`` returns beside the output what its gradient needs. Autocast leaves maps as they are: kernels read
+any dtype, and the output's is an argument, so that nothing is cast in memory.
+"""
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import resolve_backend
+from ..backend import choose_form
 from ..checks import check_dtypes_and_devices
-from ..formats import output_dtype
-from . import composed, dispatch, reference  # noqa: F401 (dispatch registers the operator)
+from ..formats import empty_map, output_dtype
+from ..registration import register_gradient, register_operator
+from . import composed, reference
 
 
 def skip_gate(
@@ -64,23 +70,14 @@ def skip_gate(
         bias_decoder,
         concatenate,
     )
-    chosen = _resolve(backend, encoder_feature)
-    if chosen == "triton":
-        # As in the published steps: under autocast the gate comes in autocast's dtype, and meets maps in theirs.
-        maps = [feature for feature in (encoder_feature, tokens, decoder_feature) if feature is not None]
-        dtype = reduce(torch.promote_types, (feature.dtype for feature in maps), output_dtype(encoder_feature))
-        output, _gate, _means = torch.ops.uctrans.skip_gate(*arguments, dtype)
-        return output
-    return (reference if chosen == "reference" else composed).skip_gate(*arguments)
-
-
-def _resolve(backend: str, encoder_feature: Tensor) -> str:
-    chosen = resolve_backend(backend, encoder_feature.device)
-    if chosen == "triton" and encoder_feature.dtype == torch.float64:
-        if backend == "triton":
-            raise NotImplementedError("the Triton skip path computes in float32; use backend='composed'")
-        return "composed"
-    return chosen
+    form = choose_form(backend, encoder_feature, "skip_gate")
+    if form != "triton":
+        return (reference if form == "reference" else composed).skip_gate(*arguments)
+    # As in the published steps: under autocast the gate comes in autocast's dtype, and meets maps in theirs.
+    maps = [feature for feature in (encoder_feature, tokens, decoder_feature) if feature is not None]
+    dtype = reduce(torch.promote_types, (feature.dtype for feature in maps), output_dtype(encoder_feature))
+    output, _gate, _means = torch.ops.uctrans.skip_gate(*arguments, dtype)
+    return output
 
 
 def _check(
@@ -129,3 +126,67 @@ def _check_grid(encoder_feature: Tensor, coarse: Tensor, name: str) -> None:
             f"the grid of {name}, {tuple(coarse.shape[2:])}, does not tile encoder_feature, "
             f"{tuple(encoder_feature.shape[2:])}: each side must divide the feature's"
         )
+
+
+@register_operator(
+    "skip_gate",
+    "(Tensor encoder_feature, Tensor? tokens, Tensor? decoder_feature, Tensor weight_skip, Tensor bias_skip, "
+    "Tensor? weight_decoder, Tensor? bias_decoder, bool concatenate, ScalarType dtype) -> "
+    "(Tensor output, Tensor gate, Tensor means)",
+    launcher=f"{__package__}.triton:forward",
+)
+def _fake_forward(
+    encoder_feature: Tensor, tokens: Tensor | None, decoder_feature: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, concatenate, dtype = arguments
+    batch, channels, height, width = encoder_feature.shape
+    columns = channels if decoder_feature is None else channels + decoder_feature.shape[1]
+    output = empty_map(encoder_feature, columns if concatenate else channels, height, width, dtype)
+    gate, means = (encoder_feature.new_empty(batch, size, dtype=torch.float32) for size in (channels, columns))
+    return output, gate, means
+
+
+@register_operator(
+    "skip_gate_backward",
+    "(Tensor gradient, Tensor encoder_feature, Tensor? tokens, Tensor weight_skip, Tensor? weight_decoder, "
+    "Tensor gate, Tensor means, SymInt[] decoder_grid) -> Tensor[]",
+    launcher=f"{__package__}.triton:backward",
+    backward_of="skip_gate",
+)
+def _fake_backward(
+    gradient: Tensor,
+    encoder_feature: Tensor,
+    tokens: Tensor | None,
+    weight_skip: Tensor,
+    weight_decoder: Tensor | None,
+    gate: Tensor,
+    means: Tensor,
+    decoder_grid: list[int],
+) -> list[Tensor]:
+    maps = [encoder_feature] if tokens is None else [encoder_feature, tokens]
+    gradients = [empty_map(feature, *feature.shape[1:], feature.dtype) for feature in maps]
+    if decoder_grid:
+        decoder_channels = means.shape[1] - gate.shape[1]
+        gradients.append(empty_map(encoder_feature, decoder_channels, *decoder_grid, encoder_feature.dtype))
+    weights = [weight_skip] if weight_decoder is None else [weight_skip, weight_decoder]
+    return gradients + [weight.new_empty(size) for weight in weights for size in (weight.shape, weight.shape[:1])]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    encoder_feature, tokens, decoder_feature, weight_skip, _, weight_decoder, *_ = inputs
+    _, gate, means = output
+    ctx.save_for_backward(encoder_feature, tokens, weight_skip, weight_decoder, gate, means)
+    ctx.decoder_grid = [] if decoder_feature is None else list(decoder_feature.shape[2:])
+    ctx.is_given = [isinstance(argument, Tensor) for argument in inputs]
+    ctx.mark_non_differentiable(gate, means)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * len(ctx.is_given)
+    gradients = iter(torch.ops.uctrans.skip_gate_backward(gradient, *ctx.saved_tensors, ctx.decoder_grid))
+    return tuple(next(gradients) if is_given else None for is_given in ctx.is_given)
+
+
+register_gradient("skip_gate", _save, _gradients)

@@ -1,10 +1,14 @@
 """What the tests of the operators share: devices and dtypes, drawn arguments, and comparison with float64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
+from uctrans.kernels import batch_norm_relu
+from uctrans.kernels.segmentation_loss.reference import segmentation_sums as published_sums
+from uctrans.kernels.skip_gate.reference import skip_gate as published_skip_gate
 from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients
 
 try:
@@ -53,3 +57,306 @@ def assert_as_exact_as(oracle, function, inputs, gradient=None):
         outputs_and_gradients(oracle, inputs, gradient),
         outputs_and_gradients(oracle, exact, gradient),
     )
+
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+CPU_PAIRS = [(torch.contiguous_format, torch.float32), (torch.channels_last, torch.float16)]
+GPU_PAIRS = [
+    (torch.contiguous_format, torch.float16),
+    (torch.channels_last, torch.float32),
+    (torch.contiguous_format, torch.bfloat16),
+    (torch.channels_last, torch.bfloat16),
+]
+# Every dtype and both formats on a GPU; in the interpreter, where time is short, each format in one dtype.
+PAIRS = [*CPU_PAIRS, *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS)]
+BACKENDS = ["reference", "composed", "triton"]
+
+
+def alternately(names, others):
+    """Return parameters for all pairs of a name and another value; every second one runs with the slow tests."""
+    return [
+        pytest.param(name, other, marks=pytest.mark.slow if (place + number) % 2 else [])
+        for place, name in enumerate(names)
+        for number, other in enumerate(others)
+    ]
+
+
+def over_pairs(names):
+    """Parametrise ``name`` and :data:`PAIRS`: a quick run takes the CPU's pairs in turn, a slow one both."""
+    parameters = []
+    for place, name in enumerate(names):
+        for number, pair in enumerate(CPU_PAIRS):
+            parameters.append(pytest.param(name, *pair, marks=pytest.mark.slow if (place + number) % 2 else []))
+        parameters += [pytest.param(name, *pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS]
+    return pytest.mark.parametrize(("name", "memory_format", "dtype"), parameters, ids=str)
+
+
+def normal(*size, dtype=torch.float32, seed=7):
+    """Return standard normal numbers on :data:`DEVICE`."""
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+
+
+def assert_same_bits(results, expected):
+    """Compare two lists of tensors to the last bit."""
+    for place, (result, same) in enumerate(zip(results, expected, strict=True)):
+        assert torch.equal(result, same), f"result {place}"
+
+
+def assert_within_budget_of(oracle, function, draws, **options):
+    """Compare lists of results with those of ``oracle`` in float64, over several draws of inputs together.
+
+    Where results are few numbers, a single draw is luck. ``function`` and ``oracle`` take the inputs of a draw, a list
+    of tensors and ``None``, and ``rounded``, the dtype that the gradients they draw are rounded to; they return a list.
+    """
+    runs = {"function": [], "baseline": [], "exact": []}
+    for inputs in draws:
+        exact = [None if tensor is None else tensor.double() for tensor in inputs]
+        options["rounded"] = inputs[0].dtype
+        runs["function"].append(function(inputs, **options))
+        runs["baseline"].append(oracle(inputs, **options))
+        runs["exact"].append(oracle(exact, **options))
+    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)] for run in runs.values()))
+
+
+def change_constants(monkeypatch, modules, constants):
+    """Give constants of launchers other values of the same type, so that small maps take many programs and parts."""
+    for name, value in constants.items():
+        (module,) = (module for module in modules if hasattr(module, name))
+        assert type(getattr(module, name)) is type(value)
+        monkeypatch.setattr(module, name, value)
+
+
+def watch_launches(monkeypatch, *modules):
+    """Return a dictionary that fills with the last launch of each kernel: its programs and its arguments."""
+    found = {}
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, programs):
+            def launch(**arguments):
+                found[self.name] = (programs, arguments)
+                self.kernel[programs](**arguments)
+
+            return launch
+
+    for module in modules:
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Watched(name, kernel))
+    return found
+
+
+def gate_inputs(
+    batch=2,
+    channels=5,
+    decoder_channels=3,
+    grid=(2, 3),
+    patch=(4, 4),
+    factor=(2, 2),
+    dtype=torch.float64,
+    seed=0,
+    has_tokens=True,
+    memory_format=torch.contiguous_format,
+):
+    """Return the seven inputs of ``skip_gate`` for a map of ``grid`` times ``patch`` pixels, ``None`` if not there.
+
+    The decoder feature is ``factor`` times smaller than the map; ``decoder_channels=None`` leaves it and its weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    height, width = grid[0] * patch[0], grid[1] * patch[1]
+    has_decoder = decoder_channels is not None
+    maps = [
+        random(batch, channels, height, width),
+        random(batch, channels, *grid) if has_tokens else None,
+        random(batch, decoder_channels, height // factor[0], width // factor[1]) if has_decoder else None,
+    ]
+    return [
+        *(None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in maps),
+        random(channels, channels),
+        random(channels),
+        random(channels, decoder_channels) if has_decoder else None,
+        random(channels) if has_decoder else None,
+    ]
+
+
+def of_those_there(function, inputs):
+    """Return ``function`` as one of the inputs that are not ``None``, and those inputs."""
+    places = [place for place, tensor in enumerate(inputs) if tensor is not None]
+
+    def call(*tensors):
+        given = dict(zip(places, tensors, strict=True))
+        return function(*(given.get(place) for place in range(len(inputs))))
+
+    return call, [inputs[place] for place in places]
+
+
+def gate_results(inputs, gradient=None, function=published_skip_gate, rounded=None, **options):
+    """Return the output of a form of ``skip_gate``, and the gradients by those inputs that are there."""
+    if gradient is None:
+        size = published_skip_gate(*inputs, options.get("concatenate", True)).shape
+        gradient = normal(*size, dtype=rounded or inputs[0].dtype)
+    call, tensors = of_those_there(partial(function, **options), inputs)
+    return outputs_and_gradients(call, tensors, gradient.double())
+
+
+def norm_inputs(shape=(2, 3, 4, 5), dtype=torch.float64, memory_format=torch.contiguous_format, seed=0):
+    """Return feature, weight and bias of a batch norm; half-precision features have float32 parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    dtypes, sizes = (dtype, parameters, parameters), (shape, shape[1:2], shape[1:2])
+    feature, weight, bias = (
+        torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE, kind)
+        for size, kind in zip(sizes, dtypes, strict=True)
+    )
+    return [feature.contiguous(memory_format=memory_format), weight, bias]
+
+
+def running_statistics(inputs, seed=9):
+    """Return a running mean and variance for :func:`norm_inputs`."""
+    generator = torch.Generator().manual_seed(seed)
+    mean, variance = torch.randn(2, *inputs[1].shape, generator=generator, dtype=torch.float64).to(inputs[1].detach())
+    return mean, 0.5 + variance.square()
+
+
+def norm_results(inputs, gradient=None, training=True, function=batch_norm_relu, rounded=None, **options):
+    """Return the output, the gradients by feature, weight and bias, and the running statistics after it."""
+    running = [tensor.clone() for tensor in running_statistics(inputs)]
+    if gradient is None:
+        gradient = normal(*inputs[0].shape, dtype=rounded or inputs[0].dtype)
+    found = outputs_and_gradients(
+        lambda *tensors: function(*tensors, *running, training=training, **options), inputs, gradient
+    )
+    return found + running
+
+
+published_norm_results = partial(norm_results, backend="reference")
+
+
+# batch, classes, height, width
+SUMS_SHAPES = {
+    "one class": (3, 1, 9, 14),
+    "one pixel": (8, 1, 1, 1),
+    "one row": (2, 1, 1, 37),
+    "one column": (2, 1, 37, 1),
+    "two classes": (3, 2, 7, 5),
+    "three classes, odd sides": (2, 3, 11, 13),
+    "five classes, one pixel": (8, 5, 1, 1),
+    "seventeen classes": (1, 17, 6, 3),
+    "empty batch": (0, 1, 4, 4),
+    "empty batch of classes": (0, 3, 4, 4),
+    "no pixels": (2, 1, 0, 5),
+    "no pixels of classes": (2, 3, 4, 0),
+}
+
+
+def sums_inputs(batch, classes, height, width, dtype=torch.float64, memory_format=torch.contiguous_format, seed=0):
+    """Return logits, three times standard normal, and masks with every label."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(batch, classes, height, width, generator=generator, dtype=torch.float64)
+    masks = torch.randint(0, max(classes, 2), (batch, height, width), generator=generator, dtype=torch.uint8)
+    return logits.to(DEVICE, dtype).contiguous(memory_format=memory_format), masks.to(DEVICE)
+
+
+def upstream_of_sums(logits, seed=7):
+    """Return a gradient of the sums."""
+    batch, classes = logits.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(4 if classes == 1 else 3, batch, classes, generator=generator, dtype=torch.float64)
+    return gradient.to(DEVICE)
+
+
+def sums_results(function, logits, masks, gradient=None, **options):
+    """Return each row of the sums, the gradient by the logits, and the counts."""
+    leaf = logits.detach().requires_grad_()
+    sums, counts = function(leaf, masks, **options)
+    gradient = upstream_of_sums(logits) if gradient is None else gradient
+    (d_logits,) = torch.autograd.grad(sums, leaf, gradient.to(sums.dtype))
+    return [*sums.detach().unbind(), d_logits], counts
+
+
+def assert_sums_as_exact_as_the_reference(function, draws, **options):
+    """Compare sums and gradient with the reference in float64, over several draws, and the counts with its own."""
+    runs = {"function": [], "baseline": [], "oracle": []}
+    for logits, masks in draws:
+        found, counts = sums_results(function, logits, masks, **options)
+        runs["function"].append(found)
+        baseline, expected = sums_results(published_sums, logits, masks)
+        runs["baseline"].append(baseline)
+        runs["oracle"].append(sums_results(published_sums, logits.double(), masks)[0])
+        assert torch.equal(counts, expected)
+        assert counts.dtype == torch.float32
+        assert found[-1].dtype == logits.dtype
+    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)] for run in runs.values()))
+
+
+def channels_of_a_wider_map(feature):
+    return torch.cat([feature[:, :1], feature, feature[:, :2]], dim=1)[:, 1:-2]
+
+
+def every_other_row(feature):
+    return feature.repeat_interleave(2, dim=2)[:, :, ::2]
+
+
+def every_other_column(feature):
+    return feature.repeat_interleave(2, dim=3)[..., ::2]
+
+
+def columns_of_a_wider_map(feature):
+    return torch.cat([feature[..., :1], feature, feature[..., :2]], dim=3)[..., 1:-2]
+
+
+def rows_inside_columns(feature):
+    return feature.transpose(2, 3).clone(memory_format=torch.contiguous_format).transpose(2, 3)
+
+
+def off_alignment(feature):
+    memory = torch.cat([feature.new_zeros(1), torch.as_strided(feature, (feature.numel(),), (1,))])[1:]
+    return torch.as_strided(memory, feature.shape, feature.stride(), 1)
+
+
+def packed_tokens(feature):
+    """Return a slice of (B, N, sum C) seen as a map, as the transformer leaves tokens."""
+    rows = feature.flatten(2).transpose(1, 2)
+    packed = torch.cat([rows[..., :2], rows, rows[..., :1]], dim=2)
+    return packed[..., 2:-1].transpose(1, 2).unflatten(2, feature.shape[2:])
+
+
+# The same numbers at other places in memory.
+VIEWS = [
+    channels_of_a_wider_map,
+    every_other_row,
+    every_other_column,
+    columns_of_a_wider_map,
+    rows_inside_columns,
+    off_alignment,
+    packed_tokens,
+]
+# Numbers that are read again and again, with strides of 0.
+EXPANDED = {
+    "one sample": lambda feature: feature[:1].expand_as(feature),
+    "one pixel": lambda feature: feature[:, :, :1, :1].expand_as(feature),
+    "one number": lambda feature: feature[:1, :1, :1, :1].expand_as(feature),
+}
+UPSTREAM = {
+    "a sum": lambda gradient: gradient[:1, :1, :1, :1].expand_as(gradient),
+    "a sum over pixels": lambda gradient: gradient[:, :, :1, :1].expand_as(gradient),
+    "a sum over channels": lambda gradient: gradient[:, :1].expand_as(gradient),
+    "a sum over rows": lambda gradient: gradient[:, :, :1].expand_as(gradient),
+    "contiguous": lambda gradient: gradient.contiguous(),
+    "channels last": lambda gradient: gradient.contiguous(memory_format=torch.channels_last),
+    "channels of a wider map": channels_of_a_wider_map,
+    "columns of a wider map": columns_of_a_wider_map,
+    "every other column": every_other_column,
+    "off alignment": off_alignment,
+}
+
+
+def copied(feature, memory_format):
+    """Return the same numbers in memory of their own."""
+    return torch.empty_like(feature, memory_format=memory_format).copy_(feature)

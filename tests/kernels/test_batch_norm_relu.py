@@ -4,71 +4,33 @@ What the Triton operator computes is in ``test_batch_norm_relu_triton.py``.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from tests.kernels.support import (
+    BACKENDS,
+    DEVICE,
+    FORMATS,
+    assert_within_budget_of,
+    norm_inputs,
+    norm_results,
+    published_norm_results,
+    running_statistics,
+)
 from uctrans.kernels import batch_norm_relu
 from uctrans.kernels.batch_norm_relu import composed
-from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "composed", "triton"]
-FORMATS = [torch.contiguous_format, torch.channels_last]
-
-
-def norm_inputs(shape=(2, 3, 4, 5), dtype=torch.float64, seed=0):
-    """Feature, weight and bias: standard normal; half-precision features beside float32 parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    dtypes, sizes = (dtype, parameters, parameters), (shape, shape[1:2], shape[1:2])
-    return [
-        torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE, kind)
-        for size, kind in zip(sizes, dtypes, strict=True)
-    ]
-
-
-def running_statistics(inputs, seed=9):
-    """Mean and variance beside the parameters of ``inputs``."""
-    generator = torch.Generator().manual_seed(seed)
-    mean, variance = torch.randn(2, *inputs[1].shape, generator=generator, dtype=torch.float64).to(inputs[1])
-    return mean, 0.5 + variance.square()
-
-
-def results(inputs, gradient=None, training=True, function=batch_norm_relu, **options):
-    """The output, the gradients by feature, weight and bias, and the running statistics after it."""
-    running = [tensor.clone() for tensor in running_statistics(inputs)]
-    if gradient is None:
-        gradient = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-        gradient = gradient.to(inputs[0])
-    found = outputs_and_gradients(
-        lambda *tensors: function(*tensors, *running, training=training, **options), inputs, gradient
-    )
-    return found + running
-
-
-def assert_as_exact_as_the_reference(draws, gradient=None, running_too=True, **options):
-    """Results against the reference in float64; over several draws together, where a single draw is luck."""
-    runs = {"function": [], "baseline": [], "oracle": []}
-    for inputs in draws:
-        exact = [tensor.double() for tensor in inputs]
-        upstream = results(inputs)[0] if gradient is None else gradient  # any numbers of that shape, dtype and format
-        runs["function"].append(results(inputs, upstream, **options))
-        runs["baseline"].append(results(inputs, upstream, **options | {"backend": "reference"}))
-        runs["oracle"].append(results(exact, upstream, **options | {"backend": "reference"}))
-    last = None if running_too else -2
-    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)][:last] for run in runs.values()))
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_composed_stays_within_the_error_budget(memory_format, dtype, training):
-    draws = [norm_inputs(dtype=dtype, seed=seed) for seed in range(3)]
-    for inputs in draws:
-        inputs[0] = inputs[0].contiguous(memory_format=memory_format)
-    assert_as_exact_as_the_reference(draws, training=training, backend="composed")
+    draws = [norm_inputs((2, 3, 4, 5), dtype, memory_format, seed) for seed in range(3)]
+    form = partial(norm_results, backend="composed")
+    assert_within_budget_of(published_norm_results, form, draws, training=training)
 
 
 def test_written_out_by_hand():
@@ -172,22 +134,23 @@ class TestLikeBatchNorm2d:
     def test_running_statistics_stay_as_they_are_without_training(self, backend):
         inputs = norm_inputs(dtype=torch.float32)
         running = running_statistics(inputs)
-        *_, mean, variance = results(inputs, training=False, backend=backend)
+        *_, mean, variance = norm_results(inputs, training=False, backend=backend)
         assert torch.equal(mean, running[0]) and torch.equal(variance, running[1])
 
     def test_no_running_statistics(self, backend):
         inputs = norm_inputs(dtype=torch.float32)
         output = batch_norm_relu(*inputs, None, None, training=True, backend=backend)
-        torch.testing.assert_close(output, results(inputs, backend=backend)[0])
+        torch.testing.assert_close(output, norm_results(inputs, backend=backend)[0])
 
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
     @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
     def test_no_values(self, backend, shape, memory_format):
         """The output is empty, running statistics stay, and gradients by parameters are zero."""
-        inputs = norm_inputs(shape, torch.float32)
-        inputs[0] = inputs[0].contiguous(memory_format=memory_format)
+        inputs = norm_inputs(shape, torch.float32, memory_format)
         for training in (True, False):
-            output, d_feature, d_weight, d_bias, mean, variance = results(inputs, training=training, backend=backend)
+            output, d_feature, d_weight, d_bias, mean, variance = norm_results(
+                inputs, training=training, backend=backend
+            )
             assert output.shape == d_feature.shape == shape
             assert not d_weight.any() and not d_bias.any()
             if shape[0] == 0:  # of an empty map of some images torch makes no numbers of the running statistics
@@ -196,8 +159,8 @@ class TestLikeBatchNorm2d:
     def test_one_value_a_channel(self, backend):
         inputs = norm_inputs((1, 3, 1, 1), torch.float32)
         with pytest.raises(ValueError, match=r"more than 1 value per channel when training, .* \(1, 3, 1, 1\): give"):
-            results(inputs, backend=backend)
-        assert results(inputs, training=False, backend=backend)[0].isfinite().all()
+            norm_results(inputs, backend=backend)
+        assert norm_results(inputs, training=False, backend=backend)[0].isfinite().all()
 
     @pytest.mark.parametrize("feature_dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_dtype_under_autocast(self, backend, feature_dtype):
@@ -206,7 +169,7 @@ class TestLikeBatchNorm2d:
         inputs = norm_inputs(dtype=feature_dtype)
         norm = nn.BatchNorm2d(3).to(DEVICE)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            found = results(inputs, backend=backend)
+            found = norm_results(inputs, backend=backend)
             assert found[0].dtype == norm(inputs[0]).dtype == feature_dtype
         assert [tensor.dtype for tensor in found[1:]] == [feature_dtype] + 4 * [torch.float32]
 

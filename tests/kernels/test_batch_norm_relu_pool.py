@@ -1,29 +1,46 @@
 """Batch norm, ReLU and max-pool as one operator: against PyTorch's three, in numbers, ties, memory and errors.
 
-What it shares with ``batch_norm_relu`` (statistics, checks of arguments, how maps are cut) is tested there. Without a
-GPU the kernels run in Triton's interpreter: maps are as small as they can be and still be awkward.
+Statistics, checks of arguments, and cuts of maps are shared with ``batch_norm_relu`` and tested there. Without a GPU
+the kernels run in Triton's interpreter: maps are as small as they can be and still be awkward.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from drawn import drawn
-from test_batch_norm_relu import BACKENDS, FORMATS, norm_inputs, running_statistics
-from test_batch_norm_relu_triton import PAIRS, assert_same_bits, change_constants, inputs_of, normal
-from test_skip_gate_triton import UPSTREAM, channels_of_a_wider_map, copied, every_other_column
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from tests.kernels.support import (
+    BACKENDS,
+    DEVICE,
+    FORMATS,
+    PAIRS,
+    UPSTREAM,
+    alternately,
+    assert_same_bits,
+    assert_within_budget_of,
+    change_constants,
+    channels_of_a_wider_map,
+    copied,
+    drawn,
+    every_other_column,
+    norm_inputs,
+    normal,
+    over_pairs,
+    running_statistics,
+)
 from uctrans.kernels import batch_norm_relu, batch_norm_relu_pool
-from uctrans.kernels.batch_norm_relu_pool import composed, dispatch, explicit
+from uctrans.kernels.batch_norm_relu import composed
 from uctrans.kernels.formats import memory_format_of
-from uctrans.kernels.testing import assert_within_budget, poisoned_allocations
+from uctrans.kernels.testing import poisoned_allocations
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from uctrans.kernels.batch_norm_relu import triton, triton_layout
+
 TRITON = {"backend": "triton"}
 EPS, MOMENTUM = 1e-5, 0.1
 SHAPES = {
@@ -40,71 +57,64 @@ SHAPES = {
 SHAPE = (1, 3, 3, 4)
 
 
-def gradients_of(inputs, seed=7):
-    """Of the map and of the pooled one: any numbers of the feature's dtype."""
+def inputs_of(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):
+    return norm_inputs(shape, dtype, memory_format, seed)
+
+
+def gradients_of(inputs, rounded=None, seed=7):
+    """Return gradients of the map and of the pooled one: any numbers of the feature's dtype."""
     batch, channels, height, width = inputs[0].shape
     sizes = ((batch, channels, height, width), (batch, channels, height // 2, width // 2))
-    return [normal(*size, dtype=torch.float64, seed=seed + place) for place, size in enumerate(sizes)]
+    dtype = rounded or inputs[0].dtype
+    return [normal(*size, dtype=dtype, seed=seed + place) for place, size in enumerate(sizes)]
 
 
-def results(inputs, upstream=None, training=True, function=batch_norm_relu_pool, running=None, **options):
-    """Both maps, the gradients by feature, weight and bias, and the running statistics after it.
+def results(inputs, upstream=None, training=True, function=batch_norm_relu_pool, running=None, rounded=None, **options):
+    """Return both maps, the gradients by feature, weight and bias, and the running statistics after it.
 
     A gradient of ``upstream`` may be ``None``: that map is not used.
     """
     running = [tensor.clone() for tensor in (running or running_statistics(inputs))]
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     maps = function(*leaves, *running, training=training, **options)
-    pairs = zip(maps, upstream or gradients_of(inputs), strict=True)
+    pairs = zip(maps, upstream or gradients_of(inputs, rounded), strict=True)
     used, weights = zip(*((each, weight.to(each)) for each, weight in pairs if weight is not None), strict=True)
     return [*(each.detach() for each in maps), *torch.autograd.grad(used, leaves, weights), *running]
 
 
-def assert_as_exact_as_the_reference(draws, **options):
-    """As of ``batch_norm_relu``: against the reference in float64, several draws together."""
-    runs = {"function": [], "baseline": [], "oracle": []}
-    for inputs in draws:
-        upstream = [gradient.to(inputs[0].dtype) for gradient in gradients_of(inputs)]
-        exact = [tensor.double() for tensor in inputs]
-        runs["function"].append(results(inputs, upstream, **options))
-        runs["baseline"].append(results(inputs, upstream, **options | {"backend": "reference"}))
-        runs["oracle"].append(results(exact, upstream, **options | {"backend": "reference"}))
-    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)] for run in runs.values()))
+published = partial(results, backend="reference")
+
+
+def assert_as_exact_as_the_reference(draws, backend="triton", **options):
+    assert_within_budget_of(published, partial(results, backend=backend), draws, **options)
 
 
 class TestErrorBudget:
-    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
-    @pytest.mark.parametrize("name", SHAPES)
+    @over_pairs(SHAPES)
     def test_kernels(self, name, memory_format, dtype):
         with poisoned_allocations():
-            assert_as_exact_as_the_reference([inputs_of(SHAPES[name], dtype, memory_format)], training=True, **TRITON)
+            assert_as_exact_as_the_reference([inputs_of(SHAPES[name], dtype, memory_format)])
 
-    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
-    @pytest.mark.parametrize("name", ["even", "odd"])
+    @over_pairs(["even", "odd"])
     def test_kernels_in_evaluation(self, name, memory_format, dtype):
         with poisoned_allocations():
-            assert_as_exact_as_the_reference([inputs_of(SHAPES[name], dtype, memory_format)], training=False, **TRITON)
+            assert_as_exact_as_the_reference([inputs_of(SHAPES[name], dtype, memory_format)], training=False)
 
     @pytest.mark.parametrize("training", [True, False])
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @pytest.mark.parametrize("name", SHAPES)
-    def test_other_forms(self, name, memory_format, training, monkeypatch):
-        monkeypatch.setattr(dispatch, "_implementation", lambda feature: explicit)
+    @pytest.mark.parametrize(("name", "memory_format"), alternately(SHAPES, FORMATS), ids=str)
+    def test_composed(self, name, memory_format, training):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             draws = [inputs_of(SHAPES[name], dtype, memory_format, seed) for seed in range(3)]
-            for backend in ("triton", "composed"):
-                assert_as_exact_as_the_reference(draws, training=training, backend=backend)
+            assert_as_exact_as_the_reference(draws, "composed", training=training)
 
-    # Of tiles of 4 elements, in one part for each, and all in one.
+    # Of tiles of 4 elements, in one part for each tile, and in one part for all.
     @pytest.mark.parametrize("parts", [{"STEPS": 1}, {"STEPS": 1, "MOST_PARTS": 1}], ids=["many parts", "one part"])
     @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
     def test_many_tiles(self, memory_format, dtype, parts, monkeypatch):
-        from uctrans.kernels.batch_norm_relu_pool import triton
-
-        change_constants(monkeypatch, {"MOST_CHANNELS": 2, "PROGRAM_TILES": 1} | parts)
-        monkeypatch.setattr(triton, "TILE", 4)
+        changes = {"WINDOW_TILE": 4, "MOST_CHANNELS": 2, "PROGRAM_TILES": 1} | parts
+        change_constants(monkeypatch, [triton_layout], changes)
         with poisoned_allocations():
-            assert_as_exact_as_the_reference([inputs_of((2, 3, 3, 2), dtype, memory_format)], **TRITON)
+            assert_as_exact_as_the_reference([inputs_of((2, 3, 3, 2), dtype, memory_format)])
 
     @drawn(
         4,
@@ -205,7 +215,7 @@ class TestGradientsThatAreNotThere:
 
     def test_of_both(self):
         inputs = [tensor.requires_grad_() for tensor in inputs_of(SHAPE)]
-        running = running_statistics([tensor.detach() for tensor in inputs])
+        running = running_statistics(inputs)
         for training in (True, False):
             output, _ = batch_norm_relu_pool(*inputs, *running, training=training, **TRITON)
             gradients = torch.autograd.grad(output.detach().requires_grad_().sum(), inputs, allow_unused=True)
@@ -223,10 +233,10 @@ class TestMemory:
         assert all(tensor.is_floating_point() and tensor.shape == (3,) for tensor in kept if tensor.ndim != 4)
 
     @pytest.mark.parametrize("has_map_gradient", [True, False])
-    def test_backward_makes_one_map(self, has_map_gradient, monkeypatch):
+    def test_backward_makes_one_map(self, has_map_gradient):
         """No indices, and no gradient of the pooled map in the size of the map."""
         feature, *others = (*inputs_of((4, 3, 8, 8)), *running_statistics(norm_inputs(dtype=torch.float32)))
-        gradient, d_pooled = (each.float() for each in gradients_of([feature]))
+        gradient, d_pooled = gradients_of([feature])
         made = []
 
         class Watched(TorchFunctionMode):
@@ -234,10 +244,8 @@ class TestMemory:
                 made.append(function(*arguments, **(options or {})))
                 return made[-1]
 
-        # What the launcher calls, without dispatcher and autograd around it.
-        with Watched():
-            backward = dispatch._implementation(feature).backward
-            backward(gradient if has_map_gradient else None, d_pooled, feature, *others, EPS, True)
+        with Watched():  # the launcher's own calls, without dispatcher and autograd around it
+            triton.backward_of_pool(gradient if has_map_gradient else None, d_pooled, feature, *others, EPS, True)
         given = {tensor.data_ptr() for tensor in (feature, gradient, d_pooled)}
         made = [each for each in made if isinstance(each, torch.Tensor) and each.data_ptr() not in given]
         assert {each.dtype for each in made} == {torch.float32}
@@ -267,9 +275,7 @@ class TestMemory:
 
 @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
 def test_same_bits_in_every_run(memory_format, dtype, monkeypatch):
-    from uctrans.kernels.batch_norm_relu_pool import triton
-
-    monkeypatch.setattr(triton, "TILE", 32)
+    change_constants(monkeypatch, [triton_layout], {"WINDOW_TILE": 32})
     inputs = inputs_of((1, 3, 3, 5), dtype, memory_format)
     assert_same_bits(results(inputs, **TRITON), results(inputs, **TRITON))
 
@@ -277,12 +283,10 @@ def test_same_bits_in_every_run(memory_format, dtype, monkeypatch):
 class TestOperator:
     """Known to torch: schema, shapes without data, gradients, compilation."""
 
-    def test_opcheck(self, monkeypatch):
-        """Of the explicit form, which is quick; shapes and strides of both are compared below."""
-        monkeypatch.setattr(dispatch, "_implementation", lambda feature: explicit)
+    def test_opcheck(self):
         inputs = inputs_of((2, 3, 3, 2), torch.float32, torch.channels_last)
         running = running_statistics(inputs)
-        gradient, d_pooled = (each.float() for each in gradients_of(inputs))
+        gradient, d_pooled = gradients_of(inputs)
         leaves = [tensor.requires_grad_() for tensor in inputs]
         operators = torch.ops.uctrans
         torch.library.opcheck(operators.batch_norm_relu_pool, (*leaves, *running, MOMENTUM, EPS))
@@ -292,8 +296,8 @@ class TestOperator:
 
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
     @pytest.mark.parametrize("sizes", [(3, 2, 4), (3, 4, 5), (1, 3, 2), (1, 2, 2)], ids=str)
-    def test_strides_are_known_without_data(self, sizes, memory_format, monkeypatch):
-        """Also of pooled maps with an axis of one, in both forms."""
+    def test_strides_are_known_without_data(self, sizes, memory_format):
+        """Also of pooled maps with an axis of one."""
         inputs = inputs_of((1, *sizes), torch.float32, memory_format)
         mean, variance = running_statistics(inputs)
 
@@ -304,10 +308,8 @@ class TestOperator:
 
         with FakeTensorMode() as mode:
             expected = call(*(mode.from_tensor(tensor) for tensor in (*inputs, mean, variance)))
-        for implementation in (dispatch._implementation(inputs[0]), explicit):
-            monkeypatch.setattr(dispatch, "_implementation", lambda feature, chosen=implementation: chosen)
-            for tensor, fake in zip(call(*inputs, mean, variance), expected, strict=True):
-                assert (tensor.shape, tensor.stride(), tensor.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        for tensor, fake in zip(call(*inputs, mean, variance), expected, strict=True):
+            assert (tensor.shape, tensor.stride(), tensor.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
     @pytest.mark.parametrize(
         ("training", "unused"), [(True, None), (True, 0), (False, 1)], ids=["both", "pooled only", "map only"]
@@ -321,19 +323,17 @@ class TestOperator:
         torch.testing.assert_close(found, results(inputs, upstream, training, **TRITON))
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_float64_takes_the_explicit_form(self, training):
+    def test_gradcheck_of_composed(self, training):
+        """First and second derivatives."""
         inputs = [tensor.requires_grad_() for tensor in norm_inputs((2, 2, 2, 3))]
-        running = [tensor.detach() for tensor in running_statistics(inputs)]
+        running = running_statistics(inputs)
 
         def function(*tensors):
-            if training:
-                return torch.ops.uctrans.batch_norm_relu_pool(*tensors, None, None, MOMENTUM, EPS)[:2]
-            return torch.ops.uctrans.batch_norm_relu_pool_apply(*tensors, *running, EPS)
+            statistics = (tensor.clone() for tensor in running)
+            return composed.batch_norm_relu_pool(*tensors, *statistics, training, MOMENTUM, EPS)
 
         assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(
-            lambda *tensors: composed.batch_norm_relu_pool(*tensors, *running, False, MOMENTUM, EPS), inputs
-        )
+        assert torch.autograd.gradgradcheck(function, inputs)
 
 
 class TestBadInput:
@@ -379,7 +379,7 @@ class TestOnAGpu:
         for channels, side in ((64, 224), (128, 112), (256, 56), (512, 28), (32, 14)):
             inputs = inputs_of((batch, channels, side, side), dtype, memory_format)
             for training in (True, False):
-                assert_as_exact_as_the_reference([inputs], training=training, **TRITON)
+                assert_as_exact_as_the_reference([inputs], training=training)
             torch.cuda.empty_cache()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

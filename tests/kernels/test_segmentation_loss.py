@@ -7,72 +7,23 @@ import math
 
 import pytest
 import torch
-from drawn import drawn
 from torch.nn import functional as F
 
+from tests.kernels.support import (
+    BACKENDS,
+    DEVICE,
+    FORMATS,
+    SUMS_SHAPES,
+    assert_sums_as_exact_as_the_reference,
+    drawn,
+    sums_inputs,
+    sums_results,
+    upstream_of_sums,
+)
 from uctrans.kernels import segmentation_scores, segmentation_sums
-from uctrans.kernels.segmentation_loss import explicit, reference, scores
-from uctrans.kernels.testing import assert_within_budget
+from uctrans.kernels.segmentation_loss import reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "composed", "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMATS = [torch.contiguous_format, torch.channels_last]
-# batch, classes, height, width
-SHAPES = {
-    "one class": (3, 1, 9, 14),
-    "one pixel": (8, 1, 1, 1),
-    "one row": (2, 1, 1, 37),
-    "one column": (2, 1, 37, 1),
-    "two classes": (3, 2, 7, 5),
-    "three classes, odd sides": (2, 3, 11, 13),
-    "five classes, one pixel": (8, 5, 1, 1),
-    "seventeen classes": (1, 17, 6, 3),
-    "empty batch": (0, 1, 4, 4),
-    "empty batch of classes": (0, 3, 4, 4),
-    "no pixels": (2, 1, 0, 5),
-    "no pixels of classes": (2, 3, 4, 0),
-}
-
-
-def sums_inputs(batch, classes, height, width, dtype=torch.float64, memory_format=torch.contiguous_format, seed=0):
-    """Logits, three times standard normal, and masks with every label."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(batch, classes, height, width, generator=generator, dtype=torch.float64)
-    masks = torch.randint(0, max(classes, 2), (batch, height, width), generator=generator, dtype=torch.uint8)
-    return logits.to(DEVICE, dtype).contiguous(memory_format=memory_format), masks.to(DEVICE)
-
-
-def upstream_of(logits, seed=7):
-    """A gradient of the sums."""
-    batch, classes = logits.shape[:2]
-    generator = torch.Generator().manual_seed(seed)
-    gradient = torch.randn(4 if classes == 1 else 3, batch, classes, generator=generator, dtype=torch.float64)
-    return gradient.to(DEVICE)
-
-
-def results(function, logits, masks, gradient=None, **options):
-    """Each row of the sums, the gradient by the logits, and the counts."""
-    leaf = logits.detach().requires_grad_()
-    sums, counts = function(leaf, masks, **options)
-    gradient = upstream_of(logits) if gradient is None else gradient
-    (d_logits,) = torch.autograd.grad(sums, leaf, gradient.to(sums.dtype))
-    return [*sums.detach().unbind(), d_logits], counts
-
-
-def assert_as_exact_as_the_reference(function, draws, **options):
-    """Sums and gradient against the reference in float64, over several draws; the counts are the reference's."""
-    runs = {"function": [], "baseline": [], "oracle": []}
-    for logits, masks in draws:
-        found, counts = results(function, logits, masks, **options)
-        runs["function"].append(found)
-        baseline, expected = results(reference.segmentation_sums, logits, masks)
-        runs["baseline"].append(baseline)
-        runs["oracle"].append(results(reference.segmentation_sums, logits.double(), masks)[0])
-        assert torch.equal(counts, expected)
-        assert counts.dtype == torch.float32
-        assert found[-1].dtype == logits.dtype
-    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)] for run in runs.values()))
 
 
 def composed_sums(logits, masks):
@@ -81,10 +32,10 @@ def composed_sums(logits, masks):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", SUMS_SHAPES.values(), ids=SUMS_SHAPES.keys())
 def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
     draws = [sums_inputs(*shape, dtype, memory_format, seed) for seed in range(4)]
-    assert_as_exact_as_the_reference(composed_sums, draws)
+    assert_sums_as_exact_as_the_reference(composed_sums, draws)
 
 
 @drawn(
@@ -97,7 +48,7 @@ def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
 )
 def test_any_shape_agrees_with_the_reference(shape, channels_last, seed):
     inputs = sums_inputs(*shape, torch.float64, FORMATS[channels_last], seed)
-    torch.testing.assert_close(results(composed_sums, *inputs), results(reference.segmentation_sums, *inputs))
+    torch.testing.assert_close(sums_results(composed_sums, *inputs), sums_results(reference.segmentation_sums, *inputs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,18 +120,6 @@ def test_loss_is_the_published_formula(classes, given_totals):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("given_totals", [False, True])
-@pytest.mark.parametrize("classes", [1, 4])
-def test_slopes_are_the_gradient_by_the_sums(classes, given_totals):
-    """What the operator does on a CPU without the interpreter."""
-    sums, counts = segmentation_sums(*sums_inputs(3, classes, 5, 6))
-    totals = torch.tensor([2.5, 31.0, 44.0], device=DEVICE) if given_totals else None
-    arguments = (counts, totals, 30, 0.3, 0.9)
-    leaf = sums.requires_grad_()
-    (expected,) = torch.autograd.grad(scores.segmentation_scores(leaf, *arguments)[0], leaf)
-    torch.testing.assert_close(scores.slopes(sums.detach(), *arguments), expected)
-
-
 class TestDerivatives:
     @pytest.mark.parametrize("classes", [1, 3])
     def test_first_and_second(self, classes):
@@ -203,12 +142,12 @@ class TestDerivatives:
     @pytest.mark.parametrize("classes", [1, 3])
     def test_functional_transforms(self, classes):
         logits, masks = sums_inputs(2, classes, 2, 3)
-        gradient = upstream_of(logits)
+        gradient = upstream_of_sums(logits)
 
         def weighted(z):
             return (segmentation_sums(z, masks)[0] * gradient).sum()
 
-        _, (expected, _) = None, results(composed_sums, logits, masks, gradient)
+        _, (expected, _) = None, sums_results(composed_sums, logits, masks, gradient)
         expected = expected[-1]
         torch.testing.assert_close(torch.func.grad(weighted)(logits), expected)
         _, slope = torch.func.jvp(weighted, (logits,), (torch.ones_like(logits),))
@@ -239,10 +178,12 @@ def test_composed_compiles_without_a_break(classes):
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_composed_runs_image_by_image_on_a_cpu_only(classes, monkeypatch):
+    published = reference.segmentation_sums
     logits, masks = (tensor.cpu() for tensor in sums_inputs(2, classes, 4, 5, torch.float32))
-    monkeypatch.setattr(explicit, "forward", None)
-    with pytest.raises(TypeError, match="not callable"):
-        composed_sums(logits, masks)
+    plain = []
+    monkeypatch.setattr(reference, "segmentation_sums", lambda *inputs: plain.append(inputs) or published(*inputs))
+    composed_sums(logits, masks)
+    assert plain == []
     assert composed_sums(logits.to("meta"), masks.to("meta"))[0].shape == (4 if classes == 1 else 3, 2, classes)
 
 

@@ -7,48 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn
 
+from tests.kernels.support import (
+    BACKENDS,
+    DEVICE,
+    FORMATS,
+    assert_within_budget_of,
+    drawn,
+    gate_inputs,
+    gate_results,
+    of_those_there,
+)
 from uctrans.kernels import skip_gate
 from uctrans.kernels.skip_gate import composed, reference
-from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "composed", "triton"]
-
-
-def gate_inputs(
-    batch=2,
-    channels=5,
-    decoder_channels=3,
-    grid=(2, 3),
-    patch=(4, 4),
-    factor=(2, 2),
-    dtype=torch.float64,
-    seed=0,
-    has_tokens=True,
-):
-    """The seven inputs of a map of ``grid`` times ``patch`` pixels: standard normal, ``None`` for what is not there.
-
-    The decoder feature is ``factor`` times smaller than the map; ``decoder_channels=None`` leaves it and its weights.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
-
-    height, width = grid[0] * patch[0], grid[1] * patch[1]
-    has_decoder = decoder_channels is not None
-    return [
-        normal(batch, channels, height, width),
-        normal(batch, channels, *grid) if has_tokens else None,
-        normal(batch, decoder_channels, height // factor[0], width // factor[1]) if has_decoder else None,
-        normal(channels, channels),
-        normal(channels),
-        normal(channels, decoder_channels) if has_decoder else None,
-        normal(channels) if has_decoder else None,
-    ]
-
 
 SHAPES = {
     "published": {"channels": 8, "decoder_channels": 8, "patch": (16, 16)},
@@ -63,51 +34,31 @@ SHAPES = {
 }
 
 
-def of_those_there(function, inputs):
-    """``function`` as one of the inputs that are not ``None``, and those inputs."""
-    places = [place for place, tensor in enumerate(inputs) if tensor is not None]
-
-    def call(*tensors):
-        given = dict(zip(places, tensors, strict=True))
-        return function(*(given.get(place) for place in range(len(inputs))))
-
-    return call, [inputs[place] for place in places]
-
-
-def assert_as_exact_as_the_reference(function, draws, gradient=None, baseline=reference.skip_gate, **options):
-    """Output and all gradients of ``function`` and of the reference against the reference in float64.
-
-    Over several draws of inputs together where results are few numbers: a single draw is luck.
-    """
-    runs = {"function": [], "baseline": [], "oracle": []}
-    for seed, inputs in enumerate(draws):
-        exact = [None if tensor is None else tensor.double() for tensor in inputs]
-        if gradient is None:
-            size = reference.skip_gate(*exact, **options).shape
-            upstream = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            upstream = upstream.to(inputs[0].device, inputs[0].dtype).double()
-        else:
-            upstream = gradient
-        for name, call, tensors in (
-            ("function", function, inputs),
-            ("baseline", baseline, inputs),
-            ("oracle", reference.skip_gate, exact),
-        ):
-            call, tensors = of_those_there(partial(call, **options), tensors)
-            runs[name].append(outputs_and_gradients(call, tensors, upstream))
-    assert_within_budget(*([torch.stack(draws) for draws in zip(*run, strict=True)] for run in runs.values()))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
-    draws = [gate_inputs(**shape, dtype=dtype, seed=seed) for seed in range(6)]
-    for inputs in draws:
-        inputs[0] = inputs[0].contiguous(memory_format=memory_format)
-    assert_as_exact_as_the_reference(composed.skip_gate, draws)
+    draws = [gate_inputs(**shape, dtype=dtype, seed=seed, memory_format=memory_format) for seed in range(6)]
+    form = partial(gate_results, function=composed.skip_gate)
+    assert_within_budget_of(gate_results, form, draws)
     if shape.get("decoder_channels", 1) is not None:
-        assert_as_exact_as_the_reference(composed.skip_gate, draws, concatenate=False)
+        assert_within_budget_of(gate_results, form, draws, concatenate=False)
+
+
+@pytest.mark.parametrize("in_float32", [(0,), (0, 1, 2), ()], ids=["float32 feature", "float32 maps", "half maps"])
+def test_composed_under_autocast(in_float32):
+    """The output has the reference's dtype, the widest of the maps' and autocast's, and gradients their inputs'."""
+    inputs = gate_inputs(dtype=torch.float32)
+    for place in {0, 1, 2}.difference(in_float32):
+        inputs[place] = inputs[place].to(torch.bfloat16)
+    found = []
+    for form in (composed, reference):
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            output = form.skip_gate(*leaves)
+        found.append((output, *torch.autograd.grad(output.float().square().mean(), leaves)))
+    for ours, published in zip(*found, strict=True):
+        torch.testing.assert_close(ours, published, rtol=3e-2, atol=3e-2)
 
 
 @drawn(
@@ -151,7 +102,7 @@ def test_written_out_by_hand():
         torch.testing.assert_close(alone, expected[:, :1])
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize(
     ("has_tokens", "decoder_channels", "concatenate"),
     [(True, 2, True), (True, 2, False), (False, 2, True), (True, None, True), (False, None, True)],
