@@ -42,8 +42,8 @@ gpu: ## run the plan for a CUDA GPU, in nine minutes: make gpu PYTHON=python ARG
 	$(PYTHON) -m benchmarks.gpu $(ARGUMENTS)
 
 # What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.
-resources: $(VENV)/.dev ## compile every kernel offline: docs/kernel-resources.md
-	$(BIN)/python -m uctrans.kernels.resources --output docs/kernel-resources.md
+resources: $(VENV)/.dev ## compile the kernels offline: docs/kernel-resources.md
+	$(BIN)/python -m uctrans.kernels.compilation --published > docs/kernel-resources.md
 
 clean: ## remove what was built and the demo; runs/, records of benchmarks and the environment stay
 	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,35 +1,53 @@
-"""Compile kernels for a GPU that is not there, just as their launchers would launch them, and say what they use.
+"""Compile kernels for GPUs that are not there, just as their launchers would launch them, and check the code.
+
+    python -m uctrans.kernels.compilation              every launch for every target: a table, and what is wrong
+    python -m uctrans.kernels.compilation --published  the published sizes on sm_90: docs/kernel-resources.md
 
 Inside :func:`compiling_for` a launch compiles its kernel and runs nothing, so a launcher called on tensors without
-data (device ``meta``) yields the very machine code that the GPU would run: the same tile sizes, and the same
-specialisation by alignment and by arguments that are 1. What a kernel uses is then read from that code.
-
-Triton must not be interpreting (``TRITON_INTERPRET`` unset when the kernels are imported).
+data (device ``meta``) yields the machine code that the GPU would run, with the same tile sizes and the same
+specialisation by alignment and by arguments that are 1. Triton must not be interpreting (``TRITON_INTERPRET`` unset).
 """
 
+import argparse
+import importlib
+import itertools
+import math
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 MATRIX_INSTRUCTIONS = re.compile(r"\b(?:UTC)?[HIQDO]G?MMA\b|\bv_mfma")
 LOCAL_MEMORY_INSTRUCTIONS = re.compile(r"\b(?:LDL|STL)\b")
+INSTRUCTIONS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;\n]*);")
+BRANCHES = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 RESOURCE_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 PRODUCTS = re.compile(r"= tt\.dot(?:_scaled)? .*?: tensor<[0-9x]*x(\w+)> \*")
 TENSOR_MEMORY_COLUMNS = 512  # of one Blackwell multiprocessor
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 HALF_PRECISION = {"f16", "bf16"}
 
+TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100), "gfx942": ("hip", "gfx942")}
+PUBLISHED_WIDTHS = (64, 128, 256, 512)
+HEADS = 4
+EPS = 1e-5
+MOMENTUM = 0.1
+
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one compiled kernel is and uses; counts are of instructions in its machine code."""
+    """A compiled kernel and the resources it uses; counts are of instructions in its machine code."""
 
     kernel: str
     architecture: str  # "sm_90", "gfx942"
@@ -41,7 +59,7 @@ class CompiledKernel:
     grid: tuple[int, ...]
     registers: int  # a thread
     stack: int  # bytes a thread; what the registers spill to
-    local_accesses: int  # loads and stores of spilled registers
+    local_accesses: int  # loads and stores of spilled registers in loops
     shared: int  # bytes a block
     shared_limit: int
     tensor_memory: int  # columns a block, Blackwell only
@@ -49,7 +67,7 @@ class CompiledKernel:
     matrix_instructions: dict[str, int]
 
     def problems(self) -> list[str]:
-        """What must not be: a launch the GPU refuses, and on sm_90 spills and products off the matrix units."""
+        """Return what is wrong: launches that fail, and on sm_90 spills in loops and products off the matrix units."""
         found = []
         if self.shared > self.shared_limit:
             found.append(f"needs {self.shared} bytes of shared memory, a block may have {self.shared_limit}")
@@ -58,9 +76,9 @@ class CompiledKernel:
         if any(size > largest for size, largest in zip(self.grid, LARGEST_GRID, strict=False)):
             found.append(f"is launched on the grid {self.grid}, larger than {LARGEST_GRID}")
         if self.architecture == "sm_90":
-            if self.stack or self.local_accesses:
-                found.append(f"spills {self.stack} bytes of stack, {self.local_accesses} accesses")
-            # Rows that are read entry by entry leave registers for tiles below the 64 rows of HGMMA only.
+            if self.local_accesses:
+                found.append(f"spills {self.stack} bytes of stack, {self.local_accesses} accesses in loops")
+            # Rows that are read entry by entry leave registers for tiles of less than the 64 rows of HGMMA only.
             is_scattered = any(re.search(r"(_|\.)ptr$|(^|\.)stride", name) for name in self.unaligned)
             expected = {"HGMMA", "HMMA"} if is_scattered else {"HGMMA"}
             if HALF_PRECISION.intersection(self.products) and not expected.intersection(self.matrix_instructions):
@@ -73,13 +91,14 @@ def compiling_for(family: str, architecture: int | str) -> Iterator[list[Compile
     """Compile every kernel launched inside, for ``("cuda", 90)`` or ``("hip", "gfx942")``, and launch none.
 
     Yields:
-        A list that each launch inside appends to. Tensors may be on any device, and ``meta`` ones cost no memory;
-        like the GPU's own allocations they count as aligned, and views into them as aligned as their offset is.
+        A list that each launch inside appends to. Tensors on the device ``meta`` count as aligned, like the GPU's own
+        allocations, and views into them as aligned as their offset is.
 
     Raises:
         RuntimeError: a kernel launched inside does not compile; or Triton is interpreting, and compiles nothing.
     """
     from triton.backends.compiler import GPUTarget
+    from triton.errors import TritonError
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -98,7 +117,7 @@ def compiling_for(family: str, architecture: int | str) -> Iterator[list[Compile
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         try:
             binary = run(self, *args, grid=grid, warmup=True, **kwargs)
-        except Exception as error:
+        except (TritonError, RuntimeError) as error:
             raise RuntimeError(f"{self.fn.__name__} does not compile for {family} {architecture}: {error}") from error
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         compiled.append(_describe(binary, tuple(grid(arguments)) if callable(grid) else tuple(grid)))
@@ -140,7 +159,7 @@ def _describe(binary: Any, grid: tuple[int, ...]) -> CompiledKernel:
         grid=grid,
         registers=registers,
         stack=stack,
-        local_accesses=len(LOCAL_MEMORY_INSTRUCTIONS.findall(code)),
+        local_accesses=_local_accesses_in_loops(code),
         shared=metadata.shared,
         shared_limit=current_architecture().shared_memory,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
@@ -150,7 +169,7 @@ def _describe(binary: Any, grid: tuple[int, ...]) -> CompiledKernel:
 
 
 def _leaves(signature: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], str, Any]]:
-    """Path, name and type of every argument, those within tuples one by one; an empty tuple counts as an argument."""
+    """Yield path, name and type of every argument, those within tuples one by one; an empty tuple is an argument."""
 
     def walk(path: tuple[int, ...], name: str, type_name: Any) -> Iterator[tuple[tuple[int, ...], str, Any]]:
         if type_name and isinstance(type_name, tuple):
@@ -172,7 +191,7 @@ def _may_be_aligned(parameter: Any, type_name: str) -> bool:
 
 @cache
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers a thread, bytes of stack a thread, and the instructions of an NVIDIA binary."""
+    """Return registers a thread, bytes of stack a thread, and the instructions of an NVIDIA binary."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -186,10 +205,309 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
     return max(registers for registers, _ in usage), max(stack for _, stack in usage), listing
 
 
+def _local_accesses_in_loops(listing: str) -> int:
+    """Count the local loads and stores of an NVIDIA binary between a branch backwards and its target."""
+    instructions = [(int(address, 16), instruction) for address, instruction in INSTRUCTIONS.findall(listing)]
+    branches = [(address, BRANCHES.search(instruction)) for address, instruction in instructions]
+    loops = [(int(branch[1], 16), address) for address, branch in branches if branch]
+    return sum(
+        any(first <= address <= last for first, last in loops)
+        for address, instruction in instructions
+        if LOCAL_MEMORY_INSTRUCTIONS.search(instruction)
+    )
+
+
 def _read_assembly(assembly: str) -> tuple[int, int, str]:
-    """Vector registers a thread, bytes of scratch a thread, and the instructions of an AMD program."""
+    """Return vector registers a thread, bytes of scratch a thread, and the instructions of an AMD program."""
     counts = [re.search(rf"\.{name}:\s+(\d+)", assembly) for name in ("vgpr_count", "private_segment_fixed_size")]
     if None in counts:
         raise RuntimeError(f"no register counts in the assembly:\n{assembly[-1000:]}")
     registers, scratch = (int(match[1]) for match in counts)
     return registers, scratch, assembly
+
+
+class Sizes(NamedTuple):
+    """The dtype and the sizes of the launches to compile."""
+
+    dtype: torch.dtype
+    batches: Sequence[int] = (32,)
+    tokens: Sequence[int] = (196,)
+    widths: Sequence[int] = PUBLISHED_WIDTHS
+    maps: Sequence[tuple[int, int, int]] = ((64, 224, 16), (128, 112, 8), (256, 56, 4), (512, 28, 2))
+    classes: Sequence[int] = (1, 3)
+    formats: Sequence[torch.memory_format] = (torch.channels_last,)
+    offset: int = 0  # elements of memory before each tensor
+    is_tf32: bool = False  # products of float32
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return a tensor without data."""
+        return torch.empty(math.prod(shape) + self.offset, dtype=self.dtype, device="meta")[self.offset :].view(shape)
+
+    def empty_map(self, batch: int, channels: int, side: int, memory_format: torch.memory_format) -> Tensor:
+        """Return a square map (B, C, H, W) without data."""
+        if memory_format == torch.channels_last:
+            return self.empty(batch, side, side, channels).permute(0, 3, 1, 2)
+        return self.empty(batch, channels, side, side)
+
+
+def published(dtype: torch.dtype) -> Sizes:
+    """Return the sizes of the published network at 224 pixels, 32 images."""
+    return Sizes(dtype)
+
+
+def representative(dtype: torch.dtype) -> Sizes:
+    """Return sizes with which each kernel is launched at least once."""
+    return Sizes(dtype, maps=((64, 224, 16),))
+
+
+def odd(dtype: torch.dtype) -> Sizes:
+    """Return sizes, strides and offsets that are no multiples of 16."""
+    return Sizes(dtype, batches=(3,), tokens=(225,), widths=(17, 33, 65), maps=((17, 42, 6),), offset=1)
+
+
+def thorough(dtype: torch.dtype) -> Sizes:
+    """Return the published sizes with other batches, memory formats and classes, and every way to tile tokens."""
+    from .channel_attention.operator import LONGEST_FUSED_FORWARD
+    from .channel_attention.triton_blocks import Problem, token_tiles
+
+    longest_first = range(LONGEST_FUSED_FORWARD, 0, -1)
+    channels = sum(PUBLISHED_WIDTHS)
+    tokens = {token_tiles(Problem(HEADS, count, channels, dtype, True)): count for count in longest_first}
+    formats = (torch.channels_last, torch.contiguous_format)
+    return Sizes(dtype, (1, 4, 32), sorted(tokens.values()), classes=(1, 2, 3, 16, 64), formats=formats)
+
+
+def _channel_attention(sizes: Sizes) -> None:
+    from .channel_attention.operator import LONGEST_FUSED, longest_fused_forward
+    from .channel_attention.triton import backward, forward
+
+    for batch, tokens, dropout_p in itertools.product(sizes.batches, sizes.tokens, (0.0, 0.1)):
+        # As the projections write them: heads within tokens.
+        heads = [sizes.empty(batch, tokens, HEADS, sum(sizes.widths)).transpose(1, 2) for _ in range(3)]
+        if tokens > longest_fused_forward(*heads):
+            continue
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        output, *saved = forward(*heads, sizes.widths, dropout_p, EPS, seed)
+        if tokens <= LONGEST_FUSED:
+            backward(sizes.empty(*output.shape), *heads, *saved, sizes.widths, dropout_p)
+
+
+def _packed_linear(sizes: Sizes) -> None:
+    from .packed_linear.triton import packed_linear, token_gradient, weight_gradient
+
+    wide = [4 * width for width in sizes.widths]
+    projections = (
+        (sizes.widths, sizes.widths, (HEADS,), False),  # queries
+        (sizes.widths, sizes.widths, (), False),  # output
+        (sizes.widths, wide, (), True),  # first layer of the MLP
+        (wide, sizes.widths, (), True),  # second layer
+    )
+    for batch, (in_widths, out_widths, heads, has_biases) in itertools.product(sizes.batches, projections):
+        tokens = sizes.empty(batch, sizes.tokens[0], sum(in_widths))
+        weights = [sizes.empty(*heads, *pair) for pair in zip(out_widths, in_widths, strict=True)]
+        biases = [sizes.empty(*heads, width) for width in out_widths] if has_biases else []
+        output = packed_linear(tokens, weights, biases)
+        gradient = sizes.empty(*output.shape)
+        token_gradient(gradient, weights)
+        weight_gradient(gradient, tokens, in_widths, out_widths, has_biases)
+
+
+def _packed_mlp(sizes: Sizes) -> None:
+    from .packed_mlp.triton import forward, hidden_gradient
+
+    for batch, keeps_hidden in itertools.product(sizes.batches, (True, False)):
+        tokens = sizes.empty(batch, sizes.tokens[0], sum(sizes.widths))
+        residual = torch.empty(tokens.shape, device="meta")  # float32, as in a network under autocast
+        expand = [sizes.empty(4 * width, width) for width in sizes.widths]
+        contract = [sizes.empty(width, 4 * width) for width in sizes.widths]
+        biases = [[sizes.empty(weight.shape[0]) for weight in weights] for weights in (expand, contract)]
+        _, hidden, _ = forward(tokens, residual, expand, biases[0], contract, biases[1], keeps_hidden)
+        if keeps_hidden:
+            hidden_gradient(tokens, contract, hidden)
+
+
+def _packed_layer_norm(sizes: Sizes) -> None:
+    from .packed_layer_norm import triton
+
+    for batch in sizes.batches:
+        tokens = sizes.empty(batch, sizes.tokens[0], sum(sizes.widths))
+        weight, bias = (torch.empty(sum(sizes.widths), device="meta") for _ in range(2))
+        arguments = (tokens, sizes.widths, weight)
+        output = triton.packed_layer_norm(*arguments, bias, EPS, sizes.dtype)
+        triton.packed_layer_norm_backward(output, *arguments, EPS)
+        output, context = triton.cross_layer_norm(*arguments, bias, weight, bias, EPS, sizes.dtype)
+        triton.cross_layer_norm_backward(output, context, *arguments, weight, EPS)
+
+
+def _skip_gate(sizes: Sizes) -> None:
+    from .skip_gate.triton import backward, forward
+
+    for batch, (channels, side, patch), memory_format in itertools.product(sizes.batches, sizes.maps, sizes.formats):
+        encoder_feature = sizes.empty_map(batch, channels, side, memory_format)
+        decoder_feature = sizes.empty_map(batch, channels, side // 2, memory_format)
+        tokens = sizes.empty_map(batch, channels, side // patch, memory_format)
+        weight, bias = sizes.empty(channels, channels), sizes.empty(channels)
+        for maps, decoder in (((tokens, decoder_feature), (weight, bias)), ((None, None), (None, None))):
+            has_decoder = maps[1] is not None
+            output, gate, means = forward(
+                encoder_feature, *maps, weight, bias, *decoder, concatenate=has_decoder, dtype=sizes.dtype
+            )
+            gradient = sizes.empty_map(batch, output.shape[1], side, memory_format)
+            decoder_grid = list(decoder_feature.shape[2:]) if has_decoder else []
+            backward(gradient, encoder_feature, maps[0], weight, decoder[0], gate, means, decoder_grid)
+
+
+def _segmentation_loss(sizes: Sizes) -> None:
+    from .segmentation_loss import triton, triton_scores
+
+    side = sizes.maps[0][1]
+    for batch, classes, memory_format in itertools.product(sizes.batches, sizes.classes, sizes.formats):
+        logits = sizes.empty_map(batch, classes, side, memory_format)
+        masks = torch.empty(batch, side, side, dtype=torch.uint8, device="meta")
+        sums, counts = triton.forward(logits, masks)
+        for totals in (None, torch.empty(3, device="meta")):
+            _, _, slopes = triton_scores.segmentation_scores(sums, counts, totals, side**2, 0.5, 0.5)
+        triton.backward(slopes, logits, masks)
+
+
+def _batch_norm_relu(sizes: Sizes) -> None:
+    from .batch_norm_relu import triton
+
+    for batch, (channels, side, _), memory_format in itertools.product(sizes.batches, sizes.maps, sizes.formats):
+        feature = sizes.empty_map(batch, channels, side, memory_format)
+        weight, bias, running_mean, running_var = (torch.empty(channels, device="meta") for _ in range(4))
+        for running in ((running_mean, running_var), (None, None)):
+            output, mean, variance, _ = triton.forward(feature, weight, bias, *running, MOMENTUM, EPS)
+        saved = (feature, weight, bias, mean, variance, EPS)
+        _, pooled = triton.apply_and_pool(*saved)
+        for is_of_batch in (True, False):
+            triton.backward(output, *saved, is_of_batch)
+            triton.backward_of_pool(output, pooled, *saved, is_of_batch)
+
+
+OPERATORS = (
+    _channel_attention,
+    _packed_linear,
+    _packed_mlp,
+    _packed_layer_norm,
+    _skip_gate,
+    _segmentation_loss,
+    _batch_norm_relu,
+)
+
+
+def compile_launches(target: str, sizes: Sizes) -> tuple[list[CompiledKernel], list[str]]:
+    """Compile every launch of ``sizes`` for one of :data:`TARGETS`; return the kernels, and what is wrong with them."""
+    torch.backends.cuda.matmul.allow_tf32 = sizes.is_tf32
+    kernels, problems = [], []
+    for launch in OPERATORS:
+        with compiling_for(*TARGETS[target]) as compiled:
+            try:
+                launch(sizes)
+            except RuntimeError as error:  # a kernel that does not compile is one more problem
+                problems.append(str(error))
+        kernels += compiled
+    for kernel in kernels:
+        problems += [f"{kernel.kernel} {problem} ({_listed(kernel.constants)})" for problem in kernel.problems()]
+    return kernels, list(dict.fromkeys(problems))
+
+
+def kernels_without_launch(kernels: Iterable[CompiledKernel]) -> list[str]:
+    """Return the names of this package's kernels that are not among ``kernels``."""
+    from triton.runtime.jit import JITFunction
+
+    package = Path(__file__).parent
+    written, called = set(), {kernel.kernel for kernel in kernels}
+    for path in package.rglob("*.py"):
+        if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE):
+            name = ".".join([__package__, *path.relative_to(package).with_suffix("").parts])
+            for value in vars(importlib.import_module(name)).values():
+                if isinstance(value, JITFunction):
+                    written.add(value.fn.__name__)
+                    called.update(value.fn.__code__.co_names)
+    return sorted(written - called)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(dict.fromkeys(f"| {' | '.join(map(str, cells))} |" for cells in lines))
+
+
+def _listed(constants: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}".replace(" ", "") for name, value in constants.items())
+
+
+def _full_table(target: str, sizes: Sizes) -> tuple[str, list[str]]:
+    """Return a table with one row for each binary, and what is wrong."""
+    kernels, problems = compile_launches(target, sizes)
+    dtype = f"{str(sizes.dtype).removeprefix('torch.')}{' as tf32' * sizes.is_tf32}"
+    rows = [
+        (
+            target,
+            dtype,
+            kernel.kernel,
+            _listed(kernel.constants),
+            _listed(kernel.folded),
+            " ".join(kernel.unaligned),
+            *(kernel.warps, kernel.stages, kernel.registers, kernel.stack, kernel.shared),
+            ", ".join(f"{count} {name}" for name, count in kernel.matrix_instructions.items()),
+        )
+        for kernel in sorted(kernels, key=lambda kernel: (kernel.kernel, str(kernel.constants)))
+    ]
+    columns = ("target", "dtype", "kernel", "constants", "folded", "not multiples of 16", "warps", "stages")
+    return _table((*columns, "registers", "stack", "shared", "matrix instructions"), rows), problems
+
+
+def _published_table() -> tuple[str, list[str]]:
+    """Return a table of the published sizes on sm_90 with one row for each kernel and dtype, and what is wrong."""
+    rows, problems = [], []
+    for dtype in (torch.bfloat16, torch.float16):
+        kernels, found = compile_launches("sm_90", published(dtype))
+        problems += found
+        for name, binaries in itertools.groupby(sorted(kernels, key=lambda kernel: kernel.kernel), lambda k: k.kernel):
+            binaries = list({str(binary): binary for binary in binaries}.values())
+            most = [max(getattr(binary, use) for binary in binaries) for use in ("registers", "stack", "shared")]
+            instructions = sorted({name for binary in binaries for name in binary.matrix_instructions})
+            rows.append((name, str(dtype).removeprefix("torch."), len(binaries), *most, ", ".join(instructions)))
+    columns = ("kernel", "dtype", "binaries", "registers", "stack", "shared", "matrix instructions")
+    return _table(columns, sorted(rows)), problems
+
+
+PAGE = """# Resources of the kernels
+
+For the published sizes (224 pixels, 32 images) on sm_90, compiled with Triton {version} without a GPU. A row has the
+largest of all binaries of a kernel and dtype: registers a thread, stack in bytes a thread (spilled registers), and
+shared memory in bytes a block. HGMMA are the matrix instructions of Hopper.
+
+    python -m uctrans.kernels.compilation --published    # writes this page to standard output
+    python -m uctrans.kernels.compilation                # every binary for sm_80, sm_90, sm_100 and gfx942
+
+{table}
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print a table; return 1 and print what is wrong to standard error if something is."""
+    import triton
+
+    parser = argparse.ArgumentParser(prog="python -m uctrans.kernels.compilation", description="Compile every kernel.")
+    parser.add_argument("--published", action="store_true", help="print docs/kernel-resources.md")
+    if parser.parse_args(words).published:
+        table, problems = _published_table()
+        print(PAGE.format(version=triton.__version__, table=table), end="")
+    else:
+        half, single = (torch.bfloat16, torch.float16), torch.float32
+        problems = []
+        for target in TARGETS:
+            lists = [published(dtype) for dtype in (*half, single)] + [published(single)._replace(is_tf32=True)]
+            lists += [thorough(torch.bfloat16), odd(torch.bfloat16)] if target == "sm_90" else []
+            for sizes in lists:
+                table, found = _full_table(target, sizes)
+                print(table, end="\n\n", flush=True)
+                problems += [f"{target}: {problem}" for problem in found]
+    print("\n".join(problems), file=sys.stderr, end="")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

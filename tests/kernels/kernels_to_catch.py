@@ -1,4 +1,4 @@
-"""Kernels that the compile checks must find fault with, and one that they must not; prints what they found as JSON."""
+"""Kernels with faults that the compile checks must find, and one without; the script prints the findings as JSON."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from uctrans.kernels.compilation import compiling_for
+from uctrans.kernels.compilation import TARGETS, compiling_for
 
 
 @triton.jit
@@ -43,15 +43,14 @@ FAULTS = {
 
 
 def main() -> None:
-    """Compile for the GPU named by the two arguments, ``cuda 90`` say."""
-    family, architecture = sys.argv[1:]
+    """Compile for the target that the argument names, such as ``sm_90``."""
     before = triton.runtime.jit.JITFunction.run
     matrix = torch.empty(512, 512, dtype=torch.bfloat16, device="meta")
     out = torch.empty(512, 512, device="meta")
     found = {}
 
     def launch(fault, grid=(1,), left=matrix, width=512, stride=512, **changes):
-        with compiling_for(family, int(architecture) if family == "cuda" else architecture) as compiled:
+        with compiling_for(*TARGETS[sys.argv[1]]) as compiled:
             _product_kernel[grid](left, matrix, out, width, stride, **SOUND | changes)
         (kernel,) = compiled
         found[fault] = dataclasses.asdict(kernel) | {"problems": kernel.problems()}
