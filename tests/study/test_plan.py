@@ -120,6 +120,7 @@ def test_recipes_are_settings_of_a_training_and_of_a_study(recipe):
         ("--models UNet", "models: unknown model 'UNet'; did you mean 'unet'?"),
         ("--models uctransnet_from_unet", "starts from the U-Net of its seed and fold; name unet too"),
         ("--models unet,unet_from_unet", "unet_from_unet: unet cannot start from a U-Net; leave it out"),
+        ("--models unet,dual_branch_uctransnet_from_unet", "dual_branch_uctransnet cannot start from a U-Net"),
         ("--model-options {\"layers\":2}", "none of unet, uctransnet, dual_branch_uctransnet takes layers"),
         ("--seeds 0", "seeds: 0 is too small; give at least 1"),
         ("--seeds=-1", "seeds: -1 is too small"),
