@@ -238,6 +238,11 @@ class Sizes(NamedTuple):
     formats: Sequence[torch.memory_format] = (torch.channels_last,)
     offset: int = 0  # elements of memory before each tensor
     is_tf32: bool = False  # products of float32
+    has_variants: bool = True  # launches of the same kernels with other options, too
+
+    def variants(self, *options: Any) -> Sequence[Any]:
+        """Return all options, or the first."""
+        return options if self.has_variants else options[:1]
 
     def empty(self, *shape: int) -> Tensor:
         """Return a tensor without data."""
@@ -256,8 +261,8 @@ def published(dtype: torch.dtype) -> Sizes:
 
 
 def representative(dtype: torch.dtype) -> Sizes:
-    """Return sizes with which each kernel is launched at least once."""
-    return Sizes(dtype, maps=((64, 224, 16),))
+    """Return sizes with which each kernel is launched once or twice."""
+    return Sizes(dtype, maps=((64, 224, 16),), has_variants=False)
 
 
 def odd(dtype: torch.dtype) -> Sizes:
@@ -281,7 +286,7 @@ def _channel_attention(sizes: Sizes) -> None:
     from .channel_attention.operator import LONGEST_FUSED, longest_fused_forward
     from .channel_attention.triton import backward, forward
 
-    for batch, tokens, dropout_p in itertools.product(sizes.batches, sizes.tokens, (0.0, 0.1)):
+    for batch, tokens, dropout_p in itertools.product(sizes.batches, sizes.tokens, sizes.variants(0.1, 0.0)):
         # As the projections write them: heads within tokens.
         heads = [sizes.empty(batch, tokens, HEADS, sum(sizes.widths)).transpose(1, 2) for _ in range(3)]
         if tokens > longest_fused_forward(*heads):
@@ -296,11 +301,11 @@ def _packed_linear(sizes: Sizes) -> None:
     from .packed_linear.triton import packed_linear, token_gradient, weight_gradient
 
     wide = [4 * width for width in sizes.widths]
-    projections = (
-        (sizes.widths, sizes.widths, (HEADS,), False),  # queries
-        (sizes.widths, sizes.widths, (), False),  # output
+    projections = sizes.variants(
         (sizes.widths, wide, (), True),  # first layer of the MLP
         (wide, sizes.widths, (), True),  # second layer
+        (sizes.widths, sizes.widths, (HEADS,), False),  # queries
+        (sizes.widths, sizes.widths, (), False),  # output
     )
     for batch, (in_widths, out_widths, heads, has_biases) in itertools.product(sizes.batches, projections):
         tokens = sizes.empty(batch, sizes.tokens[0], sum(in_widths))
@@ -315,7 +320,7 @@ def _packed_linear(sizes: Sizes) -> None:
 def _packed_mlp(sizes: Sizes) -> None:
     from .packed_mlp.triton import forward, hidden_gradient
 
-    for batch, keeps_hidden in itertools.product(sizes.batches, (True, False)):
+    for batch, keeps_hidden in itertools.product(sizes.batches, sizes.variants(True, False)):
         tokens = sizes.empty(batch, sizes.tokens[0], sum(sizes.widths))
         residual = torch.empty(tokens.shape, device="meta")  # float32, as in a network under autocast
         expand = [sizes.empty(4 * width, width) for width in sizes.widths]
@@ -347,7 +352,8 @@ def _skip_gate(sizes: Sizes) -> None:
         decoder_feature = sizes.empty_map(batch, channels, side // 2, memory_format)
         tokens = sizes.empty_map(batch, channels, side // patch, memory_format)
         weight, bias = sizes.empty(channels, channels), sizes.empty(channels)
-        for maps, decoder in (((tokens, decoder_feature), (weight, bias)), ((None, None), (None, None))):
+        whole, gate_alone = ((tokens, decoder_feature), (weight, bias)), ((None, None), (None, None))
+        for maps, decoder in sizes.variants(whole, gate_alone):
             has_decoder = maps[1] is not None
             output, gate, means = forward(
                 encoder_feature, *maps, weight, bias, *decoder, concatenate=has_decoder, dtype=sizes.dtype
@@ -365,7 +371,7 @@ def _segmentation_loss(sizes: Sizes) -> None:
         logits = sizes.empty_map(batch, classes, side, memory_format)
         masks = torch.empty(batch, side, side, dtype=torch.uint8, device="meta")
         sums, counts = triton.forward(logits, masks)
-        for totals in (None, torch.empty(3, device="meta")):
+        for totals in sizes.variants(torch.empty(3, device="meta"), None):
             _, _, slopes = triton_scores.segmentation_scores(sums, counts, totals, side**2, 0.5, 0.5)
         triton.backward(slopes, logits, masks)
 
@@ -376,11 +382,11 @@ def _batch_norm_relu(sizes: Sizes) -> None:
     for batch, (channels, side, _), memory_format in itertools.product(sizes.batches, sizes.maps, sizes.formats):
         feature = sizes.empty_map(batch, channels, side, memory_format)
         weight, bias, running_mean, running_var = (torch.empty(channels, device="meta") for _ in range(4))
-        for running in ((running_mean, running_var), (None, None)):
+        for running in sizes.variants((running_mean, running_var), (None, None)):
             output, mean, variance, _ = triton.forward(feature, weight, bias, *running, MOMENTUM, EPS)
         saved = (feature, weight, bias, mean, variance, EPS)
         _, pooled = triton.apply_and_pool(*saved)
-        for is_of_batch in (True, False):
+        for is_of_batch in sizes.variants(True, False):
             triton.backward(output, *saved, is_of_batch)
             triton.backward_of_pool(output, pooled, *saved, is_of_batch)
 
@@ -476,8 +482,8 @@ def _published_table() -> tuple[str, list[str]]:
 PAGE = """# Resources of the kernels
 
 For the published sizes (224 pixels, 32 images) on sm_90, compiled with Triton {version} without a GPU. A row has the
-largest of all binaries of a kernel and dtype: registers a thread, stack in bytes a thread (spilled registers), and
-shared memory in bytes a block. HGMMA are the matrix instructions of Hopper.
+largest of all binaries of a kernel and dtype: registers a thread, stack in bytes a thread (spilled registers, which no
+kernel accesses in a loop), and shared memory in bytes a block. HGMMA are the matrix instructions of Hopper.
 
     python -m uctrans.kernels.compilation --published    # writes this page to standard output
     python -m uctrans.kernels.compilation                # every binary for sm_80, sm_90, sm_100 and gfx942

@@ -34,7 +34,7 @@ LARGEST_STRIDE = 2**20  # between neighbours in a tile, which are counted in 32 
 
 
 class Layout(NamedTuple):
-    """What the kernels of a launch walk along, pixels or windows of them, and the tiles that fit."""
+    """The pixels, or windows of pixels, that the kernels of a launch walk along, and the tiles that fit."""
 
     images: int
     pixels: int  # of an image
@@ -92,7 +92,7 @@ def _tiles(layout: Layout) -> Tiles:
 
 
 def cut_into_parts(layout: Layout) -> tuple[Cut, Tiles]:
-    """Cut a map for programs that sum: into few parts, because whoever needs the sums adds them all."""
+    """Cut a map for programs that sum: into few parts, because every reader of a sum adds them all."""
     tiles = _tiles(layout)
     most = max(MOST_PARTS // triton.cdiv(layout.channels, tiles.BLOCK_C), 1)
     return _cut(layout, tiles, min(triton.cdiv(_pixel_tiles(layout, tiles), STEPS), most)), tiles
