@@ -10,7 +10,7 @@ from skimage.color import hed2rgb, rgb2hed
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests.data.support import NO_CHANGES, generator
-from tests.kernels.drawn import drawn
+from tests.kernels.support import drawn
 from uctrans.data import DataError, NativeAugmentation, get_protocol
 from uctrans.data.augmentation import (
     blur_gaussian,

@@ -1,6 +1,6 @@
-"""Batch norm and ReLU in plain PyTorch: against ``nn.BatchNorm2d``, and what the public function refuses.
+"""Batch norm and ReLU in plain PyTorch: against ``nn.BatchNorm2d``, and bad input of the public function.
 
-What the Triton operator computes is in ``test_batch_norm_relu_triton.py``.
+``test_batch_norm_relu_triton.py`` tests the Triton operator.
 """
 
 import math
@@ -51,7 +51,7 @@ def test_written_out_by_hand():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(training):
-    """First and second derivatives of the composed form; away from the ReLU's corner, where there is none."""
+    """First and second derivatives of the composed form, away from the ReLU's corner, which has none."""
     feature, weight, bias = (tensor.requires_grad_() for tensor in norm_inputs((2, 2, 2, 3)))
     running = running_statistics([feature, weight])
 
@@ -110,7 +110,7 @@ class TestWhatPlainPyTorchAllows:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestLikeBatchNorm2d:
-    """What ``nn.BatchNorm2d`` does and a user may rely on, on every backend."""
+    """Behaviour of ``nn.BatchNorm2d`` that users rely on, on every backend."""
 
     @pytest.fixture(autouse=True)
     def triton(self):

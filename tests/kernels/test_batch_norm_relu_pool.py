@@ -107,7 +107,7 @@ class TestErrorBudget:
             draws = [inputs_of(SHAPES[name], dtype, memory_format, seed) for seed in range(3)]
             assert_as_exact_as_the_reference(draws, "composed", training=training)
 
-    # Of tiles of 4 elements, in one part for each tile, and in one part for all.
+    # Tiles of 4 elements, in one part for each tile, and in one part for all.
     @pytest.mark.parametrize("parts", [{"STEPS": 1}, {"STEPS": 1, "MOST_PARTS": 1}], ids=["many parts", "one part"])
     @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
     def test_many_tiles(self, memory_format, dtype, parts, monkeypatch):
@@ -263,7 +263,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("name", ["a sum", "a sum over rows", "channels of a wider map"])
     def test_views_of_the_gradients(self, name):
-        """Of the map's in one format, of the pooled map's in the other."""
+        """Views of the map's gradient in one format, and of the pooled map's in the other."""
         for place, memory_format in enumerate(FORMATS):
             inputs = inputs_of((1, 3, 4, 4), torch.float32, memory_format)
             upstream = [each.float().contiguous(memory_format=memory_format) for each in gradients_of(inputs)]
@@ -429,7 +429,7 @@ class TestOnAGpu:
         assert_same_bits([pooled[-1:]], [F.max_pool2d(output[-1:], 2)])
 
     def test_reduce_overhead(self):
-        """What torch.compile makes of it goes into CUDA graphs."""
+        """The compiled operator goes into CUDA graphs."""
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         inputs = inputs_of((4, 64, 56, 56), torch.bfloat16, torch.channels_last)

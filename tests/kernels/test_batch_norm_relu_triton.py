@@ -56,7 +56,7 @@ SHAPES = {
     "65 channels": (1, 65, 3, 5),
     "130 channels": (2, 130, 1, 3),
     "512 channels": (2, 512, 2, 1),
-    "many small images": (70, 2, 2, 2),
+    "many small images": (36, 2, 2, 2),
     "more pixels than a tile": (2, 2, 33, 64),
     "more pixels than several tiles": (1, 130, 9, 9),
     "empty batch": (0, 3, 4, 5),
@@ -318,7 +318,9 @@ class TestHowTensorsLieInMemory:
 
     def test_channels_that_lie_far_apart(self):
         """Distances within a tile are 32 bits: what lies further apart is copied."""
-        storage = torch.empty(3 * 2**30 + 2, dtype=torch.float16, device=DEVICE)  # memory that is not touched is none
+        storage = torch.empty(
+            3 * 2**30 + 2, dtype=torch.float16, device=DEVICE
+        )  # pages that are not touched take no memory
         far = storage.as_strided((1, 4, 1, 2), (4 * 2**30, 2**30, 1, 1))
         inputs = inputs_of((1, 4, 1, 2), torch.float16)
         far.copy_(inputs[0])
@@ -386,7 +388,7 @@ class TestNumbersThatAreHardToHold:
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
     def test_zero_is_not_positive(self, memory_format, dtype, training):
-        """What is normalised to zero passes no gradient, to the sums as little as to itself."""
+        """A value normalised to zero passes no gradient, neither to the sums nor to itself."""
         inputs = inputs_of((2, 3, 2, 4), dtype, memory_format)
         pattern = torch.tensor([-1.0, 0.0, 1.0, 0.0], device=DEVICE)  # its mean is zero, to the last bit
         inputs[0].copy_(pattern.expand(2, 3, 2, 4))
@@ -553,7 +555,7 @@ class TestOnAGpu:
             assert_same_bits(results(inputs), first)
 
     def test_cuda_graph(self):
-        """A captured step writes outputs, gradients and running statistics anew in every replay."""
+        """Every replay of a captured step writes outputs, gradients and running statistics."""
         inputs = [tensor.requires_grad_() for tensor in inputs_of((4, 64, 56, 56), torch.bfloat16, torch.channels_last)]
         gradient = normal(4, 64, 56, 56, dtype=torch.bfloat16)
         running = running_statistics([tensor.detach() for tensor in inputs])
@@ -579,7 +581,7 @@ class TestOnAGpu:
             assert_same_bits(running, expected)
 
     def test_reduce_overhead(self):
-        """What torch.compile makes of it goes into CUDA graphs."""
+        """The compiled operator goes into CUDA graphs."""
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         inputs = inputs_of((4, 64, 56, 56), torch.bfloat16, torch.channels_last)

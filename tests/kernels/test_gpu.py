@@ -102,7 +102,7 @@ def test_same_bits_in_every_run(function, inputs_of, dtype):
 
 
 class TestReduceOverhead:
-    """What torch.compile makes of the operator goes into CUDA graphs, in forward and in backward."""
+    """The compiled operator goes into CUDA graphs, in forward and in backward."""
 
     @pytest.fixture(autouse=True)
     def fresh(self):

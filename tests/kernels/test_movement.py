@@ -159,7 +159,7 @@ class TestChannelGate:
 
 
 class TestTheWatch:
-    """What the tests above would not see, they could not fail on."""
+    """The watch sees the moves that the tests above must fail on."""
 
     def test_sees_into_an_operator(self, moved):
         tokens = normal(2, sum(WIDTHS), TOKENS).transpose(1, 2)  # channels are not adjacent: the launcher must copy

@@ -1,6 +1,6 @@
-"""The sums of segmentation losses and what is made of them in plain PyTorch, and what the public functions refuse.
+"""The sums of segmentation losses, loss and Dice in plain PyTorch, and bad input of the public functions.
 
-What the Triton operators compute is in ``test_segmentation_loss_triton.py``.
+``test_segmentation_loss_triton.py`` tests the Triton operators.
 """
 
 import math

@@ -86,7 +86,7 @@ class TestErrorBudget:
 
     @pytest.mark.parametrize("classes", [1, 4])
     def test_few_mistakes_and_many_certain_pixels(self, classes):
-        """What a trained network has: losses a ten-thousandth of the logits, which logarithms near 1 would round."""
+        """A trained network has losses a ten-thousandth of the logits, which logarithms near 1 would round."""
         logits, masks = sums_inputs(2, classes, 8, 8, torch.float32)
         labels = torch.arange(max(classes, 2), device=DEVICE).view(1, -1, 1, 1)
         certain = torch.where(masks[:, None] == labels, 9.0, -1.0)
@@ -143,7 +143,7 @@ class TestStrides:
 
     @pytest.mark.parametrize("classes", [1, 3])
     def test_gradients(self, classes):
-        """Of a plain sum, with stride 0, and with other axes first."""
+        """Gradients of a plain sum, with stride 0, and with other axes first."""
         logits, masks = sums_inputs(2, classes, 4, 5, torch.float32)
         upstream = upstream_of_sums(logits).float()
         for gradient in (

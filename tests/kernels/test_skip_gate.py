@@ -1,6 +1,6 @@
-"""The skip path in plain PyTorch: the composed form against the reference, and what the public function refuses.
+"""The skip path in plain PyTorch: the composed form against the reference, and bad input of the public function.
 
-What the Triton operator computes is in ``test_skip_gate_triton.py``.
+``test_skip_gate_triton.py`` tests the Triton operator.
 """
 
 from functools import partial
