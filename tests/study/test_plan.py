@@ -1,6 +1,8 @@
 """The settings of studies and the runs that follow from them; mistakes are reported before anything is trained."""
 
 import json
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, study_m
 from uctrans.study.table import count_cost
 from uctrans.training import ConfigError, TrainConfig
 
-RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "docs" / "recipes"
 
 
 @pytest.mark.parametrize(("written", "expected"), [("5", 5), ("monuseg", "monuseg")])
@@ -108,6 +111,16 @@ def test_recipes_are_settings_of_a_training_and_of_a_study(recipe):
     assert config.to_dict() != TrainConfig(data="data", output="run").to_dict()
     study = cli.parse(["study", "models", *words])[1]
     assert {name: study.plan()[0].config.to_dict()[name] for name in changed} == changed
+
+
+def test_the_commands_of_the_page_on_studies_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^uctrans (.*)$", (ROOT / "docs" / "studies.md").read_text(), flags=re.MULTILINE)
+    assert len(commands) > 8
+    for command in commands:
+        words = shlex.split(command)
+        name, _ = cli.parse(words)
+        assert words[: len(name.split())] == name.split()
 
 
 @pytest.mark.parametrize(

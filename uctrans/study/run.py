@@ -134,8 +134,8 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
             table.write(folder)
     if study.died:
         raise StudyError(
-            f"processes: those of {len(study.died)} runs died: {'; '.join(study.died)}. The table in {folder} has the "
-            "others; the same command tries these again, with fewer processes if memory was short"
+            f"processes: {len(study.died)} died ({'; '.join(study.died)}); the table in {folder} has the other runs; "
+            "the same command tries these again, with fewer processes if memory was short"
         )
     failed = sum(read_failure(run) is not None for run in plan)
     return StudyResult(folder, table, stopped_by, sum(map(is_over, plan)) - failed, failed, len(plan))

@@ -178,7 +178,7 @@ def make_table(config: StudyConfig, plan: list[PlannedRun], costs: dict[str, dic
             return None
         name, reason = next(iter(reasons.items()))
         raise StudyError(
-            f"all runs failed, the first, {name}: {reason}; "
+            f"output: all runs failed, the first, {name}: {reason}; "
             "name another output folder and give other settings, such as a lower learning_rate"
         )
     first = scores[0]
