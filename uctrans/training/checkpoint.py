@@ -27,11 +27,11 @@ import torch
 
 from ..models import ModelFileError, read_checkpoint
 from ..models.base import load_state, write_model
+from ..models.files import CHECKPOINT_FORMAT
 from ..writing import remove_unfinished, written_atomically
 from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
 from .log import failures_named
 
-FORMAT = "uctrans-checkpoint"
 VERSION = 1
 KEYS = ("train_config", "epoch", "model", "ema", "optimizer", "scheduler", "best", "generators", "sampler")
 MODEL_KEYS = ("name", "config", "metadata", "state")
@@ -50,7 +50,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """
     remove_unfinished(path)
     with _failed_writes_named(path), written_atomically(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, file)
+        torch.save({"format": CHECKPOINT_FORMAT, "version": VERSION, **checkpoint}, file)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -117,7 +117,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
     except ModelFileError as error:
         raise CheckpointError(f"{error}; or {remedy}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: is not a checkpoint of a training run; name a last.pt or best.pt, or use init_from for weights"
         )
