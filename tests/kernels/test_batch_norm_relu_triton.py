@@ -407,16 +407,14 @@ class TestNumbersThatAreHardToHold:
             passes = (feature * weight[:, None, None].to(dtype)) > 0
             assert torch.equal(found[0][0] != 0, passes & (gradient != 0))
 
-    @pytest.mark.parametrize("offset", [-1e3, 1e6])
-    @pytest.mark.parametrize(
-        ("configuration", "memory_format"), alternately([{}, MANY_PARTS], FORMATS), ids=["one", "one", "many", "many"]
-    )
+    @pytest.mark.parametrize(("offset", "memory_format"), alternately([-1e3, 1e6], FORMATS), ids=str)
+    @pytest.mark.parametrize("configuration", [{}, MANY_PARTS], ids=["one part", "many parts"])
     def test_common_offset(self, configuration, memory_format, offset, monkeypatch):
         """Values far from zero and close together: their squares would cancel."""
         change_constants(monkeypatch, [triton, triton_layout], configuration)
         draws = []
         for seed in range(2):
-            inputs = inputs_of((3, 4, 3, 5), torch.float32, memory_format, seed)
+            inputs = inputs_of((3, 2, 3, 3), torch.float32, memory_format, seed)
             inputs[0] += offset
             draws.append(inputs)
         assert_as_exact_as_the_reference(draws)

@@ -24,12 +24,13 @@ from tests.kernels.support import (
     sums_results,
     upstream_of_sums,
 )
-from uctrans.kernels import launch, segmentation_scores, segmentation_sums
+from uctrans.kernels import segmentation_scores, segmentation_sums
 from uctrans.kernels.segmentation_loss import composed, reference
 from uctrans.kernels.testing import assert_within_budget, poisoned_allocations
 
 pytest.importorskip("triton")
 
+from uctrans.kernels import launch
 from uctrans.kernels.segmentation_loss import triton, triton_scores
 
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -38,7 +39,7 @@ MASK_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, to
 MANY_PARTS = {"TILE": 8, "CLASS_TILE": 8}
 CONFIGURATIONS = {
     "small tiles": MANY_PARTS,
-    "few pixels a tile": {"TILE": 4, "CLASS_TILE": 4},
+    "one pixel a tile": {"TILE": 1, "CLASS_TILE": 4},
     "large tiles": {"TILE": 4096, "CLASS_TILE": 2048},
     "one part": MANY_PARTS | {"MOST_PARTS": 1},
     "three parts": MANY_PARTS | {"MOST_PARTS": 3},
