@@ -43,7 +43,7 @@ gpu: ## run the plan for a CUDA GPU, in nine minutes: make gpu PYTHON=python ARG
 
 # What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.
 resources: $(VENV)/.dev ## compile the kernels offline: docs/kernel-resources.md
-	$(BIN)/python -m uctrans.kernels.compilation --published > docs/kernel-resources.md
+	$(BIN)/python -m uctrans.kernels.compilation --published docs/kernel-resources.md
 
 clean: ## remove what was built and the demo; runs/, records of benchmarks and the environment stay
 	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis *.egg-info

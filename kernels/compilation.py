@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not there, just as their launchers would launch them, and check the code.
 
-    python -m uctrans.kernels.compilation              every launch for every target: a table, and what is wrong
-    python -m uctrans.kernels.compilation --published  the published sizes on sm_90: docs/kernel-resources.md
+    python -m uctrans.kernels.compilation                   every launch for every target: a table, and what is wrong
+    python -m uctrans.kernels.compilation --published PAGE  the published sizes on sm_90: docs/kernel-resources.md
 
 Inside :func:`compiling_for` a launch compiles its kernel and runs nothing, so a launcher called on tensors without
 data (device ``meta``) yields the machine code that the GPU would run, with the same tile sizes and the same
@@ -485,22 +485,24 @@ For the published sizes (224 pixels, 32 images) on sm_90, compiled with Triton {
 largest of all binaries of a kernel and dtype: registers a thread, stack in bytes a thread (spilled registers, which no
 kernel accesses in a loop), and shared memory in bytes a block. HGMMA are the matrix instructions of Hopper.
 
-    python -m uctrans.kernels.compilation --published    # writes this page to standard output
-    python -m uctrans.kernels.compilation                # every binary for sm_80, sm_90, sm_100 and gfx942
+    python -m uctrans.kernels.compilation --published docs/kernel-resources.md    # writes this page
+    python -m uctrans.kernels.compilation    # prints every binary for sm_80, sm_90, sm_100 and gfx942
 
 {table}
 """
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print a table; return 1 and print what is wrong to standard error if something is."""
+    """Print the table, or write the page; return 1, and write none, if something is wrong."""
     import triton
 
     parser = argparse.ArgumentParser(prog="python -m uctrans.kernels.compilation", description="Compile every kernel.")
-    parser.add_argument("--published", action="store_true", help="print docs/kernel-resources.md")
-    if parser.parse_args(words).published:
+    parser.add_argument("--published", type=Path, metavar="PAGE", help="write a page of the published sizes on sm_90")
+    page = parser.parse_args(words).published
+    if page is not None:
         table, problems = _published_table()
-        print(PAGE.format(version=triton.__version__, table=table), end="")
+        if not problems:
+            page.write_text(PAGE.format(version=triton.__version__, table=table), encoding="utf-8")
     else:
         half, single = (torch.bfloat16, torch.float16), torch.float32
         problems = []
@@ -511,7 +513,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 table, found = _full_table(target, sizes)
                 print(table, end="\n\n", flush=True)
                 problems += [f"{target}: {problem}" for problem in found]
-    print("\n".join(problems), file=sys.stderr, end="")
+    print("\n".join(problems), file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from uctrans.kernels import compilation
 from uctrans.kernels.backend import INTERPRETER_VARIABLE
 from uctrans.kernels.compilation import TARGETS, compiling_for
 
@@ -105,7 +106,18 @@ def test_the_page_lists_every_kernel():
     rows = [
         line.split("|")[1].strip() for line in PAGE.read_text(encoding="utf-8").splitlines() if "| bfloat16 |" in line
     ]
-    assert rows == report["kernels"], "python -m uctrans.kernels.compilation --published writes the page"
+    assert rows == report["kernels"], "`make resources` writes the page"
+
+
+def test_a_page_of_kernels_with_faults_is_not_written(monkeypatch, tmp_path, capsys):
+    page, faults = tmp_path / "page.md", ["spills 8 bytes"]
+    monkeypatch.setattr(compilation, "compile_launches", lambda target, sizes: ([], faults))
+    assert compilation.main(["--published", str(page)]) == 1
+    assert not page.exists()
+    assert "spills 8 bytes" in capsys.readouterr().err
+    faults.clear()
+    assert compilation.main(["--published", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").startswith("# Resources of the kernels")
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):
