@@ -45,48 +45,26 @@ def test_model_options_may_be_json():
     assert TrainConfig(data="d", output="o", model_options='{"num_layers": 2}').model_options == {"num_layers": 2}
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("data", ""),
-        ("output", ""),
-        ("data", 3),
-        ("epochs", 0),
-        ("epochs", "ten"),
-        ("epochs", 2.5),
-        ("epochs", True),
-        ("batch_size", 0),
-        ("learning_rate", 0),
-        ("learning_rate", "fast"),
-        ("learning_rate", float("nan")),
-        ("learning_rate", 1e-5),
-        ("min_learning_rate", -1),
-        ("restart_period", 0),
-        ("patience", 0),
-        ("first_best_epoch", 0),
-        ("val_every", 0),
-        ("save_minutes", -1.0),
-        ("optimizer", "sgd"),
-        ("amp", "fp16"),
-        ("channel_order", "gbr"),
-        ("ema_decay", 1.0),
-        ("ema_decay", -0.1),
-        ("image_size", 0),
-        ("image_size", (32, 0)),
-        ("image_size", (1, 2, 3)),
-        ("classes", 0),
-        ("class_names", ("a", "b")),
-        ("base_channels", 0),
-        ("model_options", "{num_layers"),
-        ("model_options", "[1]"),
-        ("model_options", 3),
-        ("fold", 0),
-        ("threads", 0),
-        ("resume", "yes"),
-        ("weight_decay", -1.0),
-        ("seed", -1),
-    ],
-)
+UNUSABLE = {
+    "data": ["", 3],
+    "output": [""],
+    "epochs": [0, "ten", 2.5, True],
+    "learning_rate": [0, "fast", float("nan"), 1e-5],
+    "image_size": [0, (32, 0), (1, 2, 3)],
+    "model_options": ["{num_layers", "[1]", 3],
+    "ema_decay": [1.0, -0.1],
+    "class_names": [("a", "b")],
+    "optimizer": ["sgd"],
+    "amp": ["fp16"],
+    "channel_order": ["gbr"],
+    "resume": ["yes"],
+    **{name: [0] for name in ("batch_size", "restart_period", "patience", "first_best_epoch", "val_every", "classes")},
+    **{name: [0] for name in ("base_channels", "threads", "fold")},
+    **{name: [-1] for name in ("min_learning_rate", "save_minutes", "weight_decay", "seed")},
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in UNUSABLE for value in UNUSABLE[field]])
 def test_unusable_values_are_refused_by_name(field, value):
     with pytest.raises(ConfigError, match=rf"^{field}: .*(give|choose|name|raise|write|lower)"):
         TrainConfig(**{"data": "d", "output": "o", field: value})
