@@ -252,8 +252,8 @@ def build_parser(name: str) -> Any:
         spellings = [_flag(field.name)]  # the first is the name in a config file
         keywords: dict[str, Any] = {"help": explanations[field.name], "type": hints[field.name]}
         if field.name in (command.input, "output"):
-            spelling = "--input" if field.name == command.input else "--output"
-            spellings += [spelling[1:3], *({spelling} - {*spellings})]
+            short, long = ("-i", "--input") if field.name == command.input else ("-o", "--output")
+            spellings = list(dict.fromkeys((*spellings, short, long)))
             keywords["metavar"] = "PATH"
         elif hints[field.name] is bool:
             keywords |= {"action": jsonargparse.ActionYesNo(no_prefix="no-"), "nargs": "?"}
