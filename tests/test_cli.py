@@ -356,7 +356,7 @@ def test_lists_in_a_config_file(tmp_path, capsys):
         ("train -i data -o run --resume maybe", "--resume: 'maybe' does not fit; give true or false ("),
     ],
 )
-def test_values_of_another_type_are_told_in_plain_words(words, message, capsys):
+def test_values_of_another_type_are_named_in_plain_words(words, message, capsys):
     assert message in error_of(capsys, *words.split())
 
 

@@ -89,7 +89,7 @@ def test_run_in_two_parts_is_the_run_in_one(make_native, tmp_path, assert_same):
     assert_same(*ends)
 
 
-def test_run_left_in_the_middle_of_an_epoch_goes_on_with_the_same_crops(make_native, assert_same):
+def test_run_left_in_the_middle_of_an_epoch_continues_with_the_same_crops(make_native, assert_same):
     def steps(run, count):
         run.begin_epoch()
         for _ in range(count):

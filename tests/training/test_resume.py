@@ -127,7 +127,7 @@ def test_run_in_two_parts_is_the_run_in_one(make_config, tmp_path, assert_same, 
     assert_same(end_of(straight), end_of(parts))
 
 
-def test_best_of_a_short_run_counts_no_more_where_the_run_goes_on(make_config, monkeypatch):
+def test_best_epoch_of_a_shorter_run_does_not_count_when_the_run_continues(make_config, monkeypatch):
     scores = [0.9, 0.8, 0.3, 0.4, 0.35]
     monkeypatch.setattr(loop, "validate_epoch", lambda run: (0.5, scores[run.epoch - 1]))
     assert train(make_config(epochs=2, first_best_epoch=4)).best_epoch == 2
@@ -146,7 +146,7 @@ def test_config_of_a_resumed_run_repeats_the_run(finished, make_config, tmp_path
     assert_same(*ends)
 
 
-def test_patience_goes_on_counting(make_config, monkeypatch):
+def test_patience_counts_across_a_resume(make_config, monkeypatch):
     scores = [0.1, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
     monkeypatch.setattr(loop, "validate_epoch", lambda run: (0.5, scores[run.epoch - 1]))
     train(make_config(epochs=4, patience=3))
@@ -229,7 +229,7 @@ def test_another_kind_of_device_draws_new_numbers_from_the_seed(finished, make_r
     assert make_run().order.tolist() != draws[0][0]
 
 
-def test_resume_needs_the_initial_weights_no_more(make_config, tmp_path):
+def test_resume_does_not_need_the_initial_weights(make_config, tmp_path):
     uctrans.UNet(base_channels=2).save_pretrained(tmp_path / "unet")
     train(make_config(epochs=1, init_from=str(tmp_path / "unet")))
     shutil.rmtree(tmp_path / "unet")

@@ -51,7 +51,7 @@ def entry(epoch, is_best=False):
     return epoch, is_best, [epoch, epoch]
 
 
-def test_training_goes_on_while_what_it_was_is_written():
+def test_training_continues_while_its_state_is_written():
     disk = Disk()
     with CheckpointWriter(disk.write) as writer:
         Training(writer).save(1)
@@ -63,7 +63,7 @@ def test_training_goes_on_while_what_it_was_is_written():
 
 
 @pytest.mark.parametrize("kinds", [(False, False, False), (False, True, True), (True, False, True)])
-def test_a_save_replaces_the_one_that_waits(kinds):
+def test_a_save_replaces_the_waiting_one(kinds):
     disk = Disk()
     with CheckpointWriter(disk.write) as writer:
         training = Training(writer)
@@ -75,7 +75,7 @@ def test_a_save_replaces_the_one_that_waits(kinds):
     assert disk.written == [entry(1, kinds[0]), entry(3, kinds[2])]
 
 
-def test_a_best_epoch_that_waits_is_written_before_a_save_that_is_none():
+def test_a_waiting_best_epoch_is_written_before_an_ordinary_save():
     disk = Disk()
     with CheckpointWriter(disk.write) as writer:
         training = Training(writer)
