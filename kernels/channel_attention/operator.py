@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..backend import choose_form, resolve_backend
 from ..checks import check_dtypes_and_devices, check_numbers_type, check_segments_type, check_tensor_lists
@@ -58,9 +59,10 @@ def channel_attention(
         eps: added to the variance of the map; 0 adds nothing.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``. ``auto`` takes ``triton`` on a GPU it runs on,
             and leaves float64 to ``composed``. Triton takes float32, float16 and bfloat16, forms no map in memory, and
-            has no second derivative. Where its kernels do not hold the sizes, ``composed`` takes its place: more than
-            256 tokens where a gradient is needed, more than 640 where none is (256 in float32 and where rows are not
-            multiples of 16 bytes apart), or more than 65535 heads of all samples together.
+            has no second derivative. Where its kernels do not hold the sizes, ``composed`` takes its place, and keeps
+            no map for backward either: more than 256 tokens where a gradient is needed, more than 640 where none is
+            (256 in float32 and where rows are not multiples of 16 bytes apart), or more than 65535 heads of all
+            samples together.
 
     Returns:
         (B, N, sum C) in the inputs' dtype, or autocast's.
@@ -87,13 +89,16 @@ def channel_attention(
     _check_widths("segments", segments, query.shape[-1], key.shape[3])
     _check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
     _check_numbers(dropout_p, eps)
-    form = choose_form(backend, query, "channel_attention", fits=_fits_kernels(query, key, value))
-    settings = (list(segments), dropout_p, eps)
+    form = choose_form(backend, query, "channel_attention")
     seed = _seed_tensor(seed, query.device)
-    if form == "triton":
-        seed = _seed_of_mask(seed, dropout_p, query.device)
-        return torch.ops.uctrans.channel_attention(query, key, value, *settings, seed)[0]
-    return (reference if form == "reference" else composed).channel_attention(query, key, value, *settings, seed)
+    operands = (query, key, value, list(segments), dropout_p, eps)
+    if form != "triton":
+        return (reference if form == "reference" else composed).channel_attention(*operands, seed)
+    if seed is None and dropout_p > 0:
+        seed = draw_seed(query.device)
+    if not _fits_kernels(query, key, value):
+        return _attend_beyond_the_kernels(*operands, seed)
+    return torch.ops.uctrans.channel_attention(*operands, seed)[0]
 
 
 def projected_channel_attention(
@@ -147,9 +152,10 @@ def projected_channel_attention(
     # The three projections write what the operator reads, and it writes the gradients that they read: no copies.
     query = packed_linear(tokens, query_weights, backend="triton").transpose(1, 2)  # [B, H, N, sum C]
     key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, key_value_weight.shape[:3])
+    if seed is None and dropout_p > 0:
+        seed = draw_seed(tokens.device)
     if not _fits_kernels(query, key_value):
-        return composed.channel_attention(query, *key_and_value(key_value), segments, dropout_p, eps, seed)
-    seed = _seed_of_mask(seed, dropout_p, tokens.device)
+        return _attend_beyond_the_kernels(query, *key_and_value(key_value), segments, dropout_p, eps, seed)
     return torch.ops.uctrans.channel_attention_packed(query, key_value, segments, dropout_p, eps, seed)[0]
 
 
@@ -214,6 +220,14 @@ def _fits_kernels(query: Tensor, *others: Tensor) -> bool:
     return not needs_gradient and tokens <= longest_fused_forward(query, *others)
 
 
+def _attend_beyond_the_kernels(*operands: Any) -> Tensor:
+    """Run the composed form, whose backward forms the maps again: like the kernels, it keeps none.
+
+    The seed, not the state of torch's generator, repeats the dropout mask.
+    """
+    return checkpoint(composed.channel_attention, *operands, use_reentrant=False, preserve_rng_state=False)
+
+
 def _is_open(size: int | torch.SymInt) -> bool:
     """Return whether a program is being exported that is to run for several values of ``size``.
 
@@ -236,11 +250,6 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | No
     if seed.numel() != 1 or seed.device != device:
         raise ValueError(f"seed must be one int64 on {device}; got {tuple(seed.shape)} on {seed.device}")
     return seed.reshape(1)
-
-
-def _seed_of_mask(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """Return the seed that kernels need where entries are dropped, drawn where none was given."""
-    return draw_seed(device) if seed is None and dropout_p > 0 else seed
 
 
 def _check_projected(

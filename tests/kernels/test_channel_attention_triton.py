@@ -508,6 +508,8 @@ class TestProjected:
 class TestLimits:
     """Beyond the limits of the kernels the composed form takes their place."""
 
+    long = AttentionShape(1, 1, 257, (70,), 90)
+
     @staticmethod
     def fits(tokens, dtype=torch.float16, heads=(2, 4), width=48, needs_gradient=False):
         tensor = torch.empty(*heads, tokens, width, dtype=dtype, device="meta", requires_grad=needs_gradient)
@@ -536,6 +538,23 @@ class TestLimits:
         # A tensor that starts off 16 bytes is copied: the rows in it are aligned.
         shifted = [torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(1, 1, 257, 8) for tensor in inputs]
         assert torch.equal(attend((8,), dropout_p=0.2, seed=SEED)(*shifted), compiled(*inputs))
+
+    @pytest.mark.parametrize(("backend", "keeps_maps"), [("triton", False), ("composed", True)])
+    def test_no_map_is_kept_for_backward(self, backend, keeps_maps):
+        inputs = [tensor.requires_grad_() for tensor in on_device(attention_inputs(self.long, torch.float32))]
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda size: size):
+            attend((70,), backend)(*inputs)
+        assert (70 * 90 in sizes) == keeps_maps
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_compiles_without_a_break(self, backend):
+        inputs = on_device(attention_inputs(self.long, torch.float32))
+        function = attend((70,), dropout_p=0.3, seed=torch.tensor([SEED], device=DEVICE))
+        compiled = torch.compile(function, fullgraph=True, backend=backend)
+        gradient = torch.ones(1, 257, 70, dtype=torch.float64, device=DEVICE)
+        results, expected = (outputs_and_gradients(form, inputs, gradient) for form in (compiled, function))
+        torch.testing.assert_close(results, expected)
 
     def test_more_heads_than_a_grid_has(self):
         inputs = [torch.randn(32768, 2, 1, 2, device=DEVICE) for _ in range(3)]
