@@ -103,29 +103,3 @@ def _cast(argument: Any, device_type: str, dtype: torch.dtype) -> Any:
     if argument.device.type != device_type or argument.dtype == torch.float64:
         return argument
     return argument.to(dtype)
-
-
-# The operators that still bring implementations of their own.
-def define_operator(
-    name: str, schema: str, *, implementations: dict[str, Callable[..., Any]], fake: Callable[..., Any]
-) -> None:
-    """Define ``uctrans::name`` with one implementation a dispatch key (``CPU``, ``CUDA``) and its fake."""
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key, implementation in implementations.items():
-        LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-
-
-define_gradient = register_gradient
-
-
-def refuse_double_backward(name: str, public_name: str) -> None:
-    """Let a gradient of ``uctrans::name``, itself the backward of ``public_name``, raise ``NotImplementedError``."""
-
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise NotImplementedError(
-            f"the Triton operator of {public_name} has no second derivative; "
-            f"use backend='composed' for gradients of gradients"
-        )
-
-    define_gradient(name, lambda ctx, inputs, output: None, backward)
