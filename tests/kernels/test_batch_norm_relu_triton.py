@@ -419,8 +419,7 @@ class TestNumbersThatAreHardToHold:
             draws.append(inputs)
         assert_as_exact_as_the_reference(draws)
 
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @pytest.mark.parametrize("place", [(0, 0, 0), (1, 1, 2)], ids=["first value", "another value"])
+    @pytest.mark.parametrize(("place", "memory_format"), alternately([(0, 0, 0), (1, 1, 2)], FORMATS), ids=str)
     def test_variance_beside_an_outlier(self, place, memory_format, monkeypatch):
         """The variance of values that lie together, but for one of them, is as exact as any."""
         change_constants(monkeypatch, [triton_layout], {"TILE": 32, "MOST_CHANNELS": 2})
@@ -464,8 +463,9 @@ class TestNumbersThatAreHardToHold:
         draws = [[(3e4 * feature.sign() + 100 * feature).half(), *parameters]]
         assert_as_exact_as_the_reference(draws)
 
-    @pytest.mark.parametrize("training", [True, False])
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize(
+        ("value", "training"), alternately([math.nan, math.inf, -math.inf], [True, False]), ids=str
+    )
     def test_what_is_no_number_does_not_vanish(self, value, training):
         """One pixel spoils its channel where the batch has the statistics, itself otherwise; as in the reference."""
         for memory_format in FORMATS:

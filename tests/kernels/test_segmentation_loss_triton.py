@@ -16,6 +16,7 @@ from tests.kernels.support import (
     PAIRS,
     SUMS_SHAPES,
     TRITON_DTYPES,
+    alternately,
     assert_sums_as_exact_as_the_reference,
     change_constants,
     drawn,
@@ -184,8 +185,9 @@ class TestNumbersThatAreHardToHold:
             torch.testing.assert_close(found, expected, equal_nan=True)
             assert torch.equal(counts, expected_counts)
 
-    @pytest.mark.parametrize("classes", [1, 3])
-    @pytest.mark.parametrize("value", [6e4, 88.0, 104.0, 1e-4, 0.0])
+    @pytest.mark.parametrize(
+        ("value", "classes"), alternately([6e4, 88.0, 104.0, 1e-4, 0.0, 17.0, 1e4], [1, 3]), ids=str
+    )
     def test_large_and_small_logits(self, value, classes):
         logits, masks = sums_inputs(2, classes, 3, 4, torch.float32)
         self.check(logits.sign() * value, masks)
@@ -193,8 +195,7 @@ class TestNumbersThatAreHardToHold:
         self.check(torch.full_like(logits, -value), masks)
 
     @pytest.mark.parametrize("classes", [1, 3])
-    @pytest.mark.parametrize("label", [0, 1])
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize(("value", "label"), alternately([math.nan, math.inf, -math.inf], [0, 1]), ids=str)
     def test_what_is_no_number(self, value, label, classes):
         for place in range(classes):
             logits, masks = sums_inputs(2, classes, 3, 4, torch.float32)
@@ -328,8 +329,7 @@ def test_bitwise_repeatable(classes, dtype, monkeypatch):
 
 
 class TestOperatorsOfTorch:
-    @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS[:2], ids=str)
-    @pytest.mark.parametrize("classes", [1, 3])
+    @pytest.mark.parametrize(("classes", "memory_format", "dtype"), [(1, *PAIRS[0]), (3, *PAIRS[1])], ids=str)
     def test_opcheck(self, classes, memory_format, dtype):
         logits, masks = sums_inputs(2, classes, 3, 4, dtype, memory_format)
         gradient = upstream_of_sums(logits).float()
