@@ -413,8 +413,8 @@ class TestNumbersThatAreHardToHold:
         """Values far from zero and close together: their squares would cancel."""
         change_constants(monkeypatch, [triton, triton_layout], configuration)
         draws = []
-        for seed in range(2):
-            inputs = inputs_of((3, 2, 3, 3), torch.float32, memory_format, seed)
+        for seed in range(3):  # of fewer numbers the reference has the mean exact by luck
+            inputs = inputs_of((3, 4, 3, 5), torch.float32, memory_format, seed)
             inputs[0] += offset
             draws.append(inputs)
         assert_as_exact_as_the_reference(draws)
