@@ -1,6 +1,6 @@
-"""How an operator is made known to torch: its launcher, shapes without data, gradient, and autocast.
+"""Registration of an operator with torch: its launcher, shapes without data, gradient, and autocast.
 
-Operators are functional (they write none of their inputs), so that ``torch.compile`` may put them into CUDA graphs.
+Operators are functional (they do not modify their inputs), so that ``torch.compile`` may put them into CUDA graphs.
 They run Triton kernels on CUDA, and on the CPU in Triton's interpreter; the public functions choose PyTorch elsewhere.
 """
 
@@ -72,7 +72,7 @@ def register_gradient(name: str, setup_context: Callable[..., None], backward: C
 
 
 def cast_under_autocast(name: str, left_alone: Sequence[int] = ()) -> None:
-    """Give ``uctrans::name`` its floating-point tensors, except float64, in autocast's dtype where autocast is on.
+    """Cast the floating-point arguments of ``uctrans::name`` to autocast's dtype, except float64.
 
     Args:
         name: name of the operator.
