@@ -1,4 +1,8 @@
-"""Which form of an operator runs: the paper's steps, PyTorch at its fastest, or Triton."""
+"""Which form of an operator runs: the paper's steps, PyTorch at its fastest, or Triton.
+
+A backend asked for by name runs or raises. One exception: beyond the sizes in an operator's docstring, ``triton`` runs
+``composed``.
+"""
 
 import os
 from importlib.util import find_spec
@@ -26,8 +30,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """Return the backend that runs on ``device``: ``triton``, ``composed`` or ``reference``.
 
     ``auto`` is replaced by the environment variable ``UCTRANS_BACKEND`` where that is set and not empty; else by
-    ``triton`` on a GPU that the kernels run on, and by ``composed`` anywhere else. A backend asked for by name runs or
-    raises; there is no silent fallback.
+    ``triton`` on a GPU that the kernels run on, and by ``composed`` anywhere else.
 
     Raises:
         ValueError: the name, or the value of the environment variable, is unknown.
@@ -55,8 +58,7 @@ def choose_form(backend: str, tensor: Tensor, name: str, *, fits: bool = True) -
         backend: backend that was asked for.
         tensor: argument that decides device and dtype.
         name: name of the public function, for errors.
-        fits: whether the sizes are within the limits of the kernels. Beyond them ``composed`` takes the place of
-            ``triton``, also where ``triton`` was asked for by name.
+        fits: whether the sizes are within the limits of the kernels; beyond them, ``triton`` is ``composed``.
 
     Raises:
         ValueError: see :func:`resolve_backend`.
@@ -73,10 +75,10 @@ def choose_form(backend: str, tensor: Tensor, name: str, *, fits: bool = True) -
     return "triton" if fits else "composed"
 
 
-def takes_plain_steps_only() -> bool:
+def must_use_pytorch_operations() -> bool:
     """Return whether a composed form must consist of PyTorch's operations, without gradients written by hand.
 
-    A compiler fuses plain steps by itself; functional transforms and forward-mode gradients need them.
+    ``torch.compile`` fuses PyTorch's operations; functional transforms and forward-mode gradients support nothing else.
     """
     return (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not there, just as their launchers would launch them, and check the code.
+"""Compile kernels without a GPU, just as their launchers would launch them, and check the code.
 
     python -m uctrans.kernels.compilation                   every launch for every target: a table, and what is wrong
     python -m uctrans.kernels.compilation --published PAGE  the published sizes on sm_90: docs/kernel-resources.md

@@ -1,6 +1,6 @@
 """Channel attention: public functions, checks, choice of the form, cost model, and registration.
 
-Two operators share everything but how key and value come. ``uctrans::channel_attention`` takes them as two tensors;
+Two operators differ only in the layout of key and value. ``uctrans::channel_attention`` takes them as two tensors;
 ``uctrans::channel_attention_packed`` takes both in one, as one projection writes them, and returns one gradient, so
 that no copy takes them apart or puts them together.
 """
@@ -24,8 +24,9 @@ from ..registration import cast_under_autocast, register_gradient, register_oper
 from . import composed, reference
 from .saved import Saved, empty_heads_inside, key_and_value
 
-# Tokens that the registers of one program hold. Half precision goes further in forward, where there is one accumulator
-# and not two, if rows are multiples of 16 bytes apart. Beyond them a map is small beside the products that make it.
+# Tokens that the registers of one program hold. Half precision holds more tokens in forward, where there is one
+# accumulator and not two, if rows are multiples of 16 bytes apart. With more tokens, a map is small in comparison with
+# the products that make it.
 LONGEST_FUSED = 256
 LONGEST_FUSED_FORWARD = 640
 MOST_HEADS = 65535  # of all images together: the grid's limit

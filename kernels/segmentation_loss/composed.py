@@ -8,7 +8,7 @@ takes a fraction of the time of booleans and their sums.
 import torch
 from torch import Tensor
 
-from ..backend import takes_plain_steps_only
+from ..backend import must_use_pytorch_operations
 from ..formats import empty_map, statistics_dtype
 from . import reference
 from .reference import BINARY_SUMS, CLASS_SUMS, COUNTS
@@ -16,7 +16,7 @@ from .reference import BINARY_SUMS, CLASS_SUMS, COUNTS
 
 def segmentation_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """(B, K, H, W), (B, H, W) -> sums (4 or 3, B, K), counts (3, B, K); see the public function."""
-    if logits.device.type != "cpu" or takes_plain_steps_only():
+    if logits.device.type != "cpu" or must_use_pytorch_operations():
         return reference.segmentation_sums(logits, masks)
     return _ImageByImage.apply(logits, masks)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import takes_plain_steps_only
+from ..backend import must_use_pytorch_operations
 from ..formats import statistics_dtype
 
 
@@ -26,7 +26,7 @@ def skip_gate(
     concatenate: bool = True,
 ) -> Tensor:
     """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) or None -> (B, C + D, H, W) or (B, C, H, W)."""
-    if takes_plain_steps_only():
+    if must_use_pytorch_operations():
         pool, activate, gate_and_concatenate = _global_mean, _activated_skip, _gate_and_concatenate
     else:
         pool, activate, gate_and_concatenate = _GlobalMean.apply, _ActivatedSkip.apply, _GateAndConcatenate.apply

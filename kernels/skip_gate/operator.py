@@ -1,7 +1,7 @@
-"""The skip path: public function, checks, choice of the form, and registration.
+"""Skip gate: public function, checks, choice of the form, and registration.
 
-``uctrans::skip_gate`` returns beside the output what its gradient needs. Autocast leaves maps as they are: kernels read
-any dtype, and the output's is an argument, so that nothing is cast in memory.
+``uctrans::skip_gate`` returns the output and the tensors that backward needs. Autocast leaves maps as they are: kernels
+read any dtype, and the output's is an argument, so that nothing is cast in memory.
 """
 
 from functools import reduce
@@ -117,7 +117,7 @@ def _check(
 
 
 def _check_grid(encoder_feature: Tensor, coarse: Tensor, name: str) -> None:
-    """``coarse`` must have the samples of ``encoder_feature``, and pixels that tile it."""
+    """Raise ValueError unless ``coarse`` has the samples of ``encoder_feature``, and pixels that tile it."""
     batch = encoder_feature.shape[0]
     if coarse.ndim != 4 or coarse.shape[0] != batch or coarse.shape[1] == 0:
         raise ValueError(f"{name} must be (B, channels, height, width) with B = {batch}; got {tuple(coarse.shape)}")

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not there: nothing spills, every product is on the matrix units, all launches fit.
+"""Kernels compiled without a GPU: nothing spills, every product is on the matrix units, all launches fit.
 
 Compilation runs in processes of its own, because the interpreter of the other tests cannot be switched off.
 """
