@@ -28,7 +28,7 @@ class ModelFileError(ValueError):
 
 
 class SegmentationModel(nn.Module):
-    """Base of the networks.
+    """Base class of all networks.
 
     Subclasses are decorated with :func:`uctrans.models.registry.register_model`, which sets ``name`` and records the
     constructor's arguments as ``config``.
@@ -88,7 +88,7 @@ class SegmentationModel(nn.Module):
             model = cls(**config)
         except (TypeError, ValueError) as error:
             raise ModelFileError(f"{folder / CONFIG_FILE} does not configure a {cls.name!r}: {error}") from None
-        load_weights(model, folder / WEIGHTS_FILE)
+        load_safetensors(model, folder / WEIGHTS_FILE)
         model.metadata = metadata
         return model.to(device)
 
@@ -211,7 +211,7 @@ def read_checkpoint(path: str | Path) -> Any:
         raise ModelFileError(f"{path} is truncated or not a checkpoint ({reason}): copy or download it again") from None
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_safetensors(model: nn.Module, path: Path) -> None:
     """Load a safetensors file; raise :class:`ModelFileError` if it is missing, damaged or of another model."""
     try:
         state = safetensors.torch.load_file(path)

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Registry of models."""
 
 import difflib
 import functools

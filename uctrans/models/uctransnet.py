@@ -24,7 +24,10 @@ from .unet import UNet, scale_widths
 
 
 class GatedStage(nn.Module):
-    """Gate the skip by the decoder, concatenate, convolve twice: (B, D, H/2, W/2) -> (B, out, H, W)."""
+    """Gate the skip by the decoder, concatenate, convolve twice.
+
+    Skip (B, C, H, W), tokens (B, C, h, w) and decoded feature (B, D, H/2, W/2) give (B, out, H, W).
+    """
 
     def __init__(self, skip_channels: int, decoder_channels: int, out_channels: int, backend: str):
         super().__init__()
@@ -161,7 +164,7 @@ class UCTransNet(SegmentationModel):
 
         Raises:
             TypeError: ``unet`` is not a :class:`UNet`.
-            ModelFileError: it has another width, number of classes or set of skips.
+            ModelFileError: ``unet`` has another width, number of classes or set of skips.
         """
         if not isinstance(unet, UNet):
             raise TypeError(f"unet must be a UNet, such as uctrans.load_model gives; got {type(unet).__name__}")
