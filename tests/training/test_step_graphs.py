@@ -11,7 +11,7 @@ from uctrans.training import TrainConfig, TrainingError, optimization, train
 from uctrans.training import run as run_module
 from uctrans.training.distributed import Processes
 from uctrans.training.log import read_metrics
-from uctrans.training.loop import take_step, train_step
+from uctrans.training.loop import replay_or_run_step, train_step
 from uctrans.training.run import Run
 from uctrans.training.step_graphs import PLAIN_STEPS, StepGraphs, obstacle_to_graphs
 
@@ -63,7 +63,7 @@ def losses_of(run, steps=STEPS):
             run.begin_epoch()
             seen = 0.0
         batch = run.batch(run.steps_done)
-        take_step(run, batch)
+        replay_or_run_step(run, batch)
         run.steps_done += 1
         losses.append((run.totals.loss.item() - seen) / len(batch))
         seen = run.totals.loss.item()
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_shows_in_a_recorded_step_too(make_config, rec
     with torch.no_grad():
         next(run.model.parameters()).fill_(float("nan"))
     run.begin_epoch()
-    take_step(run, run.batch(0))
+    replay_or_run_step(run, run.batch(0))
     assert run.totals.first_bad.item() >= 0
 
 

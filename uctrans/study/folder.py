@@ -24,6 +24,7 @@ from ..data import find_development_samples, find_samples, get_protocol, load_fo
 from ..data.find import SPLITS
 from ..data.folds import Fold
 from ..data.instances import check_truth, find_instances
+from ..models.files import LAST_CHECKPOINT
 from ..training import CheckpointError, ConfigError, TrainConfig, load_checkpoint
 from ..writing import write_bytes
 from .plan import FOLDS_FILE, PlannedEnsemble, PlannedRun, StudyConfig, StudyError
@@ -79,13 +80,16 @@ def read_score(folder: Path) -> Score | None:
 
 
 def read_scores(run: PlannedRun) -> dict[int, Score]:
-    """Return the scores of a run by patience, as far as they are there."""
+    """Return the scores of a run by patience, those that exist."""
     scores = {patience: read_score(run.at(patience) / "test") for patience in run.patiences}
     return {patience: score for patience, score in scores.items() if score is not None}
 
 
 def read_failure(run: PlannedRun) -> str | None:
-    """Return why the training of a run diverged, or None if it did not, or only on the way to a larger patience."""
+    """Return why the training of a run diverged, or None if it did not.
+
+    The result is also None if all patiences were scored before the training diverged.
+    """
     path = run.folder / FAILED
     if not path.exists() or len(read_scores(run)) == len(run.patiences):
         return None
@@ -109,7 +113,7 @@ def patiences_to_score(ensemble: PlannedEnsemble) -> list[int]:
 
 
 def is_over(job: PlannedRun | PlannedEnsemble) -> bool:
-    """Tell whether nothing is left to do for a run or an ensemble."""
+    """Return whether nothing is left to do for a run or an ensemble."""
     if isinstance(job, PlannedEnsemble):
         return all(is_over(run) for run in job.needs) and not patiences_to_score(job)
     return len(read_scores(job)) == len(job.patiences) or read_failure(job) is not None
@@ -246,9 +250,9 @@ def _check_run(run: PlannedRun) -> None:
             f"were not kept; give patiences of {before.patience} and more, or name another output folder"
         )
     try:
-        load_checkpoint(run.folder / "last.pt")
+        load_checkpoint(run.folder / LAST_CHECKPOINT)
     except CheckpointError as error:
-        raise StudyError(f"{run.folder}: its last.pt cannot be used ({error}); {again}") from error
+        raise StudyError(f"{run.folder}: its {LAST_CHECKPOINT} cannot be used ({error}); {again}") from error
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:

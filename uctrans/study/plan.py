@@ -56,7 +56,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """The name in messages."""
+        """The name of the run in messages."""
         return f"{self.variant.name}, {self.label}"
 
     @property
@@ -77,7 +77,7 @@ class PlannedEnsemble:
 
     @property
     def name(self) -> str:
-        """The name in messages."""
+        """The name of the ensemble in messages."""
         return f"{self.needs[0].variant.name}, seed {self.needs[0].seed}, ensemble of {len(self.needs)} folds"
 
     def at(self, patience: int) -> Path:
@@ -87,7 +87,7 @@ class PlannedEnsemble:
 
 @dataclass
 class StudyConfig(TrainConfig):
-    """Settings that all studies share: those of a training, which hold for every run, and those of the study.
+    """Settings of a study: those of every run, and its own.
 
     The study sets ``model``, ``seed``, ``init_from`` and ``resume`` in every run.
 
@@ -112,7 +112,7 @@ class StudyConfig(TrainConfig):
         progress: Show the progress bar and the lines of every epoch in addition to the line of every run.
 
     Raises:
-        StudyError: Seeds, patiences or networks are empty, doubled or unknown, or a setting that the study itself sets.
+        StudyError: Seeds, patiences or networks are empty, doubled or unknown, or a setting is given that the study sets.
         ConfigError: As for ``TrainConfig``.
     """
 

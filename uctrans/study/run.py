@@ -28,6 +28,7 @@ import torch
 from ..devices import find_device
 from ..extras import import_extra
 from ..inference import EvaluateConfig, evaluate
+from ..models.files import LAST_CHECKPOINT
 from ..models.registry import model_class
 from ..training import TrainingError, train
 from ..training.log import read_metrics
@@ -50,11 +51,11 @@ from .table import Table, count_cost, make_table
 
 Job = PlannedRun | PlannedEnsemble
 
-CHECKPOINTS = ("last.pt", "best.pt")
-ENDS = ("epochs", "early stopping")  # of a training that is over
+CHECKPOINTS = (LAST_CHECKPOINT, "best.pt")
+ENDS = ("epochs", "early stopping")  # reasons for which a training is over
 TIME_IS_UP = "time"
-SECONDS_BETWEEN_LOOKS = 0.1  # at the processes
-SECONDS_TO_SAVE = 60
+SECONDS_BETWEEN_LOOKS = 0.1  # between two checks of the processes
+SECONDS_TO_SAVE = 60  # that a stopped process has to write its checkpoint
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class _Study:
         self._workers: list[_Worker] = []
 
     def work(self) -> str:
-        """Do what there is to do; return "" or what stopped it: the name of a signal, or "time"."""
+        """Run all waiting jobs; return "" or what stopped it: the name of a signal, or "time"."""
         with StopRequest() as stop:
             try:
                 while True:
@@ -208,7 +209,7 @@ class _Study:
         return next((job for job in ready if self._fits(job)), None)
 
     def _fits(self, job: Job) -> bool:
-        """Tell whether a job may begin; one that takes longer than the whole call can only be done in pieces."""
+        """Return whether a job may begin; one that takes longer than the whole call can only be done in pieces."""
         seconds = self._seconds_left(job) if isinstance(job, PlannedRun) else None
         if self.deadline is None or seconds is None:
             return True
@@ -309,7 +310,7 @@ def _receive(pipe: Connection, jobs: queue.Queue) -> None:
 def train_and_score(run: PlannedRun, config: StudyConfig) -> None:
     """Train a run to each of its patiences in turn; keep and score the best weights there.
 
-    It continues with what is there. A training that diverges leaves its reason in failed.txt.
+    Continues from existing checkpoints and scores. A training that diverges leaves its reason in failed.txt.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: As for ``uctrans.training.train``.
@@ -320,7 +321,7 @@ def train_and_score(run: PlannedRun, config: StudyConfig) -> None:
     for patience in run.patiences:
         if patience in read_scores(run):
             continue
-        is_begun = (run.folder / "last.pt").exists()
+        is_begun = (run.folder / LAST_CHECKPOINT).exists()
         settings = dataclasses.replace(run.config, threads=config.threads, patience=patience, resume=is_begun)
         try:
             trained = train(settings)

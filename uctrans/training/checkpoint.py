@@ -27,7 +27,7 @@ import torch
 
 from ..models import ModelFileError, read_checkpoint
 from ..models.base import load_state, write_model
-from ..models.files import CHECKPOINT_FORMAT
+from ..models.files import CHECKPOINT_FORMAT, LAST_CHECKPOINT
 from ..writing import remove_unfinished, written_atomically
 from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
 from .log import failures_named
@@ -35,7 +35,7 @@ from .log import failures_named
 VERSION = 1
 KEYS = ("train_config", "epoch", "model", "ema", "optimizer", "scheduler", "best", "generators", "sampler")
 MODEL_KEYS = ("name", "config", "metadata", "state")
-RUN_FILES = ("last.pt", "best.pt", "best", "metrics.csv", "config.yaml")
+RUN_FILES = (LAST_CHECKPOINT, "best.pt", "best", "metrics.csv", "config.yaml")
 
 
 class CheckpointError(ValueError):
@@ -69,7 +69,7 @@ def write_files(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None
         CheckpointError, TrainingError: a file cannot be written. The previous one is still there.
     """
     if not is_best:
-        save_checkpoint(folder / "last.pt", checkpoint)
+        save_checkpoint(folder / LAST_CHECKPOINT, checkpoint)
         return
     with failures_named(folder / "best"):
         for unfinished in (folder / "best").glob(".*"):  # left by a killed process
@@ -77,7 +77,7 @@ def write_files(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None
         write_model(folder / "best", checkpoint["model"] | {"state": checkpoint["ema"] or checkpoint["model"]["state"]})
     # best.pt comes first: if last.pt is not reached, the epoch is repeated and gives the same best.pt.
     save_checkpoint(folder / "best.pt", checkpoint)
-    copy_checkpoint(folder / "best.pt", folder / "last.pt")
+    copy_checkpoint(folder / "best.pt", folder / LAST_CHECKPOINT)
 
 
 def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
@@ -90,10 +90,10 @@ def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     folder = Path(config.output)
     if not config.resume:
         if found := [name for name in RUN_FILES if (folder / name).exists()]:
-            remedy = "continue it with resume, or " if "last.pt" in found else ""
+            remedy = "continue it with resume, or " if LAST_CHECKPOINT in found else ""
             raise ConfigError(f"output: {folder} holds a run already ({', '.join(found)}); {remedy}name another folder")
         return None
-    path = folder / "last.pt"
+    path = folder / LAST_CHECKPOINT
     if not path.exists():
         raise CheckpointError(f"{path}: there is no run to resume; name its folder as output, or train without resume")
     checkpoint = load_checkpoint(path)

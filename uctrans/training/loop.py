@@ -1,9 +1,15 @@
 """The training loop: epochs, the training step, validation.
 
 A run is a folder with config.yaml, last.pt, best.pt, best/ (the best weights, for use), metrics.csv, progress.png,
-tensorboard/ and log.txt. last.pt is written before the first step, with a best epoch and the last one, after the epoch
-in which ``save_minutes`` are over, and when a signal stops the run. A signal stops it after the current step, which is
-the same in all processes. A run resumed from last.pt ends with the same bits as one that was never stopped.
+tensorboard/ and log.txt. last.pt is written
+
+- before the first step,
+- after every best epoch and the last epoch,
+- after the epoch in which ``save_minutes`` have passed since it was last written,
+- when a signal stops the run.
+
+A signal stops a run after the current step, which is the same in all processes. A run resumed from last.pt ends with
+the same bits as one that was never stopped.
 
 A thread writes the checkpoints while training continues (see ``uctrans.training.checkpoint``). A killed run resumes
 from what is on the disk; a run that ends in any other way has written everything.
@@ -21,6 +27,7 @@ from typing import Any
 import torch
 
 from ..models.base import probabilities
+from ..models.files import LAST_CHECKPOINT
 from ..tiling import tiled
 from .checkpoint import CheckpointWriter, find_checkpoint, write_files
 from .config import ConfigError, TrainConfig
@@ -72,7 +79,7 @@ def train(config: TrainConfig) -> RunResult:
         checkpoint = find_checkpoint(config)
         run = Run(config, group)
         if checkpoint is not None:
-            run.load_state_dict(checkpoint, Path(config.output) / "last.pt")
+            run.load_state_dict(checkpoint, Path(config.output) / LAST_CHECKPOINT)
             del checkpoint
         group.barrier()  # no process writes before all have looked for a checkpoint
         with _open_log(run) as log, StopRequest() as stop:
@@ -111,19 +118,19 @@ def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest, writer: C
 
 
 def train_epoch(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> bool:
-    """Do the remaining steps of an epoch; return False if a signal came before the last one."""
+    """Run the remaining steps of an epoch; return False if a signal came before the last one."""
     run.begin_epoch()
     while run.steps_done < run.steps_per_epoch:
         if run.group.any(stop.name is not None):  # the processes may get the signal at different steps
             return False
-        take_step(run, run.batch(run.steps_done))
+        replay_or_run_step(run, run.batch(run.steps_done))
         run.steps_done += 1
         log.step()
     return True
 
 
-def take_step(run: Run, index: torch.Tensor) -> None:
-    """Do :func:`train_step`, as a CUDA graph if the run records its steps."""
+def replay_or_run_step(run: Run, index: torch.Tensor) -> None:
+    """Replay :func:`train_step` as a CUDA graph if the run records its steps; run it otherwise."""
     if run.step_graphs is None:
         train_step(run, index)
     else:
@@ -310,14 +317,14 @@ def _summary(run: Run, stopped_by: str) -> str:
     )
     if stopped_by not in ("epochs", "early stopping"):
         where = f"after epoch {run.epoch}" + (f" and {run.steps_done} steps" if run.steps_done else "")
-        path = Path(run.config.output) / "last.pt"
+        path = Path(run.config.output) / LAST_CHECKPOINT
         return f"stopped by {stopped_by} {where}, saved in {path}; continue with resume; {best}"
     why = f"no better for {run.config.patience} epochs" if stopped_by == "early stopping" else "all epochs done"
     return f"finished after epoch {run.epoch} ({why}); {best}"
 
 
 def _kept(run: Run) -> str:
-    return f"{Path(run.config.output) / 'last.pt'} holds the last good state"
+    return f"{Path(run.config.output) / LAST_CHECKPOINT} holds the last good state"
 
 
 def _listed(names: list[str]) -> str:
