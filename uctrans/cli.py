@@ -48,7 +48,6 @@ class Command:
         run: Function that takes a dataclass of settings, as "module:name".
         examples: Command lines for the help.
         input: Field that -i and --input set, if any.
-        hidden: Fields that are not flags.
         report: Function from the result to the text to print.
     """
 
@@ -56,7 +55,6 @@ class Command:
     run: str
     examples: tuple[str, ...]
     input: str | None = None
-    hidden: tuple[str, ...] = ()
     report: Callable[[Any], str] = str
 
     def load(self) -> tuple[Callable[[Any], Any], type]:
@@ -110,7 +108,6 @@ def _report_run(run: Any) -> str:
     return f"{best} (stopped by: {run.stopped_by}). Everything is in {run.run_folder}.{resume}"
 
 
-SET_BY_A_STUDY = ("model", "seed", "init_from", "resume")
 COMMANDS = {
     "demo": Command(
         "train, evaluate and predict on a small embedded dataset, in minutes on a CPU",
@@ -164,14 +161,12 @@ COMMANDS = {
         "train several models with the same settings over seeds, and compare them",
         run="uctrans.study:study_models",
         input="data",
-        hidden=SET_BY_A_STUDY,
         examples=("uctrans study models -i data -o studies/models --models unet,uctransnet --seeds 0,1,2",),
     ),
     "study skips": Command(
         "train U-Nets with none, all and some of their skips over seeds, and compare them",
         run="uctrans.study:study_skips",
         input="data",
-        hidden=SET_BY_A_STUDY,
         examples=("uctrans study skips -i data -o studies/skips --seeds 5",),
     ),
 }
@@ -224,6 +219,11 @@ def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _flag_fields(settings: type) -> list[dataclasses.Field]:
+    """Return the fields that are flags: all but those that the class names in ``not_flags``."""
+    return [field for field in dataclasses.fields(settings) if field.name not in getattr(settings, "not_flags", ())]
+
+
 def build_parser(name: str) -> Any:
     """Return the jsonargparse parser of a command, with a flag for each field of its settings.
 
@@ -246,9 +246,7 @@ def build_parser(name: str) -> Any:
     documented = [item for kind in reversed(settings.__mro__) for item in parse_docstring(kind.__doc__ or "").params]
     explanations = {item.arg_name: " ".join(item.description.split()) for item in documented}
     hints = get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        if field.name in command.hidden:
-            continue
+    for field in _flag_fields(settings):
         spellings = [_flag(field.name)]  # the first is the name in a config file
         keywords: dict[str, Any] = {"help": explanations[field.name], "type": hints[field.name]}
         if field.name in (command.input, "output"):
@@ -289,7 +287,7 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
             rest = _config_of_resumed_run(rest) + rest
         given = vars(parser.parse_args(rest))
     except argparse.ArgumentError as error:
-        hint = _near_flags(rest, settings, COMMANDS[name].hidden) or f"uctrans {name} --help lists the settings"
+        hint = _near_flags(rest, settings) or f"uctrans {name} --help lists the settings"
         raise CommandLineError(f"{_in_plain_words(str(error), settings)} ({hint})") from error
     return name, settings(**{field: value for field, value in given.items() if field != "config"})
 
@@ -339,10 +337,9 @@ def _in_plain_words(message: str, settings: type) -> str:
     return f"{_flag(field)}: {found[2].strip()} does not fit; {wanted}"
 
 
-def _near_flags(words: Sequence[str], settings: type, hidden: Sequence[str]) -> str:
+def _near_flags(words: Sequence[str], settings: type) -> str:
     """Return "did you mean" for the unknown flags among ``words``, or an empty string."""
-    fields = [field.name for field in dataclasses.fields(settings) if field.name not in hidden]
-    known = [*map(_flag, fields), "--input", "--output", "--config"]
+    known = [*(_flag(field.name) for field in _flag_fields(settings)), "--input", "--output", "--config"]
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     near = [match for flag in flags if flag not in known for match in difflib.get_close_matches(flag, known, n=1)]
     return f"did you mean {' and '.join(near)}?" if near else ""

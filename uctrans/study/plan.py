@@ -13,7 +13,6 @@ from ..models.registry import list_models, model_class
 from ..models.unet import NUM_SCALES
 from ..training import TrainConfig
 
-SET_BY_THE_STUDY = ("model", "seed", "init_from", "resume")
 FOLDS_FILE = "folds.json"
 UNET, FROM_UNET = "unet", "_from_unet"
 
@@ -112,9 +111,12 @@ class StudyConfig(TrainConfig):
         progress: Show the progress bar and the lines of every epoch in addition to the line of every run.
 
     Raises:
-        StudyError: Seeds, patiences or networks are empty, doubled or unknown, or a setting is given that the study sets.
+        StudyError: Seeds, patiences or networks are empty, doubled or unknown; or a setting is given that the study
+            itself sets.
         ConfigError: As for ``TrainConfig``.
     """
+
+    not_flags = ("model", "seed", "init_from", "resume")
 
     patience: int | tuple[int, ...] = 50
     seeds: int | tuple[int, ...] = 5
@@ -138,7 +140,7 @@ class StudyConfig(TrainConfig):
         if isinstance(self.cross_validation, str) and self.cross_validation.isdecimal():
             self.cross_validation = int(self.cross_validation)
         for field in dataclasses.fields(TrainConfig):
-            if field.name in SET_BY_THE_STUDY and getattr(self, field.name) != field.default:
+            if field.name in self.not_flags and getattr(self, field.name) != field.default:
                 raise StudyError(f"{field.name}: the study sets it in every run; leave it out")
         self._check_scoring()
         if isinstance(self.seeds, int) and self.seeds < 1:
