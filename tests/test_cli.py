@@ -150,7 +150,13 @@ def test_only_resume_takes_settings_from_the_output_folder(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "named"),
-    [("epoch: 3", "epoch"), ("- 1\n- 2", "config"), ("epochs: [", "config"), ("epochs: many", "epochs")],
+    [
+        ("epoch: 3", "epoch"),
+        ("- 1\n- 2", "config"),
+        ("epochs: [", "config"),
+        ("epochs: many", "epochs"),
+        ("compile: maybe", "--compile: maybe does not fit; give true or false"),
+    ],
 )
 def test_a_bad_config_file(content, named, tmp_path, capsys):
     file = tmp_path / "config.yaml"

@@ -288,7 +288,8 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
         given = vars(parser.parse_args(rest))
     except argparse.ArgumentError as error:
         hint = _near_flags(rest, settings) or f"uctrans {name} --help lists the settings"
-        raise CommandLineError(f"{_in_plain_words(str(error), settings)} ({hint})") from error
+        message = _with_name_of_switch(str(error), rest, settings)
+        raise CommandLineError(f"{_in_plain_words(message, settings)} ({hint})") from error
     return name, settings(**{field: value for field, value in given.items() if field != "config"})
 
 
@@ -307,18 +308,35 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
     """Return ``--config`` with the config.yaml of the run that ``train`` resumes, unless ``words`` name a file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-i", "--input", "--data")
-    parser.add_argument("-o", "--output")
-    parser.add_argument("-c", "--config")
-    parser.add_argument("--resume", nargs="?", const="true")
-    given, _ = parser.parse_known_args(words)
+    given = _paths_and_resume(words)
     if given.config is not None or given.output is None or str(given.resume).lower() not in ("true", "yes"):
         return []
     file = Path(given.output) / "config.yaml"
     if not file.exists() and given.input is None:
         raise CommandLineError(f"{file} does not exist, so there is no run to resume; name the folder of one")
     return [f"--config={file}"] if file.exists() else []
+
+
+def _paths_and_resume(words: Sequence[str]) -> argparse.Namespace:
+    """Return ``input``, ``output``, ``config`` and ``resume`` as ``words`` give them, without checks."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-i", "--input", "--data")
+    parser.add_argument("-o", "--output")
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--resume", nargs="?", const="true")
+    return parser.parse_known_args(words)[0]
+
+
+def _with_name_of_switch(message: str, words: Sequence[str], settings: type) -> str:
+    """Return ``message`` with the name of a switch that has a bad value in a config file: jsonargparse omits it."""
+    found = re.fullmatch(r"Value not boolean: (.*)\.", message, flags=re.DOTALL)
+    if not found:
+        return message
+    content = Path(_paths_and_resume(words).config).read_text(encoding="utf-8")
+    values = import_extra("yaml", "training").safe_load(content)
+    switches = [field for field, hint in get_type_hints(settings).items() if hint is bool]
+    names = [field for field in switches if field in values and str(values[field]) == found[1]]
+    return f'Parser key "{names[0]}": Got value: {found[1]}' if names else message
 
 
 def _in_plain_words(message: str, settings: type) -> str:
