@@ -31,7 +31,8 @@ CHANGEABLE_ON_RESUME = (
     "graph",
     "compile",
     "checkpointing",
-    "folds",  # the names of the images in them are compared instead
+    "data",  # the names of the images are compared instead
+    "folds",  # likewise
     "init_from",  # only read when a run begins
 )
 
