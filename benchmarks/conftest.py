@@ -1,4 +1,4 @@
-"""Fixtures and options of all benchmarks of operators: the record, and the race that pytest-benchmark shows."""
+"""Fixtures and options of all benchmarks of operators: the record, and the comparison that pytest-benchmark shows."""
 
 from pathlib import Path
 
@@ -36,8 +36,8 @@ def record(request):
 
 
 @pytest.fixture
-def race(request, benchmark, record):
-    """Return a function that races a candidate of a case against the operator and puts it into the record."""
+def compare(request, benchmark, record):
+    """Return a function that compares a candidate of a case with the operator and records the result."""
     path, measured = record
     if request.config.getoption("--missing") and request.node.name in measured:
         pytest.skip("already in the record")
@@ -51,7 +51,7 @@ def race(request, benchmark, record):
 
             benchmark.pedantic(timed, setup=setup, rounds=rounds, iterations=1, warmup_rounds=0)
 
-        notes, seconds = harness.race(case, passes, candidate, repeat)
+        notes, seconds = harness.compare(case, passes, candidate, repeat)
         benchmark.extra_info |= notes
         append_line(path, {"test": request.node.name, "group": case.name, "info": notes, "seconds": seconds})
         if candidate in case.claimed:

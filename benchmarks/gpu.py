@@ -107,9 +107,9 @@ def sanitizer(tool: str) -> tuple[str, ...]:
 
 
 def run_smallest_steps() -> None:
-    """Do a training step of both networks at odd widths, in both layouts and precisions: every operator runs.
+    """Run a training step of both networks at odd widths, in both layouts and precisions: every operator runs.
 
-    A checker slows kernels down a hundredfold, and what it looks for shows at small sizes too.
+    Sizes are small because compute-sanitizer slows kernels about a hundredfold.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("uctransnet", "dual_branch_uctransnet"):
@@ -139,7 +139,7 @@ def pending(steps: Sequence[Step], folder: Path, again: Sequence[str] = ()) -> l
 def run(step: Step, folder: Path, seconds: float) -> str:
     """Run a step for at most so many seconds, with its output in a log, and return its outcome.
 
-    The outcome is ``passed``, ``failed``, ``cut short`` or, where the program is not installed, ``not there``.
+    The outcome is ``passed``, ``failed``, ``cut short`` or ``not installed``.
     """
     started = time.monotonic()
     # Under a checker every tensor has an allocation of its own: inside a large block nothing is out of bounds.
@@ -155,7 +155,7 @@ def run(step: Step, folder: Path, seconds: float) -> str:
                 start_new_session=True,
             )
         except FileNotFoundError:
-            outcome = "not there"
+            outcome = "not installed"
         else:
             outcome = _outcome(process, seconds)
     line = {"step": step.name, "outcome": outcome, "seconds": time.monotonic() - started, "command": step.command}

@@ -34,6 +34,7 @@ COVER_CYCLES = 4_000_000  # about two milliseconds that keep the GPU busy while 
 FLOP_OF_A_MULTIPLY_ADD = 2
 COPIED_BYTES = 4 << 30
 PRODUCT_SIDE = 8192
+ROOFLINE_ROUNDS = 9
 DROPOUT_DRAWS = 16
 DROPOUT_TOLERANCE = 0.2  # relative, of the distance between the mean of the draws and the result without dropout
 
@@ -44,8 +45,8 @@ Function = Callable[..., Any]
 class Work:
     """Floating-point operations, and bytes that must be moved to and from memory.
 
-    The mathematics needs this work, which is the same for every candidate: each input is read once and each output
-    written once. Any work that a candidate adds lowers its share of the roofline.
+    The least work that the operation needs; equal for all candidates: each input is read once and each output written
+    once. Any work that a candidate adds lowers its share of the roofline.
     """
 
     flop: float
@@ -86,7 +87,7 @@ class Case:
         work: operations and bytes of a pass.
         tolerance: the relative error that each output and gradient may have.
         dropout_p: the candidates' probability of dropping.
-        compiled: names of candidates that also race compiled by ``torch.compile``.
+        compiled: names of candidates that are also compared compiled by ``torch.compile``.
         passes: which of :data:`PASSES` are timed.
         claimed: how many times as fast the operator must be, by candidate.
     """
@@ -135,7 +136,7 @@ class Clock:
         self.seconds = 0.0
 
     def read(self) -> float:
-        """Return the seconds."""
+        """Return the total seconds of all samples."""
         return self.seconds
 
 
@@ -149,8 +150,8 @@ class Sample(NamedTuple):
     results: list[tuple[Tensor, ...]]
 
 
-def races(cases: Iterable[Case]) -> list[Any]:
-    """Return pytest's parameters ``case, passes, candidate`` of all races, those on a GPU marked ``gpu``."""
+def comparisons(cases: Iterable[Case]) -> list[Any]:
+    """Return pytest's parameters ``case, passes, candidate`` of all comparisons, those on a GPU marked ``gpu``."""
     return [
         pytest.param(
             case,
@@ -166,11 +167,11 @@ def races(cases: Iterable[Case]) -> list[Any]:
 
 
 def operator_backend(device: str) -> str:
-    """Return the backend that races as the operator: Triton on a GPU, elsewhere what a user gets there."""
+    """Return the backend that is timed as the operator: Triton on a GPU, elsewhere what a user gets there."""
     return "triton" if device == "cuda" else "auto"
 
 
-def race(
+def compare(
     case: Case, passes: str, candidate: str, repeat: Callable[..., None] | None = None
 ) -> tuple[dict[str, Any], list[float]]:
     """Check a candidate and the operator, time them in turns, and return notes for the record and all samples.
@@ -180,9 +181,9 @@ def race(
     """
     calls = case.calls(passes)
     function = case.function(candidate)
-    entrant, error = checked_sample(case, passes, function, calls)
+    sample, error = checked_sample(case, passes, function, calls)
     operator, _ = checked_sample(case, passes, case.function(OPERATOR), calls)
-    outcome = in_turns(entrant.seconds, operator.seconds, case.device, repeat)
+    outcome = in_turns(sample.seconds, operator.seconds, case.device, repeat)
     seconds = outcome.pop("seconds")
     work = case.work(passes)
     notes = {"dtype": str(case.dtype).removeprefix("torch."), "device": case.device, "passes": passes}
@@ -353,38 +354,38 @@ def _replayed(before: torch.cuda.CUDAGraph | None, timed: torch.cuda.CUDAGraph, 
 
 
 def in_turns(
-    entrant: Callable[[], float],
-    opponent: Callable[[], float],
+    candidate: Callable[[], float],
+    baseline: Callable[[], float],
     device: str,
     repeat: Callable[..., None] | None = None,
     rounds: int | None = None,
 ) -> dict[str, Any]:
-    """Take samples of both in turns; the ratio is entrant over opponent, above 1 where the opponent is faster.
+    """Take samples of both in turns; the ratio is candidate over baseline, above 1 where the baseline is faster.
 
     ``repeat(run, setup, rounds)`` calls ``setup`` and then ``run``, which returns its seconds, so many times;
     pytest-benchmark does it its own way.
 
     Returns:
-        ``seconds`` and ``opponent_seconds`` (all samples), their medians, and the median ``ratio`` of the pairs with
+        ``seconds`` and ``baseline_seconds`` (all samples), their medians, and the median ``ratio`` of the pairs with
         its quartiles and range.
     """
     seconds: list[float] = []
-    opponent_seconds: list[float] = []
+    baseline_seconds: list[float] = []
     for _ in range(WARM_UP_ROUNDS[device]):
-        opponent(), entrant()
+        baseline(), candidate()
 
     def run() -> float:
-        seconds.append(entrant())
+        seconds.append(candidate())
         return seconds[-1]
 
-    (repeat or _repeat)(run, lambda: opponent_seconds.append(opponent()), rounds or ROUNDS[device])
-    ratios = [one / other for one, other in zip(seconds, opponent_seconds, strict=True)]
+    (repeat or _repeat)(run, lambda: baseline_seconds.append(baseline()), rounds or ROUNDS[device])
+    ratios = [one / other for one, other in zip(seconds, baseline_seconds, strict=True)]
     first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
-        "opponent_seconds": opponent_seconds,
-        "opponent_median_seconds": statistics.median(opponent_seconds),
+        "baseline_seconds": baseline_seconds,
+        "baseline_median_seconds": statistics.median(baseline_seconds),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [first, third],
         "ratio_range": [min(ratios), max(ratios)],
@@ -398,7 +399,7 @@ def _repeat(run: Callable[[], float], setup: Callable[[], None], rounds: int) ->
 
 
 def rates(work: Work, dtype: torch.dtype, device: str, seconds: float) -> dict[str, float | str]:
-    """Return the work, the rates that ``seconds`` mean and, on a GPU, the share of its measured roofline."""
+    """Return the work, the rates that follow from ``seconds`` and, on a GPU, the share of its measured roofline."""
     notes: dict[str, float | str] = {"gflop": work.flop / 1e9, "gigabytes": work.bytes / 1e9}
     notes |= {"tflop_per_second": work.flop / seconds / 1e12, "terabytes_per_second": work.bytes / seconds / 1e12}
     if device == "cuda":
@@ -426,7 +427,7 @@ def copy_rate() -> float:
 
 def _device_seconds(run: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(WARM_UP_CALLS + ROUNDS["cpu"]):
+    for _ in range(WARM_UP_CALLS + ROOFLINE_ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()

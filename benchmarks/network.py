@@ -351,7 +351,7 @@ def one_by_one(run: Callable[[], object], device: str) -> Callable[[], float]:
     return sample
 
 
-def contender(mode: str, problem: Problem, candidate: str) -> tuple[Callable[[], float], dict[str, Any]]:
+def candidate_sample(mode: str, problem: Problem, candidate: str) -> tuple[Callable[[], float], dict[str, Any]]:
     """Return a checked candidate's sample and notes: of one image in inference the latency, else the throughput."""
     variant = CANDIDATES[candidate].on(problem.device)
     work = (Training if mode == "training" else Inference)(problem, variant)
@@ -362,15 +362,15 @@ def contender(mode: str, problem: Problem, candidate: str) -> tuple[Callable[[],
     return (one_by_one if is_latency else in_a_row)(work, problem.device), notes
 
 
-def race(mode: str, problem: Problem, candidates: list[str]) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
+def compare(mode: str, problem: Problem, candidates: list[str]) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
     """Yield each candidate with its notes and samples, timed in turns with ours; ours against itself shows the noise.
 
     Raises:
         AssertionError: a candidate computes something else.
     """
-    ours, _ = contender(mode, problem, OURS)
+    ours, _ = candidate_sample(mode, problem, OURS)
     for candidate in candidates:
-        sample, notes = contender(mode, problem, candidate)
+        sample, notes = candidate_sample(mode, problem, candidate)
         outcome = in_turns(sample, ours, problem.device, rounds=ROUNDS[problem.device])
         seconds = outcome.pop("seconds")
         notes |= outcome | {"images_per_second": problem.batch / outcome["median_seconds"]}
@@ -520,7 +520,7 @@ def _names(text: str) -> list[str]:
 def measurements(given: argparse.Namespace, problem: Problem) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
     """Yield what a command line asks for: each candidate with its notes and samples."""
     if given.mode in ("training", "inference"):
-        yield from race(given.mode, problem, given.candidates)
+        yield from compare(given.mode, problem, given.candidates)
         return
     if given.mode == "profile":
         measure = functools.partial(profile, problem)

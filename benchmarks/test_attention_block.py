@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from uctrans.layers import ChannelAttention
 
-from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, operator_backend, races
+from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, comparisons, operator_backend
 from .test_channel_attention import PATCH, SEGMENTS, TOLERANCES
 
 
@@ -89,6 +89,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
-def test_attention_block(race, case, passes, candidate):
-    race(case, passes, candidate)
+@pytest.mark.parametrize(("case", "passes", "candidate"), comparisons(CASES))
+def test_attention_block(compare, case, passes, candidate):
+    compare(case, passes, candidate)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uctrans.kernels import batch_norm_relu, batch_norm_relu_pool
 
-from .harness import OPERATOR, Call, Case, Work, operator_backend, races
+from .harness import OPERATOR, Call, Case, Work, comparisons, operator_backend
 
 CHANNELS = (64, 128, 256, 512, 512)  # by level; the deepest lies below the last scale
 # Where the normalised map is near zero, rounding decides on which side of the ReLU a pixel lies, and so its gradient;
@@ -93,6 +93,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
-def test_batch_norm_relu(race, case, passes, candidate):
-    race(case, passes, candidate)
+@pytest.mark.parametrize(("case", "passes", "candidate"), comparisons(CASES))
+def test_batch_norm_relu(compare, case, passes, candidate):
+    compare(case, passes, candidate)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uctrans.kernels import channel_attention
 
-from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, operator_backend, races
+from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, comparisons, operator_backend
 
 SEGMENTS = (64, 128, 256, 512)
 PATCH = 16
@@ -151,10 +151,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
-def test_channel_attention(race, case, passes, candidate):
+@pytest.mark.parametrize(("case", "passes", "candidate"), comparisons(CASES))
+def test_channel_attention(compare, case, passes, candidate):
     try:
-        race(case, passes, candidate)
+        compare(case, passes, candidate)
     except RuntimeError as error:
         if not any(words in str(error) for words in NO_KERNEL):
             raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uctrans.kernels import segmentation_scores, segmentation_sums
 
-from .harness import OPERATOR, Call, Case, Work, operator_backend, races
+from .harness import OPERATOR, Call, Case, Work, comparisons, operator_backend
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # bfloat16 rounds a gradient by up to 4e-3
 
@@ -72,6 +72,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
-def test_loss_and_dice(race, case, passes, candidate):
-    race(case, passes, candidate)
+@pytest.mark.parametrize(("case", "passes", "candidate"), comparisons(CASES))
+def test_loss_and_dice(compare, case, passes, candidate):
+    compare(case, passes, candidate)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uctrans.kernels import skip_gate
 
-from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, operator_backend, races
+from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, comparisons, operator_backend
 
 CHANNELS = (64, 128, 256, 512)
 PATCH = 16  # pixels of a token at the first scale
@@ -118,6 +118,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "passes", "candidate"), races(CASES))
-def test_skip_gate(race, case, passes, candidate):
-    race(case, passes, candidate)
+@pytest.mark.parametrize(("case", "passes", "candidate"), comparisons(CASES))
+def test_skip_gate(compare, case, passes, candidate):
+    compare(case, passes, candidate)

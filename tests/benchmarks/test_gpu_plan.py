@@ -33,7 +33,12 @@ def test_the_plan_fits_into_fifteen_minutes_and_begins_with_correctness():
 def test_every_step_of_pytest_selects_tests():
     """A test or file that is renamed would otherwise leave a step with nothing to do."""
     modules = [importlib.import_module(f"benchmarks.test_{name}") for name in gpu.OPERATORS]
-    races = [race.id for module in modules for race in harness.races(module.CASES) if race.id.startswith("cuda")]
+    comparisons = [
+        comparison.id
+        for module in modules
+        for comparison in harness.comparisons(module.CASES)
+        if comparison.id.startswith("cuda")
+    ]
     for step in plan(Path("folder")):
         words = step.command[step.command.index("pytest") :] if "pytest" in step.command else ()
         for path in (ROOT / word for word in words if word.startswith(("tests/", "benchmarks/"))):
@@ -42,7 +47,7 @@ def test_every_step_of_pytest_selects_tests():
             assert path.exists()
         if "-k" in words:
             terms = words[words.index("-k") + 1].split(" and ")
-            selected = [race for race in races if all(_matches(term, race) for term in terms)]
+            selected = [comparison for comparison in comparisons if all(_matches(term, comparison) for term in terms)]
             assert len(selected) > 10, step.name
 
 
@@ -86,7 +91,7 @@ def test_what_a_step_started_ends_with_it(tmp_path):
 
 
 def test_a_missing_program_is_an_outcome(tmp_path):
-    assert run(Step("memcheck", ("no-such-program",), 10), tmp_path, seconds=10) == "not there"
+    assert run(Step("memcheck", ("no-such-program",), 10), tmp_path, seconds=10) == "not installed"
     assert [step.name for step in pending([Step("memcheck", ("no-such-program",), 10)], tmp_path)] == ["memcheck"]
 
 

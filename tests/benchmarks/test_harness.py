@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Call, Case, Work, checked_sample, in_turns, race, rates, run_pass, sampler
+from benchmarks.harness import Call, Case, Work, checked_sample, compare, in_turns, rates, run_pass, sampler
 
 ELAPSED_MILLISECONDS = 6.0
 
@@ -78,9 +78,9 @@ def test_unknown_passes_are_refused():
 )
 def test_a_wrong_candidate_is_refused(wrong, passes, message):
     with pytest.raises(AssertionError, match=message):
-        race(case(candidates={"operator": product, "wrong": wrong}), passes, "wrong")
+        compare(case(candidates={"operator": product, "wrong": wrong}), passes, "wrong")
     with pytest.raises(AssertionError, match=message):
-        race(case(candidates={"operator": wrong, "reference": product}), passes, "reference")
+        compare(case(candidates={"operator": wrong, "reference": product}), passes, "reference")
 
 
 def dropped(left, right, p):
@@ -96,21 +96,21 @@ def test_a_candidate_must_drop_at_the_rate(p, is_right):
 
 
 def test_a_race_has_all_samples_and_notes():
-    notes, seconds = race(case(), "both", "reference")
-    assert len(seconds) == len(notes["opponent_seconds"]) == harness.ROUNDS["cpu"]
+    notes, seconds = compare(case(), "both", "reference")
+    assert len(seconds) == len(notes["baseline_seconds"]) == harness.ROUNDS["cpu"]
     assert (notes["candidate"], notes["side"], notes["dtype"], notes["gflop"]) == ("reference", 8, "float32", 1e-6)
     assert notes["relative_error"] < 1e-6
 
 
 def test_pairs_give_the_median_of_their_ratios():
     warm_up = [100.0] * harness.WARM_UP_ROUNDS["cpu"]
-    entrant, opponent = iter([*warm_up, 2.0, 9.0, 8.0]), iter([*warm_up, 1.0, 3.0, 2.0])
-    outcome = in_turns(lambda: next(entrant), lambda: next(opponent), "cpu", rounds=3)
+    candidate, baseline = iter([*warm_up, 2.0, 9.0, 8.0]), iter([*warm_up, 1.0, 3.0, 2.0])
+    outcome = in_turns(lambda: next(candidate), lambda: next(baseline), "cpu", rounds=3)
     assert outcome == {
         "seconds": [2.0, 9.0, 8.0],
         "median_seconds": 8.0,
-        "opponent_seconds": [1.0, 3.0, 2.0],
-        "opponent_median_seconds": 2.0,
+        "baseline_seconds": [1.0, 3.0, 2.0],
+        "baseline_median_seconds": 2.0,
         "ratio": 3.0,
         "ratio_quartiles": [2.5, 3.5],
         "ratio_range": [2.0, 4.0],
@@ -139,7 +139,7 @@ def test_calls_of_a_sample_exceed_the_cache(monkeypatch):
 
 def test_races_name_every_candidate_and_mark_those_on_a_gpu():
     both = [case(), case(device="cuda", compiled=("reference",), passes=("forward",))]
-    parameters = harness.races(both)
+    parameters = harness.comparisons(both)
     names = [parameter.id for parameter in parameters]
     assert names[0] == "cpu-float32-side_8-forward-operator"
     assert names[-1] == "cuda-float32-side_8-forward-reference compiled"

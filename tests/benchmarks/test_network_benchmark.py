@@ -1,4 +1,4 @@
-"""Benchmarks of whole networks: candidates are checked, wrong ones do not race, and each mode measures."""
+"""Benchmarks of whole networks: candidates are checked, wrong ones are not timed, and each mode measures."""
 
 import time
 from dataclasses import replace
@@ -168,7 +168,7 @@ def test_a_race_goes_into_the_record(mode, model, candidates, tmp_path, capsys, 
     _, *lines = read_lines(record)
     assert [line["info"]["candidate"] for line in lines] == candidates.split(",")
     for line in lines:
-        assert len(line["seconds"]) == len(line["info"]["opponent_seconds"]) == 2
+        assert len(line["seconds"]) == len(line["info"]["baseline_seconds"]) == 2
         assert line["info"]["images_per_second"] == pytest.approx(1 / line["info"]["median_seconds"])
     assert f"| {mode}: {model}, 48, 1, float32, cpu | {candidates.split(',')[-1]} |" in capsys.readouterr().out
 

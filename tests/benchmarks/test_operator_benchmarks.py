@@ -1,4 +1,4 @@
-"""Benchmarks of operators: candidates that race are right, wrong ones do not race, and the work is counted right."""
+"""Benchmarks of operators: candidates are checked, wrong ones are not timed, and the work is counted right."""
 
 import json
 import os
