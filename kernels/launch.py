@@ -66,14 +66,15 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     sums = torch.empty(width, dtype=dtype, device=parts.device)
     block_parts = min(triton.next_power_of_2(count), LARGEST_BLOCK_PARTS)
     block_width = BLOCK_ELEMENTS // block_parts
-    _add_parts[(triton.cdiv(width, block_width),)](
+    add_parts_kernel[(triton.cdiv(width, block_width),)](
         parts, sums, count, width, BLOCK_PARTS=block_parts, BLOCK_WIDTH=block_width, num_warps=NUM_WARPS
     )
     return sums
 
 
 @triton.jit
-def _add_parts(parts_ptr, sums_ptr, count, width, BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def add_parts_kernel(parts_ptr, sums_ptr, count, width, BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Write the sums of the columns of (count, width) parts."""
     offs_width = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     offs_part = tl.arange(0, BLOCK_PARTS)
     mask_width = offs_width < width

@@ -130,7 +130,7 @@ def _store_row(ptr, tiles, WIDTHS: tl.constexpr, STARTS: tl.constexpr, TILES: tl
 
 
 @triton.jit
-def _normalise(
+def layer_norm_kernel(
     tokens_ptr,
     weight_ptr,
     bias_ptr,
@@ -141,6 +141,7 @@ def _normalise(
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
 ):
+    """Write each scale of a row, normalised by itself."""
     row_offset = tl.program_id(0).to(tl.int64) * PACKED
     for scale in tl.static_range(len(WIDTHS)):
         start = STARTS[scale]
@@ -152,7 +153,7 @@ def _normalise(
 
 
 @triton.jit
-def _normalise_twice(
+def cross_layer_norm_kernel(
     tokens_ptr,
     weight_ptr,
     bias_ptr,
@@ -166,6 +167,7 @@ def _normalise_twice(
     TILES: tl.constexpr,
     PACKED: tl.constexpr,
 ):
+    """Write each scale of a row normalised by itself, and the row normalised as a whole."""
     row_offset = tl.program_id(0).to(tl.int64) * PACKED
     tokens = _load_row(tokens_ptr + row_offset, WIDTHS, STARTS, TILES)
     whole, _ = _standardise_whole(tokens, eps, WIDTHS, TILES, PACKED)
@@ -182,7 +184,7 @@ def _normalise_twice(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward(
+def layer_norm_backward_kernel(
     tokens_ptr,
     gradient_ptr,
     weight_ptr,
@@ -220,7 +222,7 @@ def _backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward_twice(
+def cross_layer_norm_backward_kernel(
     tokens_ptr,
     gradient_ptr,
     context_gradient_ptr,
@@ -293,7 +295,7 @@ def packed_layer_norm(
     """Launch (B, N, sum C), (sum C,), (sum C,) -> (B, N, sum C) in ``dtype``."""
     output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     if output.numel() > 0:
-        _normalise[(tokens.shape[0] * tokens.shape[1],)](
+        layer_norm_kernel[(tokens.shape[0] * tokens.shape[1],)](
             tokens_ptr=tokens.contiguous(),
             weight_ptr=weight.contiguous(),
             bias_ptr=bias.contiguous(),
@@ -318,7 +320,7 @@ def cross_layer_norm(
     output = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     context = torch.empty_like(output)
     if output.numel() > 0:
-        _normalise_twice[(tokens.shape[0] * tokens.shape[1],)](
+        cross_layer_norm_kernel[(tokens.shape[0] * tokens.shape[1],)](
             tokens_ptr=tokens.contiguous(),
             weight_ptr=weight.contiguous(),
             bias_ptr=bias.contiguous(),
@@ -337,7 +339,7 @@ def packed_layer_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the tokens, and of weight and bias together: (B, N, sum C), (2, sum C)."""
     return _launch_backward(
-        _backward,
+        layer_norm_backward_kernel,
         tokens,
         segments,
         weight,
@@ -359,7 +361,7 @@ def cross_layer_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the tokens, and of both weights and biases together: (B, N, sum C), (4, sum C)."""
     return _launch_backward(
-        _backward_twice,
+        cross_layer_norm_backward_kernel,
         tokens,
         segments,
         weight,

@@ -55,7 +55,7 @@ GROUP_ROWS = 8
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
-def _project(
+def project_kernel(
     tokens,
     weights,
     biases,
@@ -98,7 +98,7 @@ def _project(
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
-def _project_back(
+def project_back_kernel(
     gradient,
     weights,
     d_tokens,
@@ -138,7 +138,7 @@ def _project_back(
 
 
 @triton.jit(do_not_specialize=["rows", "rows_a_split", "tokens_per_sample"])
-def _correlate(
+def correlate_kernel(
     gradient,
     tokens,
     sums_ptr,
@@ -206,7 +206,7 @@ def packed_linear(tokens: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
     output = tokens.new_empty(*tokens.shape[:2], *weights[0].shape[:-2], sum(out_widths))
     columns = [heads * width for width in out_widths]
     launch_by_blocks(
-        _project,
+        project_kernel,
         choose_tile(tokens.dtype, rows_of(tokens), columns, max(in_widths)),
         columns,
         tokens,
@@ -226,7 +226,7 @@ def token_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
     heads, in_widths, out_widths = sizes_of(weights)
     d_tokens = gradient.new_empty(*gradient.shape[:2], sum(in_widths))
     launch_by_blocks(
-        _project_back,
+        project_back_kernel,
         choose_tile(gradient.dtype, rows_of(gradient), in_widths, heads * max(out_widths)),
         in_widths,
         gradient,
@@ -255,7 +255,7 @@ def weight_gradient(
     splits = triton.cdiv(rows, rows_a_split)
     # A single split is the result itself; several are rounded once, after they are added.
     sums = tokens.new_empty(splits, total, dtype=tokens.dtype if splits == 1 else torch.float32)
-    _correlate[(sum(tiles), splits)](
+    correlate_kernel[(sum(tiles), splits)](
         gradient=packed(gradient),
         tokens=packed(tokens),
         sums_ptr=sums,

@@ -29,7 +29,7 @@ def _distribution(values):
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
-def _expand(
+def expand_kernel(
     tokens,
     weights,
     biases,
@@ -73,7 +73,7 @@ def _expand(
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
-def _contract(
+def contract_kernel(
     activation,
     weights,
     biases,
@@ -115,7 +115,7 @@ def _contract(
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_per_sample"])
-def _contract_back(
+def contract_back_kernel(
     gradient,
     weights,
     hidden_ptr,
@@ -174,7 +174,7 @@ def forward(
     hidden = torch.empty_like(activation) if keeps_hidden else tokens.new_empty(0)
     output = residual.new_empty(*lead, sum(in_widths))
     launch_by_blocks(
-        _expand,
+        expand_kernel,
         choose_tile(tokens.dtype, rows, hidden_widths, max(in_widths)),
         hidden_widths,
         tokens,
@@ -188,7 +188,7 @@ def forward(
         PACKED_OUT=sum(hidden_widths),
     )
     launch_by_blocks(
-        _contract,
+        contract_kernel,
         choose_tile(tokens.dtype, rows, in_widths, max(hidden_widths)),
         in_widths,
         activation,
@@ -209,7 +209,7 @@ def hidden_gradient(gradient: Tensor, contract_weights: Sequence[Tensor], hidden
     _, hidden_widths, out_widths = sizes_of(contract_weights)
     d_hidden = torch.empty_like(hidden)
     launch_by_blocks(
-        _contract_back,
+        contract_back_kernel,
         choose_tile(gradient.dtype, rows_of(gradient), hidden_widths, max(out_widths), MOST_BYTES_BACK),
         hidden_widths,
         gradient,
