@@ -201,6 +201,26 @@ def test_changed_images_are_an_error(make_config, make_run, tmp_path, image_fold
         make_run(data=str(data)).load_state_dict(state, Path("last.pt"))
 
 
+@pytest.mark.parametrize("kind", ["images", "masks"])
+@pytest.mark.parametrize("protocol", ["uctransnet-224", "native"])
+def test_changed_pixels_are_an_error(protocol, kind, make_config, make_run, tmp_path, image_folder):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    state = make_run(data=str(data), protocol=protocol).state_dict()
+    shutil.copy(data / "val" / kind / "val0.png", data / "val" / kind / "val1.png")
+    with pytest.raises(CheckpointError, match=r"last\.pt: pixels or labels of the val images in .* have changed"):
+        make_run(data=str(data), protocol=protocol).load_state_dict(state, Path("last.pt"))
+
+
+def test_a_run_of_a_version_without_digests_resumes_only_where_its_data_was(make_run, tmp_path, image_folder):
+    run = make_run()
+    state = run.state_dict()
+    del state["sampler"]["train_digest"], state["sampler"]["val_digest"]
+    make_run().load_state_dict(state, Path("last.pt"))
+    moved = shutil.copytree(image_folder, tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"recorded no pixels to compare with .*moved; resume with the data in"):
+        make_run(data=str(moved)).load_state_dict(state, Path("last.pt"))
+
+
 def test_another_number_of_processes_is_an_error(make_run):
     run = make_run()
     state = run.state_dict()

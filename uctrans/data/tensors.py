@@ -3,8 +3,10 @@
 30 images of 224 x 224 pixels take 6 MB, one image of 1000 x 1000 pixels 4 MB.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,11 @@ class SegmentationTensors:
         """Return the same data on another device."""
         return replace(self, images=self.images.to(device), masks=self.masks.to(device))
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the images and masks."""
+        return _digest(self.images, self.masks)
+
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images and masks at ``index``, int64 (B,): (B, 3, h, w) and (B, h, w) uint8."""
         return self.images.index_select(0, index), self.masks.index_select(0, index)
@@ -74,6 +81,11 @@ class NativeImages:
         return replace(
             self, **{name: getattr(self, name).to(device) for name in ("pixels", "labels", "starts", "sizes")}
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the images and labels."""
+        return _digest(self.pixels, self.labels, self.sizes)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole images and labels at ``index``, int64 (B,), all of one size.
@@ -133,6 +145,13 @@ class NativeImages:
         shift = torch.floor(draw * (free.abs() + 1)).long().minimum(free.abs())
         top, left = torch.where(free < 0, -shift, shift)
         return top, left
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def load_tensors(

@@ -31,7 +31,7 @@ CHANGEABLE_ON_RESUME = (
     "graph",
     "compile",
     "checkpointing",
-    "data",  # the names of the images are compared instead
+    "data",  # names and pixels of the images are compared instead
     "folds",  # likewise
     "init_from",  # only read when a run begins
 )

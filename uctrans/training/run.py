@@ -193,7 +193,9 @@ class Run:
             "sampler": {
                 "generator": self.order_generator.get_state(),
                 "train_names": list(self.train_data.names),
+                "train_digest": self.train_data.digest,
                 "val_names": list(self.val_data.names),
+                "val_digest": self.val_data.digest,
                 "order": self.order.cpu() if is_inside_epoch else None,
                 "step": self.steps_done,
                 "totals": self.group.gather(self.totals.state_dict()) if is_inside_epoch else None,
@@ -210,6 +212,16 @@ class Run:
                     f"{path}: the {part} images are not those the run began with (first: {', '.join(changed)}); "
                     "restore them, or train in another output folder"
                 )
+            if sampler.get(f"{part}_digest", data.digest) != data.digest:
+                raise CheckpointError(
+                    f"{path}: pixels or labels of the {part} images in {self.config.data} have changed since the run "
+                    "began; restore them, or train in another output folder"
+                )
+        if "train_digest" not in sampler and state["train_config"]["data"] != self.config.data:
+            raise CheckpointError(
+                f"{path}: an earlier version wrote it and recorded no pixels to compare with {self.config.data}; "
+                f"resume with the data in {state['train_config']['data']}"
+            )
         if len(state["generators"]) != self.group.count:
             raise CheckpointError(
                 f"{path}: the run had {len(state['generators'])} processes, this one has {self.group.count}; "
