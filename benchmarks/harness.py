@@ -32,6 +32,8 @@ FEWEST_CALLS, MOST_CALLS = 2, 64
 COVER_CYCLES = 4_000_000  # about two milliseconds that keep the GPU busy while a replay is submitted
 
 FLOP_OF_A_MULTIPLY_ADD = 2
+SEGMENTS = (64, 128, 256, 512)  # of the published network
+PATCH = 16  # pixels of a token at its first scale
 COPIED_BYTES = 4 << 30
 PRODUCT_SIDE = 8192
 ROOFLINE_ROUNDS = 9

@@ -15,10 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uctrans.kernels import channel_attention
 
-from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, comparisons, operator_backend
+from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, PATCH, SEGMENTS, Call, Case, Work, comparisons, operator_backend
 
-SEGMENTS = (64, 128, 256, 512)
-PATCH = 16
 EPS = 1e-5
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from uctrans.kernels import skip_gate
 
-from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, Call, Case, Work, comparisons, operator_backend
+from .harness import FLOP_OF_A_MULTIPLY_ADD, OPERATOR, PATCH, Call, Case, Work, comparisons, operator_backend
 
 CHANNELS = (64, 128, 256, 512)
-PATCH = 16  # pixels of a token at the first scale
 DECODER_FACTOR = 2
 ARGUMENTS = 7  # of one gate
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

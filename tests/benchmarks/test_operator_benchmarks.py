@@ -17,10 +17,10 @@ from benchmarks import (
     test_segmentation_loss,
     test_skip_gate,
 )
-from benchmarks.harness import OPERATOR, PASSES, Work, checked_sample
+from benchmarks.harness import OPERATOR, PASSES, SEGMENTS, Work, checked_sample
 from benchmarks.records import append_line, read_lines, table
 from benchmarks.test_attention_block import block
-from benchmarks.test_channel_attention import SEGMENTS, attention, score_variances, sdpa
+from benchmarks.test_channel_attention import attention, score_variances, sdpa
 from benchmarks.test_skip_gate import gates
 from uctrans.kernels import channel_attention
 
