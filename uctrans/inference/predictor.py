@@ -97,7 +97,7 @@ class Predictor:
                 f"model: it takes {model.in_channels} channels, but images are read as RGB; "
                 "give a model with 3 channels, or with 1, which sees gray"
             )
-        self.device = find_device(device)
+        self.device = _device(device)
         self.protocol = protocol_of(model, channel_order)
         # On the CPU, at 224 pixels, channels-last was measured 1.04 to 1.26 times as fast as contiguous.
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
@@ -151,6 +151,13 @@ class Predictor:
         return tiled(self._forward, inputs, self.tile, self.batch_size, self.overlap)
 
 
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return find_device(name)
+    except ValueError as error:
+        raise InferenceError(str(error)) from error
+
+
 def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> Predictor:
     """Load a model and return its `Predictor`.
 
@@ -162,10 +169,11 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
     Raises:
         ModelFileError: There is no model at ``path``.
         InferenceError: See `Predictor` and `Ensemble`.
-        ValueError: The backend or device is unknown, or a backend is named and no layer of the model has one.
+        InferenceError: There is no such device.
+        ValueError: The backend is unknown, or it is named and no layer of the model has one.
         NotImplementedError: The backend cannot run on the device.
     """
-    device = find_device(settings.get("device", "auto"))
+    device = _device(settings.get("device", "auto"))
     model = _load_model_or_ensemble(path)
     if backend != "auto" or layers_with_backend(model):
         resolve_backend(backend, device)  # raises here, before the first image
