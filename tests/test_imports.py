@@ -1,10 +1,9 @@
-"""What importing costs (no optional package, no GPU, hardly more time than torch) and which way imports run."""
+"""What importing costs (no optional package, no GPU, few modules beyond torch) and which way imports run."""
 
 import ast
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -22,7 +21,6 @@ OPTIONAL = (
 # Kernels and what launches them import triton at the top; nothing imports them before something is launched.
 TRITON_FILES = ("triton*", "launch")
 MODULES_BEYOND_TORCH = 160  # half of them our own; scikit-image alone would be several hundred
-TIME_BEYOND_TORCH = 1.0  # of the time that importing torch takes; a lax bound on a quantity that noise moves
 
 # Each module is imported in a child of a process that has imported torch, so each begins as a fresh interpreter would.
 IMPORT_EACH = """
@@ -155,11 +153,3 @@ def test_a_model_runs_without_optional_packages(blocked):
         "import torch, uctrans, uctrans.layers, uctrans.kernels\n"
         "uctrans.create_model('uctransnet', base_channels=2, image_size=32).eval()(torch.rand(1, 3, 32, 32))"
     )
-
-
-def test_importing_takes_little_longer_than_importing_torch():
-    source = (
-        "import time; start = time.perf_counter(); import torch; between = time.perf_counter(); import uctrans\n"
-        "print((time.perf_counter() - between) / (between - start))"
-    )
-    assert statistics.median(float(run(source)) for _ in range(3)) < TIME_BEYOND_TORCH
