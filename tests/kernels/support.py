@@ -1,12 +1,25 @@
 """What the tests of the operators share: devices and dtypes, drawn arguments, and comparison with float64."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 
-from uctrans.kernels import batch_norm_relu
+from uctrans.kernels import (
+    batch_norm_relu,
+    batch_norm_relu_pool,
+    channel_attention,
+    cross_layer_norm,
+    packed_layer_norm,
+    packed_linear,
+    packed_mlp,
+    projected_channel_attention,
+    segmentation_scores,
+    segmentation_sums,
+    skip_gate,
+)
 from uctrans.kernels.segmentation_loss.reference import segmentation_sums as published_sums
 from uctrans.kernels.skip_gate.reference import skip_gate as published_skip_gate
 from uctrans.kernels.testing import assert_within_budget, outputs_and_gradients
@@ -360,3 +373,213 @@ UPSTREAM = {
 def copied(feature, memory_format):
     """Return the same numbers in memory of their own."""
     return torch.empty_like(feature, memory_format=memory_format).copy_(feature)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public operator on inputs as small as they can be and still be awkward.
+
+    ``call`` takes the tensors that ``inputs`` returns, of which the first ``learning`` take gradients, and ``backend``.
+    """
+
+    name: str
+    call: Callable
+    inputs: Callable[[torch.dtype], list[torch.Tensor]]
+    learning: int
+
+    def outputs(self, inputs, backend="triton"):
+        """Return the outputs as a list."""
+        outputs = self.call(*inputs, backend=backend)
+        return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+    def results(self, inputs, backend="triton", call=None, view=lambda gradient: gradient):
+        """Return the outputs, the gradients by the inputs that learn, and the other inputs, which it may change.
+
+        ``view`` changes the random gradients of the outputs.
+        """
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs[: self.learning]]
+        others = [tensor.clone() for tensor in inputs[self.learning :]]
+        outputs = (replace(self, call=call) if call else self).outputs([*leaves, *others], backend)
+        used = [output for output in outputs if output.requires_grad]
+        gradients = [view(random_like(output).to(output.dtype)) for output in used]
+        return [*(output.detach() for output in outputs), *torch.autograd.grad(used, leaves, gradients), *others]
+
+
+def normal_of_sizes(*sizes, seeded=False):
+    """Return a function of a dtype that draws a tensor of each size, and the seed of a dropout mask if ``seeded``."""
+
+    def inputs(dtype):
+        tensors = [normal(*size, dtype=dtype, seed=place) for place, size in enumerate(sizes)]
+        return [*tensors, torch.tensor([20], device=DEVICE)] if seeded else tensors
+
+    return inputs
+
+
+def norm_and_running_inputs(shape, dtype):
+    inputs = norm_inputs(shape, dtype, torch.channels_last)
+    return [*inputs, *running_statistics(inputs)]
+
+
+def scores_inputs(dtype):
+    """Return sums and counts of two images of 20 pixels in three classes, never in half precision."""
+    sums, counts = published_sums(*sums_inputs(2, 3, 4, 5))
+    return [sums if dtype == torch.float64 else sums.float(), counts]
+
+
+SCALES = (2, 3)  # channels
+OPERATORS = (
+    Operator(
+        "channel_attention",
+        lambda query, key, value, seed, **options: channel_attention(
+            query, key, value, SCALES, dropout_p=0.3, seed=seed, **options
+        ),
+        normal_of_sizes((2, 2, 3, 5), (2, 2, 3, 4), (2, 2, 3, 4), seeded=True),
+        learning=3,
+    ),
+    Operator(
+        "projected_channel_attention",
+        lambda tokens, context, weight, first, second, seed, **options: projected_channel_attention(
+            tokens, context, [first, second], weight, dropout_p=0.3, seed=seed, **options
+        ),
+        normal_of_sizes((2, 3, 5), (2, 3, 4), (2, 2, 4, 4), (2, 2, 2), (2, 3, 3), seeded=True),
+        learning=5,
+    ),
+    Operator(
+        "packed_linear",
+        lambda tokens, *others, **options: packed_linear(tokens, others[:2], others[2:], **options),
+        normal_of_sizes((2, 3, 5), (2, 4, 2), (2, 1, 3), (2, 4), (2, 1)),
+        learning=5,
+    ),
+    Operator(
+        "packed_mlp",
+        lambda tokens, residual, *others, **options: packed_mlp(
+            tokens, residual, others[:2], others[2:4], others[4:6], others[6:], **options
+        ),
+        normal_of_sizes((2, 3, 5), (2, 3, 5), (4, 2), (1, 3), (4,), (1,), (2, 4), (3, 1), (2,), (3,)),
+        learning=10,
+    ),
+    Operator(
+        "packed_layer_norm",
+        lambda tokens, *channels, **options: packed_layer_norm(tokens, SCALES, *channels, eps=1e-3, **options),
+        normal_of_sizes((2, 3, 5), (5,), (5,)),
+        learning=3,
+    ),
+    Operator(
+        "cross_layer_norm",
+        lambda tokens, *channels, **options: cross_layer_norm(tokens, SCALES, *channels, eps=1e-3, **options),
+        normal_of_sizes((2, 3, 5), (5,), (5,), (5,), (5,)),
+        learning=5,
+    ),
+    Operator(
+        "skip_gate",
+        skip_gate,
+        lambda dtype: gate_inputs(2, 2, 3, (1, 2), (2, 1), (2, 1), dtype, memory_format=torch.channels_last),
+        learning=7,
+    ),
+    Operator(
+        "batch_norm_relu",
+        partial(batch_norm_relu, training=True),
+        partial(norm_and_running_inputs, (2, 3, 2, 3)),
+        learning=3,
+    ),
+    Operator(
+        "batch_norm_relu_pool",
+        partial(batch_norm_relu_pool, training=True),
+        partial(norm_and_running_inputs, (2, 3, 3, 2)),
+        learning=3,
+    ),
+    Operator(
+        "segmentation_sums",
+        segmentation_sums,
+        lambda dtype: list(sums_inputs(2, 3, 3, 4, dtype, torch.channels_last)),
+        learning=1,
+    ),
+    Operator(
+        "segmentation_scores",
+        lambda sums, counts, **options: segmentation_scores(sums, counts, 20, **options),
+        scores_inputs,
+        learning=1,
+    ),
+)
+# The operators again, in the forms that optional arguments give them.
+OTHER_FORMS = (
+    Operator(
+        "channel_attention without dropout",
+        lambda query, key, value, **options: channel_attention(query, key, value, SCALES, **options),
+        normal_of_sizes((1, 1, 3, 5), (1, 1, 3, 4), (1, 1, 3, 4)),
+        learning=3,
+    ),
+    Operator(
+        "packed_linear without heads and biases",
+        lambda tokens, *weights, **options: packed_linear(tokens, weights, **options),
+        normal_of_sizes((1, 3, 7), (4, 2), (1, 5)),
+        learning=3,
+    ),
+    Operator(
+        "skip_gate without tokens",
+        lambda feature, *others, **options: skip_gate(feature, None, *others, **options),
+        normal_of_sizes((1, 2, 2, 2), (1, 1, 1, 1), (2, 2), (2,), (2, 1), (2,)),
+        learning=6,
+    ),
+    Operator(
+        "skip_gate without decoder feature",
+        lambda feature, tokens, weight, bias, **options: skip_gate(
+            feature, tokens, None, weight, bias, None, None, **options
+        ),
+        normal_of_sizes((1, 2, 2, 2), (1, 2, 1, 2), (2, 2), (2,)),
+        learning=4,
+    ),
+    Operator(
+        "skip_gate alone",
+        lambda feature, weight, bias, **options: skip_gate(feature, None, None, weight, bias, None, None, **options),
+        normal_of_sizes((1, 2, 2, 2), (2, 2), (2,)),
+        learning=3,
+    ),
+    Operator(
+        "batch_norm_relu without running statistics",
+        lambda *tensors, **options: batch_norm_relu(*tensors, None, None, training=True, **options),
+        partial(norm_inputs, (2, 3, 2, 2)),
+        learning=3,
+    ),
+    Operator(
+        "batch_norm_relu by given statistics",
+        partial(batch_norm_relu, training=False),
+        partial(norm_and_running_inputs, (2, 3, 2, 2)),
+        learning=3,
+    ),
+    Operator(
+        "batch_norm_relu_pool by given statistics, its map alone",
+        lambda *tensors, **options: batch_norm_relu_pool(*tensors, training=False, **options)[0],
+        partial(norm_and_running_inputs, (2, 3, 3, 2)),
+        learning=3,
+    ),
+    Operator(
+        "batch_norm_relu_pool, its pooled map alone",
+        lambda *tensors, **options: batch_norm_relu_pool(*tensors, training=True, **options)[1],
+        partial(norm_and_running_inputs, (2, 3, 3, 2)),
+        learning=3,
+    ),
+    Operator(
+        "segmentation_sums of one class",
+        segmentation_sums,
+        lambda dtype: list(sums_inputs(2, 1, 3, 4, dtype)),
+        learning=1,
+    ),
+    Operator(
+        "segmentation_scores of given totals",
+        lambda sums, counts, totals, **options: segmentation_scores(sums, counts, 20, totals=totals, **options),
+        lambda dtype: [*scores_inputs(dtype), torch.tensor([2.5, 31.0, 44.0], device=DEVICE)],
+        learning=1,
+    ),
+)
+
+
+def map_inputs(name, sizes, memory_format):
+    """Return float32 inputs of the operator ``name`` on maps of ``sizes``: channels, height and width."""
+    channels, *patch = sizes
+    if name == "skip_gate":
+        return gate_inputs(1, channels, 5, (1, 1), patch, (1, 1), torch.float32, memory_format=memory_format)
+    if name == "segmentation_sums":
+        return list(sums_inputs(2, *sizes, torch.float32, memory_format))
+    inputs = norm_inputs((2, *sizes), torch.float32, memory_format)
+    return [*inputs, *running_statistics(inputs)]

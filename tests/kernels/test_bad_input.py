@@ -269,23 +269,6 @@ class TestNumbers:
 
 
 @BOTH
-def test_double_backward(backend, function, inputs_of):
-    inputs = [tensor.requires_grad_() for tensor in inputs_of()]
-    output = function(backend, inputs)
-    gradients = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
-    for gradient in gradients:
-        if backend == "triton":
-            with pytest.raises(NotImplementedError, match="no second derivative; use backend='composed'"):
-                torch.autograd.grad(gradient.sum(), inputs, allow_unused=True, retain_graph=True)
-        else:
-            assert all(
-                second.isfinite().all()
-                for second in torch.autograd.grad(gradient.sum(), inputs, allow_unused=True, retain_graph=True)
-                if second is not None
-            )
-
-
-@BOTH
 def test_unknown_name(backend, function, inputs_of):
     with pytest.raises(ValueError, match=f"unknown backend '{backend}s'; choose one of auto, triton"):
         function(f"{backend}s", inputs_of())

@@ -21,7 +21,6 @@ from tests.kernels.support import (
     running_statistics,
 )
 from uctrans.kernels import batch_norm_relu
-from uctrans.kernels.batch_norm_relu import composed
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -47,19 +46,6 @@ def test_written_out_by_hand():
         mean.fill_(3.0), variance.fill_(4.0)
         output = batch_norm_relu(feature, weight, bias, mean, variance, training=False, eps=12.0, backend=backend)
         torch.testing.assert_close(output, torch.tensor([[[[0.0, 2.0]]]], device=DEVICE))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_gradcheck(training):
-    """First and second derivatives of the composed form, away from the ReLU's corner, which has none."""
-    feature, weight, bias = (tensor.requires_grad_() for tensor in norm_inputs((2, 2, 2, 3)))
-    running = running_statistics([feature, weight])
-
-    def function(*tensors):
-        return composed.batch_norm_relu(*tensors, *(tensor.clone() for tensor in running), training, 0.1, 1e-5)
-
-    assert torch.autograd.gradcheck(function, (feature, weight, bias))
-    assert torch.autograd.gradgradcheck(function, (feature, weight, bias))
 
 
 class TestWhatPlainPyTorchAllows:

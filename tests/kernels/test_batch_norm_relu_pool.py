@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +32,6 @@ from tests.kernels.support import (
     running_statistics,
 )
 from uctrans.kernels import batch_norm_relu, batch_norm_relu_pool
-from uctrans.kernels.batch_norm_relu import composed
 from uctrans.kernels.formats import memory_format_of
 from uctrans.kernels.testing import poisoned_allocations
 
@@ -273,69 +271,6 @@ class TestMemory:
             assert_same_bits(found, results(inputs, upstream, **TRITON))
 
 
-@pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
-def test_same_bits_in_every_run(memory_format, dtype, monkeypatch):
-    change_constants(monkeypatch, [triton_layout], {"WINDOW_TILE": 32})
-    inputs = inputs_of((1, 3, 3, 5), dtype, memory_format)
-    assert_same_bits(results(inputs, **TRITON), results(inputs, **TRITON))
-
-
-class TestOperator:
-    """Known to torch: schema, shapes without data, gradients, compilation."""
-
-    def test_opcheck(self):
-        inputs = inputs_of((2, 3, 3, 2), torch.float32, torch.channels_last)
-        running = running_statistics(inputs)
-        gradient, d_pooled = gradients_of(inputs)
-        leaves = [tensor.requires_grad_() for tensor in inputs]
-        operators = torch.ops.uctrans
-        torch.library.opcheck(operators.batch_norm_relu_pool, (*leaves, *running, MOMENTUM, EPS))
-        saved = (*(tensor.detach() for tensor in leaves), *running, EPS, True)
-        for optional in (gradient, None):
-            torch.library.opcheck(operators.batch_norm_relu_pool_backward, (optional, d_pooled, *saved))
-
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @pytest.mark.parametrize("sizes", [(3, 2, 4), (3, 4, 5), (1, 3, 2), (1, 2, 2)], ids=str)
-    def test_strides_are_known_without_data(self, sizes, memory_format):
-        """Also of pooled maps with an axis of one."""
-        inputs = inputs_of((1, *sizes), torch.float32, memory_format)
-        mean, variance = running_statistics(inputs)
-
-        def call(feature, weight, bias, mean, variance):
-            saved = (feature, weight, bias, mean, variance, EPS)
-            maps = torch.ops.uctrans.batch_norm_relu_pool_apply(*saved)
-            return *maps, *torch.ops.uctrans.batch_norm_relu_pool_backward(*maps, *saved, True)
-
-        with FakeTensorMode() as mode:
-            expected = call(*(mode.from_tensor(tensor) for tensor in (*inputs, mean, variance)))
-        for tensor, fake in zip(call(*inputs, mean, variance), expected, strict=True):
-            assert (tensor.shape, tensor.stride(), tensor.dtype) == (fake.shape, fake.stride(), fake.dtype)
-
-    @pytest.mark.parametrize(
-        ("training", "unused"), [(True, None), (True, 0), (False, 1)], ids=["both", "pooled only", "map only"]
-    )
-    def test_compiles_without_a_break(self, training, unused):
-        torch.compiler.reset()  # a limit on compilations counts those of other tests
-        inputs = inputs_of(SHAPE, torch.float32, torch.channels_last)
-        upstream = [None if place == unused else each for place, each in enumerate(gradients_of(inputs))]
-        compiled = torch.compile(batch_norm_relu_pool, fullgraph=True, backend="aot_eager")
-        found = results(inputs, upstream, training, function=compiled, **TRITON)
-        torch.testing.assert_close(found, results(inputs, upstream, training, **TRITON))
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_gradcheck_of_composed(self, training):
-        """First and second derivatives."""
-        inputs = [tensor.requires_grad_() for tensor in norm_inputs((2, 2, 2, 3))]
-        running = running_statistics(inputs)
-
-        def function(*tensors):
-            statistics = (tensor.clone() for tensor in running)
-            return composed.batch_norm_relu_pool(*tensors, *statistics, training, MOMENTUM, EPS)
-
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
-
-
 class TestBadInput:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("shape", [(2, 3, 1, 4), (2, 3, 4, 1), (0, 3, 1, 4), (2, 0, 4, 4), (2, 3, 0, 4)], ids=str)
@@ -357,15 +292,6 @@ class TestBadInput:
             results([inputs[0], inputs[1].double(), inputs[2]], running=running_statistics(inputs), backend=backend)
         with pytest.raises(ValueError, match=f"unknown backend '{backend}s'"):
             results(inputs, backend=f"{backend}s")
-
-    def test_what_triton_does_not_do(self):
-        with pytest.raises(NotImplementedError, match="computes in float32; use backend='composed'"):
-            results(norm_inputs(), **TRITON)
-        inputs = [tensor.requires_grad_() for tensor in inputs_of(SHAPE)]
-        maps = batch_norm_relu_pool(*inputs, None, None, training=True, **TRITON)
-        gradient, *_ = torch.autograd.grad(sum(each.square().sum() for each in maps), inputs, create_graph=True)
-        with pytest.raises(NotImplementedError, match="batch_norm_relu_pool has no second derivative; use backend="):
-            torch.autograd.grad(gradient.sum(), inputs)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ from functools import lru_cache, partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.support import (
     DEVICE,
@@ -191,16 +190,6 @@ class TestWhatIsReturned:
         torch.testing.assert_close(updated, expected.float())
         assert_same_bits(running, before)  # the operator writes none of its inputs
 
-    def test_gradients_of_those_that_ask(self):
-        """Only some inputs learn: theirs are the gradients that they have when all do."""
-        inputs = inputs_of((2, 3, 4, 5), torch.float32, torch.channels_last)
-        _, *expected = results(inputs, normal(2, 3, 4, 5))
-        for learning in ((0,), (1, 2)):
-            leaves = [tensor.detach().requires_grad_(place in learning) for place, tensor in enumerate(inputs)]
-            output = batch_norm_relu(*leaves, None, None, training=True, backend="triton")
-            gradients = torch.autograd.grad(output, [leaves[place] for place in learning], normal(2, 3, 4, 5))
-            assert_same_bits(gradients, [expected[place] for place in learning])
-
     def test_statistics_have_no_gradient(self):
         inputs = [tensor.requires_grad_() for tensor in inputs_of((2, 3, 4, 5))]
         found = operator(inputs, running_statistics([tensor.detach() for tensor in inputs]))
@@ -216,21 +205,6 @@ class TestWhatIsReturned:
 
 
 class TestSameBits:
-    @pytest.mark.parametrize(
-        ("memory_format", "dtype", "training"),
-        [
-            (torch.contiguous_format, torch.float32, True),
-            (torch.channels_last, torch.float16, True),
-            (torch.channels_last, torch.float32, False),
-        ],
-        ids=str,
-    )
-    def test_from_run_to_run(self, memory_format, dtype, training, monkeypatch):
-        change_constants(monkeypatch, [triton, triton_layout], MANY_PARTS)
-        inputs = inputs_of((2, 3, 2, 3), dtype, memory_format)
-        found = results(inputs, training=training)
-        assert_same_bits(results(inputs, training=training), found)
-
     def test_whatever_other_channels_there_are(self):
         """A channel depends on itself alone."""
         inputs = inputs_of((2, 5, 3, 4))
@@ -328,60 +302,18 @@ class TestHowTensorsLieInMemory:
         assert_same_bits(results([far, *inputs[1:]], gradient), results(inputs, gradient))
 
 
-class TestOperator:
-    """Known to torch: schema, shapes without data, gradients, compilation."""
-
-    @pytest.mark.parametrize("has_running", [True, False])
-    def test_opcheck(self, has_running):
-        inputs = inputs_of((2, 3, 2, 2), torch.float16, torch.channels_last)
-        inputs = [tensor.requires_grad_() for tensor in inputs]
-        operators = torch.ops.uctrans
-        mean, variance = running_statistics(inputs)
-        running = (mean, variance) if has_running else (None, None)
-        torch.library.opcheck(operators.batch_norm_relu, (*inputs, *running, MOMENTUM, EPS))
-        feature, weight, bias = (tensor.detach() for tensor in inputs)
-        saved = (torch.randn_like(feature), feature, weight, bias, mean, variance, EPS)
-        torch.library.opcheck(operators.batch_norm_relu_backward, (*saved, has_running))
-        if has_running:
-            torch.library.opcheck(operators.batch_norm_relu_apply, (*inputs, mean, variance, EPS))
-
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @pytest.mark.parametrize("sizes", [(3, 1, 4), (3, 4, 1), (1, 3, 4), (3, 1, 1), (1, 1, 1), (3, 2, 4)], ids=str)
-    def test_strides_are_known_without_data(self, sizes, memory_format):
-        """Also of maps with an axis of one, forward and backward."""
-        inputs = inputs_of((2, *sizes), torch.float32, memory_format)
-        mean, variance = running_statistics(inputs)
-
-        def call(feature, *channels):
-            backward = torch.ops.uctrans.batch_norm_relu_backward
-            return operator((feature, *channels[:2]))[0], backward(feature, feature, *channels, EPS, True)[0]
-
-        with FakeTensorMode() as mode:
-            expected = call(*(mode.from_tensor(tensor) for tensor in (*inputs, mean, variance)))
-        for tensor, fake in zip(call(*inputs, mean, variance), expected, strict=True):
-            assert (tensor.shape, tensor.stride()) == (fake.shape, fake.stride())
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_compiles_without_a_break(self, training):
-        """The running statistics are updated in the compiled form too."""
-        torch.compiler.reset()  # a limit on compilations counts those of other tests
-        inputs = inputs_of((2, 3, 4, 5), torch.float32, torch.channels_last)
-        compiled = torch.compile(batch_norm_relu, fullgraph=True, backend="aot_eager")
-        found = results(inputs, training=training, function=compiled)
-        torch.testing.assert_close(found, results(inputs, training=training))
-
-    def test_compiles_once_for_any_size(self):
-        torch.compiler.reset()
-        graphs = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(batch_norm_relu, fullgraph=True, backend=graphs, dynamic=True)
-        counts = []
-        for batch, height, width in ((2, 3, 4), (3, 5, 7)):  # sizes that are equal would be taken for one size
-            inputs = inputs_of((batch, 6, height, width), torch.float32, torch.channels_last)
-            gradient = normal(batch, 6, height, width)
-            found = results(inputs, gradient, function=compiled)
-            torch.testing.assert_close(found, results(inputs, gradient))
-            counts.append(graphs.frame_count)
-        assert counts[0] == counts[1]  # the first call may analyse the function twice, for its floats
+def test_compiles_once_for_any_size():
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(batch_norm_relu, fullgraph=True, backend=graphs, dynamic=True)
+    counts = []
+    for batch, height, width in ((2, 3, 4), (3, 5, 7)):  # sizes that are equal would be taken for one size
+        inputs = inputs_of((batch, 6, height, width), torch.float32, torch.channels_last)
+        gradient = normal(batch, 6, height, width)
+        found = results(inputs, gradient, function=compiled)
+        torch.testing.assert_close(found, results(inputs, gradient))
+        counts.append(graphs.frame_count)
+    assert counts[0] == counts[1]  # the first call may analyse the function twice, for its floats
 
 
 class TestNumbersThatAreHardToHold:
@@ -498,31 +430,6 @@ def test_any_shape_agrees_with_the_reference(shape, training, memory_format, see
     for result, close in zip(found, expected, strict=True):
         bound = 1e-4 * max(1.0, close.abs().max().item() if close.numel() else 0.0)
         torch.testing.assert_close(result, close, rtol=1e-4, atol=bound)
-
-
-class TestBadInput:
-    def test_no_second_derivative(self):
-        inputs = [tensor.requires_grad_() for tensor in inputs_of((2, 2, 2, 2))]
-        running = running_statistics([tensor.detach() for tensor in inputs])
-        for training in (True, False):
-            output = batch_norm_relu(*inputs, *running, training=training, backend="triton")
-            gradients = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
-            for gradient in gradients:
-                with pytest.raises(NotImplementedError, match="batch_norm_relu has no second derivative; use backend="):
-                    torch.autograd.grad(gradient.sum(), inputs, allow_unused=True, retain_graph=True)
-
-    def test_float64_is_not_for_triton(self, monkeypatch):
-        inputs = norm_inputs()
-        with pytest.raises(NotImplementedError, match="computes in float32; use backend='composed'"):
-            results(inputs)
-        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
-        torch.testing.assert_close(norm_results(inputs), published_norm_results(inputs))
-
-    def test_neither_gpu_nor_interpreter(self, monkeypatch):
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        inputs = [tensor.cpu() for tensor in inputs_of((2, 3, 4, 5))]
-        with pytest.raises(NotImplementedError, match=r"run on a CUDA device, or .*; got cpu; use backend='composed'"):
-            results(inputs)
 
 
 @pytest.mark.gpu

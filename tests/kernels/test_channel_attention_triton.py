@@ -55,7 +55,8 @@ def compare(shape, dtype, **settings):
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_budget(shape, dtype):
-    compare(shape, dtype)
+    with poisoned_allocations():
+        compare(shape, dtype)
 
 
 @pytest.mark.gpu
@@ -80,7 +81,8 @@ def test_every_launch_configuration(blocks, dtype, monkeypatch):
         monkeypatch.setattr(triton, table, lambda *_: AttentionBlocks(*blocks))
     for table in ("gram_blocks", "correction_blocks"):
         monkeypatch.setattr(triton, table, lambda *_: GramBlocks(own, step, num_warps, num_stages))
-    compare(AttentionShape(1, 1, 21, (3, 39), 67), dtype, dropout_p=0.2, seed=SEED)
+    with poisoned_allocations():
+        compare(AttentionShape(1, 1, 21, (3, 39), 67), dtype, dropout_p=0.2, seed=SEED)
 
 
 @pytest.mark.parametrize(
@@ -226,22 +228,6 @@ class TestNumbersThatAreHardToHold:
         assert_as_exact_as_the_reference(self.shape.segments, [query, key, value])
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SMALL, ODD], ids=str)
-def test_memory_is_written_before_it_is_read(shape, dtype):
-    with poisoned_allocations():
-        compare(shape, dtype, dropout_p=0.3, seed=SEED)
-
-
-def test_same_bits_from_run_to_run():
-    inputs = on_device(attention_inputs(ODD, torch.float32))
-    gradient = torch.randn(1, 21, 42, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    first, second = (
-        outputs_and_gradients(attend(ODD.segments, dropout_p=0.2, seed=SEED), inputs, gradient) for _ in range(2)
-    )
-    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
-
-
 class TestStrides:
     shape = AttentionShape(2, 2, 5, (6, 10), 12)
 
@@ -262,21 +248,6 @@ class TestStrides:
             return lambda *tensors: attend(self.shape.segments, backend)(*map(rearrange, tensors))
 
         assert_as_exact_as(rearranged("reference"), rearranged("triton"), inputs)
-
-    @pytest.mark.parametrize(
-        "gradient",
-        [
-            lambda shape: torch.ones((), dtype=torch.float64).expand(shape),
-            lambda shape: torch.randn(shape[-1], dtype=torch.float64).expand(shape),
-            lambda shape: torch.randn(shape[::-1], dtype=torch.float64).permute(2, 1, 0),
-        ],
-        ids=["stride 0", "stride 0 over tokens", "permuted"],
-    )
-    def test_gradients(self, gradient):
-        torch.manual_seed(0)
-        upstream = gradient((2, 5, 16)).to(DEVICE)
-        inputs = on_device(attention_inputs(self.shape, torch.float32))
-        assert_as_exact_as_the_reference(self.shape.segments, inputs, upstream)
 
 
 class TestDropout:
@@ -351,21 +322,6 @@ class TestOperator:
         key_value = torch.stack([key, value], dim=3).transpose(1, 2).transpose(2, 3).contiguous().detach()
         return (query, key_value.requires_grad_(requires_grad), *rest)  # (B, N, 2, H, S)
 
-    def test_opcheck(self):
-        operators = torch.ops.uctrans
-        arguments, plain = self.arguments(0.3, requires_grad=True), self.arguments(0.3)
-        for name, inputs, frozen in (
-            ("channel_attention", arguments, plain),
-            ("channel_attention_packed", self.packed(arguments), self.packed(plain)),
-        ):
-            forward, backward = getattr(operators, name), getattr(operators, f"{name}_backward")
-            torch.library.opcheck(forward, inputs)
-            output, *saved = forward(*frozen)
-            *tensors, segments, dropout, _eps, _seed = frozen
-            torch.library.opcheck(backward, (torch.randn_like(output), *tensors, *saved, segments, dropout))
-        # Without dropout no keys of a mask are saved.
-        torch.library.opcheck(operators.channel_attention, self.arguments(0.0), test_utils=["test_faketensor"])
-
     def test_packed_is_the_same_function(self):
         arguments = self.arguments(0.3, requires_grad=True)
         packed = self.packed(arguments)
@@ -377,29 +333,6 @@ class TestOperator:
         of_packed_query, of_key_value = torch.autograd.grad(packed_output, packed[:2], gradient)
         assert torch.equal(of_query, of_packed_query)
         assert torch.equal(torch.stack([of_key, of_value]), of_key_value.permute(2, 0, 3, 1, 4))
-
-    def test_compiles_without_a_break(self):
-        inputs = on_device(attention_inputs(SMALL, torch.float32))
-        seed = torch.tensor([SEED], device=DEVICE)
-        function = attend(SMALL.segments, dropout_p=0.3, seed=seed)
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        gradient = torch.ones(2, 5, 12, dtype=torch.float64, device=DEVICE)
-        for result, expected in zip(
-            outputs_and_gradients(compiled, inputs, gradient),
-            outputs_and_gradients(function, inputs, gradient),
-            strict=True,
-        ):
-            torch.testing.assert_close(result, expected)
-
-    def test_autocast(self):
-        inputs = [tensor.requires_grad_() for tensor in on_device(attention_inputs(SMALL, torch.float32))]
-        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-        with torch.autocast(DEVICE, dtype=dtype):
-            output = attend(SMALL.segments)(*inputs)
-        assert output.dtype == dtype
-        gradients = torch.autograd.grad(output.sum(), inputs)
-        assert all(gradient.dtype == torch.float32 for gradient in gradients)
-        torch.testing.assert_close(output.float(), attend(SMALL.segments, "reference")(*inputs), rtol=2e-2, atol=2e-2)
 
     def test_saved_tensors_are_what_they_say(self):
         query, key, value = on_device(attention_inputs(ODD, torch.float32))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.support import DEVICE, TRITON_DTYPES, assert_as_exact_as, drawn, random_like, results
+from tests.kernels.support import DEVICE, TRITON_DTYPES, assert_as_exact_as, drawn, results
 from uctrans.kernels import packed_mlp
 from uctrans.kernels.packed_mlp import reference
 from uctrans.kernels.testing import poisoned_allocations
@@ -125,59 +125,6 @@ def test_every_tile_of_the_table(dtype, monkeypatch):
         assert_as_exact_as(flat(reference.packed_mlp, shape), flat(packed_mlp, shape, backend="triton"), inputs)
 
 
-def test_strides_as_they_come():
-    """Tokens, residuals, weights and gradients that are views: expanded, sliced, transposed, channels apart."""
-    tokens, residual, *others = mlp_inputs(SMALL, torch.float32)
-    width = sum(SMALL.widths)
-    wide = torch.randn(2, 3, width + 3, device=DEVICE)
-    views = {
-        "expanded": tokens[:1, :1].expand(2, 3, width),
-        "sliced": wide[..., 1 : width + 1],
-        "transposed": torch.randn(3, 2, width, device=DEVICE).transpose(0, 1),
-        "channels apart": torch.randn(2, width, 3, device=DEVICE).transpose(1, 2),
-    }
-    layers = lists_of(SMALL, others)
-    for name, view in views.items():
-        for pair in ((view, residual), (tokens, view)):
-            output = packed_mlp(*pair, *layers, backend="triton")
-            assert output.is_contiguous()
-            torch.testing.assert_close(output, reference.packed_mlp(*pair, *layers), msg=name)
-    leaves = [tensor.requires_grad_() for tensor in (tokens, residual, *others)]
-    apart = torch.randn(2, width, 3, device=DEVICE).transpose(1, 2)
-    for gradient in (torch.ones((), device=DEVICE).expand(2, 3, width), wide[..., :width], apart):
-        expected, actual = (
-            torch.autograd.grad(packed_mlp(tokens, residual, *layers, backend=backend), leaves, gradient)
-            for backend in ("reference", "triton")
-        )
-        torch.testing.assert_close(actual, expected)
-    transposed = [weight.detach().t().contiguous().t() for weight in layers[0]]
-    torch.testing.assert_close(
-        packed_mlp(tokens, residual, transposed, *layers[1:], backend="triton"),
-        packed_mlp(tokens, residual, *layers, backend="triton"),
-    )
-
-
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-def test_bitwise_repeatable(dtype):
-    shape = MlpShape(1, 5, (5, 20), (9, 16))
-    inputs = mlp_inputs(shape, dtype)
-    function = flat(packed_mlp, shape, backend="triton")
-    for first, second in zip(results(function, inputs), results(function, inputs), strict=True):
-        assert torch.equal(first, second)
-
-
-def test_only_the_gradients_asked_for():
-    inputs = mlp_inputs(SMALL, torch.float32)
-    function = flat(packed_mlp, SMALL, backend="triton")
-    expected = results(function, inputs)[1:]
-    weight = random_like(inputs[0]).float()
-    for place, wanted in enumerate(expected):
-        leaves = [tensor.detach() for tensor in inputs]
-        leaf = leaves[place].requires_grad_()
-        (gradient,) = torch.autograd.grad(function(*leaves), leaf, weight)
-        torch.testing.assert_close(gradient, wanted)
-
-
 def test_the_hidden_layer_is_kept_for_backward_only():
     inputs = mlp_inputs(SMALL, torch.float32)
     layers = lists_of(SMALL, inputs[2:])
@@ -186,6 +133,8 @@ def test_the_hidden_layer_is_kept_for_backward_only():
     kept = torch.ops.uctrans.packed_mlp(*inputs[:2], *layers, True)
     assert kept[1].shape == (2, 3, 11) and torch.equal(kept[0], output) and torch.equal(kept[2], activation)
     torch.testing.assert_close(torch.nn.functional.gelu(kept[1]), activation)
+    arguments = (*inputs[:2], *layers, False)
+    torch.library.opcheck(torch.ops.uctrans.packed_mlp, arguments, test_utils=["test_schema", "test_faketensor"])
 
 
 def test_backward_makes_no_zeros_for_the_hidden_layers():
@@ -219,25 +168,6 @@ def test_an_output_without_a_gradient():
     assert gradients == (None,) * len(leaves)
 
 
-def test_opcheck():
-    tokens, residual, *others = (tensor.requires_grad_() for tensor in mlp_inputs(SMALL, torch.float32))
-    layers = lists_of(SMALL, others)
-    torch.library.opcheck(torch.ops.uctrans.packed_mlp, (tokens, residual, *layers, True))
-    frozen = [[tensor.detach() for tensor in tensors] for tensors in layers]
-    torch.library.opcheck(torch.ops.uctrans.packed_mlp, (tokens.detach(), residual.detach(), *frozen, False))
-    hidden = torch.randn(2, 3, sum(SMALL.hidden_widths), device=DEVICE)
-    arguments = (torch.randn_like(tokens), [weight.detach() for weight in layers[2]], hidden)
-    torch.library.opcheck(torch.ops.uctrans.packed_mlp_hidden_gradient, arguments)
-
-
-def test_compiles_in_one_graph():
-    inputs = mlp_inputs(SMALL, torch.float32)
-    function = flat(packed_mlp, SMALL, backend="triton")
-    torch.compiler.reset()  # a limit on compilations counts those of other tests
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(results(compiled, inputs), results(function, inputs))
-
-
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16], ids=str)
 def test_autocast_leaves_the_residual_as_it_is(residual_dtype):
     inputs = mlp_inputs(SMALL, torch.float32)
@@ -262,13 +192,6 @@ def test_a_residual_in_float32_beside_half_precision():
         assert output.dtype == torch.float32
         exact = flat(reference.packed_mlp, SMALL)(*(tensor.double() for tensor in inputs))
         assert (output - exact).abs().max() < 5e-3
-
-
-def test_gradcheck():
-    shape = MlpShape(1, 2, (2, 3), (3, 1))
-    inputs = [tensor.requires_grad_() for tensor in mlp_inputs(shape)]
-    assert torch.autograd.gradcheck(flat(packed_mlp, shape, backend="composed"), inputs)
-    assert torch.autograd.gradgradcheck(flat(packed_mlp, shape, backend="composed"), inputs)
 
 
 class TestBadInput:
@@ -305,21 +228,3 @@ class TestBadInput:
             packed_mlp(tokens.half(), residual.to("meta"), *half)
         with pytest.raises(ValueError, match="unknown backend"):
             packed_mlp(tokens, residual, *layers, backend="fastest")
-
-    def test_float64_is_not_for_triton(self, monkeypatch):
-        tokens, residual, *others = mlp_inputs(SMALL)
-        layers = lists_of(SMALL, others)
-        with pytest.raises(NotImplementedError, match="float32; use backend='composed'"):
-            packed_mlp(tokens, residual, *layers, backend="triton")
-        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
-        torch.testing.assert_close(
-            packed_mlp(tokens, residual, *layers), packed_mlp(tokens, residual, *layers, backend="reference")
-        )
-
-    def test_no_second_derivative(self):
-        leaves = [tensor.requires_grad_() for tensor in mlp_inputs(SMALL, torch.float32)]
-        output = flat(packed_mlp, SMALL, backend="triton")(*leaves)
-        for leaf in (leaves[0], leaves[2], leaves[-1]):
-            (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
-            with pytest.raises(NotImplementedError, match="has no second derivative"):
-                gradient.sum().backward()

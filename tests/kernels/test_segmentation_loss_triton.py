@@ -8,14 +8,11 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.support import (
     DEVICE,
     FORMATS,
-    PAIRS,
     SUMS_SHAPES,
-    TRITON_DTYPES,
     alternately,
     assert_sums_as_exact_as_the_reference,
     change_constants,
@@ -142,25 +139,6 @@ class TestStrides:
         torch.testing.assert_close(
             sums_results(kernels, logits, masks), sums_results(reference.segmentation_sums, logits, masks)
         )
-
-    @pytest.mark.parametrize("classes", [1, 3])
-    def test_gradients(self, classes):
-        """Gradients of a plain sum, with stride 0, and with other axes first."""
-        logits, masks = sums_inputs(2, classes, 4, 5, torch.float32)
-        upstream = upstream_of_sums(logits).float()
-        for gradient in (
-            upstream[:, :1, :1].expand_as(upstream),
-            upstream.permute(2, 1, 0).contiguous().permute(2, 1, 0),
-        ):
-            found, expected = (
-                sums_results(f, logits, masks, gradient)[0][-1] for f in (kernels, reference.segmentation_sums)
-            )
-            torch.testing.assert_close(found, expected)
-        leaf = logits.requires_grad_()
-        kernels(leaf, masks)[0].sum().backward()
-        found, leaf.grad = leaf.grad, None
-        reference.segmentation_sums(leaf, masks)[0].sum().backward()
-        torch.testing.assert_close(found, leaf.grad)
 
     @pytest.mark.parametrize("classes", [1, 3])
     def test_logits_in_either_format_are_not_copied(self, classes):
@@ -312,46 +290,7 @@ class TestScores:
         assert not dice.requires_grad
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [1, 3])
-def test_bitwise_repeatable(classes, dtype, monkeypatch):
-    change_constants(monkeypatch, [triton], MANY_PARTS)
-    logits, masks = sums_inputs(2, classes, 5, 7, dtype)
-
-    def run():
-        leaf = logits.detach().requires_grad_()
-        loss, dice = segmentation_scores(*kernels(leaf, masks), 35, backend="triton")
-        loss.backward()
-        return loss, dice, leaf.grad
-
-    for first, second in zip(run(), run(), strict=True):
-        assert torch.equal(first, second)
-
-
 class TestOperatorsOfTorch:
-    @pytest.mark.parametrize(("classes", "memory_format", "dtype"), [(1, *PAIRS[0]), (3, *PAIRS[1])], ids=str)
-    def test_opcheck(self, classes, memory_format, dtype):
-        logits, masks = sums_inputs(2, classes, 3, 4, dtype, memory_format)
-        gradient = upstream_of_sums(logits).float()
-        torch.library.opcheck(torch.ops.uctrans.segmentation_sums, (logits.clone().requires_grad_(), masks))
-        torch.library.opcheck(torch.ops.uctrans.segmentation_sums_backward, (gradient, logits, masks))
-        sums, counts = kernels(logits, masks)
-        for totals in (None, torch.tensor([1.0, 2, 3], device=DEVICE)):
-            arguments = (sums.clone().requires_grad_(), counts, totals, 12, 0.5, 0.5)
-            torch.library.opcheck(torch.ops.uctrans.segmentation_scores, arguments)
-        torch.library.opcheck(torch.ops.uctrans.segmentation_scores_backward, (sums.new_ones(()), sums, sums))
-
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @pytest.mark.parametrize("sizes", [(1, 3, 4), (3, 1, 4), (3, 4, 1), (2, 1, 1), (3, 2, 4)], ids=str)
-    def test_strides_are_known_without_data(self, sizes, memory_format):
-        logits, masks = sums_inputs(2, *sizes, torch.float32, memory_format)
-        gradient = upstream_of_sums(logits).float()
-        with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(tensor) for tensor in (gradient, logits, masks)]
-            expected = torch.ops.uctrans.segmentation_sums_backward(*fakes)
-        found = torch.ops.uctrans.segmentation_sums_backward(gradient, logits, masks)
-        assert (found.shape, found.stride()) == (expected.shape, expected.stride())
-
     @pytest.mark.parametrize("classes", [1, 3])
     def test_compiles_once_for_any_size(self, classes):
         def loss(z, t):
@@ -380,31 +319,8 @@ class TestOperatorsOfTorch:
         assert all(map(torch.equal, [*found[0], found[1]], [*expected[0], expected[1]]))
         assert all(map(torch.equal, composed_results[0], sums_results(composed.segmentation_sums, logits, masks)[0]))
 
-    def test_no_second_derivative(self):
-        logits, masks = sums_inputs(2, 1, 3, 4, torch.float32)
-        leaf = logits.requires_grad_()
-        (gradient,) = torch.autograd.grad(kernels(leaf, masks)[0].square().sum(), leaf, create_graph=True)
-        with pytest.raises(NotImplementedError, match="segmentation_sums has no second derivative; use backend='comp"):
-            gradient.sum().backward()
-        sums, counts = kernels(leaf, masks)
-        loss, _ = segmentation_scores(sums, counts, 12, backend="triton")
-        (gradient,) = torch.autograd.grad(loss, sums, create_graph=True)
-        with pytest.raises(NotImplementedError, match="segmentation_scores has no second derivative"):
-            gradient.sum().backward()
-
 
 class TestLimits:
-    def test_float64_is_not_for_triton(self, monkeypatch):
-        logits, masks = sums_inputs(2, 1, 3, 4)
-        with pytest.raises(NotImplementedError, match="segmentation_sums computes in float32; use backend='composed'"):
-            kernels(logits, masks)
-        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
-        sums, counts = segmentation_sums(logits, masks)
-        assert (sums.dtype, counts.dtype) == (torch.float64, torch.float32)
-        assert segmentation_scores(sums, counts, 12)[0].dtype == torch.float64
-        with pytest.raises(NotImplementedError, match="segmentation_scores computes in float32"):
-            segmentation_scores(sums, counts, 12, backend="triton")
-
     def test_more_classes_than_a_tile_holds(self, monkeypatch):
         logits, masks = sums_inputs(1, 65, 2, 2, torch.float32)
         with pytest.raises(NotImplementedError, match=r"takes up to 64 classes, not 65; use backend='composed'"):
@@ -421,12 +337,6 @@ class TestLimits:
             NotImplementedError, match=r"takes images of up to 1073741824 pixels, not 32769 x 32768; use"
         ):
             kernels(logits, masks)
-
-    def test_neither_gpu_nor_interpreter(self, monkeypatch):
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        inputs = [tensor.cpu() for tensor in sums_inputs(2, 1, 3, 4, torch.float32)]
-        with pytest.raises(NotImplementedError, match=r"run on a CUDA device, or .*; got cpu; use backend='composed'"):
-            segmentation_sums(*inputs, backend="triton")
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ from functools import lru_cache, partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.support import (
     DEVICE,
@@ -183,16 +182,6 @@ class TestWhatIsReturned:
         torch.testing.assert_close(means, torch.cat([skip_mean, decoder_mean], dim=1).float())
         assert output.dtype == gate.dtype == means.dtype == torch.float32
 
-    def test_gradients_of_those_that_ask(self):
-        """Only some inputs learn: theirs are the gradients that they have when all do."""
-        inputs = inputs_of({"batch": 1, "patch": (2, 2)}, torch.float32, torch.channels_last)
-        _, *expected = results(inputs)
-        for learning in ((1,), (0, 3), (2, 6)):
-            leaves = [tensor.detach().requires_grad_(place in learning) for place, tensor in enumerate(inputs)]
-            output = kernels(*leaves)
-            gradients = torch.autograd.grad(output, [leaves[place] for place in learning], normal(*output.shape))
-            assert_same_bits(gradients, [expected[place] for place in learning])
-
     def test_gate_alone_has_no_gradient(self):
         inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
         output, gate, means = operator(inputs)
@@ -201,12 +190,11 @@ class TestWhatIsReturned:
 
 class TestSameBits:
     @pytest.mark.parametrize(("memory_format", "dtype"), PAIRS, ids=str)
-    def test_from_run_to_run_and_whatever_else_is_in_the_batch(self, memory_format, dtype):
+    def test_whatever_else_is_in_the_batch(self, memory_format, dtype):
         shape = {"batch": 2, "channels": 3, "grid": (1, 2), "patch": (3, 2), "factor": (1, 2)}
         inputs = inputs_of(shape, dtype, memory_format)
         gradient = normal(2, 6, 3, 4, dtype=dtype)
         together = results(inputs, gradient)
-        assert_same_bits(results(inputs, gradient), together)
         for image in (slice(0, 1), slice(1, 2)):
             alone = results([*(feature[image] for feature in inputs[:3]), *inputs[3:]], gradient[image])
             # The output and the gradients by maps: those by the weights are of the whole batch.
@@ -318,63 +306,17 @@ class TestHowTensorsLieInMemory:
         assert memory_format_of(feature) == expected
 
 
-class TestOperator:
-    """Known to torch: schema, shapes without data, gradients, compilation, autocast."""
-
-    def inputs(self, missing=(), memory_format=torch.contiguous_format, dtype=torch.float32):
-        tiny = gate_inputs(1, 2, 1, grid=(1, 2), patch=(2, 1), dtype=dtype, memory_format=memory_format)
-        return [None if place in missing else tensor.requires_grad_() for place, tensor in enumerate(tiny)]
-
-    @pytest.mark.parametrize(
-        "missing",
-        [(), (1, 2, 5, 6), *(pytest.param(places, marks=pytest.mark.slow) for places in ((1,), (2, 5, 6)))],
-        ids=str,
-    )
-    def test_opcheck(self, missing):
-        inputs = self.inputs(missing, torch.channels_last, torch.float16)
-        operators = torch.ops.uctrans
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        if missing == ():
-            tests += ("test_aot_dispatch_dynamic",)
-        torch.library.opcheck(operators.skip_gate, (*inputs, True, torch.float16), test_utils=tests)
-        detached = [None if tensor is None else tensor.detach() for tensor in inputs]
-        output, gate, means = operators.skip_gate(*detached, True, torch.float16)
-        encoder_feature, tokens, decoder_feature, weight_skip, _, weight_decoder, _ = detached
-        decoder_grid = [] if decoder_feature is None else list(decoder_feature.shape[2:])
-        saved = (encoder_feature, tokens, weight_skip, weight_decoder, gate, means, decoder_grid)
-        arguments = (torch.randn_like(output), *saved)
-        torch.library.opcheck(operators.skip_gate_backward, arguments, test_utils=tests)
-
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @pytest.mark.parametrize("sizes", [(3, 1, 4), (3, 4, 1), (1, 3, 4), (3, 1, 1), (1, 1, 1), (3, 2, 4)], ids=str)
-    def test_strides_are_known_without_data(self, sizes, memory_format):
-        """Also of maps with an axis of one."""
-        channels, height, width = sizes
-        shape = {"batch": 1, "channels": channels, "grid": (1, 1), "patch": (height, width), "factor": (1, 1)}
-        inputs = inputs_of(shape, torch.float32, memory_format)
-        with FakeTensorMode() as mode:
-            expected, *_ = operator([mode.from_tensor(tensor) for tensor in inputs])
-        output, *_ = operator(inputs)
-        assert (output.shape, output.stride()) == (expected.shape, expected.stride())
-
-    @pytest.mark.parametrize("missing", [(), (2, 5, 6)], ids=["whole", "no decoder"])
-    def test_compiles_without_a_break(self, missing):
-        torch.compiler.reset()  # a limit on compilations counts those of other tests
-        inputs = self.inputs(missing, torch.channels_last)
-        compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(gate_results(inputs, function=compiled), results(inputs))
-
-    def test_compiles_once_for_any_size(self):
-        torch.compiler.reset()
-        graphs = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(kernels, fullgraph=True, backend=graphs, dynamic=True)
-        for batch, grid in ((2, (3, 4)), (3, (2, 5))):  # sizes that are equal would be taken for one size
-            shape = {"batch": batch, "channels": 7, "decoder_channels": 5, "grid": grid, "patch": (2, 2)}
-            inputs = inputs_of(shape, torch.float32, torch.channels_last)
-            gradient = normal(batch, 12, 2 * grid[0], 2 * grid[1])
-            found = gate_results(inputs, gradient, compiled)
-            torch.testing.assert_close(found, results(inputs, gradient))
-        assert graphs.frame_count == 1
+def test_compiles_once_for_any_size():
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(kernels, fullgraph=True, backend=graphs, dynamic=True)
+    for batch, grid in ((2, (3, 4)), (3, (2, 5))):  # sizes that are equal would be taken for one size
+        shape = {"batch": batch, "channels": 7, "decoder_channels": 5, "grid": grid, "patch": (2, 2)}
+        inputs = inputs_of(shape, torch.float32, torch.channels_last)
+        gradient = normal(batch, 12, 2 * grid[0], 2 * grid[1])
+        found = gate_results(inputs, gradient, compiled)
+        torch.testing.assert_close(found, results(inputs, gradient))
+    assert graphs.frame_count == 1
 
 
 class TestAutocast:
@@ -539,29 +481,6 @@ def test_any_shape_agrees_with_the_reference(
         # Relative to the largest entry, because gradients by a gate are sums that may cancel.
         bound = 1e-5 * max(1.0, close.abs().max().item() if close.numel() else 0.0)
         torch.testing.assert_close(result, close, rtol=1e-5, atol=bound)
-
-
-class TestBadInput:
-    def test_no_second_derivative(self):
-        inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
-        gradients = torch.autograd.grad(kernels(*inputs).square().sum(), inputs, create_graph=True)
-        for gradient in gradients:
-            with pytest.raises(NotImplementedError, match="skip_gate has no second derivative; use backend='composed'"):
-                torch.autograd.grad(gradient.sum(), inputs, allow_unused=True, retain_graph=True)
-
-    def test_float64_is_not_for_triton(self, monkeypatch):
-        inputs = gate_inputs()
-        with pytest.raises(NotImplementedError, match="computes in float32; use backend='composed'"):
-            skip_gate(*inputs, backend="triton")
-        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
-        torch.testing.assert_close(skip_gate(*inputs), reference.skip_gate(*inputs))
-
-    def test_neither_gpu_nor_interpreter(self, monkeypatch):
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        inputs = gate_inputs(dtype=torch.float32)
-        with pytest.raises(NotImplementedError, match=r"run on a CUDA device, or .*; got cpu; use backend='composed'"):
-            skip_gate(*inputs, backend="triton")
-        torch.testing.assert_close(skip_gate(*inputs), reference.skip_gate(*inputs))
 
 
 @pytest.mark.gpu
