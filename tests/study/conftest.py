@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from uctrans.inference import EvaluateConfig, evaluate
 from uctrans.study import ModelStudyConfig, run, study_models
-from uctrans.study.folder import begin
+from uctrans.study.folder import begin, check_study
 from uctrans.writing import write_png
 
 SIZE = 32
@@ -61,14 +60,11 @@ def do_here():
     """Return a function that does the runs of a study in this process, and calls the study, which has nothing left."""
 
     def do(config):
-        begin(config, "models")
+        begin(config, check_study(config, "models", config.plan()))
         for planned in sorted(config.plan(), key=lambda each: len(each.needs)):
             run.train_and_score(planned, config)
         for ensemble in config.ensembles():
-            for patience in config.patience:
-                models = ",".join(str(member.at(patience)) for member in ensemble.needs)
-                settings = {"batch_size": 1, "device": "cpu", "overwrite": True, "progress": False}
-                evaluate(EvaluateConfig(models, config.data, str(ensemble.at(patience)), **settings))
+            run.score_ensemble(ensemble, config)
         return study_models(config)
 
     return do
@@ -85,7 +81,7 @@ def plain(settings, tmp_path_factory, do_here):
 @pytest.fixture(scope="session")
 def folded(settings, tmp_path_factory, do_here):
     """Return those of one with two folds, two patiences, and a UCTransNet that starts from the U-Net."""
-    own = {"models": ("uctransnet_from_unet", "unet"), "cross_validation": 2, "epochs": 4, "patience": (3, 1)}
+    own = {"models": ("uctransnet_from_unet", "unet"), "cross_validation": 2, "epochs": 4, "patience": (2, 1)}
     own |= {"seeds": 1, "output": str(tmp_path_factory.mktemp("study") / "folded")}
     config = ModelStudyConfig(**settings | own)
     do_here(config)
@@ -110,7 +106,7 @@ def folded_copy(folded, tmp_path):
 def no_workers(monkeypatch):
     """Let the start of any worker fail."""
 
-    def fail(_lock):
+    def fail(*_):
         raise AssertionError("a worker was started")
 
     monkeypatch.setattr(run, "start_worker", fail)

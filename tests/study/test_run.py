@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -40,30 +41,21 @@ def same_weights(*folders):
 def test_each_patience_ends_as_it_would_alone(folded, tmp_path):
     """Check a network that starts from the U-Net of its fold, and that the start makes a difference."""
     planned = next(each for each in folded.plan() if each.variant.from_unet and each.fold == 1)
-    for patience in (1, 3):
+    for patience in (1, 2):
         alone = replace(planned.config, output=str(tmp_path / str(patience)), patience=patience)
         result = train(alone)
         assert same_weights(alone.output, planned.at(patience))
         assert uctrans.load_model(planned.at(patience)).metadata["best_epoch"] == result.best_epoch
-    last = [load_checkpoint(Path(folder) / "last.pt") for folder in (planned.folder, tmp_path / "3")]
+    last = [load_checkpoint(Path(folder) / "last.pt") for folder in (planned.folder, tmp_path / "2")]
     assert last[0]["epoch"] == last[1]["epoch"]
     assert all(torch.equal(value, last[1]["model"]["state"][name]) for name, value in last[0]["model"]["state"].items())
     train(replace(planned.config, output=str(tmp_path / "other"), init_from=None))
     assert not same_weights(tmp_path / "other", tmp_path / "1")
 
 
-def test_a_larger_patience_keeps_the_weights_of_the_smaller(unet, do_here):
-    unet = replace(unet, epochs=4)
-    do_here(replace(unet, patience=1))
-    (planned,) = unet.plan()
-    before = (planned.at(1) / "best" / "model.safetensors").read_bytes()
-    result = do_here(replace(unet, patience=(1, 3)))
-    assert (planned.at(1) / "best" / "model.safetensors").read_bytes() == before
-    assert [row.record["patience"] for row in result.table.rows] == [1, 3]
-    assert all(row.record["runs"] == 1 for row in result.table.rows)
-
-
-def test_an_interrupted_run_continues_to_the_same_weights(plain_copy, plain, do_here, monkeypatch, table_of):
+def test_an_interrupted_run_continues_to_the_same_weights_also_with_data_that_moved(
+    plain_copy, plain, data, do_here, monkeypatch, table_of, tmp_path
+):
     planned = plain_copy.plan()[0]
     shutil.rmtree(planned.folder)
     forward, calls = uctrans.UNet.forward, []
@@ -79,14 +71,15 @@ def test_an_interrupted_run_continues_to_the_same_weights(plain_copy, plain, do_
         run.train_and_score(planned, plain_copy)
     assert load_checkpoint(planned.folder / "last.pt")["sampler"]["step"] == 2
     assert not planned.at(50).exists()
-    do_here(plain_copy)
+    shutil.copytree(data, tmp_path / "moved")
+    do_here(replace(plain_copy, data=str(tmp_path / "moved")))
     assert table_of(plain_copy) == table_of(plain)
 
 
 def test_a_trained_run_without_scores_is_only_scored_also_in_a_study_that_moved(folded_copy, folded, do_here, table_of):
     planned = next(each for each in folded_copy.plan() if each.variant.from_unet and each.fold == 1)
     before = (planned.folder / "metrics.csv").read_text()
-    shutil.rmtree(planned.at(3))
+    shutil.rmtree(planned.at(2))
     do_here(folded_copy)
     assert (planned.folder / "metrics.csv").read_text() == before
     assert table_of(folded_copy) == table_of(folded)
@@ -122,16 +115,22 @@ def test_a_uctransnet_whose_unet_failed_fails_too_and_so_may_all(unet, do_here, 
     assert failed.read_text().startswith("the U-Net that it starts from failed, epoch 1, step 1: the loss")
 
 
-def test_a_run_that_diverges_late_keeps_its_scores(unet, do_here, monkeypatch, table_of):
+def test_a_larger_patience_keeps_the_scores_of_the_smaller_even_if_it_diverges(unet, do_here, table_of):
     unet = replace(unet, epochs=4, patience=(1,))
     do_here(unet)
     (planned,) = unet.plan()
+    before = (planned.at(1) / "best" / "model.safetensors").read_bytes()
     (planned.folder / "failed.txt").write_text("epoch 4, step 1: the loss is not finite")
-    result = study_models(replace(unet, patience=(1, 3)))
+    larger = replace(unet, patience=(1, 2))
+    result = study_models(larger)
     assert (result.finished, result.failed) == (0, 1)
-    small, large = table_of(unet).values()
-    assert (small["runs"], small["failed"], large["runs"], large["failed"]) == ("1", "", "0", "seed 0")
+    rows = table_of(larger).values()
+    assert [(row["patience"], row["runs"], row["failed"]) for row in rows] == [("1", "1", ""), ("2", "0", "seed 0")]
     assert study_models(unet).failed == 0, "the larger patience is not asked for"
+    (planned.folder / "failed.txt").unlink()
+    do_here(larger)
+    assert [row["runs"] for row in table_of(larger).values()] == ["1", "1"]
+    assert (planned.at(1) / "best" / "model.safetensors").read_bytes() == before
 
 
 def test_a_full_disk_fails_no_run(unet, monkeypatch):
@@ -149,45 +148,52 @@ def test_a_finished_run_needs_no_checkpoints(unet, do_here, no_workers):
     assert do_here(unet).finished == 1
     assert not list(unet.plan()[0].folder.glob("*.pt"))
     assert study_models(unet).finished == 1
-    with pytest.raises(StudyError, match=r"its last\.pt cannot be used .*; delete the folder"):
-        study_models(replace(unet, patience=(50, 100)))
+    larger = replace(unet, patience=(50, 100))
+    with pytest.raises(StudyError, match=r"holds a run already .*; or delete .* trains this run again"):
+        run.train_and_score(larger.plan()[0], larger)
 
 
-def test_a_worker_that_dies_stops_no_other_and_the_same_command_ends_like_one_process(
-    folded_copy, folded, table_of, monkeypatch, capfd
+def test_a_network_waits_for_the_unet_that_it_starts_from(unet, monkeypatch):
+    started = []
+
+    def start(job, *_):
+        started.append(job.name)
+        return subprocess.Popen(["false"], stdin=subprocess.PIPE)
+
+    monkeypatch.setattr(run, "start_worker", start)
+    with pytest.raises(StudyError, match="unet, seed 0 ended with status 1"):
+        study_models(replace(unet, models=("uctransnet_from_unet", "unet"), processes=2))
+    assert started == ["unet, seed 0"]
+
+
+def test_a_worker_that_dies_stops_no_other_and_the_study_ends_like_in_one_process(
+    folded_copy, folded, do_here, table_of, monkeypatch, capfd
 ):
-    folder = Path(folded_copy.output)
-    shutil.rmtree(folder / "runs" / "uctransnet_from_unet")
-    shutil.rmtree(folder / "runs" / "unet" / "seed_0" / "fold_1")
+    config = replace(folded_copy, patience=2, processes=2)
+    shutil.rmtree(Path(config.output) / "runs" / "uctransnet_from_unet")
+    shutil.rmtree(Path(config.output) / "runs" / "unet" / "seed_0" / "ensemble")
     start_worker, workers = run.start_worker, []
 
-    def killing_the_first(lock):
-        workers.append(start_worker(lock))
+    def killing_the_first(*job):
+        workers.append(start_worker(*job))
         if len(workers) == 1:
-            workers[0].process.kill()
+            workers[0].kill()
         return workers[-1]
 
     dead = "uctransnet_from_unet, seed 0, fold 0"
     with monkeypatch.context() as patch, pytest.raises(StudyError, match=f"{dead} was killed by SIGKILL"):
         patch.setattr(run, "start_worker", killing_the_first)
-        study_models(replace(folded_copy, patience=3, processes=2))
-    assert all(worker.process.poll() is not None for worker in workers)
+        study_models(config)
+    assert len(workers) == 3
+    assert all(worker.poll() is not None for worker in workers)
     out = capfd.readouterr().out
     assert f"{dead}: its process was killed by SIGKILL; the same command tries it again" in out
-    assert "run 2 of 4: unet, seed 0, fold 1: Dice" in out
-    assert "run 3 of 4: uctransnet_from_unet, seed 0, fold 1: Dice" in out, "its U-Net came first"
-    row = table_of(folded_copy)["uctransnet_from_unet", 3]
+    assert "run 3 of 4: uctransnet_from_unet, seed 0, fold 1: Dice" in out
+    assert "unet, seed 0, ensemble of 2 folds: Dice" in out
+    row = table_of(config)["uctransnet_from_unet", 2]
     assert (row["runs"], row["folds"], row["missing"]) == ("1", "1", "1")
-
-    words = ["study", "models", "-i", folded.data, "-o", str(folder), "--models", ",".join(folded.models)]
-    words += ["--patience", "3", "--folds", "2", "--seeds", "1", "--model-options", '{"num_layers": 1}']
-    for name in ("base_channels", "image_size", "epochs", "first_best_epoch", "batch_size", "learning_rate", "threads"):
-        words += [f"--{name.replace('_', '-')}", str(getattr(folded, name))]
-    previous = signal.getsignal(signal.SIGTERM)
-    assert cli.main(words) == 0
-    signal.signal(signal.SIGTERM, previous)
-    assert "uctransnet_from_unet, seed 0, ensemble of 2 folds: Dice" in capfd.readouterr().out
-    assert table_of(folded_copy) == {place: row for place, row in table_of(folded).items() if place[1] == 3}
+    do_here(config)
+    assert table_of(config) == {place: row for place, row in table_of(folded).items() if place[1] == 2}
 
 
 @pytest.mark.parametrize("cause", ["SIGINT", pytest.param("time", marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from uctrans.data import find_samples, load_tensors
 from uctrans.data.instances import write_instances
 from uctrans.inference import Predictor, dice
 from uctrans.study import SkipStudyConfig, run
-from uctrans.study.folder import begin
+from uctrans.study.folder import begin, check_study
 from uctrans.study.table import Row, Table, count_cost, make_table
 
 
@@ -68,13 +68,13 @@ def test_an_ensemble_is_the_mean_of_the_probabilities_of_a_seed(folded, table_of
     for ensemble in folded.ensembles():
         probabilities = []
         for member in ensemble.needs:
-            predictor = Predictor(uctrans.load_model(member.at(3)), device="cpu")
+            predictor = Predictor(uctrans.load_model(member.at(2)), device="cpu")
             tensors = tensors or load_tensors(find_samples(folded.data, "test"), predictor.protocol, 1)
             probabilities.append(predictor.probabilities(tensors.images))
         differences += (probabilities[0] > 0.5).ne(probabilities[1] > 0.5).sum()
         labels = (torch.stack(probabilities).mean(0)[:, 0] > 0.5).to(torch.uint8).numpy()
         expected = np.mean([dice(*pair, 1).item() for pair in zip(labels, tensors.masks.numpy(), strict=True)])
-        row = table_of(folded)[ensemble.needs[0].variant.name, 3]
+        row = table_of(folded)[ensemble.needs[0].variant.name, 2]
         assert float(row["ensemble_dice_mean"]) == pytest.approx(expected, abs=1e-6)
         assert row["ensemble_dice_deviation"] == ""
         assert f" {expected:.4f} |" in (Path(folded.output) / "table.md").read_text()
@@ -83,7 +83,7 @@ def test_an_ensemble_is_the_mean_of_the_probabilities_of_a_seed(folded, table_of
 
 def test_the_table_says_where_a_uctransnet_from_a_unet_starts(folded):
     text = (Path(folded.output) / "table.md").read_text()
-    assert "uctransnet_from_unet: starts from the U-Net of patience 3 in every row." in text
+    assert "uctransnet_from_unet: starts from the U-Net of patience 2 in every row." in text
 
 
 def test_instance_scores_count_the_images_with_a_map(plain, data, tmp_path, do_here):
@@ -149,8 +149,8 @@ def test_single_runs_have_no_deviation():
 def test_a_study_of_skips_has_a_row_for_each_subset(settings, tmp_path):
     own = {name: value for name, value in settings.items() if name not in ("models", "model_options")}
     config = SkipStudyConfig(**own | {"epochs": 1, "seeds": 1}, output=str(tmp_path / "skips"))
-    begin(config, "skips")
     plan = config.plan()
+    begin(config, check_study(config, "skips", plan))
     run.train_and_score(plan[0], config)
     table = make_table(config, plan, {planned.variant.name: count_cost(planned.config) for planned in plan})
     assert [row.record["variant"] for row in table.rows][:3] == ["none", "all", "only_1"]

@@ -1,7 +1,7 @@
 """The folder of a study: what has been done in it, and whether a call may continue with it.
 
-OUTPUT/study.json                 the kind of study, and digests of its images and folds
-OUTPUT/folds.json                 the folds, where the study makes them
+OUTPUT/study.json                 the kind of study, its settings, and digests of its images and folds
+OUTPUT/folds.json                 the folds, if the study makes them
 OUTPUT/table.csv  table.md  chart.png
 OUTPUT/runs/NETWORK/seed_N/       a run folder of ``uctrans train``, with cross-validation seed_N/fold_K/, and in it
                   patience_P/best/    the best weights when this patience stopped the training
@@ -11,12 +11,12 @@ OUTPUT/runs/NETWORK/seed_N/ensemble/patience_P/    the evaluation of the mean of
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +24,32 @@ from ..data import find_development_samples, find_samples, get_protocol, load_fo
 from ..data.find import SPLITS
 from ..data.folds import Fold
 from ..data.instances import check_truth, find_instances
-from ..models.files import LAST_CHECKPOINT
-from ..training import CheckpointError, ConfigError, TrainConfig, load_checkpoint
-from ..writing import write_bytes
-from .plan import FOLDS_FILE, PlannedEnsemble, PlannedRun, StudyConfig, StudyError
+from ..training import TrainConfig
+from ..training.config import CHANGEABLE_ON_RESUME
+from ..writing import write_json
+from .plan import FOLDS_FILE, Job, PlannedEnsemble, PlannedRun, StudyConfig, StudyError
 
-MARKER, FORMAT_VERSION = "study.json", 2
+MARKER, FORMAT_VERSION = "study.json", 3
 FAILED = "failed.txt"
-# Settings that change no result. The images and folds may lie elsewhere: their digests are compared.
-FREE = (
-    "data",
-    "folds",
-    "output",
-    "patience",
-    "resume",
-    "progress",
-    "save_minutes",
-    "device",
-    "threads",
-    "graph",
-    "compile",
-    "checkpointing",
-)
+DECISIVE = {"epochs", "learning_rate", "min_learning_rate", "amp"}  # a resumed run may change these, a study may not
 
 
-@dataclass(frozen=True)
-class Score:
-    """An evaluation of a run or an ensemble on the test images."""
-
-    mean: dict[str, float | None]  # over the images, by score; None where it is undefined for all of them
-    count: dict[str, int]  # images of each mean
-    images: int  # of the test split
-    scored_at: str  # the pixels that were counted, in words
-    scoring: dict[str, str]  # size, resolution and tta of ``EvaluateConfig``
-    validation_dice: float | None  # the best during training; None for an ensemble
-
-
-def read_score(folder: Path) -> Score | None:
-    """Return the evaluation in a folder, or None if there is none; raise StudyError if it is damaged."""
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary.json of ``evaluate`` in a folder, or None if there is none; raise StudyError if damaged."""
     path = folder / "summary.json"
     if not path.exists():
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        return Score(
-            mean={**summary["mean"]},
-            count={**summary["count"]},
-            images=int(summary["images"]),
-            scored_at=str(summary["scored_at"]),
-            scoring={name: summary["settings"][name] for name in ("size", "resolution", "tta")},
-            validation_dice=summary["model"]["metadata"].get("best_dice"),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: summary[name] for name in ("mean", "count", "images", "scored_at", "model")}
+    except (ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{path}: is damaged ({error!r}); delete it, and the same command writes it again") from error
 
 
-def read_scores(run: PlannedRun) -> dict[int, Score]:
-    """Return the scores of a run by patience, those that exist."""
-    scores = {patience: read_score(run.at(patience) / "test") for patience in run.patiences}
-    return {patience: score for patience, score in scores.items() if score is not None}
+def read_scores(run: PlannedRun) -> dict[int, dict[str, Any]]:
+    """Return the evaluations of a run by patience, those that exist."""
+    summaries = {patience: read_summary(run.at(patience) / "test") for patience in run.patiences}
+    return {patience: summary for patience, summary in summaries.items() if summary is not None}
 
 
 def read_failure(run: PlannedRun) -> str | None:
@@ -96,14 +63,14 @@ def read_failure(run: PlannedRun) -> str | None:
     return path.read_text(encoding="utf-8").strip()
 
 
-def read_ensemble(ensemble: PlannedEnsemble, patience: int) -> Score | None:
-    """Return the scores of an ensemble, or None if there are none or a member has been scored since."""
+def read_ensemble(ensemble: PlannedEnsemble, patience: int) -> dict[str, Any] | None:
+    """Return the evaluation of an ensemble, or None if there are none or a member has been scored since."""
     paths = [run.at(patience) / "test" / "summary.json" for run in ensemble.needs]
     own = ensemble.at(patience) / "summary.json"
     if not own.exists() or not all(path.exists() for path in paths):
         return None
     is_stale = own.stat().st_mtime < max(path.stat().st_mtime for path in paths)
-    return None if is_stale else read_score(ensemble.at(patience))
+    return None if is_stale else read_summary(ensemble.at(patience))
 
 
 def patiences_to_score(ensemble: PlannedEnsemble) -> list[int]:
@@ -112,7 +79,7 @@ def patiences_to_score(ensemble: PlannedEnsemble) -> list[int]:
     return [patience for patience in sorted(common) if read_ensemble(ensemble, patience) is None]
 
 
-def is_over(job: PlannedRun | PlannedEnsemble) -> bool:
+def is_over(job: Job) -> bool:
     """Return whether nothing is left to do for a run or an ensemble."""
     if isinstance(job, PlannedEnsemble):
         return all(is_over(run) for run in job.needs) and not patiences_to_score(job)
@@ -141,11 +108,15 @@ def only_call(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> None:
+def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> dict[str, Any]:
     """Check that the study may begin, or continue, in its output folder, which need not exist.
+
+    Returns:
+        The content of study.json for ``begin``.
 
     Raises:
         StudyError: The folder holds something else, results of other settings, images or folds, or a damaged file.
+        ConfigError: The config.yaml of an interrupted run is damaged.
         DataError: The images, masks, instance maps or folds cannot be used.
     """
     folder = Path(config.output)
@@ -156,40 +127,28 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> None:
         raise StudyError(f"output: {folder} holds files that no study wrote; name a new or empty folder")
     marker = _marker(config, kind)
     if is_begun:
-        _check_marker(folder, marker)
-    for run in plan:
-        _check_run(run)
-    if not all(is_over(run) for run in plan):
+        marker = _continued(folder / MARKER, marker)
+    unfinished = [run for run in plan if not is_over(run)]
+    for run in unfinished:
+        _check_patience(run)
+    if unfinished:
         samples = find_samples(config.data, "test")
         keeps_resolution = get_protocol(config.protocol).keeps_resolution
         is_native = config.score_size == "native" or (config.score_size == "protocol" and keeps_resolution)
         check_truth(samples, find_instances(samples) if is_native else {}, config.classes, config.palette)
+    return marker
 
 
-def begin(config: StudyConfig, kind: str) -> None:
-    """Write study.json, and folds.json where the study makes its folds, into the output folder."""
+def begin(config: StudyConfig, marker: dict[str, Any]) -> None:
+    """Write study.json, and folds.json if the study makes its folds, into the output folder."""
     folder = Path(config.output)
     if isinstance(config.cross_validation, int):
-        write_bytes(folder / FOLDS_FILE, json.dumps({"folds": _folds(config)}, indent=2).encode())
-    write_bytes(folder / MARKER, json.dumps(_marker(config, kind), indent=2).encode())
-
-
-def _marker(config: StudyConfig, kind: str) -> dict[str, Any]:
-    images = [
-        [split, sample.name, *(path.stat().st_size for path in (sample.image, sample.mask))]
-        for split in SPLITS
-        for sample in find_samples(config.data, split)
-    ]
-    folds = [{part: sorted(fold[part]) for part in ("train", "val")} for fold in _folds(config)]
-    return {"version": FORMAT_VERSION, "study": kind, "images": _digest(images), "folds": _digest(folds)}
-
-
-def _digest(content: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        write_json(folder / FOLDS_FILE, {"folds": _folds(config)})
+    write_json(folder / MARKER, marker)
 
 
 def _folds(config: StudyConfig) -> list[Fold]:
-    """Return the folds that the runs of a study use; raise DataError where they do not fit the images."""
+    """Return the folds that the runs of a study use; raise DataError if they do not fit the images."""
     if not isinstance(config.cross_validation, int):
         source = config.cross_validation or config.folds
         return [] if source is None else load_folds(source, config.data)
@@ -200,70 +159,73 @@ def _folds(config: StudyConfig) -> list[Fold]:
     return make_folds([sample.name for sample in find_development_samples(config.data)], config.cross_validation)
 
 
-def _check_marker(folder: Path, now: dict[str, Any]) -> None:
-    path = folder / MARKER
+def _marker(config: StudyConfig, kind: str) -> dict[str, Any]:
+    """Return what must be the same in all calls; settings of a network only in those that have it."""
+    images = [
+        [split, sample.name, *(path.stat().st_size for path in (sample.image, sample.mask))]
+        for split in SPLITS
+        for sample in find_samples(config.data, split)
+    ]
+    folds = [{part: sorted(fold[part]) for part in ("train", "val")} for fold in _folds(config)]
+    free = {*CHANGEABLE_ON_RESUME, *config.not_flags, "model_options"} - DECISIVE
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - free
+    settings = {name: value for name, value in config.to_dict().items() if name in names or name.startswith("score_")}
+    for variant in config.variants():
+        settings[f"model_options of {variant.name}"] = variant.options
+        if variant.from_unet:
+            settings[f"patience of the U-Net that starts {variant.name}"] = config.patience[-1]
+    digests = {"images": _digest(images), "folds": _digest(folds)}
+    return {"version": FORMAT_VERSION, "study": kind, **digests, "settings": json.loads(json.dumps(settings))}
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """Return the marker of a study and of this call together; raise StudyError if the call asks for another study."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         version = before.get("version")
     except (ValueError, AttributeError) as error:
         raise StudyError(f"{path}: is damaged ({error}); restore it, or name another output folder") from error
+    folder = path.parent
     if version != FORMAT_VERSION:
         raise StudyError(
             f"output: another version of uctrans began the study in {folder}, and this one cannot continue it; "
             "name another output folder"
         )
-    if before.get("study") != now["study"]:
-        raise StudyError(f"output: {folder} holds a study of {before.get('study')}; name another folder")
-    if before.get("images") != now["images"]:
+    if before["study"] != now["study"]:
+        raise StudyError(f"output: {folder} holds a study of {before['study']}; name another folder")
+    if before["images"] != now["images"]:
         raise StudyError(
             f"data: the study in {folder} began with other images or masks (names, splits and sizes in bytes are "
             "compared); restore them, or name another output folder"
         )
-    if before.get("folds") != now["folds"]:
+    if before["folds"] != now["folds"]:
         raise StudyError(
             f"cross_validation: the study in {folder} began with other folds; give the former value and restore the "
             "file of folds, or name another output folder"
         )
-
-
-def _check_run(run: PlannedRun) -> None:
-    """Raise StudyError if a run was made with other settings, or was interrupted and cannot continue."""
-    again = f"delete the folder {run.folder}, and the same command trains this run again"
-    scores, path = read_scores(run), run.folder / "config.yaml"
-    if not path.exists():
-        if scores:
-            raise StudyError(f"{path}: is missing, so the settings of the scores beside it are unknown; {again}")
-        return
-    try:
-        before = TrainConfig.load_yaml(path)
-    except ConfigError as error:
-        raise StudyError(f"{path}: is damaged ({error}); {again}") from error
-    _refuse_changes(run.folder, _comparable(before), _comparable(run.config))
-    for patience, score in scores.items():
-        _refuse_changes(run.at(patience), score.scoring, run.scoring)
-    if is_over(run):
-        return
-    missing = next(patience for patience in run.patiences if patience not in scores)
-    if missing < before.patience:
+    former, settings = before["settings"], before["settings"] | now["settings"]
+    if changed := [name for name in former if former[name] != settings[name]]:
+        changes = "; ".join(f"{name}: {former[name]!r} -> {settings[name]!r}" for name in changed)
         raise StudyError(
-            f"patience: {run.folder} was trained with patience {before.patience} already, and its weights at {missing} "
-            f"were not kept; give patiences of {before.patience} and more, or name another output folder"
+            f"output: the study in {folder} began with other settings: {changes}. Give the former ones, or "
+            "name another output folder"
         )
-    try:
-        load_checkpoint(run.folder / LAST_CHECKPOINT)
-    except CheckpointError as error:
-        raise StudyError(f"{run.folder}: its {LAST_CHECKPOINT} cannot be used ({error}); {again}") from error
+    return now | {"settings": settings}
 
 
-def _comparable(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that decide a result, wherever the study lies."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    return settings | {"init_from": config.init_from and Path(config.init_from).name}
-
-
-def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if changed := [name for name in now if before[name] != now[name]]:
-        changes = "; ".join(f"{name}: {before[name]!r} -> {now[name]!r}" for name in changed)
+def _check_patience(run: PlannedRun) -> None:
+    """Raise StudyError if the training of a run is beyond a patience that is still to be scored."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return
+    trained = TrainConfig.load_yaml(path).patience
+    missing = min(set(run.patiences) - set(read_scores(run)))
+    if missing < trained:
         raise StudyError(
-            f"{path}: was made with other settings: {changes}. Give the former ones, or name another output folder"
+            f"patience: {run.folder} was trained with patience {trained} already, and its weights at {missing} were "
+            f"not kept; give patiences of {trained} and more, or name another output folder"
         )

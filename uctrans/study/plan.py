@@ -40,8 +40,7 @@ class PlannedRun:
     fold: int | None  # None without cross-validation
     config: TrainConfig  # with the smallest patience
     patiences: tuple[int, ...]  # ascending
-    scoring: dict[str, str]  # size, resolution and tta of ``EvaluateConfig``
-    unet: "PlannedRun | None" = None  # the run whose weights it starts from
+    needs: tuple["PlannedRun", ...]  # the run of the U-Net that it starts from, if it does, which must be over before
 
     @property
     def folder(self) -> Path:
@@ -57,11 +56,6 @@ class PlannedRun:
     def name(self) -> str:
         """The name of the run in messages."""
         return f"{self.variant.name}, {self.label}"
-
-    @property
-    def needs(self) -> tuple["PlannedRun", ...]:
-        """The runs that must be over before this one can begin."""
-        return () if self.unet is None else (self.unet,)
 
     def at(self, patience: int) -> Path:
         """Return the folder of the best weights and the scores of a patience, which ``uctrans.load_model`` reads."""
@@ -82,6 +76,9 @@ class PlannedEnsemble:
     def at(self, patience: int) -> Path:
         """Return the folder of the scores of a patience."""
         return self.needs[0].folder.parent / "ensemble" / f"patience_{patience}"
+
+
+Job = PlannedRun | PlannedEnsemble
 
 
 @dataclass
@@ -142,24 +139,18 @@ class StudyConfig(TrainConfig):
         for field in dataclasses.fields(TrainConfig):
             if field.name in self.not_flags and getattr(self, field.name) != field.default:
                 raise StudyError(f"{field.name}: the study sets it in every run; leave it out")
-        self._check_scoring()
-        if isinstance(self.seeds, int) and self.seeds < 1:
-            raise StudyError(f"seeds: {self.seeds} is too small; give at least 1")
+        for name, least in (("seeds", 1), ("cross_validation", 2), ("processes", 1)):
+            if isinstance(value := getattr(self, name), int) and value < least:
+                raise StudyError(f"{name}: {value} is too small; give at least {least}")
         _check_list("seeds", self.seed_list, "5, or 3,7,11")
         if min(self.seed_list) < 0:
             raise StudyError(f"seeds: {min(self.seed_list)} is negative; give seeds from 0 up")
         if self.cross_validation is not None and self.folds is not None:
             raise StudyError("cross_validation: takes every fold itself; leave out folds and fold")
-        if isinstance(self.cross_validation, int) and self.cross_validation < 2:
-            raise StudyError(f"cross_validation: {self.cross_validation} is too small; give 2 folds or more, or none")
-        if self.processes < 1:
-            raise StudyError(f"processes: {self.processes} is too small; give at least 1")
         if self.processes > 1 and self.progress:
             raise StudyError("progress: the bars of several processes would mix; set progress or processes, not both")
         if self.minutes is not None and self.minutes <= 0:
             raise StudyError(f"minutes: {self.minutes} is too small; give a positive number, or none for no limit")
-
-    def _check_scoring(self) -> None:
         choices = {"score_size": score_sizes(), "score_resolution": RESOLUTIONS, "score_tta": list(TRANSFORMS)}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
@@ -180,11 +171,10 @@ class StudyConfig(TrainConfig):
         return self.cross_validation
 
     def fold_list(self) -> list[int] | list[None]:
-        """Return the folds that each seed trains on, or [None]; raise DataError where they cannot be read."""
-        if self.cross_validation is None:
-            return [None]
-        is_number = isinstance(self.cross_validation, int)
-        return list(range(self.cross_validation if is_number else len(load_folds(self.cross_validation))))
+        """Return the folds that each seed trains on, or [None]; raise DataError if they cannot be read."""
+        if self.cross_validation is None or isinstance(self.cross_validation, int):
+            return [None] if self.cross_validation is None else list(range(self.cross_validation))
+        return list(range(len(load_folds(self.cross_validation))))
 
     def variants(self) -> list[Variant]:
         """Return what the study compares, in the order of the table."""
@@ -214,7 +204,6 @@ class StudyConfig(TrainConfig):
         folder = Path(self.output) / "runs" / variant.name / f"seed_{seed}"
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
         settings |= {
-            "data": str(Path(self.data).resolve()),  # as ``train`` keeps it
             "output": str(folder if fold is None else folder / f"fold_{fold}"),
             "model": variant.model,
             "model_options": variant.options,
@@ -223,13 +212,13 @@ class StudyConfig(TrainConfig):
         }
         if fold is not None:
             settings |= {"folds": self.folds_source, "fold": fold}
-        unet = None
+        needs = ()
         if variant.from_unet:
             unet = self.run(next(other for other in self.variants() if other.name == UNET), seed, fold)
             # One training serves all patiences, so it has one start: the U-Net that was trained for the longest.
             settings["init_from"] = str(unet.at(self.patience[-1]).resolve())
-        scoring = {"size": self.score_size, "resolution": self.score_resolution, "tta": self.score_tta}
-        return PlannedRun(variant, seed, fold, TrainConfig(**settings), self.patience, scoring, unet)
+            needs = (unet,)
+        return PlannedRun(variant, seed, fold, TrainConfig(**settings), self.patience, needs)
 
 
 @dataclass
@@ -269,41 +258,29 @@ class ModelStudyConfig(StudyConfig):
         super().__post_init__()
         _check_list("models", [name for name in self.models if name], "unet,uctransnet")
         try:
-            taken = {name: _options_of(_network(name)) for name in self.models}
+            variants = self.variants()
         except ValueError as error:
             raise StudyError(f"models: {error}") from error
         for option in self.model_options:
-            if not any(option in options for options in taken.values()):
+            if not any(option in variant.options for variant in variants):
                 raise StudyError(f"model_options: none of {', '.join(self.models)} takes {option}; leave it out")
-        for name in self.models:
-            if name != _network(name):
-                self._check_from_unet(name)
-
-    def _check_from_unet(self, name: str) -> None:
-        if not model_class(_network(name)).can_start_from_unet:
-            raise StudyError(f"models: {name}: {_network(name)} cannot start from a U-Net; leave it out")
-        if UNET not in self.models:
-            raise StudyError(f"models: {name} starts from the U-Net of its seed and fold; name {UNET} too")
-        if "skips" in self.model_options:
-            raise StudyError(f"model_options: {name} starts from a U-Net with all skips; leave out skips")
+        for name, model in [(variant.name, variant.model) for variant in variants if variant.from_unet]:
+            if not model_class(model).can_start_from_unet:
+                raise StudyError(f"models: {name}: {model} cannot start from a U-Net; leave it out")
+            if UNET not in self.models:
+                raise StudyError(f"models: {name} starts from the U-Net of its seed and fold; name {UNET} too")
+            if "skips" in self.model_options:
+                raise StudyError(f"model_options: {name} starts from a U-Net with all skips; leave out skips")
 
     def variants(self) -> list[Variant]:
         """Return the networks, each with those of the options that it takes."""
         variants = []
         for name in self.models:
-            network = _network(name)
-            options = {option: value for option, value in self.model_options.items() if option in _options_of(network)}
-            variants.append(Variant(name, network, options, from_unet=name != network))
+            model = name if name in list_models() else name.removesuffix(FROM_UNET)
+            taken = inspect.signature(model_class(model)).parameters
+            options = {option: value for option, value in self.model_options.items() if option in taken}
+            variants.append(Variant(name, model, options, from_unet=name != model))
         return variants
-
-
-def _network(name: str) -> str:
-    """Return the registry name of a network that is to be compared."""
-    return name if name in list_models() else name.removesuffix(FROM_UNET)
-
-
-def _options_of(network: str) -> list[str]:
-    return list(inspect.signature(model_class(network)).parameters)
 
 
 def _check_list(name: str, items: list | tuple, example: str) -> None:

@@ -1,17 +1,16 @@
 """Do the runs of a study in worker processes, then write the table and the chart.
 
-A worker receives one job after another through a pipe. When the study closes the pipe, or ends in whatever way, the
-worker saves the run that it is training and leaves. It has a session of its own, so that Ctrl-C reaches the study
-alone, and it inherits the lock of the folder, which is free when the last worker has left.
+Every run and every ensemble has a process of its own, which reads it from its standard input. When the input closes,
+because the study stops or ends in whatever way, the worker saves the run that it is training and leaves. It has a
+session of its own, so that Ctrl-C reaches the study alone, and it inherits the lock of the folder.
 """
 
 import contextlib
 import dataclasses
 import inspect
 import math
-import multiprocessing
 import os
-import queue
+import pickle
 import shutil
 import signal
 import statistics
@@ -20,8 +19,8 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +29,8 @@ from ..extras import import_extra
 from ..inference import EvaluateConfig, evaluate
 from ..models.files import LAST_CHECKPOINT
 from ..models.registry import model_class
-from ..training import TrainingError, train
+from ..training import CheckpointError, ConfigError, TrainingError, train
+from ..training.checkpoint import copy_checkpoint
 from ..training.log import read_metrics
 from ..training.run import check_backend_runs
 from ..training.signals import StopRequest
@@ -46,10 +46,8 @@ from .folder import (
     read_failure,
     read_scores,
 )
-from .plan import ModelStudyConfig, PlannedEnsemble, PlannedRun, SkipStudyConfig, StudyConfig, StudyError
+from .plan import Job, ModelStudyConfig, PlannedEnsemble, PlannedRun, SkipStudyConfig, StudyConfig, StudyError
 from .table import Table, count_cost, make_table
-
-Job = PlannedRun | PlannedEnsemble
 
 CHECKPOINTS = (LAST_CHECKPOINT, "best.pt")
 ENDS = ("epochs", "early stopping")  # reasons for which a training is over
@@ -116,92 +114,75 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         raise StudyError("torchrun: starts several processes of one training; start a study without it, with processes")
     for package in ("matplotlib", "monai"):  # before the work, not after it
         import_extra(package, "training")
-    deadline = None if config.minutes is None else time.time() + 60 * config.minutes
+    deadline = math.inf if config.minutes is None else time.time() + 60 * config.minutes
     folder, plan = Path(config.output), config.plan()
-    check_study(config, kind, plan)
+    marker = check_study(config, kind, plan)
     first_runs = plan[: len(config.variants())]
     costs = {run.variant.name: count_cost(run.config) for run in first_runs}
     if not all(map(is_over, plan)):
         device = find_device(config.device)
         for run in first_runs:
             check_backend_runs(run.config, device)
+        if config.threads is None and device.type == "cpu" and config.processes > 1:
+            config = dataclasses.replace(config, threads=max(1, torch.get_num_threads() // config.processes))
     folder.mkdir(parents=True, exist_ok=True)
     with only_call(folder) as lock:
-        begin(config, kind)
-        study = _Study(config, plan, deadline, lock)
-        stopped_by = study.work()
+        begin(config, marker)
+        jobs = _Jobs(config, plan, deadline)
+        stopped_by = jobs.do(lock)
         table = make_table(config, plan, costs)
         if table is not None:
             table.write(folder)
-    if study.died:
+    if jobs.died:
         raise StudyError(
-            f"processes: {len(study.died)} died ({'; '.join(study.died)}); the table in {folder} has the other runs; "
+            f"processes: {len(jobs.died)} died ({'; '.join(jobs.died)}); the table in {folder} has the other runs; "
             "the same command tries these again, with fewer processes if memory was short"
         )
     failed = sum(read_failure(run) is not None for run in plan)
     return StudyResult(folder, table, stopped_by, sum(map(is_over, plan)) - failed, failed, len(plan))
 
 
-@dataclass
-class _Worker:
-    process: subprocess.Popen
-    pipe: Connection
-    job: Job | None = None
-
-    def begin(self, job: Job, config: StudyConfig) -> None:
-        self.job = job
-        with contextlib.suppress(BrokenPipeError):  # of a worker that has died, which the next look finds
-            self.pipe.send((job, config))
-
-
-class _Study:
-    """The runs and ensembles that are left to do, and the workers that do them.
+class _Jobs:
+    """The runs and ensembles of a study that are left to do.
 
     Attributes:
-        died: Names of the jobs whose worker ended before they were over, and how it ended.
+        died: Names of those whose process ended before they were over, and how it ended.
     """
 
-    def __init__(self, config: StudyConfig, plan: list[PlannedRun], deadline: float | None, lock: int):
-        self.config, self.plan, self.deadline, self.lock = config, plan, deadline, lock
+    def __init__(self, config: StudyConfig, plan: list[PlannedRun], deadline: float):
+        self.config, self.plan, self.deadline = config, plan, deadline
         self.died: list[str] = []
-        self._seconds: dict[str, float] = {}  # of training, by the name of a run that is over; nan if it failed
-        over = [run for run in plan if is_over(run)]
-        for run in over:
-            self._note_end(run)
+        self._waiting: list[Job] = [job for job in [*plan, *config.ensembles()] if not is_over(job)]
+        over = [run for run in plan if run not in self._waiting]
+        self._seconds = {run.name: _seconds_of(run) for run in over}  # of the runs that are over
         for number, run in enumerate(over, 1):
             self._report(run, number)
-        jobs: list[Job] = [*plan, *config.ensembles()]
-        self._waiting = [job for job in jobs if not is_over(job)]
-        self._workers: list[_Worker] = []
 
-    def work(self) -> str:
-        """Run all waiting jobs; return "" or what stopped it: the name of a signal, or "time"."""
+    def do(self, lock: int) -> str:
+        """Do what is left; return "" or what stopped it: the name of a signal, or "time"."""
+        workers: dict[subprocess.Popen, Job] = {}
         with StopRequest() as stop:
             try:
                 while True:
-                    is_late = self.deadline is not None and time.time() >= self.deadline
-                    if stop.name or is_late:
+                    for worker in [worker for worker in workers if worker.poll() is not None]:
+                        worker.stdin.close()
+                        self._note_end(workers.pop(worker), worker.returncode)
+                    if stop.name or time.time() >= self.deadline:
                         return stop.name or TIME_IS_UP
-                    self._begin_jobs()
-                    if not any(worker.job for worker in self._workers):
+                    while len(workers) < self.config.processes and (job := self._next()) is not None:
+                        self._waiting.remove(job)
+                        workers[start_worker(job, self.config, lock)] = job
+                    if not workers:
                         return TIME_IS_UP if self._waiting and not self.died else ""
                     time.sleep(SECONDS_BETWEEN_LOOKS)
-                    for worker in [*self._workers]:
-                        self._look_at(worker)
             finally:
-                self._stop_workers()
-
-    def _begin_jobs(self) -> None:
-        """Give the next jobs to idle workers and to new ones."""
-        while (job := self._next()) is not None:
-            idle = [worker for worker in self._workers if worker.job is None]
-            if not idle and len(self._workers) == self.config.processes:
-                return
-            if not idle:
-                idle = [start_worker(self.lock)]
-                self._workers += idle
-            idle[0].begin(job, self.config)
-            self._waiting.remove(job)
+                for worker in workers:
+                    worker.stdin.close()
+                for worker in workers:
+                    try:
+                        worker.wait(SECONDS_TO_SAVE)
+                    except subprocess.TimeoutExpired:
+                        worker.kill()
 
     def _next(self) -> Job | None:
         """Return the first job that can begin now and is expected to end in time."""
@@ -211,7 +192,7 @@ class _Study:
     def _fits(self, job: Job) -> bool:
         """Return whether a job may begin; one that takes longer than the whole call can only be done in pieces."""
         seconds = self._seconds_left(job) if isinstance(job, PlannedRun) else None
-        if self.deadline is None or seconds is None:
+        if self.config.minutes is None or seconds is None:
             return True
         return seconds <= self.deadline - time.time() or seconds > 60 * self.config.minutes
 
@@ -224,86 +205,57 @@ class _Study:
         seconds = statistics.mean(self._seconds[other.name] for other in own or trained)
         return max(0.0, seconds - _seconds_trained(run))
 
-    def _look_at(self, worker: _Worker) -> None:
-        """Note that the job of a worker is over, or that the worker has died."""
-        code, job = worker.process.poll(), worker.job
-        if job is not None and is_over(job):
-            worker.job = None
-            self._note_end(job)
-            self._report(job, len(self._seconds))
-        elif job is not None and code is not None:
+    def _note_end(self, job: Job, code: int) -> None:
+        """Note and report that a worker has ended."""
+        if not is_over(job):
             end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             self.died.append(f"{job.name} {end}")
             print(f"{job.name}: its process {end}; the same command tries it again", flush=True)
-        if code is not None:
-            self._workers.remove(worker)
-
-    def _stop_workers(self) -> None:
-        for worker in self._workers:
-            worker.pipe.close()
-        for worker in self._workers:
-            try:
-                worker.process.wait(SECONDS_TO_SAVE)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-
-    def _note_end(self, job: Job) -> None:
-        if isinstance(job, PlannedRun):
-            self._seconds[job.name] = math.nan if read_failure(job) else _seconds_trained(job)
-
-    def _report(self, job: Job, number: int) -> None:
-        """Print a line about a job that is over."""
-        if isinstance(job, PlannedEnsemble):
-            scores = {patience: read_ensemble(job, patience) for patience in self.config.patience}
-            print(f"{job.name}: {_dice_in_words(scores)}", flush=True)
-            return
-        line = f"run {number} of {len(self.plan)}: {job.name}: "
-        if reason := read_failure(job):
-            line += f"failed, {reason}; to try it again, delete {job.folder}"
+        elif isinstance(job, PlannedRun):
+            self._seconds[job.name] = _seconds_of(job)
+            self._report(job, len(self._seconds))
         else:
-            line += f"{_dice_in_words(read_scores(job))}, {_duration(_seconds_trained(job))}"
-        left = [self._seconds_left(run) for run in self.plan if run.name not in self._seconds]
+            summaries = {patience: read_ensemble(job, patience) for patience in self.config.patience}
+            found = {patience: summary for patience, summary in summaries.items() if summary is not None}
+            print(f"{job.name}: {_dice_in_words(found)}", flush=True)
+
+    def _report(self, run: PlannedRun, number: int) -> None:
+        """Print a line about a run that is over."""
+        line = f"run {number} of {len(self.plan)}: {run.name}: "
+        if reason := read_failure(run):
+            line += f"failed, {reason}; to try it again, delete {run.folder}"
+        else:
+            line += f"{_dice_in_words(read_scores(run))}, {_seconds_trained(run) / 60:.1f} min"
+        left = [self._seconds_left(other) for other in self.plan if other.name not in self._seconds]
         if left and None not in left:
-            line += f"; about {_duration(sum(left) / self.config.processes)} to go"
+            line += f"; about {sum(left) / self.config.processes / 60:.1f} min to go"
         print(line, flush=True)
 
 
-def start_worker(lock: int) -> _Worker:
-    """Start a process that does jobs; see the head of this module."""
-    theirs, ours = multiprocessing.Pipe(duplex=False)
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from uctrans.study.run import work; work()", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(), lock),
-            start_new_session=True,
-        )
-    return _Worker(process, ours)
+def start_worker(job: Job, config: StudyConfig, lock: int) -> subprocess.Popen:
+    """Start a process that does a job; it ends when its ``stdin`` is closed."""
+    command = [sys.executable, "-c", "from uctrans.study.run import work; work()"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, pass_fds=(lock,), start_new_session=True)
+    with contextlib.suppress(BrokenPipeError):  # of a worker that has died, which the next look finds
+        worker.stdin.write(pickle.dumps((job, config)))
+    return worker
 
 
 def work() -> None:
-    """Do the jobs that arrive through the pipe; save the job and leave when the pipe is closed."""
+    """Do the job on the standard input; save it and leave when the input is closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    jobs: queue.Queue = queue.Queue()
-    threading.Thread(target=_receive, args=(Connection(int(sys.argv[1]), writable=False), jobs), daemon=True).start()
-    threads = torch.get_num_threads()
-    while True:
-        job, config = jobs.get()
-        if config.threads is None and find_device(config.device).type == "cpu" and config.processes > 1:
-            config = dataclasses.replace(config, threads=max(1, threads // config.processes))
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        if isinstance(job, PlannedRun):
-            train_and_score(job, config)
-        else:
-            for patience in patiences_to_score(job):
-                models = ",".join(str(run.at(patience)) for run in job.needs)
-                evaluate(_evaluation(models, job.needs[0], config, job.at(patience)))
+    job, config = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_leave_with_the_study, daemon=True).start()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if isinstance(job, PlannedEnsemble):
+        score_ensemble(job, config)
+    else:
+        train_and_score(job, config)
 
 
-def _receive(pipe: Connection, jobs: queue.Queue) -> None:
-    with contextlib.suppress(EOFError):
-        while True:
-            jobs.put(pipe.recv())
+def _leave_with_the_study() -> None:
+    os.read(sys.stdin.fileno(), 1)  # returns when the input is closed
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -313,18 +265,21 @@ def train_and_score(run: PlannedRun, config: StudyConfig) -> None:
     Continues from existing checkpoints and scores. A training that diverges leaves its reason in failed.txt.
 
     Raises:
-        ConfigError, DataError, CheckpointError, TrainingError: As for ``uctrans.training.train``.
+        StudyError: The run cannot continue.
+        DataError, TrainingError: As for ``uctrans.training.train``.
     """
-    if run.unet is not None and (reason := read_failure(run.unet)):
-        write_bytes(run.folder / FAILED, f"the U-Net that it starts from failed, {reason}\n".encode())
-        return
-    for patience in run.patiences:
-        if patience in read_scores(run):
-            continue
+    for unet in run.needs:
+        if reason := read_failure(unet):
+            write_bytes(run.folder / FAILED, f"the U-Net that it starts from failed, {reason}\n".encode())
+            return
+    missing = [patience for patience in run.patiences if patience not in read_scores(run)]
+    for patience in missing:
         is_begun = (run.folder / LAST_CHECKPOINT).exists()
         settings = dataclasses.replace(run.config, threads=config.threads, patience=patience, resume=is_begun)
         try:
             trained = train(settings)
+        except (CheckpointError, ConfigError) as error:
+            raise StudyError(f"{error}; or delete {run.folder}, and the same command trains this run again") from error
         except TrainingError as error:
             if error.__cause__ is not None:  # a file or the device, which would stop the other runs too
                 raise
@@ -335,28 +290,30 @@ def train_and_score(run: PlannedRun, config: StudyConfig) -> None:
             sys.exit(128 + signal.SIGTERM)
         kept = run.at(patience) / "best"
         shutil.rmtree(kept, ignore_errors=True)  # of a process that was stopped here
-        shutil.copytree(run.folder / "best", kept, copy_function=_link_or_copy)
+        # Training replaces whole files, so a link keeps the content.
+        shutil.copytree(run.folder / "best", kept, copy_function=lambda *paths: copy_checkpoint(*map(Path, paths)))
         evaluate(_evaluation(str(run.at(patience)), run, config, run.at(patience) / "test"))
     if not config.keep_checkpoints:
         for name in CHECKPOINTS:
             (run.folder / name).unlink(missing_ok=True)
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    """Keep a file of the best weights, which training replaces as a whole and never changes."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
+def score_ensemble(ensemble: PlannedEnsemble, config: StudyConfig) -> None:
+    """Score the mean of the probabilities of the folds at each patience."""
+    for patience in patiences_to_score(ensemble):
+        models = ",".join(str(run.at(patience)) for run in ensemble.needs)
+        evaluate(_evaluation(models, ensemble.needs[0], config, ensemble.at(patience)))
 
 
 def _evaluation(model: str, run: PlannedRun, config: StudyConfig, folder: Path) -> EvaluateConfig:
     has_backends = "backend" in inspect.signature(model_class(run.variant.model)).parameters
     return EvaluateConfig(
         model=model,
-        data=run.config.data,
+        data=config.data,
         output=str(folder),
-        **run.scoring,
+        size=config.score_size,
+        resolution=config.score_resolution,
+        tta=config.score_tta,
         batch_size=config.batch_size,
         backend=config.backend if has_backends else "auto",
         device=config.device,
@@ -369,13 +326,10 @@ def _seconds_trained(run: PlannedRun) -> float:
     return sum(row["seconds"] for row in read_metrics(run.folder / "metrics.csv"))
 
 
-def _dice_in_words(scores: dict) -> str:
-    texts = {patience: f"{score.mean['dice']:.4f}" for patience, score in scores.items() if score is not None}
-    if len(texts) == 1:
-        return f"Dice {next(iter(texts.values()))}"
-    return "Dice " + ", ".join(f"{text} at patience {patience}" for patience, text in texts.items())
+def _seconds_of(run: PlannedRun) -> float:
+    """Return the time of a run that is over, nan if it failed."""
+    return math.nan if read_failure(run) else _seconds_trained(run)
 
 
-def _duration(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:.1f} h"
+def _dice_in_words(summaries: dict[int, dict[str, Any]]) -> str:
+    return "Dice " + ", ".join(f"{each['mean']['dice']:.4f} at patience {name}" for name, each in summaries.items())

@@ -21,10 +21,8 @@ from .plan import PlannedRun, StudyConfig, StudyError
 
 SCORES = {"dice": "Dice", "iou": "IoU", "aji": "AJI", "pq": "PQ"}
 ENSEMBLES = {"ensemble_dice": "ensemble Dice", "ensemble_iou": "ensemble IoU"}
-VALIDATION = {"validation_dice": "val Dice"}
-TITLES = SCORES | ENSEMBLES | VALIDATION
+TITLES = SCORES | ENSEMBLES | {"validation_dice": "val Dice"}
 WITH_BEST = ("dice", "iou")
-SINGLE_RUN = "single run"
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,8 @@ class Table:
 
     @property
     def scores(self) -> list[str]:
-        """The scores of the columns: those of every row that has runs, and of ensembles where there is any."""
-        everywhere = [name for name in SCORES if all(name in row.values for row in self.rows if row.record["runs"])]
-        return everywhere + [name for name in ENSEMBLES if any(name in row.values for row in self.rows)] + [*VALIDATION]
+        """The scores of the columns: those of any row."""
+        return [name for name in TITLES if any(name in row.values for row in self.rows)]
 
     def markdown(self) -> str:
         """Return the table in Markdown, followed by notes on its columns."""
@@ -63,7 +60,7 @@ class Table:
     def _cells(self, row: Row) -> list[str]:
         record = row.record
         others = len(row.failed) + record["missing"]
-        runs = SINGLE_RUN if record["runs"] == 1 else str(record["runs"])
+        runs = "single run" if record["runs"] == 1 else str(record["runs"])
         cells = [
             record["variant"],
             str(record["patience"]),
@@ -117,8 +114,7 @@ class Table:
         """Draw a bar for each row and score, with the standard deviation and a point for each run."""
         records = [row.record for row in self.rows]
         names = [name for name in self.scores if name in SCORES]
-        is_one_patience = len({record["patience"] for record in records}) == 1
-        labels = [record["variant"] + (f", {record['patience']}" * (not is_one_patience)) for record in records]
+        labels = [f"{record['variant']}, {record['patience']}" for record in records]
         figure = import_extra("matplotlib.figure", "training").Figure(layout="constrained")
         figure.set_size_inches(max(4.0, 1.5 + 0.6 * len(records)) * len(names), 4.5)
         for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -132,11 +128,7 @@ class Table:
             axis.set_xticks(range(len(records)), labels, rotation=45, ha="right")
             axis.set(ylabel=TITLES[name], ylim=(0, None))
             axis.grid(axis="y", alpha=0.3)
-        runs = [record["runs"] for record in records]
-        between = str(max(runs)) if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
-        figure.suptitle(
-            f"A {SINGLE_RUN} each" if max(runs) == 1 else f"Mean and standard deviation over {between} runs (points)"
-        )
+        figure.suptitle("Mean and standard deviation over the runs (points)")
         figure.savefig(path, dpi=150)
 
 
@@ -181,11 +173,11 @@ def make_table(config: StudyConfig, plan: list[PlannedRun], costs: dict[str, dic
             f"output: all runs failed, the first, {name}: {reason}; "
             "name another output folder and give other settings, such as a lower learning_rate"
         )
-    first = scores[0]
+    count, images, scored_at = (scores[0][name] for name in ("count", "images", "scored_at"))
     averaged = "" if config.score_tta == "none" else f", with test-time transforms {config.score_tta}"
-    remarks = [f"Each run's score is the mean over {first.images} test images, scored at {first.scored_at}{averaged}."]
-    if first.count.get("aji", first.images) < first.images:
-        remarks.append(f"AJI and PQ: mean over the {first.count['aji']} test images with an instance map.")
+    remarks = [f"Each run's score is the mean over {images} test images, scored at {scored_at}{averaged}."]
+    if count.get("aji", images) < images:
+        remarks.append(f"AJI and PQ: mean over the {count['aji']} test images with an instance map.")
     started = [variant.name for variant in config.variants() if variant.from_unet]
     if started and len(config.patience) > 1:
         remarks.append(f"{', '.join(started)}: starts from the U-Net of patience {config.patience[-1]} in every row.")
@@ -194,8 +186,8 @@ def make_table(config: StudyConfig, plan: list[PlannedRun], costs: dict[str, dic
         runs = [run for run in plan if run.variant.name == name]
         ensembles = [each for each in config.ensembles() if each.needs[0].variant.name == name]
         for patience in config.patience:
-            means = [score.mean for each in ensembles if (score := read_ensemble(each, patience)) is not None]
-            rows.append(_row(runs, patience, means, cost))
+            scored = [found for each in ensembles if (found := read_ensemble(each, patience)) is not None]
+            rows.append(_row(runs, patience, [found["mean"] for found in scored], cost))
     return Table(rows, remarks)
 
 
@@ -204,9 +196,9 @@ def _row(runs: list[PlannedRun], patience: int, ensembles: list[dict[str, float]
     scored = [(run, score) for run, score in scores if score is not None]
     reasons = {run.label: read_failure(run) for run, score in scores if score is None}
     failed = {label: reason for label, reason in reasons.items() if reason is not None}
-    values = {name: [score.mean.get(name) for _, score in scored] for name in SCORES}
+    values = {name: [score["mean"].get(name) for _, score in scored] for name in SCORES}
     values |= {name: [mean[name.removeprefix("ensemble_")] for mean in ensembles] for name in ENSEMBLES}
-    values |= {name: [score.validation_dice for _, score in scored] for name in VALIDATION}
+    values["validation_dice"] = [score["model"]["metadata"].get("best_dice") for _, score in scored]
     values = {name: numbers for name, numbers in values.items() if numbers and None not in numbers}
     record = {
         "variant": runs[0].variant.name,
