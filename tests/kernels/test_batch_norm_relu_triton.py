@@ -340,7 +340,7 @@ class TestNumbersThatAreHardToHold:
             assert torch.equal(found[0][0] != 0, passes & (gradient != 0))
 
     @pytest.mark.parametrize(("offset", "memory_format"), alternately([-1e3, 1e6], FORMATS), ids=str)
-    @pytest.mark.parametrize("configuration", [{}, MANY_PARTS], ids=["one part", "many parts"])
+    @pytest.mark.parametrize("configuration", [{}, MANY_PARTS | {"TILE": 16}], ids=["one part", "many parts"])
     def test_common_offset(self, configuration, memory_format, offset, monkeypatch):
         """Values far from zero and close together: their squares would cancel."""
         change_constants(monkeypatch, [triton, triton_layout], configuration)
@@ -366,7 +366,7 @@ class TestNumbersThatAreHardToHold:
 
     def test_means_of_parts_that_lie_far_apart(self, monkeypatch):
         """Every image has its own offset: what lies between parts counts, and does not cancel."""
-        change_constants(monkeypatch, [triton, triton_layout], MANY_PARTS)
+        change_constants(monkeypatch, [triton, triton_layout], MANY_PARTS | {"TILE": 16})
         for memory_format in FORMATS:
             inputs = inputs_of((4, 3, 3, 3), torch.float32, memory_format)
             inputs[0] += 1e3 * torch.arange(4, device=DEVICE)[:, None, None, None]

@@ -124,9 +124,9 @@ def test_token_tiles_cover_the_tokens(dtype, is_aligned):
     6,
     lambda st: {
         "batch": st.integers(0, 2),
-        "heads": st.integers(1, 3),
+        "heads": st.integers(1, 2),
         "tokens": st.integers(1, 20),
-        "segments": st.lists(st.integers(1, 40), min_size=1, max_size=3),
+        "segments": st.lists(st.integers(1, 40), min_size=1, max_size=2),
         "key_channels": st.integers(2, 70),
         "dropout_p": st.sampled_from([0.0, 0.3]),
         "seed": st.integers(0, 2**16),
@@ -467,10 +467,11 @@ class TestLimits:
         assert_as_exact_as_the_reference((8,), inputs, dropout_p=0.2, seed=SEED)
         compiled = torch.compile(attend((8,), dropout_p=0.2, seed=SEED), fullgraph=True, backend="aot_eager")
         expected = attend((8,), "reference", dropout_p=0.2, seed=SEED)(*inputs)
-        torch.testing.assert_close(compiled(*inputs), expected, atol=5e-3, rtol=5e-3)
+        found = compiled(*inputs)
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
         # A tensor that starts off 16 bytes is copied: the rows in it are aligned.
         shifted = [torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(1, 1, 257, 8) for tensor in inputs]
-        assert torch.equal(attend((8,), dropout_p=0.2, seed=SEED)(*shifted), compiled(*inputs))
+        assert torch.equal(attend((8,), dropout_p=0.2, seed=SEED)(*shifted), found)
 
     @pytest.mark.parametrize(("backend", "keeps_maps"), [("triton", False), ("composed", True)])
     def test_no_map_is_kept_for_backward(self, backend, keeps_maps):
