@@ -149,8 +149,12 @@ def test_a_finished_run_needs_no_checkpoints(unet, do_here, no_workers):
     assert not list(unet.plan()[0].folder.glob("*.pt"))
     assert study_models(unet).finished == 1
     larger = replace(unet, patience=(50, 100))
+    (planned,) = larger.plan()
     with pytest.raises(StudyError, match=r"holds a run already .*; or delete .* trains this run again"):
-        run.train_and_score(larger.plan()[0], larger)
+        run.train_and_score(planned, larger)
+    (planned.folder / "last.pt").write_bytes(b"half")
+    with pytest.raises(StudyError, match=rf"last\.pt is truncated .*; or delete {planned.folder}, and the same"):
+        run.train_and_score(planned, larger)
 
 
 def test_a_network_waits_for_the_unet_that_it_starts_from(unet, monkeypatch):

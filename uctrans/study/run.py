@@ -248,10 +248,13 @@ def work() -> None:
     threading.Thread(target=_leave_with_the_study, daemon=True).start()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if isinstance(job, PlannedEnsemble):
-        score_ensemble(job, config)
-    else:
-        train_and_score(job, config)
+    try:
+        if isinstance(job, PlannedEnsemble):
+            score_ensemble(job, config)
+        else:
+            train_and_score(job, config)
+    except StudyError as error:
+        sys.exit(f"{job.name}: {error}")
 
 
 def _leave_with_the_study() -> None:
