@@ -1,6 +1,7 @@
 """Images and settings of studies that take seconds, studies that ran in this process, and readers of their tables."""
 
 import csv
+import importlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from uctrans.study import ModelStudyConfig, run, study_models
 from uctrans.study.folder import begin, check_study
+from uctrans.training import log
 from uctrans.writing import write_png
 
 SIZE = 32
@@ -19,6 +21,15 @@ SIZE = 32
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Leave out the pictures of runs and evaluations in this process: they take longer than the runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("uctrans.inference.evaluate"), "comparison_figure", lambda *_: None)
+        patch.setattr(log, "draw_progress", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def test_the_table_counts_parameters_and_operations(plain, table_of):
 def test_the_chart_is_a_picture(plain):
     pixels = imread(Path(plain.output) / "chart.png")
     assert min(pixels.shape[:2]) > 300
-    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10
+    assert len(np.unique(pixels[::9, ::9].reshape(-1, pixels.shape[-1]), axis=0)) > 10
 
 
 def test_an_ensemble_is_the_mean_of_the_probabilities_of_a_seed(folded, table_of):
