@@ -353,14 +353,6 @@ class TestAutocast:
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in inputs]
 
-    def test_nothing_but_float64(self):
-        """Autocast leaves it alone."""
-        inputs = gate_inputs()
-        with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
-            output = skip_gate(*inputs)
-        assert output.dtype == torch.float64
-        torch.testing.assert_close(output, reference.skip_gate(*inputs))
-
 
 class TestNumbersThatAreHardToHold:
     @staticmethod
