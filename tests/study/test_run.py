@@ -170,6 +170,15 @@ def test_a_network_waits_for_the_unet_that_it_starts_from(unet, monkeypatch):
     assert started == ["unet, seed 0"]
 
 
+def test_bad_data_stops_the_study_with_the_error_of_the_run(unet, tmp_path):
+    data = Path(shutil.copytree(unet.data, tmp_path / "data"))
+    image = min((data / "train" / "images").iterdir())
+    image.write_bytes(image.read_bytes()[:100])
+    with pytest.raises(StudyError, match=rf"^unet, seed 0: .*{image.name}.* damaged"):
+        study_models(replace(unet, data=str(data), seeds=3))
+    assert not (Path(unet.output) / "runs" / "unet" / "seed_1").exists()
+
+
 def test_a_worker_that_dies_stops_no_other_and_the_study_ends_like_in_one_process(
     folded_copy, folded, do_here, table_of, monkeypatch, capfd
 ):

@@ -102,8 +102,10 @@ def study_models(config: ModelStudyConfig) -> StudyResult:
 
     Raises:
         StudyError: The output folder holds something else, results of other settings or images, or a damaged file;
-            every run failed; or the process of a run died.
-        ConfigError, DataError: As for ``uctrans.training.train``.
+            every run failed; data or settings of a run cannot be used, which stops the study; or the process of a run
+            died, which stops no other.
+        ConfigError, DataError: As for ``uctrans.training.train``, where it is found before the first run.
+        ValueError: There is no such device.
         ImportError: A package of the extra "training" is missing.
     """
     return _study(config, "models")
@@ -133,6 +135,8 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         table = make_table(config, plan, costs)
         if table is not None:
             table.write(folder)
+    if jobs.error:
+        raise StudyError(jobs.error)
     if jobs.died:
         raise StudyError(
             f"processes: {len(jobs.died)} died ({'; '.join(jobs.died)}); the table in {folder} has the other runs; "
@@ -147,11 +151,13 @@ class _Jobs:
 
     Attributes:
         died: Names of those whose process ended before they were over, and how it ended.
+        error: Message of the first whose data or settings cannot be used, which stops the study; "" if there is none.
     """
 
     def __init__(self, config: StudyConfig, plan: list[PlannedRun], deadline: float):
         self.config, self.plan, self.deadline = config, plan, deadline
         self.died: list[str] = []
+        self.error = ""
         self._waiting: list[Job] = [job for job in [*plan, *config.ensembles()] if not is_over(job)]
         over = [run for run in plan if run not in self._waiting]
         self._seconds = {run.name: _seconds_of(run) for run in over}  # of the runs that are over
@@ -160,24 +166,31 @@ class _Jobs:
 
     def do(self, lock: int) -> str:
         """Do what is left; return "" or what stopped it: the name of a signal, or "time"."""
-        workers: dict[subprocess.Popen, Job] = {}
+        workers: dict[subprocess.Popen, tuple[Job, int]] = {}  # with the pipe that its error message comes through
         with StopRequest() as stop:
             try:
                 while True:
                     for worker in [worker for worker in workers if worker.poll() is not None]:
                         worker.stdin.close()
-                        self._note_end(workers.pop(worker), worker.returncode)
+                        job, pipe = workers.pop(worker)
+                        with os.fdopen(pipe) as message:
+                            self._note_end(job, worker.returncode, message.read())
+                    if self.error:
+                        return ""
                     if stop.name or time.time() >= self.deadline:
                         return stop.name or TIME_IS_UP
                     while len(workers) < self.config.processes and (job := self._next()) is not None:
                         self._waiting.remove(job)
-                        workers[start_worker(job, self.config, lock)] = job
+                        pipe, end_of_worker = os.pipe()
+                        workers[start_worker(job, self.config, lock, end_of_worker)] = job, pipe
+                        os.close(end_of_worker)
                     if not workers:
                         return TIME_IS_UP if self._waiting and not self.died else ""
                     time.sleep(SECONDS_BETWEEN_LOOKS)
             finally:
-                for worker in workers:
+                for worker, (_, pipe) in workers.items():
                     worker.stdin.close()
+                    os.close(pipe)
                 for worker in workers:
                     try:
                         worker.wait(SECONDS_TO_SAVE)
@@ -205,9 +218,11 @@ class _Jobs:
         seconds = statistics.mean(self._seconds[other.name] for other in own or trained)
         return max(0.0, seconds - _seconds_trained(run))
 
-    def _note_end(self, job: Job, code: int) -> None:
-        """Note and report that a worker has ended."""
-        if not is_over(job):
+    def _note_end(self, job: Job, code: int, message: str) -> None:
+        """Note and report that a worker has ended; ``message`` is the error that stopped it, if any."""
+        if message:
+            self.error = f"{job.name}: {message}"
+        elif not is_over(job):
             end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             self.died.append(f"{job.name} {end}")
             print(f"{job.name}: its process {end}; the same command tries it again", flush=True)
@@ -232,17 +247,23 @@ class _Jobs:
         print(line, flush=True)
 
 
-def start_worker(job: Job, config: StudyConfig, lock: int) -> subprocess.Popen:
-    """Start a process that does a job; it ends when its ``stdin`` is closed."""
-    command = [sys.executable, "-c", "from uctrans.study.run import work; work()"]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, pass_fds=(lock,), start_new_session=True)
+def start_worker(job: Job, config: StudyConfig, lock: int, errors: int) -> subprocess.Popen:
+    """Start a process that does a job; it ends when its ``stdin`` is closed, and writes its error to ``errors``."""
+    command = [sys.executable, "-c", f"from uctrans.study.run import work; work({errors})"]
+    worker = subprocess.Popen(
+        command, stdin=subprocess.PIPE, bufsize=0, pass_fds=(lock, errors), start_new_session=True
+    )
     with contextlib.suppress(BrokenPipeError):  # of a worker that has died, which the next look finds
         worker.stdin.write(pickle.dumps((job, config)))
     return worker
 
 
-def work() -> None:
-    """Do the job on the standard input; save it and leave when the input is closed."""
+def work(errors: int) -> None:
+    """Do the job on the standard input; save it and leave when the input is closed.
+
+    Args:
+        errors: descriptor for the message if data, settings or files cannot be used.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     job, config = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_leave_with_the_study, daemon=True).start()
@@ -253,8 +274,9 @@ def work() -> None:
             score_ensemble(job, config)
         else:
             train_and_score(job, config)
-    except StudyError as error:
-        sys.exit(f"{job.name}: {error}")
+    except (ValueError, OSError, ImportError, NotImplementedError, TrainingError) as error:
+        os.write(errors, str(error).encode())
+        sys.exit(1)
 
 
 def _leave_with_the_study() -> None:
