@@ -168,7 +168,7 @@ def test_a_bad_config_file(content, named, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("bogus", "no such command: bogus"),
+        ("bogus", "no such command: bogus; choose one of demo, "),
         ("prepare", "prepare monuseg"),
         ("prepare camelyon", "prepare monuseg"),
         ("train", "data, output"),
@@ -369,7 +369,7 @@ def test_values_of_another_type_are_named_in_plain_words(words, message, capsys)
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["trian", "-i", "data"], "choose one of train"),
+        (["trian", "-i", "data"], "did you mean train?"),
         (["train", "-i", "data", "-o", "run", "--epohcs", "3"], "did you mean --epochs?"),
         (["train", "-i", "data", "-o", "run", "--base-chanels=3"], "did you mean --base-channels?"),
     ],

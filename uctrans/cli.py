@@ -301,9 +301,10 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
             return name, list(words[count:])
     first_words = {name.split()[0]: name for name in COMMANDS}
     near = [first_words[word] for word in difflib.get_close_matches(words[0], first_words)]
-    choices = [name for name in COMMANDS if name.split()[0] == words[0]] or near or list(COMMANDS)
+    choices = [name for name in COMMANDS if name.split()[0] == words[0]] or list(COMMANDS)
     given = [word for word in words[:2] if not word.startswith("-")]
-    raise CommandLineError(f"no such command: {' '.join(given)}; choose one of {', '.join(choices)}")
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
+    raise CommandLineError(f"no such command: {' '.join(given)}; {remedy}")
 
 
 def _config_of_resumed_run(words: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.support import put_pairs
-from uctrans.data import DataError, find_samples, load_folds, make_folds
+from uctrans.data import DataError, find_samples, find_split, load_folds, make_folds
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -115,3 +115,9 @@ def test_folds_file_that_is_not_json(tmp_path, content):
 def test_folds_that_do_not_exist(tmp_path):
     with pytest.raises(DataError, match=r"nor one of the folds that come with the package; choose from monuseg"):
         load_folds(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("folds", [None, "monuseg"])
+def test_an_unknown_split_is_refused(folds, tmp_path):
+    with pytest.raises(DataError, match="split: 'tst' is unknown; choose one of train, val, test, all"):
+        find_split(tmp_path, "tst", folds, 0)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from .find import DataError, Sample, find_all_samples, find_development_samples, find_samples, shorten
+from .find import SPLITS, DataError, Sample, find_all_samples, find_development_samples, find_samples, shorten
 
 FOLDS_FOLDER = Path(__file__).parent / "folds"
 Fold = dict[str, list[str]]
@@ -87,8 +87,10 @@ def find_split(root: str | os.PathLike, split: str, folds: str | None = None, fo
         fold: number of the fold, from 0.
 
     Raises:
-        DataError: as `load_folds` and :func:`uctrans.data.find_samples`, or there is no such fold.
+        DataError: as `load_folds` and :func:`uctrans.data.find_samples`, or there is no such split or fold.
     """
+    if split not in (*SPLITS, "all"):
+        raise DataError(f"split: {split!r} is unknown; choose one of {', '.join(SPLITS)}, all")
     if split == "all":
         return find_all_samples(root)
     if folds is None or split == "test":

@@ -296,6 +296,9 @@ def _open_log(run: Run) -> RunLog | SilentLog:
     log = RunLog(config, run.epoch, run.steps_done, run.steps_per_epoch)
     size = sum(parameter.numel() for parameter in run.model.parameters())
     devices = str(group.device) if group.count == 1 else f"{group.count} processes on {group.device.type}"
+    if run.epoch >= config.epochs:
+        log.line(f"{folder} has all {config.epochs} epochs; give more with epochs to continue it")
+        return log
     log.line(
         f"{'continuing' if config.resume else 'training'} {config.model} ({size / 1e6:.2f} M parameters) on "
         f"{len(run.train_data)} images, validating on {len(run.val_data)}, {devices}, "
