@@ -3,6 +3,7 @@
 import csv
 import importlib
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,9 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@contextmanager
 def no_pictures():
-    """Leave out the pictures of runs and evaluations in this process: they take longer than the runs."""
+    """Leave out the pictures of runs and evaluations, which take longer than the runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("uctrans.inference.evaluate"), "comparison_figure", lambda *_: None)
         patch.setattr(log, "draw_progress", lambda *_: None)
@@ -72,10 +73,11 @@ def do_here():
 
     def do(config):
         begin(config, check_study(config, "models", config.plan()))
-        for planned in sorted(config.plan(), key=lambda each: len(each.needs)):
-            run.train_and_score(planned, config)
-        for ensemble in config.ensembles():
-            run.score_ensemble(ensemble, config)
+        with no_pictures():
+            for planned in sorted(config.plan(), key=lambda each: len(each.needs)):
+                run.train_and_score(planned, config)
+            for ensemble in config.ensembles():
+                run.score_ensemble(ensemble, config)
         return study_models(config)
 
     return do
