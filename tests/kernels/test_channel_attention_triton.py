@@ -13,7 +13,13 @@ from tests.kernels.support import DEVICE, TRITON_DTYPES, assert_as_exact_as, dra
 from uctrans.kernels import channel_attention, projected_channel_attention
 from uctrans.kernels.channel_attention import correlating_is_cheaper, operator
 from uctrans.kernels.dropout import keep_mask, keep_scale, row_keys
-from uctrans.kernels.testing import AttentionShape, attention_inputs, outputs_and_gradients, poisoned_allocations
+from uctrans.kernels.testing import (
+    ATTENTION_SHAPES,
+    AttentionShape,
+    attention_inputs,
+    outputs_and_gradients,
+    poisoned_allocations,
+)
 
 pytest.importorskip("triton")
 
@@ -53,7 +59,9 @@ def compare(shape, dtype, **settings):
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in ATTENTION_SHAPES)], ids=str
+)
 def test_error_budget(shape, dtype):
     with poisoned_allocations():
         compare(shape, dtype)
