@@ -86,9 +86,9 @@ def test_resources_of_a_kernel_are_read(found):
     ("target", "dtype", "sizes"),
     [
         ("sm_90", "bfloat16", "representative"),
-        pytest.param("sm_80", "bfloat16", "representative", marks=pytest.mark.slow),
-        pytest.param("sm_100", "bfloat16", "representative", marks=pytest.mark.slow),
-        pytest.param("gfx942", "float16", "representative", marks=pytest.mark.slow),
+        ("sm_80", "bfloat16", "representative"),
+        ("sm_100", "bfloat16", "representative"),
+        ("gfx942", "float16", "representative"),
         pytest.param("sm_90", "float16", "published", marks=pytest.mark.slow),
         pytest.param("sm_90", "float32", "published", marks=pytest.mark.slow),
         pytest.param("sm_90", "bfloat16", "odd", marks=pytest.mark.slow),
