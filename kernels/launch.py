@@ -1,4 +1,4 @@
-"""What launchers of Triton kernels share: the GPU they launch for, the precision of products, and the final sum."""
+"""Shared parts of Triton launchers: the GPU they launch for, the precision of products, and the final sum."""
 
 from typing import NamedTuple
 

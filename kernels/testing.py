@@ -1,4 +1,4 @@
-"""What tests of the operators share: awkward shapes, inputs, and error budgets.
+"""Shared parts of the operators' tests: awkward shapes, inputs, and error budgets.
 
 An implementation may be at most twice as far from the float64 oracle as the paper's steps are in the same dtype.
 """

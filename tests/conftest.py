@@ -1,4 +1,4 @@
-"""What every test shares: one thread a process, pictures without a display, and GPU tests only where there is a GPU."""
+"""Settings of every test: one thread a process, pictures without a display, and GPU tests only where there is a GPU."""
 
 import os
 from importlib.util import find_spec

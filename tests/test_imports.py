@@ -1,4 +1,4 @@
-"""What importing costs (no optional package, no GPU, few modules beyond torch) and which way imports run."""
+"""The cost of importing (no optional package, no GPU, few modules beyond torch) and the direction of imports."""
 
 import ast
 import json
@@ -118,7 +118,7 @@ def test_imports_run_one_way(import_graph):
 
 @pytest.fixture(scope="module")
 def imports():
-    """What each module brought in, by its name."""
+    """Return the modules that each module imported, by its name."""
     output = run(IMPORT_EACH.format(names=module_names()), CUDA_VISIBLE_DEVICES="")
     return {report["name"]: report for report in map(json.loads, output.splitlines())}
 

@@ -1,4 +1,4 @@
-"""What the forward operator of channel attention returns for its backward, beside the output."""
+"""The tensors that the forward operator of channel attention saves for its backward."""
 
 from typing import NamedTuple, Self
 

@@ -1,4 +1,4 @@
-"""What kernels of block-diagonal linear maps share: where a program's tile lies, and the products of its tile.
+"""Shared parts of the kernels of block-diagonal linear maps: where a program's tile lies, and the products of its tile.
 
 The programs of a launch are numbered scale by scale; a scale's programs walk down groups of rows, column by column, so
 that the tokens of a group and the weights come from the L2 cache.

@@ -1,4 +1,4 @@
-"""What the tests of the operators share: devices and dtypes, drawn arguments, and comparison with float64."""
+"""Helpers of the operators' tests: devices and dtypes, drawn arguments, and comparison with float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

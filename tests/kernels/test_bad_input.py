@@ -1,4 +1,4 @@
-"""What the attention functions refuse, by which error and in which words: the same on every backend."""
+"""Refusals of the attention functions: the same errors and words on every backend."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What every public operator promises, tested on each in the same way.
+"""Properties of every public operator, tested on each in the same way.
 
 Numbers, shapes, launch configurations and limits of an operator are tested in the files named after it.
 """

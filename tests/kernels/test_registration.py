@@ -1,4 +1,4 @@
-"""What every operator has from its registration, and which form a public function takes."""
+"""Registration of operators, and the form that a public function takes."""
 
 from contextlib import contextmanager
 

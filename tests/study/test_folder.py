@@ -1,4 +1,4 @@
-"""What a study may continue with: the same settings, images and folds; anything else is refused by name."""
+"""A study continues with the same settings, images and folds; anything else is refused by name."""
 
 import json
 import os
