@@ -38,7 +38,7 @@ ENOUGH_PROGRAMS = 264
 
 
 class Problem(NamedTuple):
-    """Sizes, dtype and GPU that the tiles depend on."""
+    """Sizes, dtype and alignment that the tiles depend on."""
 
     heads: int  # of all images together
     tokens: int
