@@ -169,7 +169,7 @@ def _outcome(process: subprocess.Popen, seconds: float) -> str:
     except subprocess.TimeoutExpired:
         return "cut short"
     finally:
-        # An interrupt lets pytest print its summary. A process that goes on is killed, with its children.
+        # An interrupt lets pytest print its summary. If the process continues, it is killed with its children.
         for sent, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, sent)
