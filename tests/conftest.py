@@ -25,25 +25,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreter_wraps_once():
-    """Let Triton's interpreter wrap ``triton.language`` once a launch, not again in each call of a device function.
-
-    That is most of its time, and finds everything wrapped already.
-    """
+def interpreter_for_tests():
+    """Change Triton's interpreter, where it runs the kernels: see tests/kernels/interpreter.py."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return
-    from triton import language
-    from triton.runtime import interpreter
-
-    wrap = interpreter._patch_lang
-
-    def wrap_once(function):
-        modules = [value for value in function.__globals__.values() if value in (language, language.core)]
-        if any(language.core.is_builtin(module.load) for module in modules):
-            return wrap(function)
-        return interpreter._LangPatchScope()
+    from tests.kernels.interpreter import make_right_for_bfloat16, wrap_once
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", wrap_once)
+        make_right_for_bfloat16(patch)
+        wrap_once(patch)
         yield

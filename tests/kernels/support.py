@@ -31,8 +31,7 @@ except ImportError:
     hypothesis = None
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Products of bfloat16 are wrong in Triton's interpreter.
-TRITON_DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def drawn(examples: int, arguments: Callable[..., dict]) -> Callable:
