@@ -38,7 +38,7 @@ format: $(VENV)/.dev ## apply what ruff can correct
 benchmark: $(VENV)/.dev ## time the operators on this machine's CPU
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only
 
-gpu: ## run the plan for a CUDA GPU, up to nine minutes a call: make gpu PYTHON=python
+gpu: ## run the first call of the plan for a CUDA GPU, seven minutes: make gpu PYTHON=python
 	$(PYTHON) -m benchmarks.gpu $(ARGUMENTS)
 
 # What the compiler makes of every kernel, for GPUs that need not be there; a few minutes.

@@ -1,44 +1,47 @@
-"""Run the plan for a CUDA GPU, the most important steps first, in two calls of at most ten minutes.
+"""Run the plan for a CUDA GPU in two calls of a few minutes, the most important steps first.
 
-    python -m benchmarks.gpu                (make gpu PYTHON=python)
-    python -m benchmarks.gpu --list
+    python -m benchmarks.gpu --prepare DATA   (on any machine: the data set that the last step trains on)
+    python -m benchmarks.gpu                  (make gpu PYTHON=python)
+    python -m benchmarks.gpu --call 2
 
 A checkout is enough, without installation, where Python has torch, triton, numpy, einops, scikit-image, safetensors,
-tqdm, pytest and pytest-benchmark. Every step is a command with a limit. The folder ``--output`` gets a log of each step
-and the record of all measurements. The same command again runs the steps that never began, then those that were cut
-short. docs/gpu.md says what each step decides.
+tqdm, pytest and pytest-benchmark. Every step is a command with a limit and a log; steps that fail do not end the plan.
+The second call begins with what the first one left. docs/gpu.md says what each step decides.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
+import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import uctrans
-from uctrans.training import segmentation_loss
+from .records import ROOT, append_line, environment, read_lines
+from .time_to_dice import write_resized
 
-from .harness import operator_backend
-from .records import ROOT, append_line, read_lines
-
-MINUTES = 9.0
-LEAST_SECONDS = 15  # a step does not begin with less time left
+SECONDS = {1: 400, 2: 320}  # of each call
+LEAST_SECONDS = 15  # a stage does not begin with less time left
 GRACE_SECONDS = 5
-WORKERS = 8
-TEST_SECONDS = 120
-FOUND = 86  # exit status of compute-sanitizer where it found something
-ENDED = ("passed", "failed")
-OPERATORS = ("channel_attention", "skip_gate", "batch_norm_relu", "segmentation_loss", "attention_block")
-UNCOMPILED = "ours,composed,reference,published"
+POLL_SECONDS = 0.1
+WORKERS = 6
+TEST_SECONDS = 100
+
+SMALLEST = "same_bits or autocast or budget"
+# Published sizes in half precision, CUDA graphs and captured steps; not the compiler, nor the largest maps.
+CHOSEN = ("OnAGpu", "on_a_gpu", "test_gpu.py")
+LEFT_OUT = ("float32", "contiguous", "larger_batch", "32_bits", "1000", "512", "OtherDevice", "ReduceOverhead")
+LEFT_OUT += ("reduce_overhead", "compiled")
+CHOSEN_FILES = ("tests/kernels", "tests/layers", "tests/test_graphs.py", "tests/training/test_step_graphs.py")
+RACED = "ours,reference,published"
 
 
 @dataclass(frozen=True)
@@ -50,150 +53,129 @@ class Step:
     limit: int
 
 
-def plan(folder: Path) -> list[Step]:
-    """Return the steps, the most important first; measurements go to the record in ``folder``."""
+Stage = tuple[Step, ...]  # steps that run at the same time
+
+
+def plan(folder: Path) -> dict[int, list[Stage]]:
+    """Return the stages of each call, the most important first; measurements go to records in ``folder``."""
     record = str(folder / "record.jsonl")
-    python = (sys.executable, "-u", "-m")
 
-    def network(mode: str, batch: int, candidates: str, *options: str) -> tuple[str, ...]:
+    def tests(name: str, selection: str, limit: int, *words: str) -> Step:
+        # What failed before comes first.
+        options = ("-q", "--ff", "-o", f"cache_dir={folder / name}", "-p", "no:benchmark", *_plugin_options())
+        return Step(name, _python("pytest", *options, "-k", selection, *words), limit)
+
+    def network(name: str, mode: str, batch: int, candidates: str, limit: int) -> Step:
         words = ("--mode", mode, "--batch", str(batch), "--candidates", candidates, "--record", record)
-        return (*python, "benchmarks.network", *words, *options)
+        return Step(name, _python("benchmarks.network", *words), limit)
 
-    tests = (*python, "pytest", *pytest_options(), "tests/kernels", "tests/layers")
-    files = [f"benchmarks/test_{name}.py" for name in OPERATORS]
+    def attention(batch: int, limit: int) -> Step:
+        selection = f"bfloat16 and pixels_224 and batch_{batch}-dropout_0.1 and (sdpa or compiled)"
+        words = ("-q", "benchmarks/test_channel_attention.py", "-m", "gpu", "-k", selection, "--benchmark-only")
+        words += ("--benchmark-quiet", "--record", record, "--missing")
+        return Step(f"attention-{batch}", _python("pytest", *words), limit)
 
-    def operators(selection: str) -> tuple[str, ...]:
-        words = ("-m", "gpu", "-k", f"bfloat16 and pixels_224 and {selection}", "--benchmark-only")
-        return (*python, "pytest", "-q", *files, *words, "--benchmark-quiet", "--record", record, "--missing")
+    chosen = f"({' or '.join(CHOSEN)}) and not ({' or '.join(LEFT_OUT)})"
+    target = ("-i", str(folder / "data"), "-o", str(folder / "dice.jsonl"), "--candidates", "ours", "--dice", "0.7999")
+    return {
+        1: [
+            (tests("operators", SMALLEST, 40, "-x", "tests/kernels/test_every_operator.py"),),
+            (network("profile-32", "profile", 32, "ours", 30),),
+            (network("profile-4", "profile", 4, "ours", 20),),
+            (
+                tests("tests", chosen, 150, "-m", "gpu", *CHOSEN_FILES),
+                network("compile-32", "memory", 32, "compiled", 150),
+                network("compile-4", "memory", 4, "compiled", 150),
+            ),
+            (network("training-4", "training", 4, RACED, 35),),
+            (network("training-32", "training", 32, RACED, 50),),
+            (network("inference-1", "inference", 1, RACED, 25),),
+            (network("inference-32", "inference", 32, RACED, 30),),
+        ],
+        2: [
+            (network("compiled-training-4", "training", 4, "compiled", 45),),
+            (network("compiled-training-32", "training", 32, "compiled", 55),),
+            (attention(32, 70),),
+            (Step("dice", _python("benchmarks.time_to_dice", *target, "--seconds", "80"), 100),),
+            (network("compiled-inference-1", "inference", 1, "compiled", 50),),
+            (network("compiled-inference-32", "inference", 32, "compiled", 50),),
+            (attention(4, 60),),
+        ],
+    }
 
-    dual_branch = ("--model", "dual_branch_uctransnet")
-    return [
-        Step("correctness", (*tests, "-m", "gpu"), 90),
-        Step("training-4", network("training", 4, UNCOMPILED), 40),
-        Step("training-32", network("training", 32, UNCOMPILED), 40),
-        Step("operators-32", operators("batch_32 and not compiled"), 110),
-        Step("inference-1", network("inference", 1, UNCOMPILED), 25),
-        Step("inference-32", network("inference", 32, UNCOMPILED), 25),
-        Step("profile-4", network("profile", 4, "ours"), 20),
-        Step("profile-32", network("profile", 32, "ours,reference"), 25),
-        Step("memory-32", network("memory", 32, UNCOMPILED), 60),
-        Step("memcheck", sanitizer("memcheck"), 50),
-        Step("compiled-4", network("training", 4, "compiled,ours compiled"), 90),
-        Step("compiled-32", network("training", 32, "compiled,ours compiled"), 90),
-        Step("racecheck", sanitizer("racecheck"), 30),
-        Step("operators-4", operators("batch_4 and not compiled"), 45),
-        Step("dual-branch-4", network("training", 4, UNCOMPILED, *dual_branch), 40),
-        Step("operators-compiled-32", operators("batch_32 and compiled"), 60),
-    ]
+
+def _python(module: str, *words: str) -> tuple[str, ...]:
+    return (sys.executable, "-u", "-m", module, *words)
 
 
-def pytest_options() -> list[str]:
-    """Return options for tests, those of pytest-xdist and pytest-timeout where they are installed."""
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+def _plugin_options() -> Iterator[str]:
     if importlib.util.find_spec("xdist"):
-        options += ["-n", str(WORKERS)]
+        yield from ("-n", str(WORKERS))
     if importlib.util.find_spec("pytest_timeout"):
-        options += ["--timeout", str(TEST_SECONDS)]
-    return options
+        yield from ("--timeout", str(TEST_SECONDS))
 
 
-def sanitizer(tool: str) -> tuple[str, ...]:
-    """Return the command that runs every operator at small sizes under a tool of compute-sanitizer."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    folders = [str(Path(home) / part) for home in homes if home for part in ("bin", "compute-sanitizer")]
-    program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
-    smallest = (sys.executable, "-u", "-m", "benchmarks.gpu", "--smallest")
-    return (program or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *smallest)
+def left(call: int, folder: Path, again: Sequence[str] = ()) -> list[Stage]:
+    """Return the stages up to a call, without the steps that have passed and are not in ``again``."""
+    passed = {line["step"] for line in read_lines(folder / "steps.jsonl") if line["outcome"] == "passed"}
+    stages = [stage for number, stages in plan(folder).items() if number <= call for stage in stages]
+    remaining = [tuple(step for step in stage if step.name not in passed - set(again)) for stage in stages]
+    return [stage for stage in remaining if stage]
 
 
-def run_smallest_steps() -> None:
-    """Run a training step of both networks at odd widths, in both layouts and precisions: every operator runs.
+def run_stage(stage: Stage, folder: Path, seconds: float) -> Iterator[dict]:
+    """Run steps at the same time for at most so many seconds; yield the line about each as it ends.
 
-    Sizes are small because compute-sanitizer slows kernels about a hundredfold.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("uctransnet", "dual_branch_uctransnet"):
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            for is_half in (False, True):
-                torch.manual_seed(0)
-                backend = operator_backend(device)
-                model = uctrans.create_model(name, base_channels=3, image_size=48, backend=backend)
-                model = model.to(device, memory_format=memory_format).train()
-                images = torch.rand(2, 3, 48, 48, device=device).contiguous(memory_format=memory_format)
-                masks = (images.mean(1) > 0.5).to(torch.uint8)
-                with torch.autocast(device, torch.bfloat16, enabled=is_half):
-                    logits = model(images)
-                loss = segmentation_loss(logits, masks, backend=backend)
-                loss.backward()
-                print(f"{name}, {memory_format}, {logits.dtype}: loss {loss.item():.4f}", flush=True)
-
-
-def pending(steps: Sequence[Step], folder: Path, again: Sequence[str] = ()) -> list[Step]:
-    """Return the steps to run: those that never began, and those of ``again``, then those that were cut short."""
-    outcomes = {line["step"]: line["outcome"] for line in read_lines(folder / "steps.jsonl")}
-    outcomes = {name: outcome for name, outcome in outcomes.items() if name not in again}
-    left = [step for step in steps if outcomes.get(step.name) not in ENDED]
-    return sorted(left, key=lambda step: step.name in outcomes)
-
-
-def run(step: Step, folder: Path, seconds: float) -> str:
-    """Run a step for at most so many seconds, with its output in a log, and return its outcome.
-
-    The outcome is ``passed``, ``failed``, ``cut short`` or ``not installed``.
+    Each writes a log, and the lines go to ``steps.jsonl``. An outcome is ``passed``, ``failed`` or ``cut short``.
     """
     started = time.monotonic()
-    # Under a checker every tensor has an allocation of its own: inside a large block nothing is out of bounds.
-    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "sanitizer" in step.command[0] else {}
-    with (folder / f"{step.name}.log").open("ab") as log:
-        try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | variables,
-                start_new_session=True,
-            )
-        except FileNotFoundError:
-            outcome = "not installed"
-        else:
-            outcome = _outcome(process, seconds)
-    line = {"step": step.name, "outcome": outcome, "seconds": time.monotonic() - started, "command": step.command}
-    append_line(folder / "steps.jsonl", line)
-    return outcome
-
-
-def _outcome(process: subprocess.Popen, seconds: float) -> str:
+    running = {step: _started(step, folder) for step in stage}
     try:
-        return "passed" if process.wait(seconds) == 0 else "failed"
-    except subprocess.TimeoutExpired:
-        return "cut short"
+        while running:
+            time.sleep(POLL_SECONDS)
+            elapsed = time.monotonic() - started
+            for step, process in list(running.items()):
+                if process.poll() is None and elapsed < min(step.limit, seconds):
+                    continue
+                outcome = {None: "cut short", 0: "passed"}.get(process.returncode, "failed")
+                _end(running.pop(step))
+                line = {"step": step.name, "outcome": outcome, "seconds": elapsed, "command": step.command}
+                append_line(folder / "steps.jsonl", line)
+                yield line
     finally:
-        # An interrupt lets pytest print its summary. If the process continues, it is killed with its children.
-        for sent, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, sent)
-                process.wait(patience)
+        for process in running.values():
+            _end(process)
 
 
-def run_all(steps: Sequence[Step], folder: Path, seconds: float) -> bool:
-    """Run steps until the time is over, print the outcome of each, and return whether none failed."""
+def _started(step: Step, folder: Path) -> subprocess.Popen:
+    with (folder / f"{step.name}.log").open("ab") as log:
+        return subprocess.Popen(step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it started; an interrupt first lets pytest print its summary."""
+    for sent, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, sent)
+            process.wait(patience)
+
+
+def run_all(stages: Sequence[Stage], folder: Path, seconds: float) -> bool:
+    """Run stages until the time is over, print the outcome of each step, and return whether all passed."""
     deadline = time.monotonic() + seconds
-    folder.mkdir(parents=True, exist_ok=True)
-    has_failed = False
-    for step in steps:
-        left = deadline - time.monotonic() - GRACE_SECONDS
-        if left < min(LEAST_SECONDS, step.limit):
-            print(f"{step.name}: not begun, {max(left, 0):.0f} s are left")
+    all_passed = True
+    for stage in stages:
+        rest = deadline - time.monotonic() - GRACE_SECONDS
+        if rest < LEAST_SECONDS:
+            names = ", ".join(step.name for step in stage)
+            print(f"{names}: not begun, {max(rest, 0):.0f} s are left", flush=True)
+            all_passed = False
             continue
-        print(f"{step.name} ...", end=" ", flush=True)
-        started = time.monotonic()
-        outcome = run(step, folder, min(step.limit, left))
-        has_failed |= outcome == "failed"
-        print(
-            f"{outcome} after {time.monotonic() - started:.0f} s; {_last_line(folder / f'{step.name}.log')}", flush=True
-        )
-    return not has_failed
+        for line in run_stage(stage, folder, rest):
+            all_passed &= line["outcome"] == "passed"
+            last = _last_line(folder / f"{line['step']}.log")
+            print(f"{line['step']}: {line['outcome']} after {line['seconds']:.0f} s; {last}", flush=True)
+    return all_passed
 
 
 def _last_line(log: Path) -> str:
@@ -201,28 +183,39 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+def versions() -> dict:
+    """Return the environment, and a digest of what Triton's cache of compiled kernels depends on."""
+    from triton.runtime.cache import triton_key
+
+    return environment() | {"triton_key": hashlib.sha256(triton_key().encode()).hexdigest()[:16]}
+
+
 def main(words: list[str] | None = None) -> int:
-    """Run what is left of the plan; return 1 where a step failed and 2 where there is no GPU."""
+    """Run a call of the plan; return 1 where a step did not pass and 2 where there is no GPU."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for this call (default: %(default)g)")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / ".benchmarks" / "gpu", help="folder of logs")
-    parser.add_argument("--again", default="", metavar="A,B", help="run these steps again, though they have ended")
+    parser.add_argument("--call", type=int, default=1, choices=SECONDS, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, help=f"for this call (default: {SECONDS[1]} and {SECONDS[2]})")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=ROOT / ".benchmarks" / "gpu", help="logs, records and data"
+    )
+    parser.add_argument("--again", default="", metavar="A,B", help="run these steps again, though they have passed")
     parser.add_argument("--list", action="store_true", help="print the steps that are left with their limits, and stop")
-    parser.add_argument("--smallest", action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer watches
+    parser.add_argument("--prepare", metavar="DATA", help="write this data set at 224 pixels to the output, and stop")
     given = parser.parse_args(words)
-    if given.smallest:
-        run_smallest_steps()
+    folder = given.output.resolve()
+    if given.prepare is not None:
+        print(f"{write_resized(given.prepare, folder / 'data')} images in {folder / 'data'}")
         return 0
-    steps = plan(given.output)
     again = [name for name in given.again.split(",") if name]
-    if unknown := [name for name in again if name not in {step.name for step in steps}]:
-        parser.error(f"--again: {unknown[0]!r} is unknown; choose of {', '.join(step.name for step in steps)}")
-    left = pending(steps, given.output, again)
+    names = [step.name for stages in plan(folder).values() for stage in stages for step in stage]
+    if unknown := [name for name in again if name not in names]:
+        parser.error(f"--again: {unknown[0]!r} is unknown; choose of {', '.join(names)}")
+    stages = left(given.call, folder, again)
     if given.list:
-        for step in left:
-            print(f"{step.name} ({step.limit} s): {' '.join(step.command)}")
+        for stage in stages:
+            print("\n".join(f"{step.name} ({step.limit} s): {' '.join(step.command)}" for step in stage))
         return 0
     if not torch.cuda.is_available():
         print(
@@ -231,10 +224,10 @@ def main(words: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    is_well = run_all(left, given.output, 60 * given.minutes)
-    if names := [step.name for step in pending(steps, given.output)]:
-        print(f"left: {', '.join(names)}; the same command continues")
-    return 0 if is_well else 1
+    found = versions()
+    append_line(folder / "record.jsonl", {"environment": found})
+    print(json.dumps(found, indent=1), flush=True)
+    return 0 if run_all(stages, folder, given.seconds or SECONDS[given.call]) else 1
 
 
 if __name__ == "__main__":

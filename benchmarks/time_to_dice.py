@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import uctrans
-from uctrans.data import find_samples, load_tensors
+from uctrans.data import find_samples, get_protocol, load_tensors, read_image, read_mask
 from uctrans.training import TrainConfig
 from uctrans.training.distributed import processes
 from uctrans.training.log import SilentLog
@@ -39,6 +39,7 @@ from uctrans.training.loop import (
     validate,
 )
 from uctrans.training.run import Run, plain_forward
+from uctrans.writing import write_png
 
 from .network import OURS
 from .records import ROOT, append_line, environment, read_lines
@@ -57,13 +58,14 @@ SHARED = ("model", "base_channels", "image_size", "batch_size", "epochs", "patie
 NO_SIGNAL = SimpleNamespace(name=None)
 
 
-def time_to_dice(config: TrainConfig, dice: float, every: int = 1) -> dict[str, Any]:
-    """Train until the best weights reach ``dice`` on the test images, or training is over.
+def time_to_dice(config: TrainConfig, dice: float, every: int = 1, longest: float = math.inf) -> dict[str, Any]:
+    """Train until the best weights reach ``dice`` on the test images, or training or time is over.
 
     Args:
         config: settings of the run; its output folder is not used.
         dice: the target, 0 to 1.
         every: fewest epochs between two looks at the test images.
+        longest: seconds on the clock after which no further epoch begins.
 
     Returns:
         ``reached``; ``seconds`` on the clock, in all, before training, of the first epoch and until the best weights
@@ -96,7 +98,8 @@ def time_to_dice(config: TrainConfig, dice: float, every: int = 1) -> dict[str, 
             forward = plain_forward(run.validated_model, config)
             curve: list[tuple[int, float, float, float | None]] = []
             test_dice, last_look, first_epoch = math.nan, -every, None
-            while run.epoch < config.epochs and not run.is_out_of_patience and not test_dice >= dice:
+            is_over = False
+            while run.epoch < config.epochs and not run.is_out_of_patience and not is_over:
                 log = EpochLog()
                 train_epoch(run, log, NO_SIGNAL)
                 check_training_was_finite(run)
@@ -110,6 +113,7 @@ def time_to_dice(config: TrainConfig, dice: float, every: int = 1) -> dict[str, 
                     scored = test_dice = totals.read(group)[1]
                     last_look = run.epoch
                 curve.append((run.epoch, clock.read(), log.row["val_dice"], scored))
+                is_over = test_dice >= dice or clock.read() >= longest
                 clock.resume()
                 if is_best:
                     save(run, writer, is_best=True)
@@ -155,6 +159,25 @@ class EpochLog(SilentLog):
         self.row = row
 
 
+def write_resized(data: str, folder: Path) -> int:
+    """Write a data set at the size of ``uctransnet-224`` and return how many images it has.
+
+    Training on the copy is training on the original: resizing changes nothing at that size.
+
+    Raises:
+        DataError: the data set has no train, val or test images, or a file cannot be read.
+    """
+    protocol, count = get_protocol(), 0
+    for split in ("train", "val", "test"):
+        for sample in find_samples(data, split):
+            mask = protocol.resize_mask(read_mask(sample.mask), classes=1)
+            name = f"{sample.name}.png"
+            write_png(folder / split / "images" / name, protocol.resize_image(read_image(sample.image)))
+            write_png(folder / split / "masks" / name, 255 * mask)
+            count += 1
+    return count
+
+
 def settings_of(candidate: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of a run: those of the command line, shared by all candidates, and the candidate's own."""
     shared = {name: getattr(given, name) for name in SHARED if getattr(given, name) is not None}
@@ -164,7 +187,11 @@ def settings_of(candidate: str, seed: int, given: argparse.Namespace) -> dict[st
 def run_of(candidate: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Return what identifies a run in the record."""
     described = {"candidate": candidate, "seed": seed, "dice": given.dice, "every": given.every}
-    return described | {"data": Path(given.input).name, "settings": settings_of(candidate, seed, given)}
+    return described | {
+        "seconds": given.seconds,
+        "data": Path(given.input).name,
+        "settings": settings_of(candidate, seed, given),
+    }
 
 
 def missing(given: argparse.Namespace) -> list[tuple[str, int]]:
@@ -177,7 +204,7 @@ def missing(given: argparse.Namespace) -> list[tuple[str, int]]:
 def measure(candidate: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Make a run and return its line of the record."""
     config = TrainConfig(data=given.input, output="unused", **settings_of(candidate, seed, given))
-    result = time_to_dice(config, given.dice, given.every)
+    result = time_to_dice(config, given.dice, given.every, given.seconds or math.inf)
     return {"run": run_of(candidate, seed, given), "result": result, "environment": environment()}
 
 
@@ -207,6 +234,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=".benchmarks/time_to_dice.jsonl", help="JSON lines")
     parser.add_argument("--dice", type=float, required=True, help="mean Dice over the test images to reach, 0 to 1")
     parser.add_argument("--every", type=int, default=1, help="fewest epochs between two looks at the test images")
+    parser.add_argument("--seconds", type=float, help="a run that takes longer ends with the epoch")
     parser.add_argument("--candidates", type=_names, default=list(CANDIDATES), help="separated by commas")
     parser.add_argument("--seeds", type=int, default=1, help="how many, counted from 0")
     parser.add_argument("--model", default="uctransnet", choices=uctrans.list_models())

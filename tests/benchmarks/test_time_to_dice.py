@@ -6,14 +6,26 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from skimage.io import imsave
+from skimage.io import imread, imsave
 
 from benchmarks import time_to_dice as module
 from benchmarks.records import append_line, read_lines
-from benchmarks.time_to_dice import CANDIDATES, Clock, main, measure, missing, parsed, result_table, time_to_dice
+from benchmarks.time_to_dice import (
+    CANDIDATES,
+    Clock,
+    main,
+    measure,
+    missing,
+    parsed,
+    result_table,
+    time_to_dice,
+    write_resized,
+)
+from uctrans.data import find_samples, get_protocol, load_tensors
 from uctrans.training import TrainConfig, loop
 
 SIZE = 24
+SPLITS = ("train", "val", "test")
 TINY = ["--model", "unet", "--base-channels", "2", "--image-size", "16", "--device", "cpu", "--learning-rate", "0.01"]
 
 
@@ -78,6 +90,23 @@ def test_a_target_that_is_not_reached(data):
     assert found["epochs"] == 3
     assert found["curve"][0][3] is None  # no epoch may be the best one yet
     assert found["curve"][1][3] is not None
+
+
+def test_a_run_that_is_out_of_time_ends_with_its_epoch(data):
+    found = time_to_dice(config(data, epochs=3), dice=2.0, longest=0.0)
+    assert (found["epochs"], found["reached"]) == (1, False)
+
+
+def test_training_on_resized_images_is_training_on_the_data_set(data, tmp_path):
+    assert write_resized(str(data), tmp_path) == sum(len(find_samples(data, split)) for split in SPLITS)
+    for split in SPLITS:
+        found, expected = (
+            load_tensors(find_samples(folder, split), get_protocol(), classes=1) for folder in (tmp_path, data)
+        )
+        assert found.names == expected.names
+        assert found.digest == expected.digest
+        assert set(found.original_sizes) == {(224, 224)} != set(expected.original_sizes)
+    assert set(np.unique(imread(next((tmp_path / "val" / "masks").iterdir())))) == {0, 255}
 
 
 def test_looks_at_the_test_images_decide_nothing_but_the_end(data):

@@ -1,13 +1,15 @@
-"""Channel attention and skip path on a GPU: the same bits in every run, CUDA graphs really used, any device.
+"""Channel attention and skip path on a GPU: errors, the same bits in every run, CUDA graphs really used, any device.
 
-Sizes are the published ones at 224 pixels.
+Sizes are the published ones at 224 pixels, and for errors also at 240, where the number of tokens is odd.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from tests.kernels.support import assert_as_exact_as
 from uctrans.kernels import channel_attention, projected_channel_attention, skip_gate
 from uctrans.kernels.channel_attention import correlating_is_cheaper
 from uctrans.kernels.testing import AttentionShape, attention_inputs
@@ -34,18 +36,18 @@ def project_and_attend(tokens, context, key_value_weight, *query_weights, seed=S
     )
 
 
-def packed_inputs(dtype, device):
+def packed_inputs(dtype, device, shape=SHAPE):
     """Query, key and value."""
-    return [tensor.detach().to(device).requires_grad_() for tensor in attention_inputs(SHAPE, dtype)]
+    return [tensor.detach().to(device).requires_grad_() for tensor in attention_inputs(shape, dtype)]
 
 
-def projected_inputs(dtype, device):
+def projected_inputs(dtype, device, shape=SHAPE):
     """Tokens, context, key_value_weight and the query weights, sized so that products keep the size of the tokens."""
-    assert not correlating_is_cheaper(SHAPE.tokens, SHAPE.heads, SHAPE.segments, SHAPE.key_channels)
+    assert not correlating_is_cheaper(shape.tokens, shape.heads, shape.segments, shape.key_channels)
     generator = torch.Generator().manual_seed(0)
-    width, heads = SHAPE.key_channels, SHAPE.heads
-    sizes = [(SHAPE.batch, SHAPE.tokens, sum(SHAPE.segments)), (SHAPE.batch, SHAPE.tokens, width)]
-    weight_sizes = [(2, heads, width, width), *((heads, segment, segment) for segment in SHAPE.segments)]
+    width, heads = shape.key_channels, shape.heads
+    sizes = [(shape.batch, shape.tokens, sum(shape.segments)), (shape.batch, shape.tokens, width)]
+    weight_sizes = [(2, heads, width, width), *((heads, segment, segment) for segment in shape.segments)]
     tensors = [torch.randn(*size, generator=generator) for size in sizes]
     tensors += [torch.randn(*size, generator=generator) / size[-1] ** 0.5 for size in weight_sizes]
     return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
@@ -85,6 +87,16 @@ def output_and_gradients(function, inputs, **settings):
     output = function(*inputs, **settings)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.device, output.dtype)
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
+
+@each(ATTENTION)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [196, 225])
+@pytest.mark.parametrize("batch", [4, 32])
+def test_published_widths(function, inputs_of, dtype, tokens, batch):
+    """Output and gradients, in few programs and in many."""
+    inputs = inputs_of(dtype, DEVICE, replace(SHAPE, batch=batch, tokens=tokens))
+    assert_as_exact_as(partial(function, backend="reference"), function, inputs)
 
 
 @each(ATTENTION | SKIP_PATH | OTHER_SKIP_PATHS)
