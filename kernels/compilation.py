@@ -272,29 +272,23 @@ def odd(dtype: torch.dtype) -> Sizes:
 
 def thorough(dtype: torch.dtype) -> Sizes:
     """Return the published sizes with other batches, memory formats and classes, and every way to tile tokens."""
-    from .channel_attention.operator import LONGEST_FUSED_FORWARD
-    from .channel_attention.triton_blocks import Problem, token_tiles
+    from .channel_attention.triton import LONGEST_FUSED, token_tiles
 
-    longest_first = range(LONGEST_FUSED_FORWARD, 0, -1)
-    channels = sum(PUBLISHED_WIDTHS)
-    tokens = {token_tiles(Problem(HEADS, count, channels, dtype, True)): count for count in longest_first}
+    tokens = {token_tiles(count): count for count in range(LONGEST_FUSED, 0, -1)}
     formats = (torch.channels_last, torch.contiguous_format)
     return Sizes(dtype, (1, 4, 32), sorted(tokens.values()), classes=(1, 2, 3, 16, 64), formats=formats)
 
 
 def _channel_attention(sizes: Sizes) -> None:
-    from .channel_attention.operator import LONGEST_FUSED, longest_fused_forward
-    from .channel_attention.triton import backward, forward
+    from .channel_attention.triton import LONGEST_FUSED, backward, forward
 
-    for batch, tokens, dropout_p in itertools.product(sizes.batches, sizes.tokens, sizes.variants(0.1, 0.0)):
+    tokens_of_both_forms = (*sizes.tokens, LONGEST_FUSED + 1)
+    for batch, tokens, dropout_p in itertools.product(sizes.batches, tokens_of_both_forms, sizes.variants(0.1, 0.0)):
         # As the projections write them: heads within tokens.
         heads = [sizes.empty(batch, tokens, HEADS, sum(sizes.widths)).transpose(1, 2) for _ in range(3)]
-        if tokens > longest_fused_forward(*heads):
-            continue
         seed = torch.empty(1, dtype=torch.int64, device="meta")
         output, *saved = forward(*heads, sizes.widths, dropout_p, EPS, seed)
-        if tokens <= LONGEST_FUSED:
-            backward(sizes.empty(*output.shape), *heads, *saved, sizes.widths, dropout_p)
+        backward(sizes.empty(*output.shape), *heads, *saved, seed, sizes.widths, dropout_p)
 
 
 def _packed_linear(sizes: Sizes) -> None:

@@ -1,8 +1,8 @@
 """The dropout mask of the attention operators, a function of a seed and of an entry's place: every form has the same.
 
-An entry is dropped when a 32-bit hash of (seed, row, column) falls below ``p * 2^32``. A hash costs a kernel about a
-dozen instructions and needs no neighbour, so forward and backward draw the same mask with tiles of any shape. Only two
-keys for each row are stored, hashed from the seed and the row number.
+A 32-bit hash of (seed, row, column // 2) decides about two neighbours in a row: an entry is dropped when its half of
+the hash falls below ``p * 2^16``. A hash costs a kernel about a dozen instructions, and forward and backward draw the
+same mask with tiles of any shape. The two keys of a row are hashed from the seed and the row's number.
 
 The mixing steps are multiply-xorshift rounds. Multipliers and shifts: C. Wellons, "Prospecting for hash functions"
 (2018), the two-round function of lowest bias known there.
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 WORD = 2**32
+LEVELS = 2**16  # of half a word
 FIRST_MULTIPLIER = 0x21F0AAAD
 SECOND_MULTIPLIER = 0xD35A2D97
 GOLDEN_RATIO = 0x9E3779B9  # 2^32 / golden ratio, odd: consecutive numbers land far from each other
 
 
 def drop_threshold(dropout_p: float) -> int:
-    """Return how many of the 2^32 hashes drop an entry; at least one where ``dropout_p`` is not 0."""
-    return min(max(round(dropout_p * WORD), 1), WORD - 1) if dropout_p > 0 else 0
+    """Return how many of the 2^16 levels drop an entry: 1 to 2^16 - 1, or 0 where ``dropout_p`` is 0."""
+    return min(max(round(dropout_p * LEVELS), 1), LEVELS - 1) if dropout_p > 0 else 0
 
 
 def keep_scale(dropout_p: float) -> float:
     """Return the factor of kept entries that keeps the mean."""
-    return WORD / (WORD - drop_threshold(dropout_p))
+    return LEVELS / (LEVELS - drop_threshold(dropout_p))
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -44,11 +45,13 @@ def row_keys(seed: Tensor, rows: int) -> Tensor:
 def keep_mask(keys: Tensor, columns: int, dropout_p: float) -> Tensor:
     """Return which entries stay: keys (2, *rows) int32 -> (*rows, columns) bool."""
     first, second = (key.long().unsqueeze(-1) & (WORD - 1) for key in keys)
-    place = torch.arange(columns, device=keys.device) * GOLDEN_RATIO
-    word = (place + first) % WORD
+    pair = torch.arange((columns + 1) // 2, device=keys.device) * GOLDEN_RATIO
+    word = (pair + first) % WORD
     word = (word ^ (word >> 16)) * FIRST_MULTIPLIER % WORD
     word = (word ^ (word >> 15) ^ second) * SECOND_MULTIPLIER % WORD
-    return word >= drop_threshold(dropout_p)
+    word = word ^ (word >> 16)
+    halves = torch.stack([word % LEVELS, word // LEVELS], dim=-1).flatten(-2)[..., :columns]
+    return halves >= drop_threshold(dropout_p)
 
 
 def _mix(word: Tensor) -> Tensor:

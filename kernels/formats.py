@@ -43,16 +43,24 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
     )
 
 
-def has_aligned_strides(*tensors: Tensor) -> bool:
-    """Return whether the last axis of all ``tensors`` is contiguous and their rows are multiples of 16 bytes apart."""
+def has_aligned_rows(*tensors: Tensor) -> bool:
+    """Return whether the last axis of all ``tensors`` is contiguous and each of its rows starts on 16 bytes."""
     return all(
-        tensor.stride(-1) == 1 and all(stride * tensor.itemsize % ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+        tensor.stride(-1) == 1
+        and all(
+            distance * tensor.itemsize % ALIGNMENT == 0 for distance in (*tensor.stride()[:-1], tensor.storage_offset())
+        )
         for tensor in tensors
     )
 
 
-def has_aligned_rows(*tensors: Tensor) -> bool:
-    """Return whether the last axis of all ``tensors`` is contiguous and each of its rows starts on 16 bytes."""
-    return has_aligned_strides(*tensors) and all(
-        tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0 for tensor in tensors
-    )
+def key_and_value(key_value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views (B, H, N, S) of key and value of a packed (B, N, 2, H, S)."""
+    key, value = key_value.transpose(1, 3).unbind(2)
+    return key, value
+
+
+def empty_heads_inside(tensor: Tensor) -> Tensor:
+    """Return a tensor without data like (B, H, N, C), laid out as the projections write it: (B, N, H, C)."""
+    batch, heads, tokens, channels = tensor.shape
+    return tensor.new_empty(batch, tokens, heads, channels).transpose(1, 2)

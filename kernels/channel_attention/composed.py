@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dropout import keep_mask, keep_scale, row_keys
+from ..dropout import LEVELS, drop_threshold, keep_mask, keep_scale, row_keys
 from ..formats import statistics_dtype
 
-# Random bits of dropout: a 64-bit draw is read as four 16-bit lanes.
-LANES = 4
-LANE_LEVELS = 2**16
+LANES = 4  # of 16 bits, in a 64-bit draw of dropout
 
 
 def channel_attention(
@@ -150,16 +148,14 @@ class Dropout:
     """Zeroes entries of maps (B, sum C, S) with probability ``dropout_p``; ``rescale``, not applied, keeps the mean.
 
     With a seed the mask is that of every other backend. Without one, four 16-bit lanes come out of one 64-bit draw, a
-    third of the time of ``torch.nn.functional.dropout`` on a CPU; a probability above 0 is then rounded to one of
-    1/65536 to 65535/65536, and the factor is that of the rounded one.
+    third of the time of ``torch.nn.functional.dropout`` on a CPU.
     """
 
     def __init__(self, dropout_p: float, seed: Tensor | None, heads: int):
         self.dropout_p = dropout_p
         self.seed = seed
         self.heads = heads
-        self.dropped_levels = min(max(round(dropout_p * LANE_LEVELS), 1), LANE_LEVELS - 1) if dropout_p > 0 else 0
-        self.rescale = keep_scale(dropout_p) if seed is not None else LANE_LEVELS / (LANE_LEVELS - self.dropped_levels)
+        self.rescale = keep_scale(dropout_p)
 
     def __call__(self, attention: Tensor, head: int) -> Tensor:
         """Apply the mask of a head."""
@@ -171,7 +167,7 @@ class Dropout:
             return attention * keep_mask(keys[:, :, head], key_channels, self.dropout_p)
         draws = torch.randint(-(2**63), 2**63 - 1, (-(-attention.numel() // LANES),), device=attention.device)
         lanes = draws.view(torch.int16)[: attention.numel()].view(attention.shape)
-        return attention * (lanes >= self.dropped_levels - LANE_LEVELS // 2)
+        return attention * (lanes >= drop_threshold(self.dropout_p) - LEVELS // 2)
 
 
 def _by_head(query_weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -13,23 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..backend import choose_form, resolve_backend
 from ..checks import check_dtypes_and_devices, check_numbers_type, check_segments_type, check_tensor_lists
 from ..dropout import draw_seed
-from ..formats import has_aligned_strides
+from ..formats import empty_heads_inside, key_and_value
 from ..packed_linear import packed_linear
 from ..registration import cast_under_autocast, register_gradient, register_operator
 from . import composed, reference
-from .saved import Saved, empty_heads_inside, key_and_value
-
-# Tokens that the registers of one program hold. Half precision holds more tokens in forward, where there is one
-# accumulator and not two, if rows are multiples of 16 bytes apart. With more tokens, a map is small in comparison with
-# the products that make it.
-LONGEST_FUSED = 256
-LONGEST_FUSED_FORWARD = 640
-MOST_HEADS = 65535  # of all images together: the grid's limit
 
 
 def channel_attention(
@@ -59,11 +50,9 @@ def channel_attention(
             ``None`` and a tensor that is written between replays give new masks.
         eps: added to the variance of the map; 0 adds nothing.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``. ``auto`` takes ``triton`` on a GPU it runs on,
-            and leaves float64 to ``composed``. Triton takes float32, float16 and bfloat16, forms no map in memory, and
-            has no second derivative. Where its kernels do not hold the sizes, ``composed`` takes its place, and keeps
-            no map for backward either: more than 256 tokens where a gradient is needed, more than 640 where none is
-            (256 in float32 and where rows are not multiples of 16 bytes apart), or more than 65535 heads of all
-            samples together.
+            and leaves float64 to ``composed``. Triton takes float32, float16 and bfloat16 and has no second derivative.
+            In half precision, up to 256 tokens and with rows that start on 16 bytes, its forward forms no map. It keeps
+            none for backward, which holds two maps of a few images at a time.
 
     Returns:
         (B, N, sum C) in the inputs' dtype, or autocast's.
@@ -97,8 +86,6 @@ def channel_attention(
         return (reference if form == "reference" else composed).channel_attention(*operands, seed)
     if seed is None and dropout_p > 0:
         seed = draw_seed(query.device)
-    if not _fits_kernels(query, key, value):
-        return _attend_beyond_the_kernels(*operands, seed)
     return torch.ops.uctrans.channel_attention(*operands, seed)[0]
 
 
@@ -155,8 +142,6 @@ def projected_channel_attention(
     key_value = F.linear(context, key_value_weight.flatten(0, 2)).unflatten(-1, key_value_weight.shape[:3])
     if seed is None and dropout_p > 0:
         seed = draw_seed(tokens.device)
-    if not _fits_kernels(query, key_value):
-        return _attend_beyond_the_kernels(query, *key_and_value(key_value), segments, dropout_p, eps, seed)
     return torch.ops.uctrans.channel_attention_packed(query, key_value, segments, dropout_p, eps, seed)[0]
 
 
@@ -202,31 +187,6 @@ def fewest_tokens_to_correlate(heads: int, segments: Sequence[int], key_channels
         + 2 * score_product * key_channels  # key weights before the softmax, value weights after it
     )
     return correlating_at_all // (projecting_a_token - correlating_a_token) + 1
-
-
-def longest_fused_forward(query: Tensor, *others: Tensor) -> int:
-    """Return the most tokens for which a kernel computes the output, at least :data:`LONGEST_FUSED`."""
-    goes_further = query.dtype != torch.float32 and has_aligned_strides(query, *others)
-    return LONGEST_FUSED_FORWARD if goes_further else LONGEST_FUSED
-
-
-def _fits_kernels(query: Tensor, *others: Tensor) -> bool:
-    """Return whether the kernels hold these sizes, with the gradients where any is needed."""
-    batch, heads, tokens, _ = query.shape
-    if batch * heads > MOST_HEADS:
-        return False
-    if tokens <= LONGEST_FUSED:
-        return True
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *others))
-    return not needs_gradient and tokens <= longest_fused_forward(query, *others)
-
-
-def _attend_beyond_the_kernels(*operands: Any) -> Tensor:
-    """Run the composed form, whose backward forms the maps again: like the kernels, it keeps none.
-
-    The seed, not the state of torch's generator, repeats the dropout mask.
-    """
-    return checkpoint(composed.channel_attention, *operands, use_reentrant=False, preserve_rng_state=False)
 
 
 def _is_open(size: int | torch.SymInt) -> bool:
@@ -300,7 +260,9 @@ def _check_numbers(dropout_p: float, eps: float) -> None:
 
 
 SETTINGS = "SymInt[] segments, float dropout_p, float eps, Tensor? seed"
-SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
+# For each row, the mean of the map that it belongs to and one over its standard deviation: (B, H, sum C) float32.
+SAVED = "Tensor score_means, Tensor temperatures"
+BACKWARD_SETTINGS = "Tensor? seed, SymInt[] segments, float dropout_p"
 
 
 @register_operator(
@@ -308,10 +270,10 @@ SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
     f"(Tensor query, Tensor key, Tensor value, {SETTINGS}) -> (Tensor output, {SAVED})",
     launcher=f"{__package__}.triton:forward",
 )
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, ...]:
-    batch, _, tokens, channels = query.shape
-    _, dropout_p, _, _ = settings
-    return query.new_empty(batch, tokens, channels), *Saved.empty(query, key, dropout_p)
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, channels = query.shape
+    score_means, temperatures = (query.new_empty(batch, heads, channels, dtype=torch.float32) for _ in range(2))
+    return query.new_empty(batch, tokens, channels), score_means, temperatures
 
 
 @register_operator(
@@ -319,13 +281,13 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> 
     f"(Tensor query, Tensor key_value, {SETTINGS}) -> (Tensor output, {SAVED})",
     launcher=f"{__package__}.triton:forward_packed",
 )
-def _fake_forward_packed(query: Tensor, key_value: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+def _fake_forward_packed(query: Tensor, key_value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_forward(query, *key_and_value(key_value), *settings)
 
 
 @register_operator(
     "channel_attention_backward",
-    f"(Tensor gradient, Tensor query, Tensor key, Tensor value, {SAVED}, SymInt[] segments, float dropout_p) -> "
+    f"(Tensor gradient, Tensor query, Tensor key, Tensor value, {SAVED}, {BACKWARD_SETTINGS}) -> "
     "(Tensor, Tensor, Tensor)",
     launcher=f"{__package__}.triton:backward",
     backward_of="channel_attention",
@@ -338,8 +300,7 @@ def _fake_backward(
 
 @register_operator(
     "channel_attention_packed_backward",
-    f"(Tensor gradient, Tensor query, Tensor key_value, {SAVED}, SymInt[] segments, float dropout_p) -> "
-    "(Tensor, Tensor)",
+    f"(Tensor gradient, Tensor query, Tensor key_value, {SAVED}, {BACKWARD_SETTINGS}) -> (Tensor, Tensor)",
     launcher=f"{__package__}.triton:backward_packed",
     backward_of="channel_attention",
 )
@@ -348,9 +309,9 @@ def _fake_backward_packed(gradient: Tensor, query: Tensor, key_value: Tensor, *a
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, segments, dropout_p, _eps, _seed = inputs
+    *tensors, segments, dropout_p, _eps, seed = inputs
     _, *saved = output
-    ctx.save_for_backward(*tensors, *saved)
+    ctx.save_for_backward(*tensors, *saved, seed)
     ctx.settings = (segments, dropout_p)
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)

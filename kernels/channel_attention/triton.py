@@ -1,51 +1,56 @@
-"""Launchers of channel attention in Triton: which kernel runs when, on what grid, in which tiles.
+"""Launchers of channel attention in Triton.
 
-Forward: Gram matrices of the keys give the temperatures, then one kernel attends, and the heads are averaged. Backward:
-one kernel for the query, one for key and value, then what instance norm subtracts from both.
+Half precision attends in two kernels that form no map, where the registers hold all tokens. Otherwise, and in backward,
+maps lie in memory for a while: torch multiplies matrices, and one kernel after the other runs over the rows.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..dropout import WORD, drop_threshold, keep_scale
-from ..formats import has_aligned_rows
-from ..launch import current_architecture, product_precision
-from .saved import Saved, empty_heads_inside, key_and_value
-from .triton_attention import (
-    attention_forward_kernel,
-    head_mean_kernel,
-    key_value_gradient_kernel,
-    query_gradient_kernel,
+from ..backend import is_interpreting
+from ..dropout import drop_threshold, keep_scale
+from ..formats import empty_heads_inside, has_aligned_rows, key_and_value
+from ..launch import SMALLEST_TILE, current_architecture
+from .triton_fused import HeadMap, attention_kernel, score_statistics_kernel
+from .triton_rows import (
+    instance_norm_kernel,
+    row_statistics_kernel,
+    score_gradient_kernel,
+    segment_mean_kernel,
+    slope_kernel,
+    softmax_kernel,
 )
-from .triton_blocks import (
-    AttentionBlocks,
-    GramBlocks,
-    Problem,
-    correction_blocks,
-    forward_blocks,
-    gram_blocks,
-    key_value_gradient_blocks,
-    query_gradient_blocks,
-    token_tiles,
-)
-from .triton_statistics import (
-    coefficient_kernel,
-    key_correction_kernel,
-    key_gram_kernel,
-    query_correction_kernel,
-    query_gram_kernel,
-    score_variance_kernel,
-    temperature_kernel,
-    token_mean_kernel,
-)
-from .triton_tiles import map_of
 
-LONGEST_UNALIGNED = 256  # tokens; for more, only rows that start on 16 bytes leave enough registers
+# The accumulator of 128 channels over 256 tokens takes half of the registers of a multiprocessor.
+LONGEST_FUSED = 256
+MOST_TOKEN_TILES = 3
+FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own
+
+# Programs of 128 channels that fill an H100 or H200 (132 multiprocessors) once.
+ENOUGH_PROGRAMS = 120
+
+# Maps that backward holds at a time, two of them. Those of 32 images of the published widths take 472 MB: enough to
+# fill the largest GPU, and little beside the features that a training step of as many images keeps.
+MAP_BYTES = 2**29
+
+# Entries of rows that a warp holds, 32 in the registers of a thread. Reductions then need no other warp.
+ENTRIES_A_WARP = 1024
+MOST_WARPS = 16
+INTERPRETED_ENTRIES = 2**16  # the interpreter takes its time by the program
+
+
+class Blocks(NamedTuple):
+    """A program's own query channels, and the key channels that it steps by."""
+
+    query_channels: int
+    key_channels: int
+    num_warps: int
+    num_stages: int
 
 
 def forward(
@@ -56,105 +61,26 @@ def forward(
     dropout_p: float,
     eps: float,
     seed: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Launch (B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C), and after it :class:`Saved`."""
-    batch, heads, tokens, channels = query.shape
-    key_channels = key.shape[-1]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch (B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C), and what backward needs.
+
+    That is, for each row, the mean of the map that it belongs to, and one over its standard deviation: (B, H, sum C)
+    float32 each.
+    """
+    batch, _, tokens, channels = query.shape
     output = query.new_empty(batch, tokens, channels)
-    saved = Saved.empty(query, key, dropout_p)
-    if batch == 0:
-        return output, *saved
-    if tokens > LONGEST_UNALIGNED:
-        query, key, value = (tensor if has_aligned_rows(tensor) else tensor.clone() for tensor in (query, key, value))
-    queries, keys = map_of(query), map_of(key)
-    problem = _problem(query, key, value)
-    sizes = {"heads": heads, "tokens": tokens}
-    scales = _scales(segments)
-    precision = product_precision(query.dtype)
-
-    # 1. The mean of each channel over the tokens, which the Gram matrices are centred by.
-    for values, means in ((queries, saved.query_token_means), (keys, saved.key_token_means)):
-        token_mean_kernel[(triton.cdiv(means.shape[-1], 64), batch * heads)](
-            values=values,
-            token_mean_ptr=means,
-            **sizes,
-            CHANNELS=means.shape[-1],
-            BLOCK_N=64,
-            BLOCK_C=64,
-            num_warps=4,
+    row_means, row_variances = (_row_numbers(query) for _ in range(2))
+    blocks = fused_blocks(query, key, value)
+    if batch > 0 and blocks is not None:
+        _attend_without_a_map(
+            query, key, value, segments, dropout_p, eps, seed, blocks, output, row_means, row_variances
         )
-    # 2. Gram matrix of the keys, and each scale's variance of the scores, one share for each pair of token blocks.
-    gram = gram_blocks(problem)
-    gram_options = {"BLOCK_N": gram.tokens, "BLOCK_K": gram.channels, "PRECISION": precision} | _launch_options(gram)
-    token_blocks = triton.cdiv(tokens + 1, gram.tokens)
-    pairs = token_blocks * token_blocks
-    key_gram_kernel[(pairs, batch * heads)](
-        keys=keys,
-        token_mean_ptr=saved.key_token_means,
-        key_gram_ptr=saved.key_gram,
-        key_mean_ptr=saved.key_means,
-        **sizes,
-        KEY_CHANNELS=key_channels,
-        **gram_options,
-    )
-    partials = query.new_empty(batch * heads, pairs, len(segments), dtype=torch.float32)
-    score_variance_kernel[(pairs, len(segments), batch * heads)](
-        queries=queries,
-        token_mean_ptr=saved.query_token_means,
-        key_gram_ptr=saved.key_gram,
-        key_mean_ptr=saved.key_means,
-        partial_ptr=partials,
-        **sizes,
-        CHANNELS=channels,
-        KEY_CHANNELS=key_channels,
-        **scales,
-        **gram_options,
-    )
-    # 3. The temperature of each row, and the keys of its dropout mask.
-    block_rows = min(256, triton.next_power_of_2(channels))
-    temperature_kernel[(triton.cdiv(channels, block_rows), batch * heads)](
-        partial_ptr=partials,
-        seed_ptr=seed if dropout_p > 0 else None,
-        temperature_ptr=saved.temperatures,
-        row_key_ptr=saved.row_keys,
-        pairs=pairs,
-        rows=batch * heads * channels,
-        eps=eps,
-        KEY_CHANNELS=key_channels,
-        CHANNELS=channels,
-        **scales,
-        BLOCKS=token_blocks,
-        BLOCK_PAIRS=triton.next_power_of_2(pairs),
-        BLOCK_C=block_rows,
-        num_warps=4,
-    )
-    # 4. Attention of each head, and the mean over heads.
-    blocks = forward_blocks(problem)
-    attention_forward_kernel[(triton.cdiv(channels, blocks.own), batch * heads)](
-        queries=queries,
-        keys=keys,
-        values=map_of(value),
-        temperature_ptr=saved.temperatures,
-        head_output_ptr=saved.head_outputs,
-        log_sum_ptr=saved.log_sums,
-        **sizes,
-        **_dropout(saved, dropout_p),
-        CHANNELS=channels,
-        KEY_CHANNELS=key_channels,
-        **_token_tiles(problem),
-        BLOCK_C=blocks.own,
-        BLOCK_S=blocks.step,
-        PRECISION=precision,
-        **_launch_options(blocks),
-    )
-    elements = tokens * channels
-    head_mean_kernel[(triton.cdiv(elements, 1024), batch)](
-        saved.head_outputs, output, heads, elements, BLOCK=1024, num_warps=4
-    )
-    return output, *saved
+    elif batch > 0:
+        _attend_over_maps(query, key, value, segments, dropout_p, eps, seed, output, row_means, row_variances)
+    return output, row_means, row_variances
 
 
-def forward_packed(query: Tensor, key_value: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+def forward_packed(query: Tensor, key_value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Run :func:`forward` with key and value in one tensor (B, N, 2, H, S)."""
     return forward(query, *key_and_value(key_value), *settings)
 
@@ -178,165 +104,216 @@ def backward_packed(
     return grad_query, grad_key_value
 
 
+def _attend_without_a_map(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[int],
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+    blocks: Blocks,
+    output: Tensor,
+    row_means: Tensor,
+    row_variances: Tensor,
+) -> None:
+    batch, heads, tokens, channels = query.shape
+    row_maxima = torch.empty_like(row_means)
+    head_outputs = query.new_empty(batch, heads, tokens, channels)
+    grid = (batch * heads * triton.cdiv(channels, blocks.query_channels),)
+    arguments = {
+        "queries": HeadMap.of(query),
+        "keys": HeadMap.of(key),
+        "row_maximum_ptr": row_maxima,
+        "heads": heads,
+        "tokens": tokens,
+        "scale": _score_scale(key),
+        "CHANNELS": channels,
+        "KEY_CHANNELS": key.shape[-1],
+        "TOKEN_TILES": token_tiles(tokens),
+        "BLOCK_C": blocks.query_channels,
+        "BLOCK_S": blocks.key_channels,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+    score_statistics_kernel[grid](row_mean_ptr=row_means, row_variance_ptr=row_variances, **arguments)
+    _, temperatures = _normalise(row_means, row_variances, segments, eps)
+    attention_kernel[grid](
+        values=HeadMap.of(value),
+        temperature_ptr=temperatures,
+        seed_ptr=seed if dropout_p > 0 else None,
+        head_output_ptr=head_outputs,
+        threshold=drop_threshold(dropout_p),
+        keep_factor=keep_scale(dropout_p),
+        **arguments,
+    )
+    torch.mean(head_outputs, dim=1, out=output)
+
+
+def _attend_over_maps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[int],
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+    output: Tensor,
+    row_means: Tensor,
+    row_variances: Tensor,
+) -> None:
+    for images in _parts(query, key):
+        scores = _scores(query[images], key[images])
+        statistics = row_means[images], row_variances[images]
+        _launch_rows(row_statistics_kernel, scores, *statistics)
+        _, temperatures = _normalise(*statistics, segments, eps)
+        dropout = _dropout_arguments(query, images, dropout_p, seed)
+        _launch_rows(softmax_kernel, scores, temperatures, **dropout)
+        # The sum over the key channels of all heads takes the mean over heads, too.
+        attention = scores.flatten(2).transpose(1, 2)
+        _multiply(output[images], _side_by_side(value[images]), attention, keep_scale(dropout_p) / query.shape[1])
+
+
 def _write_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> None:
     """Write the gradients into tensors whose channels are adjacent."""
-    *saved, segments, dropout_p, grad_query, grad_key, grad_value = arguments
-    saved = Saved(*saved)
-    batch, heads, tokens, channels = query.shape
-    key_channels = key.shape[-1]
-    if batch == 0:
-        return
-    queries, keys, values, gradients = map(map_of, (query, key, value, gradient))
-    grad_queries, grad_keys, grad_values = map(map_of, (grad_query, grad_key, grad_value))
-    problem = _problem(query, key, value, gradient)
-    sizes = {"heads": heads, "tokens": tokens}
-    precision = product_precision(query.dtype)
-    delta, slopes, row_means, weights, offsets = (torch.empty_like(saved.log_sums) for _ in range(5))
-
-    # 1. The gradients that attention has without its instance norm: of the query, then of key and value.
-    blocks = query_gradient_blocks(problem)
-    query_gradient_kernel[(triton.cdiv(channels, blocks.own), batch * heads)](
-        gradients=gradients,
-        queries=queries,
-        keys=keys,
-        values=values,
-        head_output_ptr=saved.head_outputs,
-        query_mean_ptr=saved.query_token_means,
-        key_mean_ptr=saved.key_means,
-        temperature_ptr=saved.temperatures,
-        log_sum_ptr=saved.log_sums,
-        grad_queries=grad_queries,
-        delta_ptr=delta,
-        slope_ptr=slopes,
-        row_mean_ptr=row_means,
-        **sizes,
-        **_dropout(saved, dropout_p),
-        CHANNELS=channels,
-        KEY_CHANNELS=key_channels,
-        **_token_tiles(problem),
-        BLOCK_C=blocks.own,
-        BLOCK_S=blocks.step,
-        PRECISION=precision,
-        **_launch_options(blocks),
-    )
-    blocks = key_value_gradient_blocks(problem)
-    key_value_gradient_kernel[(triton.cdiv(key_channels, blocks.own), batch * heads)](
-        gradients=gradients,
-        queries=queries,
-        keys=keys,
-        values=values,
-        temperature_ptr=saved.temperatures,
-        log_sum_ptr=saved.log_sums,
-        delta_ptr=delta,
-        grad_keys=grad_keys,
-        grad_values=grad_values,
-        **sizes,
-        **_dropout(saved, dropout_p),
-        CHANNELS=channels,
-        KEY_CHANNELS=key_channels,
-        ALL_CHANNELS=triton.next_power_of_2(channels),
-        **_token_tiles(problem),
-        BLOCK_C=blocks.step,
-        BLOCK_S=blocks.own,
-        PRECISION=precision,
-        **_launch_options(blocks),
-    )
-    # 2. What instance norm subtracts: coefficients of each row, and the weighted Gram matrix of the queries.
-    coefficient_kernel[(batch * heads,)](
-        temperature_ptr=saved.temperatures,
-        slope_ptr=slopes,
-        row_mean_ptr=row_means,
-        weight_ptr=weights,
-        offset_ptr=offsets,
-        KEY_CHANNELS=key_channels,
-        CHANNELS=channels,
-        **_scales(segments),
-        BLOCK_C=triton.next_power_of_2(channels),
-        num_warps=4,
-    )
-    gram = gram_blocks(problem)
-    gram_precision = _gram_precision(query.dtype)
-    query_gram, query_sums = torch.empty_like(saved.key_gram), torch.empty_like(saved.key_means)
-    token_blocks = triton.cdiv(tokens + 1, gram.tokens)
-    query_gram_kernel[(token_blocks * token_blocks, batch * heads)](
-        queries=queries,
-        token_mean_ptr=saved.query_token_means,
-        weight_ptr=weights,
-        offset_ptr=offsets,
-        query_gram_ptr=query_gram,
-        query_sum_ptr=query_sums,
-        **sizes,
-        CHANNELS=channels,
-        BLOCK_N=gram.tokens,
-        BLOCK_K=gram.channels,
-        PRECISION=gram_precision,
-        **_launch_options(gram),
-    )
-    # 3. The corrections, in place.
-    tile = correction_blocks(problem)
-    token_blocks = triton.cdiv(tokens, tile.tokens)
-    query_correction_kernel[(triton.cdiv(channels, tile.channels), token_blocks, batch * heads)](
-        queries=queries,
-        token_mean_ptr=saved.query_token_means,
-        key_gram_ptr=saved.key_gram,
-        key_mean_ptr=saved.key_means,
-        weight_ptr=weights,
-        offset_ptr=offsets,
-        grad_queries=grad_queries,
-        **sizes,
-        KEY_CHANNELS=key_channels,
-        CHANNELS=channels,
-        BLOCK_C=tile.channels,
-        BLOCK_N=tile.tokens,
-        PRECISION=gram_precision,
-        **_launch_options(tile),
-    )
-    key_correction_kernel[(triton.cdiv(key_channels, tile.channels), token_blocks, batch * heads)](
-        keys=keys,
-        token_mean_ptr=saved.key_token_means,
-        query_gram_ptr=query_gram,
-        query_sum_ptr=query_sums,
-        key_mean_ptr=saved.key_means,
-        grad_keys=grad_keys,
-        **sizes,
-        KEY_CHANNELS=key_channels,
-        BLOCK_S=tile.channels,
-        BLOCK_N=tile.tokens,
-        PRECISION=gram_precision,
-        **_launch_options(tile),
-    )
+    score_means, temperatures, seed, segments, dropout_p, grad_query, grad_key, grad_value = arguments
+    heads = query.shape[1]
+    attention_scale = keep_scale(dropout_p) / heads
+    for images in _parts(query, key):
+        # 1. The scores again, and the gradient of attention, of all heads in one product.
+        scores = _scores(query[images], key[images])
+        map_gradient = torch.empty_like(scores)
+        values = _side_by_side(value[images])
+        _multiply(map_gradient.flatten(2), gradient[images].transpose(1, 2), values, attention_scale)
+        # 2. Scores become attention, its gradient becomes that of the scores. Instance norm needs a mean over each map.
+        maps = scores, map_gradient, score_means[images], temperatures[images]
+        dropout = _dropout_arguments(query, images, dropout_p, seed)
+        slopes = _row_numbers(query[images])
+        _launch_rows(slope_kernel, *maps, slopes, **dropout)
+        segment_mean_kernel[(slopes.shape[0] * heads,)](slopes, **_segment_sizes(segments))
+        _launch_rows(score_gradient_kernel, *maps, slopes, **dropout)
+        # 3. Products with what each side was multiplied by.
+        _multiply(_side_by_side(grad_value[images]), gradient[images], scores.flatten(2), attention_scale)
+        for head in range(heads):
+            score_gradient = map_gradient[:, :, head]
+            _multiply(grad_query[images, head], key[images, head], score_gradient.transpose(1, 2), _score_scale(key))
+            _multiply(grad_key[images, head], query[images, head], score_gradient, _score_scale(key))
 
 
-def _problem(query: Tensor, *others: Tensor) -> Problem:
-    batch, heads, tokens, channels = query.shape
-    return Problem(batch * heads, tokens, channels, query.dtype, has_aligned_rows(query, *others))
+def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
+    """Cut the images into parts whose maps take no more than `MAP_BYTES`, or single images."""
+    batch, heads, _, channels = query.shape
+    bytes_an_image = 2 * heads * channels * key.shape[-1] * query.itemsize
+    images = max(MAP_BYTES // bytes_an_image, 1)
+    for start in range(0, batch, images):
+        yield slice(start, start + images)
 
 
-def _scales(segments: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    starts = tuple(accumulate(segments, initial=0))[:-1]
-    return {"SEGMENTS": tuple(segments), "SEGMENT_STARTS": starts}
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """Return the scaled scores of all heads: (B, H, N, sum C), (B, H, N, S) -> (B, sum C, H, S)."""
+    batch, heads, _, channels = query.shape
+    scores = query.new_empty(batch, channels, heads, key.shape[-1])
+    for head in range(heads):
+        _multiply(scores[:, :, head], query[:, head].transpose(1, 2), key[:, head], _score_scale(key))
+    return scores
 
 
-def _token_tiles(problem: Problem) -> dict[str, tuple[int, ...]]:
-    tiles = token_tiles(problem)
-    return {"TOKEN_TILES": tiles, "TOKEN_STARTS": tuple(accumulate(tiles, initial=0))[:-1]}
+def _score_scale(key: Tensor) -> float:
+    return 1 / math.sqrt(key.shape[-1])
 
 
-def _dropout(saved: Saved, dropout_p: float) -> dict[str, Any]:
+def _multiply(output: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """Write ``factor * left @ right``, a product for each image; operands with dense rows or columns are not copied."""
+    torch.baddbmm(output, left, right, beta=0, alpha=factor, out=output)
+
+
+def _side_by_side(value: Tensor) -> Tensor:
+    """Put the channels of all heads side by side, (B, H, N, S) -> (B, N, H S): a view, as the projections lay them."""
+    return value.transpose(1, 2).flatten(2)
+
+
+def _row_numbers(query: Tensor) -> Tensor:
+    """Return a number without value for each row, (B, H, sum C) float32."""
+    batch, heads, _, channels = query.shape
+    return query.new_empty(batch, heads, channels, dtype=torch.float32)
+
+
+def _normalise(row_means: Tensor, row_variances: Tensor, segments: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """Turn statistics of rows, in place, into the mean of each row's map and one over its standard deviation."""
+    heads_of_all_images = row_means.shape[0] * row_means.shape[1]
+    instance_norm_kernel[(heads_of_all_images,)](row_means, row_variances, eps, **_segment_sizes(segments))
+    return row_means, row_variances
+
+
+def _segment_sizes(segments: Sequence[int]) -> dict[str, Any]:
+    channels = sum(segments)
     return {
-        "row_key_ptr": saved.row_keys if dropout_p > 0 else None,
-        "rows": saved.temperatures.numel(),
-        "threshold": drop_threshold(dropout_p) - WORD // 2,  # hash from which on an entry is kept, as int32
-        "keep_factor": keep_scale(dropout_p),
+        "CHANNELS": channels,
+        "SEGMENTS": tuple(segments),
+        "BLOCK_C": triton.next_power_of_2(channels),
+        "num_warps": 4,
     }
 
 
-def _launch_options(blocks: AttentionBlocks | GramBlocks) -> dict[str, int]:
-    return {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+def _launch_rows(kernel: Any, scores: Tensor, *arguments: Tensor, **dropout: Any) -> None:
+    """Launch a kernel over the rows of maps (B, sum C, H, S)."""
+    rows, key_channels = scores.shape[:3].numel(), scores.shape[3]
+    block = triton.next_power_of_2(key_channels)
+    block_rows = max((INTERPRETED_ENTRIES if is_interpreting() else ENTRIES_A_WARP) // block, 1)
+    kernel[(triton.cdiv(rows, block_rows),)](
+        scores,
+        *arguments,
+        **dropout,
+        heads=scores.shape[2],
+        rows=rows,
+        CHANNELS=scores.shape[1],
+        KEY_CHANNELS=key_channels,
+        BLOCK_ROWS=block_rows,
+        BLOCK_S=block,
+        num_warps=min(max(block // ENTRIES_A_WARP, 1), MOST_WARPS),
+    )
 
 
-def _gram_precision(dtype: torch.dtype) -> str:
-    """Return tf32 for the float32 Gram matrices of float16 tensors: it has as many digits as float16."""
-    if dtype == torch.float16:
-        return "tf32" if current_architecture().family == "cuda" else "ieee"
-    return product_precision(dtype)
+def _dropout_arguments(query: Tensor, images: slice, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+    return {
+        "seed_ptr": seed if dropout_p > 0 else None,
+        "first_row": images.start * query.shape[1] * query.shape[-1],
+        "threshold": drop_threshold(dropout_p),
+    }
+
+
+def fused_blocks(query: Tensor, *others: Tensor) -> Blocks | None:
+    """Return the tiles of the kernels that form no map; None where they do not hold the tokens, dtype or layout.
+
+    Exact products of float32 take no matrix instructions, and rows that do not start on 16 bytes are read entry by
+    entry: both would leave registers for small tiles only.
+    """
+    batch, heads, tokens, channels = query.shape
+    if query.dtype == torch.float32 or tokens > LONGEST_FUSED or not has_aligned_rows(query, *others):
+        return None
+    architecture = current_architecture()
+    if architecture.family == "interpreter":
+        return Blocks(64, 64, 4, 1)  # it has no registers to spill, and takes its time by the program
+    choices = [Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1)]
+    # A program reads 64 FLOP a byte from the L2 cache with 64 rows, twice as many with 128.
+    if batch * heads * triton.cdiv(channels, 128) >= ENOUGH_PROGRAMS:
+        choices.insert(0, Blocks(128, 64, 8, 2))
+    for blocks in choices:
+        if shared_memory_of(blocks, query) <= architecture.shared_memory:
+            return blocks
+    return None
+
+
+def shared_memory_of(blocks: Blocks, query: Tensor) -> int:
+    """Return the bytes that a program takes: its queries, and keys and values for each stage, over all tokens."""
+    rows = blocks.query_channels + 2 * blocks.num_stages * blocks.key_channels
+    return sum(token_tiles(query.shape[2])) * query.itemsize * rows
+
+
+def token_tiles(tokens: int, most: int = MOST_TOKEN_TILES) -> tuple[int, ...]:
+    """Return falling powers of two that cover the tokens: 196 -> (128, 64, 16), 250 -> (256,)."""
+    single = max(triton.next_power_of_2(tokens), SMALLEST_TILE)
+    if most == 1 or single == SMALLEST_TILE:
+        return (single,)
+    split = (single // 2, *token_tiles(tokens - single // 2, most - 1))
+    return split if sum(split) < FULL_ENOUGH * single else (single,)

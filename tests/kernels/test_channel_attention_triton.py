@@ -1,9 +1,4 @@
-"""Channel attention as an operator of torch: its Triton kernels, and which sizes they take.
-
-Without a GPU the kernels run in Triton's interpreter, which multiplies bfloat16 wrongly: those cases need a GPU.
-"""
-
-import math
+"""Channel attention as an operator of torch: its Triton kernels, without a map and over maps in memory."""
 
 import pytest
 import torch
@@ -11,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.support import DEVICE, TRITON_DTYPES, assert_as_exact_as, drawn
 from uctrans.kernels import channel_attention, projected_channel_attention
-from uctrans.kernels.channel_attention import correlating_is_cheaper, operator
+from uctrans.kernels.channel_attention import correlating_is_cheaper
 from uctrans.kernels.dropout import keep_mask, keep_scale, row_keys
 from uctrans.kernels.testing import (
     ATTENTION_SHAPES,
@@ -36,8 +31,8 @@ SHAPES = (
     AttentionShape(0, 2, 9, (4, 8), 12),  # an empty batch
 )
 HALF = (torch.float16, torch.bfloat16)
-# Own channels, step, warps, stages: what the table holds, and tiles smaller and larger than the widths of the tests.
-CONFIGURATIONS = [(16, 16, 4, 1), (32, 16, 8, 1), (32, 32, 8, 1), (64, 16, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2)]
+# Query channels, key channels, warps, stages: what the table holds, and tiles smaller than the widths of the tests.
+CONFIGURATIONS = [(16, 16, 4, 1), (64, 32, 4, 1), (64, 32, 4, 2), (128, 64, 8, 2)]
 
 
 def on_device(tensors, dtype=None):
@@ -67,28 +62,40 @@ def test_error_budget(shape, dtype):
         compare(shape, dtype)
 
 
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        AttentionShape(2, 1, 1, (5, 8), 64),
+        AttentionShape(1, 2, 3, (1, 33), 960),
+        AttentionShape(1, 1, 2, (5,), 1025),  # rows of two warps
+        AttentionShape(1, 1, 2, (960,), 33),
+        AttentionShape(1, 1, 256, (8, 16), 24),  # as many tokens as the registers hold
+        AttentionShape(1, 1, 257, (8, 16), 24),
+        AttentionShape(1, 2, 1000, (5, 64), 33),
+    ],
+    ids=str,
+)
+def test_tokens_and_widths_of_any_number(shape, dtype):
+    with poisoned_allocations():
+        compare(shape, dtype, dropout_p=0.1, seed=SEED)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [196, 225, 256, 400, 576, 640, 1024])
+@pytest.mark.parametrize("tokens", [196, 225, 256, 400, 576, 1024])
 def test_published_widths(tokens, dtype, dropout_p):
     for batch in (1, 32):  # few programs and many: two rows of the table
         compare(AttentionShape(batch, 4, tokens, (64, 128, 256, 512), 960), dtype, dropout_p=dropout_p, seed=SEED)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, *(pytest.param(dtype, marks=pytest.mark.gpu) for dtype in HALF)], ids=str
-)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("blocks", CONFIGURATIONS, ids=str)
 def test_every_launch_configuration(blocks, dtype, monkeypatch):
     from uctrans.kernels.channel_attention import triton
-    from uctrans.kernels.channel_attention.triton_blocks import AttentionBlocks, GramBlocks
 
-    own, step, num_warps, num_stages = blocks
-    for table in ("forward_blocks", "query_gradient_blocks", "key_value_gradient_blocks"):
-        monkeypatch.setattr(triton, table, lambda *_: AttentionBlocks(*blocks))
-    for table in ("gram_blocks", "correction_blocks"):
-        monkeypatch.setattr(triton, table, lambda *_: GramBlocks(own, step, num_warps, num_stages))
+    monkeypatch.setattr(triton, "fused_blocks", lambda *_: triton.Blocks(*blocks))
     with poisoned_allocations():
         compare(AttentionShape(1, 1, 21, (3, 39), 67), dtype, dropout_p=0.2, seed=SEED)
 
@@ -104,28 +111,57 @@ def test_every_launch_configuration(blocks, dtype, monkeypatch):
         (196, (128, 64, 16)),
         (225, (256,)),
         (256, (256,)),
-        (400, (256, 128, 16)),
-        (576, (512, 64)),
-        (640, (512, 128)),
     ],
 )
 def test_token_tiles(tokens, tiles):
-    from uctrans.kernels.channel_attention.triton_blocks import Problem, token_tiles
+    from uctrans.kernels.channel_attention.triton import token_tiles
 
-    assert token_tiles(Problem(16, tokens, 960, torch.bfloat16, is_aligned=True)) == tiles
+    assert token_tiles(tokens) == tiles
 
 
-@pytest.mark.parametrize(
-    ("dtype", "is_aligned"), [(torch.float32, True), (torch.float16, True), (torch.float16, False)], ids=str
-)
-def test_token_tiles_cover_the_tokens(dtype, is_aligned):
-    from uctrans.kernels.channel_attention.triton_blocks import Problem, token_tiles
+def test_token_tiles_cover_the_tokens():
+    from uctrans.kernels.channel_attention.triton import LONGEST_FUSED, token_tiles
 
-    for tokens in range(1, operator.LONGEST_FUSED_FORWARD + 1):
-        tiles = token_tiles(Problem(16, tokens, 960, dtype, is_aligned))
+    for tokens in range(1, LONGEST_FUSED + 1):
+        tiles = token_tiles(tokens)
         assert tokens <= sum(tiles)
         assert all(tile >= 16 and tile & (tile - 1) == 0 for tile in tiles)
         assert sum(tiles) - tokens < max(16, sum(tiles) / 2)
+
+
+class TestMaps:
+    """What the forms over maps in memory have beside the numbers."""
+
+    shape = AttentionShape(5, 2, 6, (3, 9), 20)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_parts_of_the_images_give_the_whole(self, dtype, monkeypatch):
+        """Dropout's mask included. In truth a part of the images takes half a gigabyte."""
+        from uctrans.kernels.channel_attention import triton
+
+        inputs = on_device(attention_inputs(self.shape, dtype))
+        gradient = torch.randn(5, 6, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE)
+        function = attend(self.shape.segments, dropout_p=0.3, seed=SEED)
+        expected = outputs_and_gradients(function, inputs, gradient)
+        monkeypatch.setattr(triton, "MAP_BYTES", 2 * 2 * 2 * 12 * 20 * dtype.itemsize)  # of two images
+        with poisoned_allocations():
+            found = outputs_and_gradients(function, inputs, gradient)
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("tokens", [6, 257])
+    def test_none_is_kept_for_backward(self, tokens):
+        shape = AttentionShape(1, 1, tokens, (70,), 90)
+        inputs = [tensor.requires_grad_() for tensor in on_device(attention_inputs(shape, torch.float16))]
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda size: size):
+            attend(shape.segments, dropout_p=0.2, seed=SEED)(*inputs)
+        inputs_alone = [tensor.numel() for tensor in inputs]
+        assert sorted(sizes) == sorted([*inputs_alone, 70, 70, 1])  # two numbers a row, and the seed
+
+    @pytest.mark.gpu
+    def test_more_heads_than_an_axis_of_a_grid_has(self):
+        inputs = [torch.randn(32768, 2, 1, 2, device=DEVICE, requires_grad=True) for _ in range(3)]
+        assert_as_exact_as_the_reference((2,), inputs)
 
 
 @drawn(
@@ -214,8 +250,10 @@ class TestNumbersThatAreHardToHold:
         inputs = [tensor * scale if name in sides else tensor for name, tensor in tensors.items()]
         assert_as_exact_as_the_reference(self.shape.segments, inputs)
 
-    @pytest.mark.parametrize("gradient_size", [1e-3, 1e3])
-    @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+    # Small scores with large gradients leave the range in the published steps, too.
+    @pytest.mark.parametrize(
+        ("scale", "gradient_size"), [(0.1, 1e-3), (0.1, 10.0), (1.0, 1e-3), (1.0, 1e3), (30.0, 1e-3), (30.0, 1e3)]
+    )
     def test_range_of_float16(self, scale, gradient_size):
         shape = AttentionShape(2, 2, 20, (16, 40), 56)
         query, key, value = on_device(attention_inputs(shape, torch.float64))
@@ -260,37 +298,44 @@ class TestStrides:
 
 class TestDropout:
     # As many tokens as key channels and as query channels: with the identity as value or gradient, maps come out whole.
-    shape = AttentionShape(1, 2, 20, (8, 12), 20)
+    shape = AttentionShape(1, 2, 24, (8, 16), 24)
+    both_forms = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)  # over maps, and without one
 
-    def maps(self, dropout_p, seed):
+    def maps(self, dropout_p, seed, dtype):
         """The dropped softmax maps of all heads as the forward pass mixes with them: (B, H, sum C, S)."""
-        query, key, _ = on_device(attention_inputs(self.shape, torch.float32))
-        identity = torch.eye(20, device=DEVICE)
+        query, key, _ = on_device(attention_inputs(self.shape, torch.float32), dtype)
+        identity = torch.eye(24, device=DEVICE, dtype=dtype)
         maps = []
         for head in range(2):
-            value = torch.zeros(1, 2, 20, 20, device=DEVICE)
+            value = torch.zeros(1, 2, 24, 24, device=DEVICE, dtype=dtype)
             value[:, head] = identity * 2
             mixed = attend(self.shape.segments, dropout_p=dropout_p, seed=seed)(query, key, value)
             maps.append(mixed.transpose(1, 2))
-        return torch.stack(maps, dim=1)
+        return torch.stack(maps, dim=1).float()
 
     def expected_mask(self, dropout_p, seed):
-        keys = row_keys(torch.tensor([seed]), 2 * 20).view(2, 1, 2, 20)
-        return keep_mask(keys, 20, dropout_p).to(DEVICE)
+        keys = row_keys(torch.tensor([seed]), 2 * 24).view(2, 1, 2, 24)
+        return keep_mask(keys, 24, dropout_p).to(DEVICE)
 
-    def test_mask_in_forward(self):
-        dropped, plain = self.maps(0.1, SEED), self.maps(0.0, None)
+    @both_forms
+    def test_mask_in_forward(self, dtype):
+        dropped, plain = self.maps(0.1, SEED, dtype), self.maps(0.0, None, dtype)
         assert plain.min() > 0
         assert torch.equal(dropped != 0, self.expected_mask(0.1, SEED))
-        torch.testing.assert_close(dropped, plain * (dropped != 0) * keep_scale(0.1))
+        tolerance = {} if dtype == torch.float32 else {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-6}
+        torch.testing.assert_close(dropped, plain * (dropped != 0) * keep_scale(0.1), **tolerance)
 
-    def test_mask_in_backward(self):
+    @both_forms
+    def test_mask_in_backward(self, dtype):
         """With the identity as upstream gradient, the gradient of value is the dropped map."""
-        inputs = on_device(attention_inputs(self.shape, torch.float32))
-        identity = torch.eye(20, dtype=torch.float64, device=DEVICE).expand(1, 20, 20)
+        inputs = on_device(attention_inputs(self.shape, torch.float32), dtype)
+        identity = torch.eye(24, dtype=torch.float64, device=DEVICE).expand(1, 24, 24)
         function = attend(self.shape.segments, dropout_p=0.5, seed=SEED)
         *_, value_gradient = outputs_and_gradients(function, inputs, identity)
-        torch.testing.assert_close(value_gradient * 2, self.maps(0.5, SEED))
+        maps = self.maps(0.5, SEED, dtype)
+        assert torch.equal(value_gradient != 0, maps != 0)
+        tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1e-3}  # the scores are rounded once more
+        torch.testing.assert_close(value_gradient.float() * 2, maps, **tolerance)
 
     @pytest.mark.parametrize("backend", ["triton", "composed"])
     def test_seed_gives_the_same_mask_on_every_backend(self, backend):
@@ -342,37 +387,23 @@ class TestOperator:
         assert torch.equal(of_query, of_packed_query)
         assert torch.equal(torch.stack([of_key, of_value]), of_key_value.permute(2, 0, 3, 1, 4))
 
-    def test_saved_tensors_are_what_they_say(self):
-        query, key, value = on_device(attention_inputs(ODD, torch.float32))
-        segments, width = list(ODD.segments), ODD.key_channels
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_saved_tensors_are_what_they_say(self, dtype):
+        shape = AttentionShape(2, 2, 21, (8, 40), 72)
+        query, key, value = on_device(attention_inputs(shape, dtype))
         seed = torch.tensor([SEED], device=DEVICE)
-        output, *saved = torch.ops.uctrans.channel_attention(query, key, value, segments, 0.3, EPS, seed)
-        saved = operator.Saved(*saved)
-        query, key = query.double(), key.double()
-        scores = query.transpose(-1, -2) @ key
-        deviations = [block.std(dim=(2, 3), correction=0, keepdim=True) for block in scores.split(segments, dim=2)]
-        temperatures = torch.cat(
-            [
-                1 / (deviation**2 + EPS * width).sqrt()[..., 0].expand(-1, -1, channels)
-                for deviation, channels in zip(deviations, segments, strict=True)
-            ],
-            dim=2,
+        _, means, temperatures = torch.ops.uctrans.channel_attention(
+            query, key, value, list(shape.segments), 0.3, EPS, seed
         )
-        query_means, key_means = (tensor.mean(dim=2, keepdim=True) for tensor in (query, key))
-        keys = torch.cat([key - key_means, ODD.tokens**0.5 * key_means], dim=2)
-        centred = keys - keys.mean(dim=-1, keepdim=True)
-        expected = {
-            "temperatures": temperatures,
-            "log_sums": torch.logsumexp(scores * temperatures.unsqueeze(-1), dim=-1) / math.log(2),
-            "query_token_means": query_means.squeeze(2),
-            "key_token_means": key_means.squeeze(2),
-            "key_means": keys.mean(dim=-1),
-            "key_gram": centred @ centred.transpose(-1, -2) / width,
-        }
-        for name, tensor in expected.items():
-            torch.testing.assert_close(getattr(saved, name).double(), tensor, rtol=1e-5, atol=1e-4, msg=name)
-        assert torch.equal(saved.row_keys, row_keys(seed, saved.row_keys[0].numel()).view_as(saved.row_keys))
-        torch.testing.assert_close(saved.head_outputs.mean(dim=1), output)
+        scores = query.double().transpose(-1, -2) @ key.double() / shape.key_channels**0.5
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
+        for maps, mean, temperature in zip(
+            *(tensor.split(shape.segments, dim=2) for tensor in (scores, means, temperatures)), strict=True
+        ):
+            expected = maps.mean(dim=(2, 3)).unsqueeze(-1).expand_as(mean)
+            torch.testing.assert_close(mean.double(), expected, **tolerance)
+            expected = (maps.var(dim=(2, 3), correction=0) + EPS).rsqrt().unsqueeze(-1).expand_as(temperature)
+            torch.testing.assert_close(temperature.double(), expected, **tolerance)
 
     def test_no_random_number_is_drawn_without_dropout(self):
         inputs = on_device(attention_inputs(self.shape, torch.float32))
@@ -446,69 +477,14 @@ class TestProjected:
             assert_as_exact_as(self.attend("reference", **settings), self.attend("triton", **settings), tensors)
 
 
-class TestLimits:
-    """Beyond the limits of the kernels the composed form takes their place."""
-
-    long = AttentionShape(1, 1, 257, (70,), 90)
-
-    @staticmethod
-    def fits(tokens, dtype=torch.float16, heads=(2, 4), width=48, needs_gradient=False):
-        tensor = torch.empty(*heads, tokens, width, dtype=dtype, device="meta", requires_grad=needs_gradient)
-        return operator._fits_kernels(tensor, tensor, tensor)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    def test_tokens(self, dtype):
-        most = 256 if dtype == torch.float32 else 640
-        assert self.fits(most, dtype) and not self.fits(most + 1, dtype)
-        assert self.fits(256, dtype, width=47) and not self.fits(257, dtype, width=47)  # rows that are not aligned
-        assert self.fits(256, dtype, needs_gradient=True) and not self.fits(257, dtype, needs_gradient=True)
-        with torch.no_grad():
-            assert self.fits(most, dtype, needs_gradient=True)
-
-    def test_heads(self):
-        assert self.fits(5, heads=(13107, 5)) and not self.fits(5, heads=(16384, 4))
-
-    def test_longest_forward(self):
-        """Without a gradient the kernel takes 257 tokens; with one, torch does."""
-        shape = AttentionShape(1, 1, 257, (8,), 8)
-        inputs = on_device(attention_inputs(shape, torch.float16))
-        assert_as_exact_as_the_reference((8,), inputs, dropout_p=0.2, seed=SEED)
-        compiled = torch.compile(attend((8,), dropout_p=0.2, seed=SEED), fullgraph=True, backend="aot_eager")
-        expected = attend((8,), "reference", dropout_p=0.2, seed=SEED)(*inputs)
-        found = compiled(*inputs)
-        torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
-        # A tensor that starts off 16 bytes is copied: the rows in it are aligned.
-        shifted = [torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(1, 1, 257, 8) for tensor in inputs]
-        assert torch.equal(attend((8,), dropout_p=0.2, seed=SEED)(*shifted), found)
-
-    @pytest.mark.parametrize(("backend", "keeps_maps"), [("triton", False), ("composed", True)])
-    def test_no_map_is_kept_for_backward(self, backend, keeps_maps):
-        inputs = [tensor.requires_grad_() for tensor in on_device(attention_inputs(self.long, torch.float32))]
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda size: size):
-            attend((70,), backend)(*inputs)
-        assert (70 * 90 in sizes) == keeps_maps
-
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    def test_compiles_without_a_break(self, backend):
-        inputs = on_device(attention_inputs(self.long, torch.float32))
-        function = attend((70,), dropout_p=0.3, seed=torch.tensor([SEED], device=DEVICE))
-        compiled = torch.compile(function, fullgraph=True, backend=backend)
-        gradient = torch.ones(1, 257, 70, dtype=torch.float64, device=DEVICE)
-        results, expected = (outputs_and_gradients(form, inputs, gradient) for form in (compiled, function))
-        torch.testing.assert_close(results, expected)
-
-    def test_more_heads_than_a_grid_has(self):
-        inputs = [torch.randn(32768, 2, 1, 2, device=DEVICE) for _ in range(3)]
-        torch.testing.assert_close(attend((2,))(*inputs), attend((2,), "reference")(*inputs))
-
-    def test_projected(self):
-        generator = torch.Generator().manual_seed(0)
-        assert not correlating_is_cheaper(257, 1, (258,), 258)
-        sizes = ((1, 257, 258), (1, 257, 258), (2, 1, 258, 258), (1, 258, 258))
-        inputs = [(torch.randn(*size, generator=generator) / size[-1] ** 0.5).to(DEVICE) for size in sizes]
-        results, expected = (TestProjected.attend(backend)(*inputs) for backend in ("triton", "reference"))
-        torch.testing.assert_close(results, expected, atol=1e-5, rtol=1e-4)  # float32 ends at 256 tokens
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_many_tokens_compile_without_a_break(backend):
+    inputs = on_device(attention_inputs(AttentionShape(1, 1, 257, (70,), 90), torch.float32))
+    function = attend((70,), dropout_p=0.3, seed=torch.tensor([SEED], device=DEVICE))
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    gradient = torch.ones(1, 257, 70, dtype=torch.float64, device=DEVICE)
+    results, expected = (outputs_and_gradients(form, inputs, gradient) for form in (compiled, function))
+    torch.testing.assert_close(results, expected)
 
 
 @pytest.mark.gpu
@@ -518,8 +494,8 @@ class TestOnAGpu:
     def inputs(self):
         return [tensor.requires_grad_() for tensor in on_device(attention_inputs(self.shape, torch.bfloat16))]
 
-    def test_peak_memory_holds_no_map(self):
-        """Forward and backward together need less than a quarter of the reference's peak."""
+    def test_peak_memory(self):
+        """Forward and backward together need less than half of the reference's peak."""
         peaks = {}
         for backend in ("triton", "reference"):
             inputs = self.inputs()
@@ -529,7 +505,7 @@ class TestOnAGpu:
             attend(self.shape.segments, backend, dropout_p=0.1)(*inputs).sum().backward()
             torch.cuda.synchronize()
             peaks[backend] = torch.cuda.max_memory_allocated() - before
-        assert peaks["triton"] < peaks["reference"] / 4
+        assert peaks["triton"] < peaks["reference"] / 2
 
     def test_captured_in_a_cuda_graph(self):
         inputs = self.inputs()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from uctrans.kernels.dropout import WORD, draw_seed, drop_threshold, keep_mask, keep_scale, row_keys
+from uctrans.kernels.dropout import LEVELS, draw_seed, drop_threshold, keep_mask, keep_scale, row_keys
 
 ROWS, COLUMNS = 2048, 960
 DEVIATIONS = 5.0  # of a fair draw; hundreds of comparisons are made
@@ -80,8 +80,8 @@ def test_rows_differ():
 @pytest.mark.parametrize("dropout_p", [1e-12, 0.1, 1 - 1e-12])
 def test_threshold_and_scale_fit_each_other(dropout_p):
     threshold = drop_threshold(dropout_p)
-    assert 1 <= threshold <= WORD - 1
-    assert keep_scale(dropout_p) * (WORD - threshold) == pytest.approx(WORD)
+    assert 1 <= threshold <= LEVELS - 1
+    assert keep_scale(dropout_p) * (LEVELS - threshold) == pytest.approx(LEVELS)
     assert drop_threshold(0.0) == 0 and keep_scale(0.0) == 1.0
 
 
