@@ -174,14 +174,25 @@ def _packed_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 def _save_cross(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tokens, ctx.segments, weight, _, context_weight, _, ctx.eps, _ = inputs
     ctx.save_for_backward(tokens, weight, context_weight)
+    ctx.set_materialize_grads(False)
 
 
-def _cross_gradients(ctx: Any, gradient: Tensor, context_gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _cross_gradients(ctx: Any, gradient: Tensor | None, context_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
     tokens, weight, context_weight = ctx.saved_tensors
-    d_tokens, d_channels = torch.ops.uctrans.cross_layer_norm_backward(
-        gradient, context_gradient, tokens, ctx.segments, weight, context_weight, ctx.eps
-    )
-    return d_tokens, None, *d_channels.unbind(), None, None
+    d_tokens, d_channels = None, [None] * 4
+    if gradient is not None and context_gradient is not None:
+        d_tokens, d_channels = torch.ops.uctrans.cross_layer_norm_backward(
+            gradient, context_gradient, tokens, ctx.segments, weight, context_weight, ctx.eps
+        )
+    elif gradient is not None:
+        d_tokens, d_channels[:2] = torch.ops.uctrans.packed_layer_norm_backward(
+            gradient, tokens, ctx.segments, weight, ctx.eps
+        )
+    elif context_gradient is not None:  # one scale as wide as all
+        d_tokens, d_channels[2:] = torch.ops.uctrans.packed_layer_norm_backward(
+            context_gradient, tokens, [sum(ctx.segments)], context_weight, ctx.eps
+        )
+    return d_tokens, None, *d_channels, None, None
 
 
 register_gradient("packed_layer_norm", _save_packed, _packed_gradients)

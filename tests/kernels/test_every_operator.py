@@ -97,6 +97,38 @@ def test_only_the_gradients_that_are_asked_for(operator):
             assert_same_bits(gradients_by(operator, inputs, places), [expected[place] for place in places])
 
 
+class LargestZeros(TorchDispatchMode):
+    """Keep the number of elements of the largest tensor of zeros that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if "zero" in function.name():
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@every_form
+def test_gradients_of_one_output(operator):
+    """Gradients of the other outputs, also of those that only backward reads, are not made up as zeros."""
+
+    def gradients_of_each(backend):
+        leaves = [tensor.clone().requires_grad_() for tensor in operator.inputs(torch.float32)[: operator.learning]]
+        outputs = operator.outputs([*leaves, *operator.inputs(torch.float32)[operator.learning :]], backend)
+        for output in outputs:
+            if output.requires_grad:
+                gradient = random_like(output).to(output.dtype)
+                yield torch.autograd.grad(output, leaves, gradient, retain_graph=True, allow_unused=True)
+
+    with LargestZeros() as zeros:
+        found = list(gradients_of_each("triton"))
+    assert zeros.elements <= 1
+    torch.testing.assert_close(found, list(gradients_of_each("composed")), rtol=1e-4, atol=1e-4)
+
+
 @every_form
 def test_triton_has_no_second_derivative(operator):
     inputs = operator.inputs(torch.float32)
