@@ -376,13 +376,15 @@ def _batch_norm_relu(sizes: Sizes) -> None:
     for batch, (channels, side, _), memory_format in itertools.product(sizes.batches, sizes.maps, sizes.formats):
         feature = sizes.empty_map(batch, channels, side, memory_format)
         weight, bias, running_mean, running_var = (torch.empty(channels, device="meta") for _ in range(4))
-        for running in sizes.variants((running_mean, running_var), (None, None)):
-            output, mean, variance, _ = triton.forward(feature, weight, bias, *running, MOMENTUM, EPS)
-        saved = (feature, weight, bias, mean, variance, EPS)
-        _, pooled = triton.apply_and_pool(*saved)
+        conv_bias, count = feature.new_empty(channels), torch.empty((), dtype=torch.int64, device="meta")
+        for running in sizes.variants((conv_bias, running_mean, running_var, count), (None,) * 4):
+            mean, variance = triton.statistics(feature, *running, MOMENTUM, 1)
         for is_of_batch in sizes.variants(True, False):
-            triton.backward(output, *saved, is_of_batch)
-            triton.backward_of_pool(output, pooled, *saved, is_of_batch)
+            norm = (feature, weight, bias, mean, variance, conv_bias, EPS, is_of_batch)
+            output = triton.forward(*norm)
+            triton.backward(output, *norm)
+            output, pooled = triton.forward_and_pool(*norm)
+            triton.backward_of_pool(output, pooled, *norm)
 
 
 OPERATORS = (

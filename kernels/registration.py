@@ -1,6 +1,7 @@
 """Registration of an operator with torch: its launcher, shapes without data, gradient, and autocast.
 
-Operators are functional (they do not modify their inputs), so that ``torch.compile`` may put them into CUDA graphs.
+Operators do not modify their inputs, so that ``torch.compile`` may put them into CUDA graphs. The exception is the
+update of running statistics: they are buffers, which a graph may write.
 They run Triton kernels on CUDA, and on the CPU in Triton's interpreter; the public functions choose PyTorch elsewhere.
 """
 

@@ -1,12 +1,12 @@
 """Batch norm and ReLU, alone and with a max-pool: public functions, checks, choice of the form, and registration.
 
-``uctrans::batch_norm_relu`` normalises by the statistics of the batch. It returns them beside the output, and beside
-the running statistics after the batch: it writes none of its inputs. ``uctrans::batch_norm_relu_apply`` normalises by
-statistics that it is given. The operators with ``_pool`` in their name return the pooled map after the output.
+``uctrans::batch_norm_statistics`` returns the statistics of the batch and updates the running ones in place.
+``uctrans::batch_norm_relu`` normalises by statistics that it is given, those of the batch or the running ones, and
+``uctrans::batch_norm_relu_pool`` also returns the pooled map.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ def batch_norm_relu(
     training: bool,
     momentum: float = MOMENTUM,
     eps: float = EPS,
+    conv_bias: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    copies: int = 1,
     backend: str = "auto",
 ) -> Tensor:
     """Compute ``relu(batch_norm(feature))``, which follows a convolution, in as few passes over the map as possible.
@@ -49,6 +52,11 @@ def batch_norm_relu(
         momentum: share of the batch in the updated running statistics. ``nn.BatchNorm2d(momentum=None)``, a cumulative
             average, needs the share of this batch: ``1 / num_batches_tracked``.
         eps: added to the variance, above 0 in training.
+        conv_bias: (C,) in the feature's dtype, added to each pixel first: the bias of a convolution that was called
+            without it. In training it only shifts the running mean, and its gradient is zero.
+        num_batches_tracked: () of whole numbers, counted up by 1 in training.
+        copies: number of pixels that each pixel stands for, where a nearest-neighbour upsampling follows. The unbiased
+            running variance counts them all.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``. Triton takes float32, float16 and bfloat16,
             computes in float32 and has no second derivative; ``auto`` leaves float64 to ``composed``.
 
@@ -58,19 +66,14 @@ def batch_norm_relu(
     Raises:
         ValueError: shapes, devices or numbers do not fit; one value a channel in training; no running statistics
             otherwise.
-        TypeError: dtypes do not fit: parameters and running statistics share one, float32 or the feature's.
+        TypeError: dtypes do not fit: parameters and running statistics share one, float32 or the feature's, and
+            ``conv_bias`` has the feature's.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
     """
-    arguments = (feature, weight, bias, running_mean, running_var, training, momentum, eps)
-    _check(*arguments)
-    form = choose_form(backend, feature, "batch_norm_relu", fits=_fits_kernels(feature))
-    if form != "triton":
-        return (reference if form == "reference" else composed).batch_norm_relu(*arguments)
-    if not training:
-        return torch.ops.uctrans.batch_norm_relu_apply(feature, weight, bias, running_mean, running_var, eps)
-    output, _mean, _variance, updated = torch.ops.uctrans.batch_norm_relu(*arguments[:5], momentum, eps)
-    _update(running_mean, running_var, updated)
-    return output
+    running = (running_mean, running_var, num_batches_tracked)
+    norm = _Norm(weight, bias, *running, training, momentum, eps, conv_bias, copies)
+    _check(feature, norm)
+    return _compute("batch_norm_relu", feature, norm, backend)
 
 
 def batch_norm_relu_pool(
@@ -83,6 +86,8 @@ def batch_norm_relu_pool(
     training: bool,
     momentum: float = MOMENTUM,
     eps: float = EPS,
+    conv_bias: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute ``map = relu(batch_norm(feature))`` and ``max_pool2d(map, 2)``: an encoder's stage keeps both.
@@ -103,6 +108,8 @@ def batch_norm_relu_pool(
         training: normalise by the statistics of the batch, and update the running ones; else by the running ones.
         momentum: share of the batch in the updated running statistics.
         eps: added to the variance, above 0 in training.
+        conv_bias: (C,) or ``None``; see :func:`batch_norm_relu`.
+        num_batches_tracked: () or ``None``; see :func:`batch_norm_relu`.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``.
 
     Returns:
@@ -114,62 +121,85 @@ def batch_norm_relu_pool(
         TypeError: see :func:`batch_norm_relu`.
         NotImplementedError: see :func:`batch_norm_relu`.
     """
-    arguments = (feature, weight, bias, running_mean, running_var, training, momentum, eps)
-    _check(*arguments)
+    norm = _Norm(weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, conv_bias)
+    _check(feature, norm)
     if min(feature.shape[1:]) < 1 or min(feature.shape[2:]) < 2:
         raise RuntimeError(
             f"the pooled map would be empty, got a feature of {tuple(feature.shape)}: give at least one channel and "
             f"2x2 pixels, or take batch_norm_relu"
         )
-    form = choose_form(backend, feature, "batch_norm_relu_pool", fits=_fits_kernels(feature))
+    return _compute("batch_norm_relu_pool", feature, norm, backend)
+
+
+class _Norm(NamedTuple):
+    """The arguments of the public functions beside the feature and the backend."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    conv_bias: Tensor | None
+    copies: int = 1
+
+
+def _compute(name: str, feature: Tensor, norm: _Norm, backend: str) -> Any:
+    form = choose_form(backend, feature, name, fits=_fits_kernels(feature))
+    weight, bias, mean, variance, count, training, momentum, eps, conv_bias, copies = norm
     if form != "triton":
-        return (reference if form == "reference" else composed).batch_norm_relu_pool(*arguments)
-    if not training:
-        return torch.ops.uctrans.batch_norm_relu_pool_apply(feature, weight, bias, running_mean, running_var, eps)
-    found = torch.ops.uctrans.batch_norm_relu_pool(*arguments[:5], momentum, eps)
-    output, pooled, _mean, _variance, updated = found
-    _update(running_mean, running_var, updated)
-    return output, pooled
+        if training and count is not None:
+            count.add_(1)
+        if conv_bias is not None:
+            feature = feature + conv_bias[:, None, None]
+        if copies > 1:
+            feature = feature.repeat_interleave(copies, dim=3)
+        function = getattr(reference if form == "reference" else composed, name)
+        found = function(feature, weight, bias, mean, variance, training, momentum, eps)
+        return found if copies == 1 else found[..., ::copies]
+    if training:
+        constants = (tensor if tensor is None else tensor.detach() for tensor in (feature, conv_bias))
+        mean, variance = torch.ops.uctrans.batch_norm_statistics(*constants, mean, variance, count, momentum, copies)
+    return getattr(torch.ops.uctrans, name)(feature, weight, bias, mean, variance, conv_bias, eps, training)
 
 
 def _fits_kernels(feature: Tensor) -> bool:
     return feature.shape[0] * feature.shape[2] * feature.shape[3] <= MOST_PIXELS
 
 
-def _update(running_mean: Tensor | None, running_var: Tensor | None, updated: Tensor) -> None:
-    if running_mean is not None:
-        torch._foreach_copy_([running_mean, running_var], updated.unbind())
-
-
-def _check(
-    feature: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> None:
-    if (running_mean is None) != (running_var is None):
+def _check(feature: Tensor, norm: _Norm) -> None:
+    running = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    given = {name: tensor for name, tensor in running.items() if tensor is not None}
+    if len(given) == 1:
         raise ValueError("running_mean and running_var belong together: give both or neither")
-    channels = {"weight": weight, "bias": bias}
-    if running_mean is not None:
-        channels |= {"running_mean": running_mean, "running_var": running_var}
-    elif not training:
+    if not norm.training and not given:
         raise ValueError("without training there must be running_mean and running_var; got None")
+    channels = {"weight": norm.weight, "bias": norm.bias} | given
     _check_dtypes_and_devices(feature, channels)
-    check_numbers_type(momentum=momentum, eps=eps)
+    check_numbers_type(momentum=norm.momentum, eps=norm.eps)
     if feature.ndim != 4:
         raise ValueError(f"feature must be (B, C, H, W); got {tuple(feature.shape)}")
+    if norm.conv_bias is not None:
+        check_dtypes_and_devices(feature=feature, conv_bias=norm.conv_bias)
+        channels["conv_bias"] = norm.conv_bias
     for name, tensor in channels.items():
         if tuple(tensor.shape) != (feature.shape[1],):
             raise ValueError(f"{name} must be ({feature.shape[1]},); got {tuple(tensor.shape)}")
-    if not 0 <= eps < math.inf or (training and eps == 0):
-        raise ValueError(f"eps must be finite and {'above' if training else 'at least'} 0; got {eps}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1]; got {momentum}")
-    if training and feature.shape[0] * feature.shape[2] * feature.shape[3] == 1:
+    count = norm.num_batches_tracked
+    if count is not None and (count.shape or count.is_floating_point() or count.device != feature.device):
+        raise ValueError(
+            f"num_batches_tracked must be () of whole numbers on {feature.device}; got {tuple(count.shape)} of "
+            f"{count.dtype} on {count.device}"
+        )
+    if norm.copies < 1:
+        raise ValueError(f"copies must be at least 1; got {norm.copies}")
+    if not 0 <= norm.eps < math.inf or (norm.training and norm.eps == 0):
+        raise ValueError(f"eps must be finite and {'above' if norm.training else 'at least'} 0; got {norm.eps}")
+    if not 0 <= norm.momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1]; got {norm.momentum}")
+    if norm.training and feature.shape[0] * feature.shape[2] * feature.shape[3] * norm.copies == 1:
         raise ValueError(
             f"expected more than 1 value per channel when training, got a feature of {tuple(feature.shape)}: "
             f"give a larger batch or map, or normalise by running statistics (training=False)"
@@ -192,63 +222,55 @@ def _check_dtypes_and_devices(feature: Tensor, channels: dict[str, Tensor]) -> N
         raise ValueError(f"all tensors must be on one device; got {given}")
 
 
-_OF_BATCH = (
-    "(Tensor feature, Tensor weight, Tensor bias, Tensor? running_mean, Tensor? running_var, float momentum, float eps)"
+_NORM = (
+    "Tensor feature, Tensor weight, Tensor bias, Tensor mean, Tensor variance, Tensor? conv_bias, float eps, "
+    "bool is_of_batch"
 )
-_OF_GIVEN = "(Tensor feature, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float eps)"
-_SAVED = "Tensor feature, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float eps, bool is_of_batch"
 
 
 @register_operator(
-    "batch_norm_relu",
-    f"{_OF_BATCH} -> (Tensor output, Tensor mean, Tensor variance, Tensor updated)",
-    launcher=f"{__package__}.triton:forward",
+    "batch_norm_statistics",
+    "(Tensor feature, Tensor? conv_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, float momentum, int copies) -> (Tensor mean, Tensor variance)",
+    launcher=f"{__package__}.triton:statistics",
 )
-def _fake_forward(
-    feature: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
+def _fake_statistics(feature: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     mean, variance = (feature.new_empty(feature.shape[1], dtype=torch.float32) for _ in range(2))
-    updated = feature.new_empty(0) if running_mean is None else running_mean.new_empty(2, feature.shape[1])
-    return _empty_like(feature), mean, variance, updated
+    return mean, variance
+
+
+@register_operator("batch_norm_relu", f"({_NORM}) -> Tensor", launcher=f"{__package__}.triton:forward")
+def _fake_forward(feature: Tensor, *_: Any) -> Tensor:
+    return empty_map(feature, *feature.shape[1:], feature.dtype)
 
 
 @register_operator(
     "batch_norm_relu_pool",
-    f"{_OF_BATCH} -> (Tensor output, Tensor pooled, Tensor mean, Tensor variance, Tensor updated)",
+    f"({_NORM}) -> (Tensor output, Tensor pooled)",
     launcher=f"{__package__}.triton:forward_and_pool",
 )
-def _fake_forward_and_pool(feature: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    output, *statistics = _fake_forward(feature, *arguments)
-    return output, _empty_pooled(feature), *statistics
+def _fake_forward_and_pool(feature: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    _, channels, height, width = feature.shape
+    return _fake_forward(feature), empty_map(feature, channels, height // 2, width // 2, feature.dtype)
 
 
-@register_operator("batch_norm_relu_apply", f"{_OF_GIVEN} -> Tensor", launcher=f"{__package__}.triton:apply")
-def _fake_apply(feature: Tensor, *_: Any) -> Tensor:
-    return _empty_like(feature)
-
-
-@register_operator(
-    "batch_norm_relu_pool_apply",
-    f"{_OF_GIVEN} -> (Tensor output, Tensor pooled)",
-    launcher=f"{__package__}.triton:apply_and_pool",
-)
-def _fake_apply_and_pool(feature: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_like(feature), _empty_pooled(feature)
+_GRADIENTS = "(Tensor d_feature, Tensor d_weight, Tensor d_bias, Tensor d_conv_bias)"
 
 
 @register_operator(
     "batch_norm_relu_backward",
-    f"(Tensor gradient, {_SAVED}) -> (Tensor d_feature, Tensor d_weight, Tensor d_bias)",
+    f"(Tensor gradient, {_NORM}) -> {_GRADIENTS}",
     launcher=f"{__package__}.triton:backward",
     backward_of="batch_norm_relu",
 )
 def _fake_backward(gradient: Tensor, feature: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _empty_like(feature), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    d_conv_bias = feature.new_empty(feature.shape[1])
+    return _fake_forward(feature), weight.new_empty(weight.shape), bias.new_empty(bias.shape), d_conv_bias
 
 
 @register_operator(
     "batch_norm_relu_pool_backward",
-    f"(Tensor? gradient, Tensor d_pooled, {_SAVED}) -> (Tensor d_feature, Tensor d_weight, Tensor d_bias)",
+    f"(Tensor? gradient, Tensor d_pooled, {_NORM}) -> {_GRADIENTS}",
     launcher=f"{__package__}.triton:backward_of_pool",
     backward_of="batch_norm_relu_pool",
 )
@@ -256,49 +278,24 @@ def _fake_backward_of_pool(gradient: Tensor | None, d_pooled: Tensor, *arguments
     return _fake_backward(d_pooled, *arguments)
 
 
-def _empty_like(feature: Tensor) -> Tensor:
-    return empty_map(feature, *feature.shape[1:], feature.dtype)
-
-
-def _empty_pooled(feature: Tensor) -> Tensor:
-    return empty_map(feature, feature.shape[1], feature.shape[2] // 2, feature.shape[3] // 2, feature.dtype)
-
-
-def _save_of_batch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    feature, weight, bias, *_, ctx.eps = inputs
-    *_, mean, variance, updated = output
-    ctx.save_for_backward(feature, weight, bias, mean, variance)
-    ctx.is_of_batch, ctx.settings = True, (None,) * len(inputs[3:])
-    ctx.mark_non_differentiable(mean, variance, updated)
-    ctx.set_materialize_grads(False)
-
-
-def _save_of_given(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.eps = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps, ctx.is_of_batch = inputs
     ctx.save_for_backward(*tensors)
-    ctx.is_of_batch, ctx.settings = False, (None,) * len(inputs[3:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if gradient is None:
-        return None, None, None, *ctx.settings
-    found = torch.ops.uctrans.batch_norm_relu_backward(gradient, *ctx.saved_tensors, ctx.eps, ctx.is_of_batch)
-    return *found, *ctx.settings
-
-
-def _gradients_of_pool(
-    ctx: Any, gradient: Tensor | None, d_pooled: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, gradient: Tensor | None, d_pooled: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    if gradient is None and d_pooled is None:
+        return (None,) * len(ctx.needs_input_grad)
+    norm = (*ctx.saved_tensors, ctx.eps, ctx.is_of_batch)
     if d_pooled is None:
-        return _gradients(ctx, gradient)
-    found = torch.ops.uctrans.batch_norm_relu_pool_backward(
-        gradient, d_pooled, *ctx.saved_tensors, ctx.eps, ctx.is_of_batch
-    )
-    return *found, *ctx.settings
+        found = torch.ops.uctrans.batch_norm_relu_backward(gradient, *norm)
+    else:
+        found = torch.ops.uctrans.batch_norm_relu_pool_backward(gradient, d_pooled, *norm)
+    d_feature, d_weight, d_bias, d_conv_bias = found
+    *_, conv_bias = ctx.saved_tensors
+    return d_feature, d_weight, d_bias, None, None, None if conv_bias is None else d_conv_bias, None, None
 
 
-register_gradient("batch_norm_relu", _save_of_batch, _gradients)
-register_gradient("batch_norm_relu_apply", _save_of_given, _gradients)
-register_gradient("batch_norm_relu_pool", _save_of_batch, _gradients_of_pool)
-register_gradient("batch_norm_relu_pool_apply", _save_of_given, _gradients_of_pool)
+for _name in ("batch_norm_relu", "batch_norm_relu_pool"):
+    register_gradient(_name, _save, _gradients)

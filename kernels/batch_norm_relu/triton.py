@@ -28,36 +28,66 @@ MOST_PARTS_AT_ONCE = 256
 CHANNEL_WARPS = 8
 
 
+def statistics(
+    feature: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    copies: int,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of the batch (C,), and update the running statistics in place."""
+    channels = feature.shape[1]
+    mean, variance = (torch.empty(channels, device=feature.device) for _ in range(2))
+    updated = [tensor for tensor in (running_mean, running_var, num_batches_tracked) if tensor is not None]
+    torch.autograd.graph.increment_version(updated)
+    if feature.numel() == 0:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return mean.zero_(), variance.fill_(1)
+    (values,), layout = maps_of(feature)
+    cut, tiles = cut_into_parts(layout)
+    parts = torch.empty(count_parts(cut), 3, channels, device=feature.device)
+    triton_maps.statistics_kernel[programs_of(cut, tiles)](
+        feature=values, parts_ptr=parts, cut=cut, TILES=tiles, STEPS=triton_layout.STEPS, num_warps=SUM_WARPS
+    )
+    running = None
+    if running_mean is not None:
+        running = Running(running_mean.contiguous(), running_var.contiguous(), momentum, copies)
+    triton_channels.combine_statistics_kernel[(triton.cdiv(channels, CHANNEL_BLOCK),)](
+        parts_ptr=parts,
+        mean_ptr=mean,
+        variance_ptr=variance,
+        conv_bias_ptr=None if conv_bias is None else conv_bias.contiguous(),
+        running=running,
+        num_batches_tracked_ptr=num_batches_tracked,
+        cut=cut,
+        parts=len(parts),
+        channels=channels,
+        BLOCK_PARTS=_parts_at_once(parts),
+        BLOCK_C=CHANNEL_BLOCK,
+        num_warps=CHANNEL_WARPS,
+    )
+    if running is not None and not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        running_mean.copy_(running.mean_ptr), running_var.copy_(running.variance_ptr)
+    return mean, variance
+
+
 def forward(
     feature: Tensor,
     weight: Tensor,
     bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
+    mean: Tensor,
+    variance: Tensor,
+    conv_bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, mean and biased variance of the batch (C,), and the running statistics after it (2, C)."""
-    mean, variance, running = _statistics(feature, running_mean, running_var, momentum)
-    return apply(feature, weight, bias, mean, variance, eps), mean, variance, running
+    is_of_batch: bool,
+) -> Tensor:
+    """Normalise the map by the given statistics, and apply the ReLU.
 
-
-def forward_and_pool(
-    feature: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the results of :func:`forward`, and after the output its pooled map."""
-    mean, variance, running = _statistics(feature, running_mean, running_var, momentum)
-    return *apply_and_pool(feature, weight, bias, mean, variance, eps), mean, variance, running
-
-
-def apply(feature: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """Normalise the map by the given statistics, and apply the ReLU."""
+    Statistics of the batch are those of the map as it is; others are those of the map with ``conv_bias``.
+    """
     output = empty_map(feature, *feature.shape[1:], feature.dtype)
     if feature.numel() == 0:
         return output
@@ -66,7 +96,7 @@ def apply(feature: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance:
     triton_maps.normalise_kernel[programs_of(cut, tiles)](
         feature=values,
         output=written,
-        norm=_norm(weight, bias, mean, variance, eps),
+        norm=_norm(weight, bias, mean, variance, conv_bias, eps, is_of_batch),
         cut=cut,
         TILES=tiles,
         num_warps=NUM_WARPS,
@@ -74,10 +104,17 @@ def apply(feature: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance:
     return output
 
 
-def apply_and_pool(
-    feature: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+def forward_and_pool(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    conv_bias: Tensor | None,
+    eps: float,
+    is_of_batch: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Normalise the map by the given statistics, apply the ReLU, and return also the maximum of each window."""
+    """Return the result of :func:`forward`, and the maximum of each window."""
     _, channels, height, width = feature.shape
     output = empty_map(feature, channels, height, width, feature.dtype)
     pooled = empty_map(feature, channels, height // 2, width // 2, feature.dtype)
@@ -89,7 +126,7 @@ def apply_and_pool(
         feature=values,
         output=written,
         pooled=written_pooled,
-        norm=_norm(weight, bias, mean, variance, eps),
+        norm=_norm(weight, bias, mean, variance, conv_bias, eps, is_of_batch),
         cut=cut,
         size=Size(height, width),
         TILES=tiles,
@@ -105,15 +142,16 @@ def backward(
     bias: Tensor,
     mean: Tensor,
     variance: Tensor,
+    conv_bias: Tensor | None,
     eps: float,
     is_of_batch: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients by the feature (B, C, H, W), weight and bias (C,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients by the feature (B, C, H, W), weight, bias and conv_bias (C,)."""
     d_feature = empty_map(feature, *feature.shape[1:], feature.dtype)
     if feature.numel() == 0:
-        return d_feature, torch.zeros_like(weight), torch.zeros_like(bias)
+        return d_feature, torch.zeros_like(weight), torch.zeros_like(bias), feature.new_zeros(feature.shape[1])
     (values, written, upstream), layout = maps_of(feature, d_feature, gradient)
-    norm = _norm(weight, bias, mean, variance, eps)
+    norm = _norm(weight, bias, mean, variance, conv_bias, eps, is_of_batch)
     cut, tiles = cut_into_parts(layout)
     parts = torch.empty(count_parts(cut), 2, layout.channels, device=feature.device)
     triton_maps.gradient_sums_kernel[programs_of(cut, tiles)](
@@ -126,7 +164,7 @@ def backward(
         STEPS=triton_layout.STEPS,
         num_warps=SUM_WARPS,
     )
-    sums, d_weight, d_bias = _add_gradient_sums(parts, norm)
+    sums, *d_channels = _add_gradient_sums(parts, norm, feature.dtype, is_of_batch)
     cut, tiles = cut_evenly(layout)
     triton_maps.gradient_kernel[programs_of(cut, tiles)](
         gradient=upstream,
@@ -139,7 +177,7 @@ def backward(
         TILES=tiles,
         num_warps=NUM_WARPS,
     )
-    return d_feature, d_weight, d_bias
+    return d_feature, *d_channels
 
 
 def backward_of_pool(
@@ -150,18 +188,19 @@ def backward_of_pool(
     bias: Tensor,
     mean: Tensor,
     variance: Tensor,
+    conv_bias: Tensor | None,
     eps: float,
     is_of_batch: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of :func:`backward`, from those by the pooled map and, where there is one, by the map."""
     d_feature = empty_map(feature, *feature.shape[1:], feature.dtype)
     if feature.numel() == 0:
-        return d_feature, torch.zeros_like(weight), torch.zeros_like(bias)
+        return d_feature, torch.zeros_like(weight), torch.zeros_like(bias), feature.new_zeros(feature.shape[1])
     if gradient is None:
         gradient = feature.new_zeros(()).expand(feature.shape)  # one element, read again and again
     (values, written, upstream, upstream_pooled), layout = maps_of(feature, d_feature, gradient, d_pooled)
     layout = windows_of(feature, layout)
-    norm, size = _norm(weight, bias, mean, variance, eps), Size(*feature.shape[2:])
+    norm, size = _norm(weight, bias, mean, variance, conv_bias, eps, is_of_batch), Size(*feature.shape[2:])
     cut, tiles = cut_into_parts(layout)
     parts = torch.empty(count_parts(cut), 2, layout.channels, device=feature.device)
     triton_windows.window_gradient_sums_kernel[programs_of(cut, tiles)](
@@ -175,7 +214,7 @@ def backward_of_pool(
         TILES=tiles,
         num_warps=NUM_WARPS,
     )
-    sums, d_weight, d_bias = _add_gradient_sums(parts, norm)
+    sums, *d_channels = _add_gradient_sums(parts, norm, feature.dtype, is_of_batch)
     cut, tiles = cut_evenly(layout)
     triton_windows.window_gradient_kernel[programs_of(cut, tiles)](
         gradient=upstream,
@@ -190,67 +229,48 @@ def backward_of_pool(
         TILES=tiles,
         num_warps=NUM_WARPS,
     )
-    return d_feature, d_weight, d_bias
+    return d_feature, *d_channels
 
 
-def _statistics(
-    feature: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance of the batch (C,), and the running statistics after it (2, C)."""
-    channels = feature.shape[1]
-    mean, variance = (torch.empty(channels, device=feature.device) for _ in range(2))
-    updated = feature.new_empty(0) if running_mean is None else running_mean.new_empty(2, channels)
-    if feature.numel() == 0:
-        if running_mean is not None:
-            torch.stack([running_mean, running_var], out=updated)
-        return mean.zero_(), variance.fill_(1), updated
-    (values,), layout = maps_of(feature)
-    cut, tiles = cut_into_parts(layout)
-    parts = torch.empty(count_parts(cut), 3, channels, device=feature.device)
-    triton_maps.statistics_kernel[programs_of(cut, tiles)](
-        feature=values, parts_ptr=parts, cut=cut, TILES=tiles, STEPS=triton_layout.STEPS, num_warps=SUM_WARPS
-    )
-    running = None
-    if running_mean is not None:
-        running = Running(running_mean.contiguous(), running_var.contiguous(), updated, momentum)
-    triton_channels.combine_statistics_kernel[(triton.cdiv(channels, CHANNEL_BLOCK),)](
-        parts_ptr=parts,
-        mean_ptr=mean,
-        variance_ptr=variance,
-        running=running,
-        cut=cut,
-        parts=len(parts),
-        channels=channels,
-        BLOCK_PARTS=_parts_at_once(parts),
-        BLOCK_C=CHANNEL_BLOCK,
-        num_warps=CHANNEL_WARPS,
-    )
-    return mean, variance, updated
+def _add_gradient_sums(parts: Tensor, norm: Norm, dtype: torch.dtype, is_of_batch: bool) -> tuple[Tensor, ...]:
+    """Return the sums of all parts (2, C), and the gradients by weight, bias and conv_bias (C,) that follow from them.
 
-
-def _add_gradient_sums(parts: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of all parts (2, C), and the gradients by weight and bias (C,) that follow from them."""
+    ``dtype`` is that of conv_bias.
+    """
     count, _, channels = parts.shape
     sums = torch.empty(2, channels, device=parts.device)
     d_weight, d_bias = torch.empty_like(norm.weight_ptr), torch.empty_like(norm.bias_ptr)
+    d_conv_bias = torch.empty(channels, dtype=dtype, device=parts.device)
     triton_channels.add_gradient_sums_kernel[(triton.cdiv(channels, CHANNEL_BLOCK),)](
         parts_ptr=parts,
+        weight_ptr=norm.weight_ptr,
         variance_ptr=norm.variance_ptr,
         sums_ptr=sums,
         d_weight_ptr=d_weight,
         d_bias_ptr=d_bias,
+        d_conv_bias_ptr=d_conv_bias,
         eps=norm.eps,
         parts=count,
         channels=channels,
+        IS_OF_BATCH=is_of_batch,
         BLOCK_PARTS=_parts_at_once(parts),
         BLOCK_C=CHANNEL_BLOCK,
         num_warps=CHANNEL_WARPS,
     )
-    return sums, d_weight, d_bias
+    return sums, d_weight, d_bias, d_conv_bias
 
 
-def _norm(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Norm:
-    return Norm(weight.contiguous(), bias.contiguous(), mean.contiguous(), variance.contiguous(), eps)
+def _norm(
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    conv_bias: Tensor | None,
+    eps: float,
+    is_of_batch: bool,
+) -> Norm:
+    shift = None if is_of_batch or conv_bias is None else conv_bias.contiguous()
+    return Norm(weight.contiguous(), bias.contiguous(), mean.contiguous(), variance.contiguous(), shift, eps)
 
 
 def _parts_at_once(parts: Tensor) -> int:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class Running(NamedTuple):
-    """The running statistics (C,), where they are written after the batch (2, C), and the share of the batch."""
+    """The running statistics (C,), which are updated in place."""
 
     mean_ptr: Tensor
     variance_ptr: Tensor
-    updated_ptr: Tensor
-    momentum: float
+    momentum: float  # share of the batch
+    copies: int  # pixels that each pixel stands for
 
 
 @triton.jit
@@ -30,9 +30,21 @@ def _pixels_of_parts(cut, parts):
 
 @triton.jit
 def combine_statistics_kernel(
-    parts_ptr, mean_ptr, variance_ptr, running, cut, parts, channels, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr
+    parts_ptr,
+    mean_ptr,
+    variance_ptr,
+    conv_bias_ptr,
+    running,
+    num_batches_tracked_ptr,
+    cut,
+    parts,
+    channels,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Write mean and biased variance of the batch (C,), and the running statistics after it (2, C).
+    """Write mean and biased variance of the batch (C,), and update the running statistics and the count of batches.
+
+    The running mean is that of the map with the bias of the convolution, which the map itself lacks.
 
     First comes the mean of the parts, as seen from a value of the first one, then the squares around it: parts that lie
     apart add the distances between them.
@@ -71,28 +83,39 @@ def combine_statistics_kernel(
     if running is not None:
         running_mean = tl.load(running.mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         running_var = tl.load(running.variance_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        unbiased = around_mean_of_all / (count - 1.0)
+        unbiased = around_mean_of_all / (count - 1.0 / running.copies)
+        if conv_bias_ptr is not None:
+            mean += tl.load(conv_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         running_mean = running.momentum * mean + (1.0 - running.momentum) * running_mean
         running_var = running.momentum * unbiased + (1.0 - running.momentum) * running_var
-        dtype = running.updated_ptr.dtype.element_ty
-        tl.store(running.updated_ptr + offs_c, running_mean.to(dtype), mask=mask_c)
-        tl.store(running.updated_ptr + channels + offs_c, running_var.to(dtype), mask=mask_c)
+        dtype = running.mean_ptr.dtype.element_ty
+        tl.store(running.mean_ptr + offs_c, running_mean.to(dtype), mask=mask_c)
+        tl.store(running.variance_ptr + offs_c, running_var.to(dtype), mask=mask_c)
+    if num_batches_tracked_ptr is not None:
+        is_first = tl.program_id(0) == 0
+        tl.store(num_batches_tracked_ptr, tl.load(num_batches_tracked_ptr, mask=is_first) + 1, mask=is_first)
 
 
 @triton.jit
 def add_gradient_sums_kernel(
     parts_ptr,
+    weight_ptr,
     variance_ptr,
     sums_ptr,
     d_weight_ptr,
     d_bias_ptr,
+    d_conv_bias_ptr,
     eps,
     parts,
     channels,
+    IS_OF_BATCH: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write the sums of all parts (2, C), and the gradients by weight and bias that follow from them."""
+    """Write the sums of all parts (2, C), and the gradients by weight, bias and conv_bias that follow from them.
+
+    Statistics of the batch take away what conv_bias adds, so its gradient is zero.
+    """
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     total = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
@@ -106,8 +129,14 @@ def add_gradient_sums_kernel(
     sum_of_gradients = tl.sum(total, axis=0)
     sum_of_weighted = tl.sum(weighted, axis=0)
     variance = tl.load(variance_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    d_weight = sum_of_weighted * tl.rsqrt(variance + eps)
+    inverse_deviation = tl.rsqrt(variance + eps)
+    d_weight = sum_of_weighted * inverse_deviation
+    d_conv_bias = tl.zeros([BLOCK_C], tl.float32)
+    if not IS_OF_BATCH:
+        weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        d_conv_bias = sum_of_gradients * weight * inverse_deviation
     tl.store(sums_ptr + offs_c, sum_of_gradients, mask=mask_c)
     tl.store(sums_ptr + channels + offs_c, sum_of_weighted, mask=mask_c)
     tl.store(d_weight_ptr + offs_c, d_weight.to(d_weight_ptr.dtype.element_ty), mask=mask_c)
     tl.store(d_bias_ptr + offs_c, sum_of_gradients.to(d_bias_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(d_conv_bias_ptr + offs_c, d_conv_bias.to(d_conv_bias_ptr.dtype.element_ty), mask=mask_c)

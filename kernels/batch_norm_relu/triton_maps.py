@@ -22,12 +22,13 @@ class Map(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Four numbers of each channel, (C,) and contiguous, and what is added to the variance."""
+    """Numbers of each channel, (C,) and contiguous, and what is added to the variance."""
 
     weight_ptr: Tensor
     bias_ptr: Tensor
     mean_ptr: Tensor
     variance_ptr: Tensor
+    shift_ptr: Tensor | None  # what the map lacks of the one that has this mean
     eps: float
 
 
@@ -97,7 +98,10 @@ def load_norm(norm, offs_c, mask_c):
     """Load the mean, the inverse deviation, the weight times it, and the bias."""
     inverse_deviation = tl.rsqrt(_channel(norm.variance_ptr, offs_c, mask_c) + norm.eps)
     scale = _channel(norm.weight_ptr, offs_c, mask_c) * inverse_deviation
-    return _channel(norm.mean_ptr, offs_c, mask_c), inverse_deviation, scale, _channel(norm.bias_ptr, offs_c, mask_c)
+    mean = _channel(norm.mean_ptr, offs_c, mask_c)
+    if norm.shift_ptr is not None:
+        mean -= _channel(norm.shift_ptr, offs_c, mask_c)
+    return mean, inverse_deviation, scale, _channel(norm.bias_ptr, offs_c, mask_c)
 
 
 @triton.jit

@@ -419,6 +419,18 @@ def norm_and_running_inputs(shape, dtype):
     return [*inputs, *running_statistics(inputs)]
 
 
+def norm_and_conv_bias_inputs(dtype):
+    """Return feature, weight, bias, bias of the convolution, running mean and variance, count of batches."""
+    inputs = norm_inputs((2, 3, 2, 3), dtype)
+    count = torch.tensor(1, device=DEVICE)
+    return [*inputs, normal(3, dtype=dtype), *running_statistics(inputs), count]
+
+
+def of_a_convolution(feature, weight, bias, conv_bias, *running, function=batch_norm_relu, **options):
+    *running, count = running
+    return function(feature, weight, bias, *running, conv_bias=conv_bias, num_batches_tracked=count, **options)
+
+
 def scores_inputs(dtype):
     """Return sums and counts of two images of 20 pixels in three classes, never in half precision."""
     sums, counts = published_sums(*sums_inputs(2, 3, 4, 5))
@@ -539,6 +551,18 @@ OTHER_FORMS = (
         lambda *tensors, **options: batch_norm_relu(*tensors, None, None, training=True, **options),
         partial(norm_inputs, (2, 3, 2, 2)),
         learning=3,
+    ),
+    Operator(
+        "batch_norm_relu with the bias of a convolution",
+        partial(of_a_convolution, training=True),
+        norm_and_conv_bias_inputs,
+        learning=4,
+    ),
+    Operator(
+        "batch_norm_relu_pool by given statistics with the bias of a convolution",
+        partial(of_a_convolution, function=batch_norm_relu_pool, training=False),
+        norm_and_conv_bias_inputs,
+        learning=4,
     ),
     Operator(
         "batch_norm_relu by given statistics",

@@ -117,6 +117,25 @@ class TestLikeBatchNorm2d:
             torch.testing.assert_close(variance, norm.running_var, rtol=2e-6, atol=2e-6)
         assert (mean.data_ptr(), variance.data_ptr()) == addresses
 
+    def test_bias_of_a_convolution_and_count_of_batches(self, backend):
+        norm, (feature, *_) = nn.BatchNorm2d(3).to(DEVICE), norm_inputs(dtype=torch.float32)
+        conv_bias = torch.tensor([5.0, 0.0, -1.0], device=DEVICE)
+        running = norm.running_mean.clone(), norm.running_var.clone()
+        count = norm.num_batches_tracked.clone()
+        for training in (True, False):
+            expected = norm.train(training)(feature + conv_bias[:, None, None]).relu()
+            options = {"training": training, "conv_bias": conv_bias, "num_batches_tracked": count, "backend": backend}
+            output = batch_norm_relu(feature, norm.weight, norm.bias, *running, **options)
+            torch.testing.assert_close((output, *running, count), (expected, *norm.buffers()))
+
+    def test_copies_of_each_pixel(self, backend):
+        """The running statistics of a map upsampled by nearest neighbours."""
+        norm, (feature, *_) = nn.BatchNorm2d(3).to(DEVICE), norm_inputs(dtype=torch.float32)
+        running = norm.running_mean.clone(), norm.running_var.clone()
+        expected = norm(nn.Upsample(scale_factor=2)(feature)).relu()[..., ::2, ::2]
+        output = batch_norm_relu(feature, norm.weight, norm.bias, *running, training=True, copies=4, backend=backend)
+        torch.testing.assert_close((output, *running), (expected, norm.running_mean, norm.running_var))
+
     def test_running_statistics_stay_as_they_are_without_training(self, backend):
         inputs = norm_inputs(dtype=torch.float32)
         running = running_statistics(inputs)
@@ -179,6 +198,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match=rf"{name} must be \(3,\); got \(1, 3\)"):
             self.call(backend, lambda tensors: tensors.update({name: tensors[name][None]}))
 
+    def test_bias_of_a_convolution(self, backend):
+        def give(conv_bias):
+            return lambda tensors: tensors.update(conv_bias=conv_bias.to(DEVICE))
+
+        with pytest.raises(ValueError, match=r"conv_bias must be \(3,\); got \(2,\)"):
+            self.call(backend, give(torch.zeros(2)))
+        with pytest.raises(TypeError, match=r"one dtype.*conv_bias torch\.float16"):
+            self.call(backend, give(torch.zeros(3).half()))
+
+    @pytest.mark.parametrize("count", [torch.zeros(1, dtype=torch.int64), torch.tensor(0.0)], ids=str)
+    def test_count_of_batches(self, backend, count):
+        with pytest.raises(ValueError, match=r"num_batches_tracked must be \(\) of whole numbers on"):
+            self.call(backend, lambda tensors: tensors.update(num_batches_tracked=count.to(DEVICE)))
+
     def test_no_map(self, backend):
         with pytest.raises(ValueError, match=r"feature must be \(B, C, H, W\); got \(3, 4, 5\)"):
             self.call(backend, lambda tensors: tensors.update(feature=tensors["feature"][0]))
@@ -238,6 +271,10 @@ class TestBadInput:
     def test_momentum(self, backend, momentum):
         with pytest.raises(ValueError, match=rf"momentum must be in \[0, 1\]; got {momentum}"):
             self.call(backend, momentum=momentum)
+
+    def test_copies(self, backend):
+        with pytest.raises(ValueError, match="copies must be at least 1; got 0"):
+            self.call(backend, copies=0)
 
     def test_no_number(self, backend):
         with pytest.raises(TypeError, match="momentum must be a number; got NoneType"):

@@ -40,7 +40,7 @@ pytest.importorskip("triton")
 from uctrans.kernels.batch_norm_relu import triton, triton_layout
 
 TRITON = {"backend": "triton"}
-EPS, MOMENTUM = 1e-5, 0.1
+EPS = 1e-5
 SHAPES = {
     "even": (2, 5, 4, 6),
     "odd": (2, 3, 3, 5),
@@ -243,7 +243,7 @@ class TestMemory:
                 return made[-1]
 
         with Watched():  # the launcher's own calls, without dispatcher and autograd around it
-            triton.backward_of_pool(gradient if has_map_gradient else None, d_pooled, feature, *others, EPS, True)
+            triton.backward_of_pool(gradient if has_map_gradient else None, d_pooled, feature, *others, None, EPS, True)
         given = {tensor.data_ptr() for tensor in (feature, gradient, d_pooled)}
         made = [each for each in made if isinstance(each, torch.Tensor) and each.data_ptr() not in given]
         assert {each.dtype for each in made} == {torch.float32}
@@ -362,6 +362,6 @@ class TestOnAGpu:
         compiled = torch.compile(torch.ops.uctrans.batch_norm_relu_pool, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):  # one to warm up, one to record, two to replay
             torch.compiler.cudagraph_mark_step_begin()
-            found = [tensor.clone() for tensor in compiled(*inputs, None, None, MOMENTUM, EPS)]
+            found = [tensor.clone() for tensor in compiled(*inputs, *running_statistics(inputs), None, EPS, False)]
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-        assert_same_bits(found, torch.ops.uctrans.batch_norm_relu_pool(*inputs, None, None, MOMENTUM, EPS))
+        assert_same_bits(found, results(inputs, training=False, **TRITON)[:2])

@@ -90,9 +90,10 @@ def inputs_of(shape, dtype=torch.float32, memory_format=torch.contiguous_format,
     return norm_inputs(shape, dtype, memory_format, seed)
 
 
-def operator(inputs, running=(None, None)):
-    """Return output, mean, variance, and the running statistics after it."""
-    return torch.ops.uctrans.batch_norm_relu(*inputs, *running, MOMENTUM, EPS)
+def operators(inputs):
+    """Return output, mean and variance of a batch without running statistics."""
+    statistics = torch.ops.uctrans.batch_norm_statistics(inputs[0], None, None, None, None, MOMENTUM, 1)
+    return torch.ops.uctrans.batch_norm_relu(*inputs, *statistics, None, EPS, True), *statistics
 
 
 def assert_as_exact_as_the_reference(draws, **options):
@@ -119,6 +120,42 @@ class TestErrorBudget:
         """A model converted as a whole: parameters and running statistics are half precision too."""
         inputs = inputs_of((2, 5, 3, 4), torch.float16, memory_format)
         assert_as_exact_as_the_reference([[tensor.half() for tensor in inputs]])
+
+
+def conv_bias_inputs(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):
+    return [*inputs_of(shape, dtype, memory_format, seed), 3 * normal(shape[1], dtype=dtype, seed=seed)]
+
+
+def with_conv_bias(feature, weight, bias, conv_bias, running_mean, running_var, **options):
+    return batch_norm_relu(feature, weight, bias, running_mean, running_var, conv_bias=conv_bias, **options)
+
+
+class TestConvBias:
+    @pytest.mark.parametrize("training", [True, False])
+    @over_pairs(["odd", "one pixel", "130 channels", "empty batch"])
+    def test_error_budget(self, name, memory_format, dtype, training):
+        """As exact as adding the bias to the map."""
+        draws = [conv_bias_inputs(SHAPES[name], dtype, memory_format)]
+        found, expected = (partial(norm_results, function=with_conv_bias, backend=b) for b in ("triton", "reference"))
+        with poisoned_allocations():
+            assert_within_budget_of(expected, found, draws, training=training)
+
+    def test_in_training_only_the_running_mean_depends_on_it(self):
+        inputs = conv_bias_inputs((2, 5, 3, 4))
+        output, *gradients, d_conv_bias, _, running_var = results(inputs, function=with_conv_bias)
+        *plain, _, plain_running_var = results(inputs[:3])
+        assert_same_bits([output, *gradients, running_var], [*plain, plain_running_var])
+        assert not d_conv_bias.any()
+
+    def test_it_may_learn_alone(self):
+        """A frozen norm: weight, bias and feature need no gradient."""
+        *inputs, conv_bias = conv_bias_inputs((2, 5, 3, 4))
+        running, found = running_statistics(inputs), []
+        for backend in ("triton", "reference"):
+            leaf = conv_bias.clone().requires_grad_()
+            output = with_conv_bias(*inputs, leaf, *running, training=False, backend=backend)
+            found += torch.autograd.grad(output, leaf, normal(2, 5, 3, 4))
+        torch.testing.assert_close(*found)
 
 
 class TestLaunchConfigurations:
@@ -170,30 +207,43 @@ class TestLaunchConfigurations:
         assert batch_norm_operator._fits_kernels(feature[:, :, 1:])
 
 
-class TestWhatIsReturned:
-    @pytest.mark.parametrize("has_running", [True, False])
+class TestStatistics:
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    def test_statistics(self, memory_format, has_running):
+    def test_of_the_batch(self, memory_format):
         inputs = inputs_of((2, 5, 3, 4), torch.float32, memory_format)
-        running = running_statistics(inputs) if has_running else (None, None)
-        before = [None if tensor is None else tensor.clone() for tensor in running]
         with poisoned_allocations():
-            _, mean, variance, updated = operator(inputs, running)
+            _, mean, variance = operators(inputs)
         exact = inputs[0].double()
         torch.testing.assert_close(mean, exact.mean((0, 2, 3)).float())
         torch.testing.assert_close(variance, exact.var((0, 2, 3), correction=0).float())
-        if not has_running:
-            assert updated.shape == (0,)
-            return
-        batch = torch.stack([exact.mean((0, 2, 3)), exact.var((0, 2, 3))])
-        expected = MOMENTUM * batch + (1 - MOMENTUM) * torch.stack(before).double()
-        torch.testing.assert_close(updated, expected.float())
-        assert_same_bits(running, before)  # the operator writes none of its inputs
 
-    def test_statistics_have_no_gradient(self):
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+    def test_running_ones_and_the_count_are_updated_in_place(self, memory_format):
+        """However they lie; with ``copies``, as if the map were that much larger."""
+        inputs = inputs_of((2, 5, 3, 4), torch.float32, memory_format)
+        for copies in (1, 4):
+            before = running_statistics(inputs)
+            running = [torch.stack([tensor, -tensor], dim=-1)[..., 0] for tensor in before]
+            count = torch.tensor(7, device=DEVICE)
+            options = {"training": True, "num_batches_tracked": count, "copies": copies}
+            with poisoned_allocations():
+                batch_norm_relu(*inputs, *running, **options, backend="triton")
+            repeated = inputs[0].double().repeat_interleave(copies, 3)
+            batch = torch.stack([repeated.mean((0, 2, 3)), repeated.var((0, 2, 3))])
+            expected = MOMENTUM * batch + (1 - MOMENTUM) * torch.stack(before).double()
+            torch.testing.assert_close(torch.stack(running), expected.float())
+            assert count.item() == 8
+            batch_norm_relu(*inputs, *running, **options | {"training": False}, backend="triton")
+            assert count.item() == 8
+
+    def test_backward_notices_that_running_ones_were_written(self):
+        """As PyTorch does: without training, backward needs the running statistics of the forward pass."""
         inputs = [tensor.requires_grad_() for tensor in inputs_of((2, 3, 4, 5))]
-        found = operator(inputs, running_statistics([tensor.detach() for tensor in inputs]))
-        assert [tensor.requires_grad for tensor in found] == [True, False, False, False]
+        running = running_statistics([tensor.detach() for tensor in inputs])
+        output = batch_norm_relu(*inputs, *running, training=False, backend="triton")
+        batch_norm_relu(*inputs, *running, training=True, backend="triton")
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
 
     def test_running_statistics_may_change_before_backward(self):
         """Two forward passes, then the gradients of both: what the first one kept is not the running statistics."""
@@ -359,7 +409,7 @@ class TestNumbersThatAreHardToHold:
         inputs[0] += 300.0
         image, row, column = place
         inputs[0][image, :, row, column] = 0.0
-        _, mean, variance, _ = operator(inputs)
+        _, mean, variance = operators(inputs)
         exact = inputs[0].double().var(dim=(0, 2, 3), correction=0)
         torch.testing.assert_close(variance.double(), exact, rtol=1e-6, atol=0.0)
         torch.testing.assert_close(mean.double(), inputs[0].double().mean(dim=(0, 2, 3)), rtol=2.4e-7, atol=0.0)
@@ -378,7 +428,7 @@ class TestNumbersThatAreHardToHold:
         for memory_format in FORMATS:
             inputs = inputs_of((2, 3, 3, 5), torch.float32, memory_format)
             inputs[0].fill_(value)
-            output, mean, variance, _ = operator(inputs)
+            output, mean, variance = operators(inputs)
             assert not variance.any()
             torch.testing.assert_close(mean, torch.full_like(mean, value))
             torch.testing.assert_close(output, inputs[2].relu()[:, None, None].expand_as(output))
@@ -493,6 +543,6 @@ class TestOnAGpu:
         compiled = torch.compile(torch.ops.uctrans.batch_norm_relu, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):  # one to warm up, one to record, two to replay
             torch.compiler.cudagraph_mark_step_begin()
-            found = [tensor.clone() for tensor in compiled(*inputs, None, None, MOMENTUM, EPS)]
+            found = compiled(*inputs, *running_statistics(inputs), None, EPS, False).clone()
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-        assert_same_bits(found, operator(inputs))
+        assert_same_bits([found], [results(inputs, training=False)[0]])
