@@ -121,6 +121,100 @@ def test_other_norms_run_as_they_are(norm, calls):
         assert torch.equal(result, same)
 
 
+def parametrised(module):
+    torch.nn.utils.parametrize.register_parametrization(module.conv, "weight", nn.Identity())
+
+
+def with_reflected_borders(module):
+    module.conv.padding_mode, module.conv._reversed_padding_repeated_twice = "reflect", [1, 1, 1, 1]
+
+
+class OtherConv(nn.Conv2d):
+    """A convolution of twice the feature."""
+
+    def forward(self, feature):
+        return super().forward(2 * feature)
+
+
+def of_another_class(module):
+    module.conv.__class__ = OtherConv
+
+
+class TestConvolutionsWithoutTheirBias:
+    @pytest.fixture
+    def biases(self, monkeypatch):
+        """Return a list that gets the bias of each convolution that runs."""
+        found, convolve = [], torch.nn.functional.conv2d
+
+        def noting(feature, weight, bias=None, *arguments, **options):
+            found.append(bias)
+            return convolve(feature, weight, bias, *arguments, **options)
+
+        monkeypatch.setattr(torch.nn.functional, "conv2d", noting)
+        return found
+
+    def test_the_gradient_of_the_bias_is_zero_in_training(self, biases):
+        """A tensor of zeros, as optimizers and DistributedDataParallel expect it; weight decay alone moves the bias."""
+        module = set_backend(block(), "triton")
+        before = module.conv.bias.clone()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.5, weight_decay=0.5)
+        module(maps()).square().sum().backward()
+        assert biases == [None]
+        assert torch.equal(module.conv.bias.grad, torch.zeros_like(before))
+        optimizer.step()
+        torch.testing.assert_close(module.conv.bias.detach(), 0.75 * before)
+
+    def test_a_frozen_norm(self, biases):
+        """Of running statistics that do not follow the batch, the bias has the gradient that it always has."""
+        module = block()
+        module.norm.eval()
+        nn.init.normal_(module.norm.running_mean)
+        expected = outputs_gradients_and_buffers(set_backend(copy.deepcopy(module), "composed"), steps=1)
+        found = outputs_gradients_and_buffers(set_backend(module, "triton"), steps=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert biases[-1] is None and biases[0] is not None
+
+    def test_parameters_that_do_not_learn(self):
+        module = set_backend(block(), "triton")
+        module.conv.requires_grad_(False)
+        module(maps()).sum().backward()
+        assert module.conv.bias.grad is None and module.norm.weight.grad is not None
+
+    def test_a_convolution_without_a_bias(self):
+        module = block(ConvNormActPool)
+        module.conv.bias = None
+        expected = outputs_gradients_and_buffers(set_backend(copy.deepcopy(module), "composed"), steps=1)
+        found = outputs_gradients_and_buffers(set_backend(module, "triton"), steps=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("change", [parametrised, of_another_class, with_reflected_borders])
+    def test_other_convolutions(self, change, calls):
+        module = block()
+        change(module)
+        expected = outputs_gradients_and_buffers(set_backend(copy.deepcopy(module), "composed"), steps=1)
+        found = outputs_gradients_and_buffers(set_backend(module, "triton"), steps=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("part", ["conv", "norm", "act"])
+    def test_hooks_see_what_they_saw(self, part):
+        seen = {"composed": [], "triton": []}
+        for backend, kept in seen.items():
+            module = set_backend(block(), backend)
+            hooked = getattr(module, part)
+            hooked.register_forward_hook(lambda _, inputs, output, kept=kept: kept.append(output.detach().clone()))
+            module(maps())
+            assert len(kept) == 1
+        torch.testing.assert_close(*seen.values())
+
+    def test_compiled_in_one_graph(self):
+        torch._dynamo.reset()
+        module = set_backend(block(ConvNormActPool), "triton")
+        expected = outputs_gradients_and_buffers(copy.deepcopy(module))
+        found = outputs_gradients_and_buffers(torch.compile(module, fullgraph=True, backend="aot_eager"))
+        torch.testing.assert_close(found, expected)
+
+
 def test_synchronised_batch_norm_runs_as_it_is(calls):
     """Test the result of ``convert_sync_batchnorm`` in evaluation; in training it needs a GPU."""
     module = nn.SyncBatchNorm.convert_sync_batchnorm(block()).eval()

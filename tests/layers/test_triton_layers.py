@@ -163,7 +163,7 @@ class TestDropout:
         sum(output.square().mean() for output in module(features())).backward()
         for name, parameter in module.named_parameters():
             assert parameter.grad.isfinite().all(), name
-            assert parameter.grad.any(), name
+            assert parameter.grad.any() != name.endswith("conv.bias"), name  # batch norm takes away what these add
 
     def test_dropout_of_the_mlps(self):
         """Both dropouts of an MLP act, at the rate that all scales share."""

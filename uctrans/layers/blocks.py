@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ class ConvNormAct(nn.Sequential):
     """3x3 convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W).
 
     On Triton, batch norm and ReLU are one operator if ``norm`` is an ``nn.BatchNorm2d`` with its default settings. Any
-    other ``norm``, such as ``nn.SyncBatchNorm``, runs as a module, followed by ``act``.
+    other ``norm``, such as ``nn.SyncBatchNorm``, runs as a module, followed by ``act``. So do modules with hooks.
 
     Args:
         in_channels: width of the feature.
@@ -35,17 +35,9 @@ class ConvNormAct(nn.Sequential):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Convolve, normalise and rectify."""
-        feature = self.conv(feature)
-        if self._is_one_operator(feature):
-            return _normalised(batch_norm_relu, self.norm, feature, self.backend)
-        return self.act(self.norm(feature))
-
-    def _is_one_operator(self, feature: Tensor) -> bool:
-        """Return whether the Triton operator computes what ``norm`` and ``act`` do."""
-        norm = self.norm
-        is_plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-        # Without momentum, batch norm keeps a cumulative average, whose count it would read on the host.
-        return resolve_backend(self.backend, feature.device) == "triton" and is_plain and norm.momentum is not None
+        if is_plain(self.act, nn.ReLU) and normalises_on_triton(self.norm, feature, self.backend):
+            return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, feature, self.backend)
+        return self.act(self.norm(self.conv(feature)))
 
 
 class ConvNormActPool(ConvNormAct):
@@ -57,17 +49,38 @@ class ConvNormActPool(ConvNormAct):
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve, normalise, rectify and pool."""
-        feature = self.conv(feature)
-        if self._is_one_operator(feature):
-            return _normalised(batch_norm_relu_pool, self.norm, feature, self.backend)
-        feature = self.act(self.norm(feature))
+        if is_plain(self.act, nn.ReLU) and normalises_on_triton(self.norm, feature, self.backend):
+            return convolve_and_normalise(batch_norm_relu_pool, self.conv, self.norm, feature, self.backend)
+        feature = self.act(self.norm(self.conv(feature)))
         return feature, F.max_pool2d(feature, 2)
 
 
-def _normalised(operator: Callable[..., Maps], norm: nn.BatchNorm2d, feature: Tensor, backend: str) -> Maps:
-    """Call ``operator`` with the parameters of ``norm``, and update the running statistics as ``norm`` does."""
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
+def normalises_on_triton(norm: nn.Module, feature: Tensor, backend: str) -> bool:
+    """Return whether the Triton operators compute what ``norm`` does."""
+    # Without momentum, batch norm keeps a cumulative average, whose count it would read on the host.
+    is_default = is_plain(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
+    return resolve_backend(backend, feature.device) == "triton" and is_default and norm.momentum is not None
+
+
+def convolve_and_normalise(
+    operator: Callable[..., Maps],
+    conv: nn.Module,
+    norm: nn.BatchNorm2d,
+    feature: Tensor,
+    backend: str,
+    **options: Any,
+) -> Maps:
+    """Call ``operator`` on the convolved feature, with the parameters and buffers of ``norm``.
+
+    A bias costs a convolution one pass over its output and another over the gradient, and batch norm takes away what it
+    adds. The operator accounts for it on one number a channel.
+    """
+    conv_bias = None
+    if is_plain(conv, nn.Conv2d) and conv.bias is not None:
+        feature = conv._conv_forward(feature, conv.weight, None)
+        conv_bias = conv.bias.to(feature.dtype)  # as autocast casts it
+    else:
+        feature = conv(feature)
     return operator(
         feature,
         norm.weight,
@@ -77,8 +90,20 @@ def _normalised(operator: Callable[..., Maps], norm: nn.BatchNorm2d, feature: Te
         training=norm.training,
         momentum=norm.momentum,
         eps=norm.eps,
+        conv_bias=conv_bias,
+        num_batches_tracked=norm.num_batches_tracked,
         backend=backend,
+        **options,
     )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether calling ``module`` does what ``kind`` does and nothing else: it is of no subclass, without hooks.
+
+    Parametrisations make a subclass.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 class DoubleConv(nn.Sequential):

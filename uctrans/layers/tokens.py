@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..kernels import check_backend, resolve_backend
+from ..kernels import batch_norm_relu, check_backend, resolve_backend
+from .blocks import convolve_and_normalise, normalises_on_triton
 
 
 class PatchEmbedding(nn.Module):
@@ -39,7 +40,8 @@ class Reconstruct(nn.Module):
 
     The published network upsamples the tokens first, and so does ``reference``. The three operations commute with
     nearest-neighbour upsampling, so the other backends run them on the token grid and leave upsampling to the reader of
-    the result. Only the running variance depends on the number of pixels; it is corrected.
+    the result. Only the running variance depends on the number of pixels; it is corrected. On Triton, batch norm and
+    ReLU are one operator where they are in :class:`ConvNormAct`.
     """
 
     def __init__(self, channels: int, patch_size: int, backend: str):
@@ -51,6 +53,9 @@ class Reconstruct(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return (B, C, rows, columns), or ``patch_size`` times as many rows and columns with ``reference``."""
+        if normalises_on_triton(self.norm, tokens, self.backend):
+            copies = self.patch_size**2
+            return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, tokens, self.backend, copies=copies)
         if resolve_backend(self.backend, tokens.device) == "reference":
             upsampled = F.interpolate(tokens.contiguous(), scale_factor=self.patch_size, mode="nearest")
             return F.relu(self.norm(self.conv(upsampled)))
