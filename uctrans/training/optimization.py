@@ -75,7 +75,7 @@ class WeightAverage:
         """Add the present weights of ``model`` to the average, without waiting for the device."""
         averages, weights = ([*network.parameters(), *network.buffers()] for network in (self.model, model))
         floating = [number for number, tensor in enumerate(averages) if tensor.is_floating_point()]
+        counters = [number for number, tensor in enumerate(averages) if not tensor.is_floating_point()]
         torch._foreach_lerp_([averages[i] for i in floating], [weights[i] for i in floating], 1 - self.decay)
-        for average, weight in zip(averages, weights, strict=True):
-            if not average.is_floating_point():
-                average.copy_(weight)
+        if counters:
+            torch._foreach_copy_([averages[i] for i in counters], [weights[i] for i in counters])
