@@ -154,8 +154,8 @@ class EpochTotals:
         self.loss.add_(loss, alpha=len(dice))
         self.dice.add_(dice.sum())
         self.images.add_(len(dice))
-        is_first_bad = (self.first_bad < 0) & ~torch.isfinite(loss)
-        self.first_bad.copy_(torch.where(is_first_bad, self.steps, self.first_bad))
+        is_bad = loss - loss != 0  # two launches; torch.isfinite takes four
+        torch.where(is_bad & (self.first_bad < 0), self.steps, self.first_bad, out=self.first_bad)
         self.steps.add_(1)
 
     def reset(self) -> None:
