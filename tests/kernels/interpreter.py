@@ -1,88 +1,53 @@
 """Triton's interpreter as the tests run it: right for bfloat16, and faster.
 
 The interpreter keeps a bfloat16 number as the 16-bit integer of its bits and computes with these integers: products,
-sums and comparisons are wrong, and nothing says so. Here products, casts and constants convert through float32, as a
-GPU does; operations that move numbers are left alone; every other operation on bfloat16 raises.
+sums and comparisons are wrong, and nothing says so. Here each integer is the field of a structure, which numpy moves
+but does not compute with. Products, casts and constants convert as a GPU does, and other arithmetic raises.
 """
-
-from functools import wraps
 
 import numpy as np
 import pytest
-import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-# Operations that take bfloat16: the first move numbers or look at bits, the last cast by `cast_impl`.
-UNGUARDED = {
-    *("load", "store", "masked_load", "masked_store", "tensor_pointer_load", "tensor_pointer_store"),
-    *("descriptor_load", "descriptor_store", "descriptor_gather", "descriptor_scatter"),
-    *("splat", "unsplat", "broadcast", "expand_dims", "reshape", "trans", "cat", "join", "split", "gather"),
-    *("addptr", "select", "bitcast", "fabs"),
-    *("fp_ext", "fp_trunc", "fp_to_si", "fp_to_ui", "si_to_fp", "ui_to_fp"),
-}
-
-
-def is_bfloat16(operand):
-    """Return whether a handle holds bfloat16, or a type is it; a pointer is not."""
-    return getattr(getattr(operand, "dtype", operand), "scalar", None) == tl.bfloat16
-
-
-def refuse_bfloat16(operation, operands):
-    if any(map(is_bfloat16, operands)):
-        raise TypeError(f"{operation} of bfloat16 is not interpreted; convert to float32 in the kernel")
+BFLOAT16 = np.dtype([("bits_of_bfloat16", np.uint16)])
 
 
 def widen(handle):
-    """Return a handle of bfloat16 as one of float32, and others as they are."""
-    if not is_bfloat16(handle):
+    """Return a handle of bfloat16 as one of float32, and any other as it is."""
+    if handle.data.dtype != BFLOAT16:
         return handle
-    bits = torch.from_numpy(np.array(handle.data, order="C"))
-    return TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
+    return TensorHandle((handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def round_to_bfloat16(numbers):
     """Return a handle of the nearest bfloat16 numbers, ties to even."""
-    rounded = torch.from_numpy(np.array(numbers, order="C")).to(torch.bfloat16)
-    return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+    numbers = np.asarray(numbers, np.float32)
+    bits = numbers.view(np.uint32)
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    bits = np.where(np.isnan(numbers), 0x7FC0, bits).astype(np.uint16)
+    return TensorHandle(bits.view(BFLOAT16), tl.bfloat16)
 
 
 def make_right_for_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """Change the interpreter until ``patch`` is undone."""
-    cast, product, check = (
-        InterpreterBuilder.cast_impl,
-        InterpreterBuilder.create_dot,
-        ReduceScanOpInterface.check_tensor,
-    )
+    numpy_dtype, cast, product = interpreter._get_np_dtype, InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def get_np_dtype(dtype):
+        return BFLOAT16 if dtype.scalar == tl.bfloat16 else numpy_dtype(dtype)
 
     def cast_impl(self, source, destination):
         source = widen(source)
-        return round_to_bfloat16(source.data) if is_bfloat16(destination) else cast(self, source, destination)
+        return round_to_bfloat16(source.data) if destination.scalar == tl.bfloat16 else cast(self, source, destination)
 
-    def create_dot(self, left, right, accumulator, *precision):
-        return product(self, widen(left), widen(right), accumulator, *precision)
+    def create_dot(self, left, right, *others):
+        return product(self, widen(left), widen(right), *others)
 
-    def check_tensor(self, operands):
-        refuse_bfloat16("reduction", [operand.handle for operand in operands])
-        check(self, operands)
-
-    def guarded(operation, function):
-        @wraps(function)
-        def call(self, *arguments, **options):
-            refuse_bfloat16(operation, [*arguments, *options.values()])
-            return function(self, *arguments, **options)
-
-        return call
-
-    for name, function in list(vars(InterpreterBuilder).items()):
-        operation = name.removeprefix("create_")
-        if operation != name and operation not in UNGUARDED:
-            patch.setattr(InterpreterBuilder, name, guarded(operation, function))
+    patch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
     patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)
     patch.setattr(InterpreterBuilder, "get_bf16", lambda self, number: round_to_bfloat16([number]), raising=False)
-    patch.setattr(ReduceScanOpInterface, "check_tensor", check_tensor)
 
 
 def wrap_once(patch: pytest.MonkeyPatch) -> None:
