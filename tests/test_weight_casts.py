@@ -50,10 +50,10 @@ def test_outputs_under_autocast_are_the_same_to_the_bit(name, options, dtype):
     assert_same_outputs(network(name, **options), "cpu", dtype, images())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the test below runs them in bfloat16")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the test below runs them")
 def test_outputs_of_the_triton_operators_are_the_same_to_the_bit():
     pytest.importorskip("triton")
-    assert_same_outputs(network("uctransnet", **ON_TRITON), "cpu", torch.float16, images(1, 8))
+    assert_same_outputs(network("uctransnet", **ON_TRITON), "cpu", torch.bfloat16, images(1, 8))
 
 
 @pytest.mark.gpu
@@ -138,10 +138,10 @@ def test_a_training_step_has_the_same_bits(name, is_checkpointing):
     assert_the_same_training(model, "cpu", torch.bfloat16, images())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the test below runs them in bfloat16")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, a test below runs them")
 def test_a_training_step_of_the_triton_operators_likewise():
     pytest.importorskip("triton")
-    assert_the_same_training(network("uctransnet", **ON_TRITON), "cpu", torch.float16, images(1, 8))
+    assert_the_same_training(network("uctransnet", **ON_TRITON), "cpu", torch.bfloat16, images(1, 8))
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -72,13 +72,9 @@ def assert_as_exact_as(oracle, function, inputs, gradient=None):
 
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
-CPU_PAIRS = [(torch.contiguous_format, torch.float32), (torch.channels_last, torch.float16)]
-GPU_PAIRS = [
-    (torch.contiguous_format, torch.float16),
-    (torch.channels_last, torch.float32),
-    (torch.contiguous_format, torch.bfloat16),
-    (torch.channels_last, torch.bfloat16),
-]
+CPU_PAIRS = [(torch.contiguous_format, torch.float32), (torch.channels_last, torch.bfloat16)]
+OTHER_PAIRS = [(torch.contiguous_format, torch.float16), (torch.channels_last, torch.float32)]
+GPU_PAIRS = [*OTHER_PAIRS, (torch.contiguous_format, torch.bfloat16), (torch.channels_last, torch.float16)]
 # Every dtype and both formats on a GPU; in the interpreter, where time is short, each format in one dtype.
 PAIRS = [*CPU_PAIRS, *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS)]
 BACKENDS = ["reference", "composed", "triton"]
@@ -91,6 +87,16 @@ def alternately(names, others):
         for place, name in enumerate(names)
         for number, other in enumerate(others)
     ]
+
+
+def over_dtypes(shapes):
+    """Parametrise ``shape`` and ``dtype``: a quick run takes float16 with the first shape only."""
+    parameters = [
+        pytest.param(shape, dtype, marks=pytest.mark.slow if place and dtype == torch.float16 else [])
+        for place, shape in enumerate(shapes)
+        for dtype in TRITON_DTYPES
+    ]
+    return pytest.mark.parametrize(("shape", "dtype"), parameters, ids=str)
 
 
 def over_pairs(names):

@@ -169,8 +169,6 @@ class TestLikeBatchNorm2d:
 
     @pytest.mark.parametrize("feature_dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_dtype_under_autocast(self, backend, feature_dtype):
-        if backend == "triton" and DEVICE == "cpu":
-            feature_dtype = {torch.bfloat16: torch.float16}.get(feature_dtype, feature_dtype)  # see the interpreter
         inputs = norm_inputs(dtype=feature_dtype)
         norm = nn.BatchNorm2d(3).to(DEVICE)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):

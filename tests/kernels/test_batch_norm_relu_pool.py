@@ -16,6 +16,7 @@ from tests.kernels.support import (
     BACKENDS,
     DEVICE,
     FORMATS,
+    OTHER_PAIRS,
     PAIRS,
     UPSTREAM,
     alternately,
@@ -97,6 +98,10 @@ class TestErrorBudget:
     def test_kernels_in_evaluation(self, name, memory_format, dtype):
         with poisoned_allocations():
             assert_as_exact_as_the_reference([inputs_of(SHAPES[name], dtype, memory_format)], training=False)
+
+    @pytest.mark.parametrize(("memory_format", "dtype"), OTHER_PAIRS, ids=str)
+    def test_kernels_in_the_other_format(self, memory_format, dtype):
+        assert_as_exact_as_the_reference([inputs_of(SHAPES["odd"], dtype, memory_format)])
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize(("name", "memory_format"), alternately(SHAPES, FORMATS), ids=str)

@@ -14,6 +14,7 @@ from tests.kernels.support import (
     DEVICE,
     EXPANDED,
     FORMATS,
+    OTHER_PAIRS,
     PAIRS,
     UPSTREAM,
     VIEWS,
@@ -112,14 +113,16 @@ class TestErrorBudget:
         with poisoned_allocations():
             assert_as_exact_as_the_reference([inputs_of(SHAPES[name], dtype, memory_format)], training=False)
 
-    def test_channels_last_in_float32(self):
-        assert_as_exact_as_the_reference([inputs_of(SHAPES["odd"], torch.float32, torch.channels_last)])
+    @pytest.mark.parametrize(("memory_format", "dtype"), OTHER_PAIRS, ids=str)
+    def test_kernels_in_the_other_format(self, memory_format, dtype):
+        assert_as_exact_as_the_reference([inputs_of(SHAPES["odd"], dtype, memory_format)])
 
-    @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    def test_parameters_in_half_precision(self, memory_format):
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_parameters_in_half_precision(self, dtype):
         """A model converted as a whole: parameters and running statistics are half precision too."""
-        inputs = inputs_of((2, 5, 3, 4), torch.float16, memory_format)
-        assert_as_exact_as_the_reference([[tensor.half() for tensor in inputs]])
+        for memory_format in FORMATS:
+            inputs = inputs_of((2, 5, 3, 4), dtype, memory_format)
+            assert_as_exact_as_the_reference([[tensor.to(dtype) for tensor in inputs]])
 
 
 def conv_bias_inputs(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):

@@ -14,7 +14,7 @@ from uctrans.layers import ChannelGate, TransformerLayer
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [(torch.float32, 0.3), (torch.float16, 0.0)]
+CASES = [(torch.float32, 0.3), (torch.bfloat16, 0.0)]
 METHODS = ("contiguous", "clone", "copy_", "to", "type", "float", "half", "bfloat16", "reshape", "flatten", "repeat")
 FUNCTIONS = ("cat", "stack", "clone")
 WIDTHS, TOKENS = (16, 32), 11
@@ -98,7 +98,7 @@ class TestChannelGate:
     def gate(decoder_channels=6, **options):
         return ChannelGate(4, decoder_channels, **options, backend="triton").to(DEVICE)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_skip_path(self, dtype, memory_format, moved):
         gate = self.gate().to(dtype)
         encoder_feature, tokens, decoder_feature = maps = skip_maps(dtype, memory_format)
@@ -136,9 +136,9 @@ class TestChannelGate:
     def test_under_autocast(self, memory_format, moved):
         """Maps in half precision, weights in float32: kernels read both as they are."""
         gate = self.gate()
-        encoder_feature, tokens, decoder_feature = maps = skip_maps(torch.float16, memory_format)
+        encoder_feature, tokens, decoder_feature = maps = skip_maps(torch.bfloat16, memory_format)
         moved.clear()
-        with torch.autocast(DEVICE, dtype=torch.float16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             output = gate(encoder_feature, decoder_feature, tokens)
         torch.autograd.grad(output, [*maps, *gate.parameters()], torch.ones_like(output))
         assert moved == []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.kernels.support import DEVICE, TRITON_DTYPES, assert_as_exact_as, drawn, results
+from tests.kernels.support import DEVICE, assert_as_exact_as, drawn, over_dtypes, results
 from uctrans.kernels import packed_linear
 from uctrans.kernels.packed_linear import composed, reference
 from uctrans.kernels.testing import poisoned_allocations
@@ -68,8 +68,7 @@ def test_poisoned_allocations_are_nan():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@over_dtypes(SHAPES)
 def test_triton_stays_within_the_error_budget(shape, dtype):
     with poisoned_allocations():
         assert_as_exact_as(
@@ -116,7 +115,7 @@ def test_written_out_by_hand():
         assert by_head.tolist() == [[[[12.0, 6.0, 12.0], [-12.0, -6.0, -12.0]]]]
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tile_of_the_table(dtype, monkeypatch):
     """Each tile in turn, on a problem larger than any."""
     from uctrans.kernels.packed_linear import triton as kernels
@@ -149,7 +148,7 @@ def test_the_query_of_channel_attention_is_a_view():
     assert query.shape == (2, 3, 5, 12) and query.stride() == (5 * 3 * 12, 12, 3 * 12, 1)
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_splits_are_summed_in_the_same_order_in_every_run(dtype):
     shape = LinearShape(1, 257, None, (5, 3), (9, 2), has_biases=True)
     inputs = linear_inputs(shape, dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.support import DEVICE, TRITON_DTYPES, assert_as_exact_as, drawn, results
+from tests.kernels.support import DEVICE, assert_as_exact_as, drawn, over_dtypes, results
 from uctrans.kernels import packed_mlp
 from uctrans.kernels.packed_mlp import reference
 from uctrans.kernels.testing import poisoned_allocations
@@ -61,8 +61,7 @@ def flat(function, shape, **options):
     return lambda tokens, residual, *others: function(tokens, residual, *lists_of(shape, others), **options)
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@over_dtypes(SHAPES)
 def test_triton_stays_within_the_error_budget(shape, dtype):
     with poisoned_allocations():
         assert_as_exact_as(
@@ -113,7 +112,7 @@ def test_gelu_far_from_zero(backend):
     assert torch.autograd.grad(output.sum(), tokens)[0].flatten().tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tile_of_the_table(dtype, monkeypatch):
     """Each tile in turn, on a problem larger than any."""
     from uctrans.kernels.packed_linear import triton as kernels

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.kernels.support import (
     DEVICE,
     FORMATS,
+    OTHER_PAIRS,
     SUMS_SHAPES,
     alternately,
     assert_sums_as_exact_as_the_reference,
@@ -58,6 +59,11 @@ class TestErrorBudget:
         draws = [sums_inputs(*SUMS_SHAPES[name], dtype, memory_format, seed) for seed in range(2)]
         with poisoned_allocations():
             assert_sums_as_exact_as_the_reference(kernels, draws)
+
+    @pytest.mark.parametrize(("memory_format", "dtype"), OTHER_PAIRS, ids=str)
+    def test_kernels_in_the_other_format(self, memory_format, dtype):
+        shape = SUMS_SHAPES["three classes, odd sides"]
+        assert_sums_as_exact_as_the_reference(kernels, [sums_inputs(*shape, dtype, memory_format)])
 
     @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
     @pytest.mark.parametrize("classes", [1, 2])
@@ -313,7 +319,7 @@ class TestOperatorsOfTorch:
     def test_autocast_changes_nothing(self, classes):
         logits, masks = sums_inputs(2, classes, 4, 5, torch.float16)
         expected = sums_results(kernels, logits, masks)
-        with torch.autocast(DEVICE, torch.float16 if DEVICE == "cuda" else torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             found = sums_results(kernels, logits, masks)
             composed_results = sums_results(composed.segmentation_sums, logits, masks)
         assert all(map(torch.equal, [*found[0], found[1]], [*expected[0], expected[1]]))

@@ -14,7 +14,9 @@ from tests.kernels.support import (
     DEVICE,
     EXPANDED,
     FORMATS,
+    OTHER_PAIRS,
     PAIRS,
+    TRITON_DTYPES,
     UPSTREAM,
     VIEWS,
     alternately,
@@ -37,9 +39,6 @@ from uctrans.kernels.testing import poisoned_allocations
 pytest.importorskip("triton")
 
 from uctrans.kernels.skip_gate import triton, triton_gate, triton_maps
-
-AUTOCAST_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-OTHER_PAIRS = [(torch.contiguous_format, torch.float16), (torch.channels_last, torch.float32)]
 
 SHAPES = {
     "published": {"channels": 8, "decoder_channels": 8, "grid": (1, 2), "patch": (4, 4)},
@@ -326,16 +325,16 @@ class TestAutocast:
     def test_error_budget(self, in_float32, memory_format):
         inputs = inputs_of({"batch": 2, "patch": (2, 2)}, torch.float32, memory_format)
         for place in {0, 1, 2}.difference(in_float32):
-            inputs[place] = inputs[place].to(AUTOCAST_DTYPE)
+            inputs[place] = inputs[place].to(torch.bfloat16)
 
         def under_autocast(inputs, function, rounded):
             is_cast = inputs[0].dtype != torch.float64
 
             def call(*tensors):
-                with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE, enabled=is_cast):
+                with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=is_cast):
                     return function(*tensors)
 
-            return gate_results(inputs, normal(2, 8, 4, 6, dtype=AUTOCAST_DTYPE), call)
+            return gate_results(inputs, normal(2, 8, 4, 6, dtype=torch.bfloat16), call)
 
         function, baseline = (partial(under_autocast, function=form) for form in (kernels, reference.skip_gate))
         assert_within_budget_of(baseline, function, [inputs])
@@ -343,10 +342,10 @@ class TestAutocast:
 
     def test_dtypes(self):
         inputs = [tensor.requires_grad_() for tensor in inputs_of({"batch": 1, "patch": (2, 2)})]
-        inputs[2] = inputs[2].detach().to(AUTOCAST_DTYPE).requires_grad_()
+        inputs[2] = inputs[2].detach().to(torch.bfloat16).requires_grad_()
         torch.compiler.reset()
         compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
-        with torch.autocast(DEVICE, dtype=AUTOCAST_DTYPE):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             output, same = kernels(*inputs), compiled(*inputs)
         assert output.dtype == same.dtype == torch.float32
         assert torch.equal(output, same)
@@ -374,7 +373,7 @@ class TestNumbersThatAreHardToHold:
         assert torch.equal(d_encoder_feature != 0, skip > 0)
         assert not d_tokens[:, :2].any()
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
     @pytest.mark.parametrize("bias", [-1e4, 60.0])
     def test_gates_that_are_shut_or_open(self, bias, dtype):
         inputs = self.inputs(dtype)
