@@ -14,7 +14,6 @@ takes minutes. cuDNN measures which convolutions are fastest.
 """
 
 import argparse
-import functools
 import gc
 import math
 import multiprocessing
@@ -50,7 +49,7 @@ from .records import DEFAULT_RECORD, append_line, environment, table
 
 MODELS = ("uctransnet", "dual_branch_uctransnet")
 OURS = "ours"
-ROUNDS = {"cuda": 20, "cpu": 5}
+ROUNDS = {"cuda": 12, "cpu": 5}
 WARM_UP_CALLS = {"cuda": 4, "cpu": 1}  # two plain ones, the one that records, and a replay
 CALLS_IN_A_ROW = {"cuda": 3, "cpu": 1}
 
@@ -523,9 +522,9 @@ def measurements(given: argparse.Namespace, problem: Problem) -> Iterator[tuple[
         yield from compare(given.mode, problem, given.candidates)
         return
     if given.mode == "profile":
-        measure = functools.partial(profile, problem)
+        measure = partial(profile, problem)
     else:
-        measure = functools.partial(in_own_process, largest_batch if given.largest else peak_memory, problem)
+        measure = partial(in_own_process, largest_batch if given.largest else peak_memory, problem)
     for candidate in given.candidates:
         yield candidate, measure(candidate), []
 
