@@ -29,13 +29,13 @@ from .triton_rows import (
 # The accumulator of 128 channels over 256 tokens takes half of the registers of a multiprocessor.
 LONGEST_FUSED = 256
 MOST_TOKEN_TILES = 3
-FULL_ENOUGH = 0.94  # share of a tile; to leave out less than the rest is not worth a matrix instruction of its own
+WORTH_SPLITTING = 0.94  # several tiles along the tokens are taken where they cover less than this share of a single one
 
 # Programs of 128 channels that fill an H100 or H200 (132 multiprocessors) once.
 ENOUGH_PROGRAMS = 120
 
-# Maps that backward holds at a time, two of them. Those of 32 images of the published widths take 472 MB: enough to
-# fill the largest GPU, and little beside the features that a training step of as many images keeps.
+# Memory of two maps of a part of the images. Those of 32 images of the published widths take 472 MB in half precision:
+# enough to fill the largest GPU, and little beside the features that a training step of as many images keeps.
 MAP_BYTES = 2**29
 
 # Entries of rows that a warp holds, 32 in the registers of a thread. Reductions then need no other warp.
@@ -67,17 +67,10 @@ def forward(
     That is, for each row, the mean of the map that it belongs to, and one over its standard deviation: (B, H, sum C)
     float32 each.
     """
-    batch, _, tokens, channels = query.shape
-    output = query.new_empty(batch, tokens, channels)
-    row_means, row_variances = (_row_numbers(query) for _ in range(2))
-    blocks = fused_blocks(query, key, value)
-    if batch > 0 and blocks is not None:
-        _attend_without_a_map(
-            query, key, value, segments, dropout_p, eps, seed, blocks, output, row_means, row_variances
-        )
-    elif batch > 0:
-        _attend_over_maps(query, key, value, segments, dropout_p, eps, seed, output, row_means, row_variances)
-    return output, row_means, row_variances
+    blocks = fused_blocks(query, key, value) if len(query) > 0 else None
+    if blocks is None:
+        return _attend_over_maps(query, key, value, segments, dropout_p, eps, seed)
+    return _attend_without_a_map(query, key, value, segments, dropout_p, eps, seed, blocks)
 
 
 def forward_packed(query: Tensor, key_value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,18 +106,15 @@ def _attend_without_a_map(
     eps: float,
     seed: Tensor | None,
     blocks: Blocks,
-    output: Tensor,
-    row_means: Tensor,
-    row_variances: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, tokens, channels = query.shape
-    row_maxima = torch.empty_like(row_means)
+    means, variances, maxima = (_empty_row_numbers(query) for _ in range(3))
     head_outputs = query.new_empty(batch, heads, tokens, channels)
     grid = (batch * heads * triton.cdiv(channels, blocks.query_channels),)
     arguments = {
         "queries": HeadMap.of(query),
         "keys": HeadMap.of(key),
-        "row_maximum_ptr": row_maxima,
+        "row_maximum_ptr": maxima,
         "heads": heads,
         "tokens": tokens,
         "scale": _score_scale(key),
@@ -136,8 +126,10 @@ def _attend_without_a_map(
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
-    score_statistics_kernel[grid](row_mean_ptr=row_means, row_variance_ptr=row_variances, **arguments)
-    _, temperatures = _normalise(row_means, row_variances, segments, eps)
+    # 1. Statistics of the rows of scores, and from them of each map.
+    score_statistics_kernel[grid](row_mean_ptr=means, row_variance_ptr=variances, **arguments)
+    temperatures = _normalise(means, variances, segments, eps)
+    # 2. Attention of each head, and the mean over heads.
     attention_kernel[grid](
         values=HeadMap.of(value),
         temperature_ptr=temperatures,
@@ -147,7 +139,7 @@ def _attend_without_a_map(
         keep_factor=keep_scale(dropout_p),
         **arguments,
     )
-    torch.mean(head_outputs, dim=1, out=output)
+    return head_outputs.mean(dim=1), means, temperatures
 
 
 def _attend_over_maps(
@@ -158,53 +150,66 @@ def _attend_over_maps(
     dropout_p: float,
     eps: float,
     seed: Tensor | None,
-    output: Tensor,
-    row_means: Tensor,
-    row_variances: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, channels = query.shape
+    output = query.new_empty(batch, tokens, channels)
+    means, variances = (_empty_row_numbers(query) for _ in range(2))
     for images in _parts(query, key):
+        # 1. Scores, statistics of their rows, and from them of each map.
         scores = _scores(query[images], key[images])
-        statistics = row_means[images], row_variances[images]
-        _launch_rows(row_statistics_kernel, scores, *statistics)
-        _, temperatures = _normalise(*statistics, segments, eps)
-        dropout = _dropout_arguments(query, images, dropout_p, seed)
-        _launch_rows(softmax_kernel, scores, temperatures, **dropout)
-        # The sum over the key channels of all heads takes the mean over heads, too.
+        _launch_rows(row_statistics_kernel, scores, means[images], variances[images])
+        temperatures = _normalise(means[images], variances[images], segments, eps)
+        # 2. Attention in the place of the scores. The product sums over the key channels of all heads.
+        _launch_rows(softmax_kernel, scores, temperatures, **_dropout_arguments(query, images, dropout_p, seed))
         attention = scores.flatten(2).transpose(1, 2)
-        _multiply(output[images], _side_by_side(value[images]), attention, keep_scale(dropout_p) / query.shape[1])
+        _write_product(output[images], _side_by_side(value[images]), attention, keep_scale(dropout_p) / heads)
+    return output, means, variances
 
 
-def _write_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> None:
+def _write_gradients(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    means: Tensor,
+    temperatures: Tensor,
+    seed: Tensor | None,
+    segments: Sequence[int],
+    dropout_p: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
     """Write the gradients into tensors whose channels are adjacent."""
-    score_means, temperatures, seed, segments, dropout_p, grad_query, grad_key, grad_value = arguments
     heads = query.shape[1]
-    attention_scale = keep_scale(dropout_p) / heads
+    score_scale, attention_scale = _score_scale(key), keep_scale(dropout_p) / heads
     for images in _parts(query, key):
         # 1. The scores again, and the gradient of attention, of all heads in one product.
         scores = _scores(query[images], key[images])
         map_gradient = torch.empty_like(scores)
         values = _side_by_side(value[images])
-        _multiply(map_gradient.flatten(2), gradient[images].transpose(1, 2), values, attention_scale)
+        _write_product(map_gradient.flatten(2), gradient[images].transpose(1, 2), values, attention_scale)
         # 2. Scores become attention, its gradient becomes that of the scores. Instance norm needs a mean over each map.
-        maps = scores, map_gradient, score_means[images], temperatures[images]
+        slopes = _empty_row_numbers(query[images])
+        maps_and_rows = scores, map_gradient, means[images], temperatures[images], slopes
         dropout = _dropout_arguments(query, images, dropout_p, seed)
-        slopes = _row_numbers(query[images])
-        _launch_rows(slope_kernel, *maps, slopes, **dropout)
-        segment_mean_kernel[(slopes.shape[0] * heads,)](slopes, **_segment_sizes(segments))
-        _launch_rows(score_gradient_kernel, *maps, slopes, **dropout)
+        _launch_rows(slope_kernel, *maps_and_rows, **dropout)
+        segment_mean_kernel[(slopes.shape[0] * heads,)](slopes, **_segment_constants(segments), num_warps=4)
+        _launch_rows(score_gradient_kernel, *maps_and_rows, **dropout)
         # 3. Products with what each side was multiplied by.
-        _multiply(_side_by_side(grad_value[images]), gradient[images], scores.flatten(2), attention_scale)
+        _write_product(_side_by_side(grad_value[images]), gradient[images], scores.flatten(2), attention_scale)
         for head in range(heads):
             score_gradient = map_gradient[:, :, head]
-            _multiply(grad_query[images, head], key[images, head], score_gradient.transpose(1, 2), _score_scale(key))
-            _multiply(grad_key[images, head], query[images, head], score_gradient, _score_scale(key))
+            _write_product(grad_query[images, head], key[images, head], score_gradient.transpose(1, 2), score_scale)
+            _write_product(grad_key[images, head], query[images, head], score_gradient, score_scale)
 
 
 def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
-    """Cut the images into parts whose maps take no more than `MAP_BYTES`, or single images."""
+    """Cut the images into equal parts, two maps of which take no more than `MAP_BYTES`, or into single images."""
     batch, heads, _, channels = query.shape
-    bytes_an_image = 2 * heads * channels * key.shape[-1] * query.itemsize
-    images = max(MAP_BYTES // bytes_an_image, 1)
+    most = max(MAP_BYTES // (2 * heads * channels * key.shape[-1] * query.itemsize), 1)
+    parts = max(triton.cdiv(batch, most), 1)
+    images = max(triton.cdiv(batch, parts), 1)
     for start in range(0, batch, images):
         yield slice(start, start + images)
 
@@ -214,7 +219,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     batch, heads, _, channels = query.shape
     scores = query.new_empty(batch, channels, heads, key.shape[-1])
     for head in range(heads):
-        _multiply(scores[:, :, head], query[:, head].transpose(1, 2), key[:, head], _score_scale(key))
+        _write_product(scores[:, :, head], query[:, head].transpose(1, 2), key[:, head], _score_scale(key))
     return scores
 
 
@@ -222,7 +227,7 @@ def _score_scale(key: Tensor) -> float:
     return 1 / math.sqrt(key.shape[-1])
 
 
-def _multiply(output: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+def _write_product(output: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
     """Write ``factor * left @ right``, a product for each image; operands with dense rows or columns are not copied."""
     torch.baddbmm(output, left, right, beta=0, alpha=factor, out=output)
 
@@ -232,27 +237,23 @@ def _side_by_side(value: Tensor) -> Tensor:
     return value.transpose(1, 2).flatten(2)
 
 
-def _row_numbers(query: Tensor) -> Tensor:
+def _empty_row_numbers(query: Tensor) -> Tensor:
     """Return a number without value for each row, (B, H, sum C) float32."""
     batch, heads, _, channels = query.shape
     return query.new_empty(batch, heads, channels, dtype=torch.float32)
 
 
-def _normalise(row_means: Tensor, row_variances: Tensor, segments: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
-    """Turn statistics of rows, in place, into the mean of each row's map and one over its standard deviation."""
-    heads_of_all_images = row_means.shape[0] * row_means.shape[1]
-    instance_norm_kernel[(heads_of_all_images,)](row_means, row_variances, eps, **_segment_sizes(segments))
-    return row_means, row_variances
+def _normalise(means: Tensor, variances: Tensor, segments: Sequence[int], eps: float) -> Tensor:
+    """Turn means and variances of rows, in place, into means of their maps and temperatures; return the latter."""
+    heads_of_all_images = means.shape[0] * means.shape[1]
+    constants = _segment_constants(segments)
+    instance_norm_kernel[(heads_of_all_images,)](means, variances, eps, **constants, num_warps=4)
+    return variances
 
 
-def _segment_sizes(segments: Sequence[int]) -> dict[str, Any]:
+def _segment_constants(segments: Sequence[int]) -> dict[str, Any]:
     channels = sum(segments)
-    return {
-        "CHANNELS": channels,
-        "SEGMENTS": tuple(segments),
-        "BLOCK_C": triton.next_power_of_2(channels),
-        "num_warps": 4,
-    }
+    return {"CHANNELS": channels, "SEGMENTS": tuple(segments), "BLOCK_C": triton.next_power_of_2(channels)}
 
 
 def _launch_rows(kernel: Any, scores: Tensor, *arguments: Tensor, **dropout: Any) -> None:
@@ -291,6 +292,8 @@ def fused_blocks(query: Tensor, *others: Tensor) -> Blocks | None:
     batch, heads, tokens, channels = query.shape
     if query.dtype == torch.float32 or tokens > LONGEST_FUSED or not has_aligned_rows(query, *others):
         return None
+    if any(tensor.stride(2) * LONGEST_FUSED >= 2**31 for tensor in (query, *others)):  # offsets in a head are int32
+        return None
     architecture = current_architecture()
     if architecture.family == "interpreter":
         return Blocks(64, 64, 4, 1)  # it has no registers to spill, and takes its time by the program
@@ -316,4 +319,4 @@ def token_tiles(tokens: int, most: int = MOST_TOKEN_TILES) -> tuple[int, ...]:
     if most == 1 or single == SMALLEST_TILE:
         return (single,)
     split = (single // 2, *token_tiles(tokens - single // 2, most - 1))
-    return split if sum(split) < FULL_ENOUGH * single else (single,)
+    return split if sum(split) < WORTH_SPLITTING * single else (single,)

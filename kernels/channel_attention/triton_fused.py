@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_rows import LOG2_E, keep_mask, row_keys
+from .triton_dropout import keep_mask, row_keys
+from .triton_rows import LOG2_E
 
 
 class HeadMap(NamedTuple):
@@ -59,7 +60,7 @@ def score_statistics_kernel(
         offs_s = start + tl.arange(0, BLOCK_S)
         mask_s = offs_s < KEY_CHANNELS
         key = _load_tiles(key_ptr, keys.stride_n, offs_s, mask_s, tokens, TOKEN_TILES)
-        scores = _multiply(query, key)  # [BLOCK_C, BLOCK_S], zero where there is no key
+        scores = _contract(query, key)  # [BLOCK_C, BLOCK_S], zero where there is no key
         # Means and squares of a tile are joined to those of the tiles before it. Nothing cancels, as all are centred.
         count = tl.minimum(KEY_CHANNELS - start, BLOCK_S)
         tile_mean = tl.sum(scores, axis=1) * (scale / count)
@@ -121,7 +122,7 @@ def attention_kernel(
         offs_s = start + tl.arange(0, BLOCK_S)
         mask_s = offs_s < KEY_CHANNELS
         key = _load_tiles(key_ptr, keys.stride_n, offs_s, mask_s, tokens, TOKEN_TILES)
-        exponential = tl.exp2(_multiply(query, key) * factor[:, None] - ceiling[:, None])  # [BLOCK_C, BLOCK_S]
+        exponential = tl.exp2(_contract(query, key) * factor[:, None] - ceiling[:, None])  # [BLOCK_C, BLOCK_S]
         if KEY_CHANNELS % BLOCK_S != 0:
             exponential = tl.where(mask_s[None, :], exponential, 0.0)
         total += tl.sum(exponential, axis=1)
@@ -143,8 +144,8 @@ def _tile_of_queries(CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _head(map, pid_bh, heads):
-    return map.ptr + pid_bh // heads * map.stride_b + pid_bh % heads * map.stride_h
+def _head(tensor, pid_bh, heads):
+    return tensor.ptr + pid_bh // heads * tensor.stride_b + pid_bh % heads * tensor.stride_h
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def _store_tiles(head_ptr, stride_n, tiles, factors, offs_c, mask_c, tokens, TOK
 
 
 @triton.jit
-def _multiply(left, right):
+def _contract(left, right):
     """Sum products over the tokens: tiles [tokens, M], tiles [tokens, K] -> [M, K]."""
     product = tl.dot(tl.trans(left[0]), right[0])
     for t in tl.static_range(1, len(left)):

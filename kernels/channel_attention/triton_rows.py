@@ -1,4 +1,4 @@
-"""Triton kernels over rows of maps in memory, over the segments of a head's rows, and the dropout mask.
+"""Triton kernels over rows of maps in memory, and over the segments of the rows of a head.
 
 A map is (B, C, H, S), contiguous: a row holds the scores of one query channel and head with all key channels. A program
 keeps whole rows in registers, one or several short ones, so a kernel reads and writes each entry once, and memory
@@ -8,6 +8,8 @@ bounds its time. Numbers that belong to a row are (B, H, C) float32. Both may be
 
 import triton
 import triton.language as tl
+
+from .triton_dropout import keep_mask, row_keys
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -30,7 +32,7 @@ def row_statistics_kernel(
     mean = tl.sum(scores, axis=1) / KEY_CHANNELS
     centred = tl.where(mask, scores - mean[:, None], 0.0)
     tl.store(mean_ptr + row, mean, mask=mask_row)
-    tl.store(variance_ptr + row, tl.sum(centred * (centred / KEY_CHANNELS), axis=1), mask=mask_row)
+    tl.store(variance_ptr + row, tl.sum(centred * centred, axis=1) / KEY_CHANNELS, mask=mask_row)
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def slope_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Write the mean over each row of the logits, the scores after instance norm, times their gradient."""
+    """Write the slope of each row: the mean of its logits, the scores after instance norm, times their gradient."""
     row, mask_row, entry, mask = _rows(heads, rows, CHANNELS, KEY_CHANNELS, BLOCK_ROWS, BLOCK_S)
     scores = tl.load(score_ptr + entry, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_S]
     gradient = tl.load(map_gradient_ptr + entry, mask=mask, other=0.0).to(tl.float32)
@@ -114,8 +116,8 @@ def slope_kernel(
     softmax = _softmax(scores, temperature, KEY_CHANNELS, BLOCK_S)
     delta = tl.sum(softmax * gradient, axis=1)
     logits = scores * temperature[:, None] - (mean * temperature)[:, None]
-    slope = tl.sum(softmax * (gradient - delta[:, None]) * logits, axis=1)
-    tl.store(slope_ptr + row, slope / KEY_CHANNELS, mask=mask_row)
+    slope = tl.sum(softmax * (gradient - delta[:, None]) * logits, axis=1) / KEY_CHANNELS
+    tl.store(slope_ptr + row, slope, mask=mask_row)
 
 
 @triton.jit
@@ -151,49 +153,23 @@ def score_gradient_kernel(
     tl.store(score_ptr + entry, attention.to(score_ptr.dtype.element_ty), mask=mask)
     delta = tl.sum(softmax * gradient, axis=1)
     logits = scores * temperature[:, None] - (mean * temperature)[:, None]
+    # softmax * (gradient - delta) is the gradient of the logits.
     along_softmax = gradient * temperature[:, None] - (delta * temperature)[:, None]
     score_gradient = softmax * along_softmax - logits * (mean_slope * temperature)[:, None]
     tl.store(map_gradient_ptr + entry, score_gradient.to(map_gradient_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def row_keys(seed_ptr, row):
-    """Return both keys of the dropout mask of each row; see kernels/dropout.py."""
-    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
-    mixed_seed = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ _mix((seed >> 32).to(tl.uint32)))
-    first = _mix(_mix(row.to(tl.uint32)) + mixed_seed)
-    return first, _mix(first + 0x9E3779B9)
-
-
-@triton.jit
-def keep_mask(first_key, second_key, column, threshold):
-    """Return which entries stay. Both columns of a pair hold the same hash, which the compiler computes once."""
-    word = (column >> 1).to(tl.uint32) * 0x9E3779B9 + first_key
-    word = (word ^ (word >> 16)) * 0x21F0AAAD
-    word = (word ^ (word >> 15) ^ second_key) * 0xD35A2D97
-    word = word ^ (word >> 16)
-    half = tl.where(column & 1 == 0, word & 0xFFFF, word >> 16)
-    return half.to(tl.int32, bitcast=True) >= threshold
-
-
-@triton.jit
-def _mix(word):
-    word = (word ^ (word >> 16)) * 0x21F0AAAD
-    word = (word ^ (word >> 15)) * 0xD35A2D97
-    return word ^ (word >> 15)
-
-
-@triton.jit
 def _rows(
     heads, rows, CHANNELS: tl.constexpr, KEY_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """Return the places of this program's rows in (B, H, C) and of their entries in a map, with a mask of each."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mask_row = place < rows
-    pixel = place // heads
-    row = (pixel // CHANNELS * heads + place % heads) * CHANNELS + pixel % CHANNELS
+    """Return the places of this program's rows in (B, H, C), and of their entries in (B, C, H, S), each with a mask."""
+    row_of_map = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # in (B, C, H)
+    mask_row = row_of_map < rows
+    image_and_channel, head = row_of_map // heads, row_of_map % heads
+    row = (image_and_channel // CHANNELS * heads + head) * CHANNELS + image_and_channel % CHANNELS
     offs_s = tl.arange(0, BLOCK_S)
-    entry = place[:, None] * KEY_CHANNELS + offs_s[None, :]
+    entry = row_of_map[:, None] * KEY_CHANNELS + offs_s[None, :]
     return row, mask_row, entry, mask_row[:, None] & (offs_s < KEY_CHANNELS)[None, :]
 
 

@@ -153,13 +153,15 @@ def test_scale_of_scores_cancels(backend, scale):
     torch.testing.assert_close(scaled, exact)
 
 
+@pytest.mark.parametrize("eps", [EPS, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "composed"])
-def test_constant_map_attends_evenly(backend):
-    query, key, value = (tensor.detach() for tensor in attention_inputs(SMALL, torch.float32))
+def test_constant_map_attends_evenly(backend, dtype, eps):
+    query, key, value = (tensor.detach() for tensor in attention_inputs(SMALL, dtype))
     inputs = [torch.ones_like(query).requires_grad_(), torch.ones_like(key).requires_grad_(), value.requires_grad_()]
-    output = channel_attention(*inputs, SMALL.segments, backend=backend)
+    output = channel_attention(*inputs, SMALL.segments, eps=eps, backend=backend)
     expected = value.mean(dim=(1, 3), keepdim=True).squeeze(1).expand_as(output)
-    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
     assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(output.sum(), inputs))
 
 
