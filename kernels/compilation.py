@@ -1,6 +1,6 @@
 """Compile kernels without a GPU, just as their launchers would launch them, and check the code.
 
-    python -m uctrans.kernels.compilation                   every launch for every target: a table, and what is wrong
+    python -m uctrans.kernels.compilation                   every launch for every target, and what is wrong
     python -m uctrans.kernels.compilation --published PAGE  the published sizes on sm_90: docs/kernel-resources.md
 
 Inside :func:`compiling_for` a launch compiles its kernel and runs nothing, so a launcher called on tensors without
@@ -9,7 +9,6 @@ specialisation by alignment and by arguments that are 1. Triton must not be inte
 """
 
 import argparse
-import importlib
 import itertools
 import math
 import re
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -26,13 +25,25 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.errors import TritonError
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from .backend import INTERPRETER_VARIABLE, is_interpreting
+from .launch import current_architecture
 
 MATRIX_INSTRUCTIONS = re.compile(r"\b(?:UTC)?[HIQDO]G?MMA\b|\bv_mfma")
 LOCAL_MEMORY_INSTRUCTIONS = re.compile(r"\b(?:LDL|STL)\b")
 INSTRUCTIONS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;\n]*);")
 BRANCHES = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 RESOURCE_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+MATRIX_LAYOUTS = re.compile(r"^(#\w+) = #ttg\.nvidia_mma<\{.*warpsPerCTA = \[(\d+),", re.MULTILINE)
+WARP_GROUP_PRODUCTS = re.compile(r"warp_group_dot .*-> tensor<(\d+)x(\d+)x\w+, (#\w+)>")
+ROWS_A_WARP = 16  # of the result of a warp group's product
 PRODUCTS = re.compile(r"= tt\.dot(?:_scaled)? .*?: tensor<[0-9x]*x(\w+)> \*")
 TENSOR_MEMORY_COLUMNS = 512  # of one Blackwell multiprocessor
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -52,8 +63,6 @@ class CompiledKernel:
     kernel: str
     architecture: str  # "sm_90", "gfx942"
     constants: dict[str, str]  # compile-time arguments: tile sizes, precision
-    folded: dict[str, str]  # other arguments that were compiled in: those that are 1, None or empty
-    unaligned: tuple[str, ...]  # pointers and integers that were not compiled as multiples of 16
     warps: int
     stages: int
     grid: tuple[int, ...]
@@ -63,11 +72,17 @@ class CompiledKernel:
     shared: int  # bytes a block
     shared_limit: int
     tensor_memory: int  # columns a block, Blackwell only
-    products: tuple[str, ...]  # operand type of each tl.dot, from the unoptimised program
+    products: tuple[str, ...]  # operand types of tl.dot, from the unoptimised program
+    repeated_products: tuple[str, ...]  # results (rows x columns) with rows that several warps compute, Hopper only
     matrix_instructions: dict[str, int]
 
-    def problems(self) -> list[str]:
-        """Return what is wrong: launches that fail, and on sm_90 spills in loops and products off the matrix units."""
+    def problems(self, has_scattered_rows: bool = False) -> list[str]:
+        """Return what is wrong: launches that fail, and on sm_90 spills in loops and wasteful products.
+
+        Args:
+            has_scattered_rows: whether rows are read entry by entry, which leaves registers only for tiles of less than
+                the 64 rows of HGMMA.
+        """
         found = []
         if self.shared > self.shared_limit:
             found.append(f"needs {self.shared} bytes of shared memory, a block may have {self.shared_limit}")
@@ -78,9 +93,9 @@ class CompiledKernel:
         if self.architecture == "sm_90":
             if self.local_accesses:
                 found.append(f"spills {self.stack} bytes of stack, {self.local_accesses} accesses in loops")
-            # Rows that are read entry by entry leave registers for tiles of less than the 64 rows of HGMMA only.
-            is_scattered = any(re.search(r"(_|\.)ptr$|(^|\.)stride", name) for name in self.unaligned)
-            expected = {"HGMMA", "HMMA"} if is_scattered else {"HGMMA"}
+            if self.repeated_products:
+                found.append(f"computes rows of {', '.join(self.repeated_products)} in several of {self.warps} warps")
+            expected = {"HGMMA", "HMMA"} if has_scattered_rows else {"HGMMA"}
             if HALF_PRECISION.intersection(self.products) and not expected.intersection(self.matrix_instructions):
                 found.append(f"holds products in half precision and no HGMMA: {self.matrix_instructions}")
         return found
@@ -97,13 +112,6 @@ def compiling_for(family: str, architecture: int | str) -> Iterator[list[Compile
     Raises:
         RuntimeError: a kernel launched inside does not compile; or Triton is interpreting, and compiles nothing.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.errors import TritonError
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    from .backend import INTERPRETER_VARIABLE, is_interpreting
-
     if is_interpreting():
         raise RuntimeError(f"kernels are interpreted, not compiled, while {INTERPRETER_VARIABLE}=1")
     target = GPUTarget(family, architecture, 32 if family == "cuda" else 64)
@@ -132,28 +140,15 @@ def compiling_for(family: str, architecture: int | str) -> Iterator[list[Compile
 
 
 def _describe(binary: Any, grid: tuple[int, ...]) -> CompiledKernel:
-    from .launch import current_architecture
-
     metadata = binary.metadata
     is_cuda = metadata.target.backend == "cuda"
     registers, stack, code = _disassemble(binary.asm["cubin"]) if is_cuda else _read_assembly(binary.asm["amdgcn"])
-    source, parameters = binary.src, binary.src.fn.params
-    aligned = {path for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
-    constants, folded, unaligned = {}, {}, []
-    for path, name, type_name in _leaves(source.signature):
-        parameter = parameters[path[0]]
-        if parameter.is_constexpr:
-            constants[name] = str(source.constants[path])
-        elif type_name in ("constexpr", ()):
-            folded[name] = str(source.constants.get(path, type_name))
-        elif path not in aligned and _may_be_aligned(parameter, type_name):
-            unaligned.append(name)
+    source = binary.src
+    parameters = enumerate(source.fn.params)
     return CompiledKernel(
         kernel=source.fn.fn.__name__,
         architecture=f"sm_{metadata.target.arch}" if is_cuda else metadata.target.arch,
-        constants=constants,
-        folded=folded,
-        unaligned=tuple(unaligned),
+        constants={it.name: str(source.constants[place,]) for place, it in parameters if it.is_constexpr},
         warps=metadata.num_warps,
         stages=metadata.num_stages,
         grid=grid,
@@ -163,46 +158,34 @@ def _describe(binary: Any, grid: tuple[int, ...]) -> CompiledKernel:
         shared=metadata.shared,
         shared_limit=current_architecture().shared_memory,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
-        products=tuple(PRODUCTS.findall(binary.asm["ttir"])),
+        products=tuple(sorted(set(PRODUCTS.findall(binary.asm["ttir"])))),
+        repeated_products=_repeated_products(binary.asm["ttgir"]),
         matrix_instructions=dict(Counter(MATRIX_INSTRUCTIONS.findall(code))),
     )
 
 
-def _leaves(signature: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], str, Any]]:
-    """Yield path, name and type of every argument, those within tuples one by one; an empty tuple is an argument."""
-
-    def walk(path: tuple[int, ...], name: str, type_name: Any) -> Iterator[tuple[tuple[int, ...], str, Any]]:
-        if type_name and isinstance(type_name, tuple):
-            fields = getattr(type_name, "_fields", None)
-            for place, inner in enumerate(type_name):
-                yield from walk((*path, place), f"{name}.{fields[place]}" if fields else f"{name}[{place}]", inner)
-        else:
-            yield path, name, type_name
-
-    for place, (name, type_name) in enumerate(signature.items()):
-        yield from walk((place,), name, type_name)
-
-
-def _may_be_aligned(parameter: Any, type_name: str) -> bool:
-    if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
-        return False
-    return type_name.startswith("*") or type_name in ("i32", "i64", "u64")
+def _repeated_products(program: str) -> tuple[str, ...]:
+    """Return the results of a warp group's products with fewer rows than all warps along them compute at once."""
+    warps = {layout: int(along_rows) for layout, along_rows in MATRIX_LAYOUTS.findall(program)}
+    return tuple(
+        f"{rows}x{columns}"
+        for rows, columns, layout in dict.fromkeys(WARP_GROUP_PRODUCTS.findall(program))
+        if ROWS_A_WARP * warps[layout] > int(rows)
+    )
 
 
 @cache
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:
     """Return registers a thread, bytes of stack a thread, and the instructions of an NVIDIA binary."""
-    from triton import knobs
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = [tuple(map(int, match)) for match in RESOURCE_USAGE.findall(listing)]
-    if not usage or "/*0000*/" not in listing:
+    usage = RESOURCE_USAGE.search(listing)
+    if usage is None or not INSTRUCTIONS.search(listing):
         raise RuntimeError(f"cannot read the output of {' '.join(command)}:\n{listing[:1000]}")
-    return max(registers for registers, _ in usage), max(stack for _, stack in usage), listing
+    return int(usage[1]), int(usage[2]), listing
 
 
 def _local_accesses_in_loops(listing: str) -> int:
@@ -219,15 +202,13 @@ def _local_accesses_in_loops(listing: str) -> int:
 
 def _read_assembly(assembly: str) -> tuple[int, int, str]:
     """Return vector registers a thread, bytes of scratch a thread, and the instructions of an AMD program."""
-    counts = [re.search(rf"\.{name}:\s+(\d+)", assembly) for name in ("vgpr_count", "private_segment_fixed_size")]
-    if None in counts:
-        raise RuntimeError(f"no register counts in the assembly:\n{assembly[-1000:]}")
-    registers, scratch = (int(match[1]) for match in counts)
+    names = ("vgpr_count", "private_segment_fixed_size")
+    registers, scratch = (int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in names)
     return registers, scratch, assembly
 
 
 class Sizes(NamedTuple):
-    """The dtype and the sizes of the launches to compile."""
+    """The dtype and the sizes of the launches to compile; by default those of the published network for 32 images."""
 
     dtype: torch.dtype
     batches: Sequence[int] = (32,)
@@ -253,16 +234,6 @@ class Sizes(NamedTuple):
         if memory_format == torch.channels_last:
             return self.empty(batch, side, side, channels).permute(0, 3, 1, 2)
         return self.empty(batch, channels, side, side)
-
-
-def published(dtype: torch.dtype) -> Sizes:
-    """Return the sizes of the published network at 224 pixels, 32 images."""
-    return Sizes(dtype)
-
-
-def representative(dtype: torch.dtype) -> Sizes:
-    """Return sizes with which each kernel is launched once or twice."""
-    return Sizes(dtype, maps=((64, 224, 16),), has_variants=False)
 
 
 def odd(dtype: torch.dtype) -> Sizes:
@@ -410,78 +381,62 @@ def compile_launches(target: str, sizes: Sizes) -> tuple[list[CompiledKernel], l
                 problems.append(str(error))
         kernels += compiled
     for kernel in kernels:
-        problems += [f"{kernel.kernel} {problem} ({_listed(kernel.constants)})" for problem in kernel.problems()]
+        problems += [f"{kernel.kernel} {problem} ({kernel.constants})" for problem in kernel.problems(sizes.offset > 0)]
     return kernels, list(dict.fromkeys(problems))
 
 
-def kernels_without_launch(kernels: Iterable[CompiledKernel]) -> list[str]:
-    """Return the names of this package's kernels that are not among ``kernels``."""
-    from triton.runtime.jit import JITFunction
-
-    package = Path(__file__).parent
-    written, called = set(), {kernel.kernel for kernel in kernels}
-    for path in package.rglob("*.py"):
-        if re.search(r"^@triton\.jit", path.read_text(encoding="utf-8"), re.MULTILINE):
-            name = ".".join([__package__, *path.relative_to(package).with_suffix("").parts])
-            for value in vars(importlib.import_module(name)).values():
-                if isinstance(value, JITFunction):
-                    written.add(value.fn.__name__)
-                    called.update(value.fn.__code__.co_names)
-    return sorted(written - called)
+def _print_every_launch() -> list[str]:
+    """Print all binaries for each target and list of sizes, and return what is wrong."""
+    problems = []
+    for target in TARGETS:
+        lists = [Sizes(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+        lists.append(Sizes(torch.float32, is_tf32=True))
+        lists += [thorough(torch.bfloat16), odd(torch.bfloat16)] if target == "sm_90" else []
+        for sizes in lists:
+            kernels, found = compile_launches(target, sizes)
+            print(f"{target}: {sizes}", *sorted(set(map(str, kernels))), sep="\n", end="\n\n", flush=True)
+            problems += [f"{target}: {problem}" for problem in found]
+    return problems
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(dict.fromkeys(f"| {' | '.join(map(str, cells))} |" for cells in lines))
-
-
-def _listed(constants: dict[str, str]) -> str:
-    return ", ".join(f"{name}={value}".replace(" ", "") for name, value in constants.items())
-
-
-def _full_table(target: str, sizes: Sizes) -> tuple[str, list[str]]:
-    """Return a table with one row for each binary, and what is wrong."""
-    kernels, problems = compile_launches(target, sizes)
-    dtype = f"{str(sizes.dtype).removeprefix('torch.')}{' as tf32' * sizes.is_tf32}"
-    rows = [
-        (
-            target,
-            dtype,
-            kernel.kernel,
-            _listed(kernel.constants),
-            _listed(kernel.folded),
-            " ".join(kernel.unaligned),
-            *(kernel.warps, kernel.stages, kernel.registers, kernel.stack, kernel.shared),
-            ", ".join(f"{count} {name}" for name, count in kernel.matrix_instructions.items()),
-        )
-        for kernel in sorted(kernels, key=lambda kernel: (kernel.kernel, str(kernel.constants)))
-    ]
-    columns = ("target", "dtype", "kernel", "constants", "folded", "not multiples of 16", "warps", "stages")
-    return _table((*columns, "registers", "stack", "shared", "matrix instructions"), rows), problems
-
-
-def _published_table() -> tuple[str, list[str]]:
-    """Return a table of the published sizes on sm_90 with one row for each kernel and dtype, and what is wrong."""
-    rows, problems = [], []
+def _write_page(page: Path) -> list[str]:
+    """Replace the columns of this version of Triton on a page, unless something is wrong; return what is wrong."""
+    figures: dict[tuple[str, ...], dict[str, Any]] = {}
+    problems = []
     for dtype in (torch.bfloat16, torch.float16):
-        kernels, found = compile_launches("sm_90", published(dtype))
+        kernels, found = compile_launches("sm_90", Sizes(dtype))
         problems += found
-        for name, binaries in itertools.groupby(sorted(kernels, key=lambda kernel: kernel.kernel), lambda k: k.kernel):
-            binaries = list({str(binary): binary for binary in binaries}.values())
-            most = [max(getattr(binary, use) for binary in binaries) for use in ("registers", "stack", "shared")]
-            instructions = sorted({name for binary in binaries for name in binary.matrix_instructions})
-            rows.append((name, str(dtype).removeprefix("torch."), len(binaries), *most, ", ".join(instructions)))
-    columns = ("kernel", "dtype", "binaries", "registers", "stack", "shared", "matrix instructions")
-    return _table(columns, sorted(rows)), problems
+        for kernel in kernels:
+            row = figures.setdefault((kernel.kernel, str(dtype).removeprefix("torch.")), {})
+            for use in ("registers", "stack", "shared"):
+                column = f"{triton.__version__} {use}"
+                row[column] = max(row.get(column, 0), getattr(kernel, use))
+    if problems:
+        return problems
+    kept = _figures_on(page) if page.exists() else {}
+    rows = {key: kept.get(key, {}) | figures[key] for key in sorted(figures)}
+    columns = sorted({column for row in rows.values() for column in row})
+    lines = [("kernel", "dtype", *columns), ["---"] * (2 + len(columns))]
+    lines += [(*key, *(row.get(column, "") for column in columns)) for key, row in rows.items()]
+    table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    page.write_text(PAGE.format(table=table), encoding="utf-8")
+    return []
+
+
+def _figures_on(page: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Read the table of a page: rows by kernel and dtype, each with its cells by column."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    (_, _, *columns), _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {(kernel, dtype): dict(zip(columns, cells, strict=True)) for kernel, dtype, *cells in rows}
 
 
 PAGE = """# Resources of the kernels
 
-For the published sizes (224 pixels, 32 images) on sm_90, compiled with Triton {version} without a GPU. A row has the
-largest of all binaries of a kernel and dtype: registers a thread, stack in bytes a thread (spilled registers, which no
-kernel accesses in a loop), and shared memory in bytes a block. HGMMA are the matrix instructions of Hopper.
+For the published sizes (224 pixels, 32 images) on sm_90, compiled without a GPU by the versions of Triton that head the
+columns. A row has the largest of all binaries of a kernel and dtype: registers a thread, stack in bytes a thread
+(spilled registers, which no kernel accesses in a loop), and shared memory in bytes a block.
 
-    python -m uctrans.kernels.compilation --published docs/kernel-resources.md    # writes this page
+    python -m uctrans.kernels.compilation --published docs/kernel-resources.md    # this page, for the installed Triton
     python -m uctrans.kernels.compilation    # prints every binary for sm_80, sm_90, sm_100 and gfx942
 
 {table}
@@ -489,26 +444,11 @@ kernel accesses in a loop), and shared memory in bytes a block. HGMMA are the ma
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the table, or write the page; return 1, and write none, if something is wrong."""
-    import triton
-
+    """Print the tables, or write the page; return 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m uctrans.kernels.compilation", description="Compile every kernel.")
     parser.add_argument("--published", type=Path, metavar="PAGE", help="write a page of the published sizes on sm_90")
     page = parser.parse_args(words).published
-    if page is not None:
-        table, problems = _published_table()
-        if not problems:
-            page.write_text(PAGE.format(version=triton.__version__, table=table), encoding="utf-8")
-    else:
-        half, single = (torch.bfloat16, torch.float16), torch.float32
-        problems = []
-        for target in TARGETS:
-            lists = [published(dtype) for dtype in (*half, single)] + [published(single)._replace(is_tf32=True)]
-            lists += [thorough(torch.bfloat16), odd(torch.bfloat16)] if target == "sm_90" else []
-            for sizes in lists:
-                table, found = _full_table(target, sizes)
-                print(table, end="\n\n", flush=True)
-                problems += [f"{target}: {problem}" for problem in found]
+    problems = _write_page(page) if page else _print_every_launch()
     print("\n".join(problems), file=sys.stderr)
     return 1 if problems else 0
 

@@ -19,7 +19,7 @@ OPTIONAL = (
     *("tensorboard", "yaml", "tqdm", "onnx", "onnxruntime", "huggingface_hub"),
 )
 # Kernels and what launches them import triton at the top; nothing imports them before something is launched.
-TRITON_FILES = ("triton*", "launch")
+TRITON_FILES = ("triton*", "launch", "compilation")
 MODULES_BEYOND_TORCH = 160  # half of them our own; scikit-image alone would be several hundred
 
 # Each module is imported in a child of a process that has imported torch, so each begins as a fresh interpreter would.

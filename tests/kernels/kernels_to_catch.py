@@ -33,6 +33,28 @@ def _product_kernel(
     tl.store(out_ptr + offs_m[:, None] * BLOCK_N + offs_n[None, :], total)
 
 
+@triton.jit
+def _chained_kernel(
+    left_ptr,
+    right_ptr,
+    out_ptr,
+    width,
+    stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Use one product in another, as attention does: Triton deals all warps out along the rows."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    left = tl.load(left_ptr + offs_m[:, None] * width + offs_k[None, :])  # [BLOCK_M, BLOCK_K]
+    right = tl.load(right_ptr + offs_k[:, None] * stride + offs_n[None, :])  # [BLOCK_K, BLOCK_N]
+    scores = tl.dot(left, right)  # [BLOCK_M, BLOCK_N]
+    total = tl.dot(scores.to(left.dtype), tl.trans(right))  # [BLOCK_M, BLOCK_K]
+    tl.store(out_ptr + offs_m[:, None] * BLOCK_K + offs_k[None, :], total)
+
+
 SOUND = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 FAULTS = {
     "sound": {},
@@ -49,15 +71,17 @@ def main() -> None:
     out = torch.empty(512, 512, device="meta")
     found = {}
 
-    def launch(fault, grid=(1,), left=matrix, width=512, stride=512, **changes):
+    def launch(fault, kernel=_product_kernel, grid=(1,), left=matrix, width=512, stride=512, **changes):
         with compiling_for(*TARGETS[sys.argv[1]]) as compiled:
-            _product_kernel[grid](left, matrix, out, width, stride, **SOUND | changes)
-        (kernel,) = compiled
-        found[fault] = dataclasses.asdict(kernel) | {"problems": kernel.problems()}
+            kernel[grid](left, matrix, out, width, stride, **SOUND | changes)
+        (binary,) = compiled
+        found[fault] = dataclasses.asdict(binary) | {"problems": binary.problems()}
 
     for fault, changes in FAULTS.items():
         launch(fault, **changes)
     launch("wide grid", grid=lambda arguments: (1, 1024 * arguments["BLOCK_M"]))
+    launch("sound and chained", _chained_kernel)
+    launch("half idle", _chained_kernel, num_warps=8)
     launch("unaligned", left=matrix.flatten()[1:], width=500, stride=1)
     try:
         launch("no power of two", BLOCK_M=48)
