@@ -287,13 +287,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tens
 def _gradients(ctx: Any, gradient: Tensor | None, d_pooled: Tensor | None = None) -> tuple[Tensor | None, ...]:
     if gradient is None and d_pooled is None:
         return (None,) * len(ctx.needs_input_grad)
-    norm = (*ctx.saved_tensors, ctx.eps, ctx.is_of_batch)
+    *norm, conv_bias = ctx.saved_tensors
+    norm += [conv_bias, ctx.eps, ctx.is_of_batch]
     if d_pooled is None:
         found = torch.ops.uctrans.batch_norm_relu_backward(gradient, *norm)
     else:
         found = torch.ops.uctrans.batch_norm_relu_pool_backward(gradient, d_pooled, *norm)
     d_feature, d_weight, d_bias, d_conv_bias = found
-    *_, conv_bias = ctx.saved_tensors
     return d_feature, d_weight, d_bias, None, None, None if conv_bias is None else d_conv_bias, None, None
 
 
