@@ -27,11 +27,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime import JITFunction, driver
 
 from .backend import INTERPRETER_VARIABLE, is_interpreting
 from .launch import current_architecture
@@ -79,9 +77,7 @@ class CompiledKernel:
     def problems(self, has_scattered_rows: bool = False) -> list[str]:
         """Return what is wrong: launches that fail, and on sm_90 spills in loops and wasteful products.
 
-        Args:
-            has_scattered_rows: whether rows are read entry by entry, which leaves registers only for tiles of less than
-                the 64 rows of HGMMA.
+        Rows that are read entry by entry (scattered) leave registers only for tiles below the 64 rows of HGMMA.
         """
         found = []
         if self.shared > self.shared_limit:
@@ -180,7 +176,7 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = RESOURCE_USAGE.search(listing)
     if usage is None or not INSTRUCTIONS.search(listing):
@@ -193,11 +189,8 @@ def _local_accesses_in_loops(listing: str) -> int:
     instructions = [(int(address, 16), instruction) for address, instruction in INSTRUCTIONS.findall(listing)]
     branches = [(address, BRANCHES.search(instruction)) for address, instruction in instructions]
     loops = [(int(branch[1], 16), address) for address, branch in branches if branch]
-    return sum(
-        any(first <= address <= last for first, last in loops)
-        for address, instruction in instructions
-        if LOCAL_MEMORY_INSTRUCTIONS.search(instruction)
-    )
+    accesses = [address for address, instruction in instructions if LOCAL_MEMORY_INSTRUCTIONS.search(instruction)]
+    return sum(any(first <= address <= last for first, last in loops) for address in accesses)
 
 
 def _read_assembly(assembly: str) -> tuple[int, int, str]:
@@ -389,8 +382,7 @@ def _print_every_launch() -> list[str]:
     """Print all binaries for each target and list of sizes, and return what is wrong."""
     problems = []
     for target in TARGETS:
-        lists = [Sizes(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-        lists.append(Sizes(torch.float32, is_tf32=True))
+        lists = [*map(Sizes, (torch.bfloat16, torch.float16, torch.float32)), Sizes(torch.float32, is_tf32=True)]
         lists += [thorough(torch.bfloat16), odd(torch.bfloat16)] if target == "sm_90" else []
         for sizes in lists:
             kernels, found = compile_launches(target, sizes)
