@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.support import (
     DEVICE,
@@ -124,6 +125,20 @@ def test_gradients_of_one_output(operator):
         found = list(gradients_of_each("triton"))
     assert zeros.elements <= 1
     torch.testing.assert_close(found, list(gradients_of_each("composed")), rtol=1e-4, atol=1e-4)
+
+
+@every_operator
+def test_activation_checkpointing(operator):
+    """It refuses a backward that reads twice what forward has kept."""
+
+    def recomputed(*tensors, **options):
+        leaves, others = tensors[: operator.learning], tensors[operator.learning :]  # it keeps what it is given
+        return checkpoint(lambda *leaves: operator.call(*leaves, *others, **options), *leaves, use_reentrant=False)
+
+    inputs = operator.inputs(torch.float32)
+    count = len(inputs) - operator.learning  # running statistics are updated by both forward passes
+    found, expected = operator.results(inputs, call=recomputed), operator.results(inputs)
+    assert_same_bits(found[: len(found) - count], expected[: len(expected) - count])
 
 
 @every_form
