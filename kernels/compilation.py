@@ -328,10 +328,12 @@ def _segmentation_loss(sizes: Sizes) -> None:
     for batch, classes, memory_format in itertools.product(sizes.batches, sizes.classes, sizes.formats):
         logits = sizes.empty_map(batch, classes, side, memory_format)
         masks = torch.empty(batch, side, side, dtype=torch.uint8, device="meta")
-        sums, counts = triton.forward(logits, masks)
+        for ignore_label in sizes.variants(None, 255):
+            sums, counts = triton.forward(logits, masks, ignore_label)
         for totals in sizes.variants(torch.empty(3, device="meta"), None):
             _, _, slopes = triton_scores.segmentation_scores(sums, counts, totals, side**2, 0.5, 0.5)
-        triton.backward(slopes, logits, masks)
+        for ignore_label in sizes.variants(None, 255):
+            triton.backward(slopes, logits, masks, ignore_label)
 
 
 def _batch_norm_relu(sizes: Sizes) -> None:

@@ -14,45 +14,59 @@ from . import reference
 from .reference import BINARY_SUMS, CLASS_SUMS, COUNTS
 
 
-def segmentation_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def segmentation_sums(logits: Tensor, masks: Tensor, ignore_label: int | None = None) -> tuple[Tensor, Tensor]:
     """(B, K, H, W), (B, H, W) -> sums (4 or 3, B, K), counts (3, B, K); see the public function."""
     if logits.device.type != "cpu" or must_use_pytorch_operations():
-        return reference.segmentation_sums(logits, masks)
-    return _ImageByImage.apply(logits, masks)
+        return reference.segmentation_sums(logits, masks, ignore_label)
+    return _ImageByImage.apply(logits, masks, ignore_label)
 
 
 class _ImageByImage(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, logits: Tensor, masks: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor]:
         batch, classes = logits.shape[:2]
         sums_of, rows = (_binary_sums, BINARY_SUMS) if classes == 1 else (_class_sums, CLASS_SUMS)
         exact = statistics_dtype(logits)
         both = logits.new_zeros(batch, rows + COUNTS, classes, dtype=exact)
         for image in range(batch):
-            both[image] = torch.stack(sums_of(logits[image].flatten(1).to(exact).contiguous(), masks[image].flatten()))
+            values, mask, _ = _scored_pixels(logits[image].to(exact), masks[image], ignore_label)
+            both[image] = torch.stack(sums_of(values, mask))
         sums, counts = both.transpose(0, 1).split([rows, COUNTS])
         counts = counts.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         ctx.save_for_backward(logits, masks)
+        ctx.ignore_label = ignore_label
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return sums.contiguous(), counts
 
     @staticmethod
-    def backward(ctx, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+    def backward(ctx, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         if gradient is None:
-            return None, None
+            return None, None, None
         logits, masks = ctx.saved_tensors
         if torch.is_grad_enabled():
             # The gradient is to be differentiated again, as that of the plain steps can be.
-            sums, _counts = reference.segmentation_sums(logits, masks)
-            return *torch.autograd.grad(sums, logits, gradient, create_graph=True), None
+            sums, _counts = reference.segmentation_sums(logits, masks, ctx.ignore_label)
+            return *torch.autograd.grad(sums, logits, gradient, create_graph=True), None, None
         gradient_of = _binary_gradient if logits.shape[1] == 1 else _class_gradient
         exact = statistics_dtype(logits)
         d_logits = empty_map(logits, *logits.shape[1:], logits.dtype)
         for image in range(len(logits)):
-            values, mask = logits[image].flatten(1).to(exact).contiguous(), masks[image].flatten()
-            d_logits[image] = gradient_of(gradient[:, image], values, mask).view(logits.shape[1:])
-        return d_logits, None
+            values, mask, scored = _scored_pixels(logits[image].to(exact), masks[image], ctx.ignore_label)
+            d_values = gradient_of(gradient[:, image], values, mask)
+            if scored is None:
+                d_logits[image] = d_values.view(logits.shape[1:])
+            else:
+                d_logits[image] = d_values.new_zeros(logits.shape[1:]).masked_scatter_(scored, d_values)
+        return d_logits, None, None
+
+
+def _scored_pixels(logits: Tensor, mask: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(K, H, W), (H, W) -> the pixels to sum, (K, pixels) and (pixels,), and where they are: None is everywhere."""
+    if ignore_label is None:
+        return logits.flatten(1).contiguous(), mask.flatten(), None
+    scored = mask != ignore_label
+    return logits[:, scored].contiguous(), mask[scored], scored
 
 
 def _binary_sums(logits: Tensor, mask: Tensor) -> list[Tensor]:

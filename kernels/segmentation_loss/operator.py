@@ -17,13 +17,17 @@ MOST_CLASSES = 64  # so that a tile still holds several pixels
 MOST_PIXELS = 2**30  # of an image; they are counted in 32 bits
 
 
-def segmentation_sums(logits: Tensor, masks: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def segmentation_sums(
+    logits: Tensor, masks: Tensor, *, ignore_label: int | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Sum over the pixels of each image, in one read, the terms that losses and Dice scores are made of.
 
     Args:
         logits: (B, K, H, W), of any strides. One class means a sigmoid, ``p = sigmoid(z)``, more mean a softmax.
         masks: (B, H, W), bool or integers: for one class ``t`` of {0, 1}, else labels 0 to K - 1, and ``t`` is 1 in
             the label's class. One class takes other numbers as ``t``; with several, other numbers have no class.
+        ignore_label: pixels with this number in ``masks`` add nothing to sums and counts, and their gradient is 0,
+            whatever their logits are.
         backend: ``auto``, ``triton``, ``composed`` or ``reference``. Triton takes float32, float16 and bfloat16 and up
             to 64 classes, computes in float32 and has no second derivative; ``auto`` leaves the rest to ``composed``.
 
@@ -34,18 +38,19 @@ def segmentation_sums(logits: Tensor, masks: Tensor, *, backend: str = "auto") -
         actual, predicted (``z > 0``, or the largest logit, the first of equals), actual (``t > 0``).
 
     Raises:
-        ValueError: shapes, devices or ``backend`` do not fit.
-        TypeError: the logits are not floating point, or the masks are.
+        ValueError: shapes, devices or ``backend`` do not fit, or masks of this dtype cannot hold ``ignore_label``.
+        TypeError: the logits are not floating point, or the masks are, or ``ignore_label`` is no whole number.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
     """
     _check_maps(logits, masks)
+    _check_ignore_label(ignore_label, masks)
     limit = _limit_beyond(logits)
     form = choose_form(backend, logits, "segmentation_sums", fits=limit is None)
     if backend == "triton" and limit is not None:
         raise NotImplementedError(f"the Triton operator of segmentation_sums {limit}; use backend='composed'")
     if form == "triton":
-        return torch.ops.uctrans.segmentation_sums(logits, masks)
-    return (reference if form == "reference" else composed).segmentation_sums(logits, masks)
+        return torch.ops.uctrans.segmentation_sums(logits, masks, ignore_label)
+    return (reference if form == "reference" else composed).segmentation_sums(logits, masks, ignore_label)
 
 
 def segmentation_scores(
@@ -65,7 +70,7 @@ def segmentation_scores(
         counts: (3, B, K).
         pixels: pixels of an image.
         totals: float32 (3,), images, positive and negative pixels that the loss is averaged over; by default those of
-            the counts.
+            the counts, all ``pixels`` of each image. Give the totals of sums that ignore a label.
         dice_weight: weight of the Dice loss.
         cross_entropy_weight: weight of the cross entropy.
         backend: see :func:`segmentation_sums`; ``composed`` and ``reference`` are the same here.
@@ -77,7 +82,7 @@ def segmentation_scores(
         One class: ``dice_weight`` times the mean over images of ``1 - (2 sum pt/4 + 1e-5) / (sum (p^2 + t^2)/4 +
         1e-5)``, plus ``cross_entropy_weight`` times half the mean of ``-log p`` over positive pixels and half that of
         ``-log(1 - p)`` over negative pixels. Several: the same Dice loss as mean over the classes too, and the mean of
-        ``-log p(label)`` over pixels.
+        ``-log p(label)`` over positive and negative pixels together.
 
     Raises:
         ValueError: shapes, devices or ``backend`` do not fit.
@@ -104,6 +109,18 @@ def _check_maps(logits: Tensor, masks: Tensor) -> None:
         raise ValueError(f"masks must be {expected} for logits {tuple(logits.shape)}, not {tuple(masks.shape)}")
     if masks.device != logits.device:
         raise ValueError(f"all tensors must be on one device; got logits {logits.device}, masks {masks.device}")
+
+
+def _check_ignore_label(ignore_label: int | None, masks: Tensor) -> None:
+    if ignore_label is None:
+        return
+    if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
+        raise TypeError(f"ignore_label must be a whole number or None; got {type(ignore_label).__name__}")
+    range_ = None if masks.dtype == torch.bool else torch.iinfo(masks.dtype)
+    if range_ is None or not range_.min <= ignore_label <= range_.max:
+        raise ValueError(
+            f"ignore_label: masks of {masks.dtype} cannot hold {ignore_label}; convert them or leave it out"
+        )
 
 
 def _check_sums(
@@ -135,10 +152,10 @@ def _limit_beyond(logits: Tensor) -> str | None:
 
 @register_operator(
     "segmentation_sums",
-    "(Tensor logits, Tensor masks) -> (Tensor sums, Tensor counts)",
+    "(Tensor logits, Tensor masks, int? ignore_label=None) -> (Tensor sums, Tensor counts)",
     launcher=f"{__package__}.triton:forward",
 )
-def _fake_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_sums(logits: Tensor, masks: Tensor, ignore_label: int | None = None) -> tuple[Tensor, Tensor]:
     batch, classes = logits.shape[:2]
     rows = BINARY_SUMS if classes == 1 else CLASS_SUMS
     sums = logits.new_empty(rows, batch, classes, dtype=statistics_dtype(logits))
@@ -147,11 +164,11 @@ def _fake_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_operator(
     "segmentation_sums_backward",
-    "(Tensor gradient, Tensor logits, Tensor masks) -> Tensor",
+    "(Tensor gradient, Tensor logits, Tensor masks, int? ignore_label=None) -> Tensor",
     launcher=f"{__package__}.triton:backward",
     backward_of="segmentation_sums",
 )
-def _fake_sums_backward(gradient: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
+def _fake_sums_backward(gradient: Tensor, logits: Tensor, masks: Tensor, ignore_label: int | None = None) -> Tensor:
     return empty_map(logits, *logits.shape[1:], logits.dtype)
 
 
@@ -177,15 +194,17 @@ def _fake_scores_backward(gradient: Tensor, slopes: Tensor, sums: Tensor) -> Ten
 
 
 def _save_sums(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+    *maps, ctx.ignore_label = inputs
+    ctx.save_for_backward(*maps)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _sums_gradient(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+def _sums_gradient(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
     if gradient is None:
-        return None, None
-    return torch.ops.uctrans.segmentation_sums_backward(gradient, *ctx.saved_tensors), None
+        return None, None, None
+    backward = torch.ops.uctrans.segmentation_sums_backward
+    return backward(gradient, *ctx.saved_tensors, ctx.ignore_label), None, None
 
 
 def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

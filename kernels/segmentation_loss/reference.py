@@ -17,7 +17,7 @@ DICE_SMOOTHING = 1e-5
 DICE_SCALE = 0.25  # probabilities and masks are halved before they are multiplied
 POSITIVE_WEIGHT = 0.5
 NEGATIVE_WEIGHT = 0.5
-EMPTY = 1e-12  # keeps 0 / 0 out of masks without positives or without negatives
+EMPTY = 1e-12  # keeps 0 / 0 out of masks without positives, without negatives, or without either
 
 # (2 DICE_SCALE overlap + smoothing) / (DICE_SCALE area + smoothing), divided through by the scale:
 # 2 (overlap + OVERLAP_SMOOTHING) / (area + AREA_SMOOTHING)
@@ -25,9 +25,10 @@ AREA_SMOOTHING = DICE_SMOOTHING / DICE_SCALE
 OVERLAP_SMOOTHING = AREA_SMOOTHING / 2
 
 
-def segmentation_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def segmentation_sums(logits: Tensor, masks: Tensor, ignore_label: int | None = None) -> tuple[Tensor, Tensor]:
     """(B, K, H, W), (B, H, W) -> sums (4 or 3, B, K), counts (3, B, K); see the public function."""
-    logits = logits.to(statistics_dtype(logits))
+    ignored = None if ignore_label is None else masks.unsqueeze(1) == ignore_label
+    logits = _without_ignored(logits.to(statistics_dtype(logits)), ignored)
     classes = logits.shape[1]
     if classes == 1:
         target = masks.unsqueeze(1).to(logits.dtype)
@@ -43,14 +44,18 @@ def segmentation_sums(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         probability = log_probability.exp()
         cross_entropies = [-(target * log_probability)]
         predicted = logits.argmax(1, keepdim=True) == labels
-    area = _over_pixels(probability.square()) + _over_pixels(target.square())
-    sums = [_over_pixels(probability * target), area, *map(_over_pixels, cross_entropies)]
-    counts = [_over_pixels(pixels, torch.float32) for pixels in (predicted & actual, predicted, actual)]
-    return torch.stack(sums), torch.stack(counts)
+    terms = [probability * target, probability.square(), target.square(), *cross_entropies]
+    overlap, predicted_area, actual_area, *sums = (_without_ignored(term, ignored).flatten(2).sum(2) for term in terms)
+    counts = [
+        _without_ignored(pixels, ignored).flatten(2).sum(2, dtype=torch.float32)
+        for pixels in (predicted & actual, predicted, actual)
+    ]
+    return torch.stack([overlap, predicted_area + actual_area, *sums]), torch.stack(counts)
 
 
-def _over_pixels(pixels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return pixels.flatten(2).sum(2, dtype=dtype)
+def _without_ignored(pixels: Tensor, ignored: Tensor | None) -> Tensor:
+    """Return the pixels (B, K, H, W), zero where ``ignored`` (B, 1, H, W) is true."""
+    return pixels if ignored is None else pixels.masked_fill(ignored, 0)
 
 
 def _totals(counts: Tensor, pixels: int) -> Tensor:
@@ -79,7 +84,7 @@ def segmentation_scores(
         cross_entropy = POSITIVE_WEIGHT * positive / (positives + EMPTY)
         cross_entropy = cross_entropy + NEGATIVE_WEIGHT * negative / (negatives + EMPTY)
     else:
-        cross_entropy = cross_entropies[0].sum() / (images * pixels)
+        cross_entropy = cross_entropies[0].sum() / (positives + negatives + EMPTY)
     return dice_weight * dice_loss + cross_entropy_weight * cross_entropy, _dice(counts)
 
 

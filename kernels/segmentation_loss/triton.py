@@ -75,7 +75,16 @@ def _class_ptrs(map, image, first_pixel, BLOCK_PIXELS: tl.constexpr, CLASSES: tl
 
 @triton.jit(do_not_specialize=["row", "parts"])
 def binary_sums_kernel(
-    logits, masks, sums_ptr, counts_ptr, row, pixels, parts, tiles_a_part, BLOCK_PIXELS: tl.constexpr
+    logits,
+    masks,
+    sums_ptr,
+    counts_ptr,
+    row,
+    pixels,
+    parts,
+    tiles_a_part,
+    BLOCK_PIXELS: tl.constexpr,
+    IGNORE_LABEL: tl.constexpr,
 ):
     """Write parts of the four sums (parts, 4, B) and of the three counts (parts, 3, B) of one class."""
     image = tl.program_id(0) // parts
@@ -89,10 +98,15 @@ def binary_sums_kernel(
     actual = tl.zeros([BLOCK_PIXELS], tl.float32)
     for tile in range(tiles_a_part):
         first_pixel = (part * tiles_a_part + tile) * BLOCK_PIXELS
-        target = _load_pixels(masks, image, first_pixel, pixels, BLOCK_PIXELS).to(tl.float32)
+        label = _load_pixels(masks, image, first_pixel, pixels, BLOCK_PIXELS)
         value = _load_pixels(logits, image, first_pixel, pixels, BLOCK_PIXELS).to(tl.float32)
-        # Beyond the image, a pixel that is certainly no target adds zero to every sum.
-        value = tl.where(first_pixel + tl.arange(0, BLOCK_PIXELS) < pixels, value, -1e30)
+        target = label.to(tl.float32)
+        is_scored = first_pixel + tl.arange(0, BLOCK_PIXELS) < pixels
+        if IGNORE_LABEL is not None:
+            is_scored = is_scored & (label != IGNORE_LABEL)
+            target = tl.where(is_scored, target, 0.0)
+        # A pixel that is certainly no target adds zero to every sum.
+        value = tl.where(is_scored, value, -1e30)
         probability, _, small = _sigmoid(value)
         tail = _log1p(small)  # softplus(z) = max(z, 0) + tail
         overlap += probability * target
@@ -116,7 +130,17 @@ def binary_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["row", "tiles"])
-def binary_gradient_kernel(gradient_ptr, logits, masks, d_logits, row, pixels, tiles, BLOCK_PIXELS: tl.constexpr):
+def binary_gradient_kernel(
+    gradient_ptr,
+    logits,
+    masks,
+    d_logits,
+    row,
+    pixels,
+    tiles,
+    BLOCK_PIXELS: tl.constexpr,
+    IGNORE_LABEL: tl.constexpr,
+):
     """Write the gradient by the logits of one class, a tile a program, from that of the sums (4, B)."""
     image = tl.program_id(0) // tiles
     first_pixel = tl.program_id(0) % tiles * BLOCK_PIXELS
@@ -125,12 +149,15 @@ def binary_gradient_kernel(gradient_ptr, logits, masks, d_logits, row, pixels, t
     d_area = tl.load(gradient_ptr + row)
     d_positive = tl.load(gradient_ptr + 2 * row)
     d_negative = tl.load(gradient_ptr + 3 * row)
-    target = _load_pixels(masks, image, first_pixel, pixels, BLOCK_PIXELS).to(tl.float32)
+    label = _load_pixels(masks, image, first_pixel, pixels, BLOCK_PIXELS)
+    target = label.to(tl.float32)
     value = _load_pixels(logits, image, first_pixel, pixels, BLOCK_PIXELS).to(tl.float32)
     probability, complement, _ = _sigmoid(value)
     d_probability = d_overlap * target + 2.0 * d_area * probability
     d_value = (probability * d_probability - d_positive * target) * complement
     d_value += d_negative * (1.0 - target) * probability
+    if IGNORE_LABEL is not None:
+        d_value = tl.where(label == IGNORE_LABEL, 0.0, d_value)
     offs = tl.arange(0, BLOCK_PIXELS)
     ptr = d_logits.ptr + image.to(tl.int64) * d_logits.stride_image + first_pixel.to(tl.int64) * d_logits.stride_pixel
     mask = first_pixel + offs < pixels
@@ -167,6 +194,7 @@ def class_sums_kernel(
     tiles_a_part,
     BLOCK_PIXELS: tl.constexpr,
     CLASSES: tl.constexpr,
+    IGNORE_LABEL: tl.constexpr,
 ):
     """Write parts of the three sums and of the three counts of several classes, (parts, 3, B, K) each."""
     image = tl.program_id(0) // parts
@@ -184,6 +212,8 @@ def class_sums_kernel(
         mask_pixel = first_pixel + tl.arange(0, BLOCK_PIXELS) < pixels
         mask = mask_pixel[:, None] & mask_class[None, :]
         label = _load_pixels(masks, image, first_pixel, pixels, BLOCK_PIXELS)[:, None]
+        if IGNORE_LABEL is not None:
+            mask = mask & (label != IGNORE_LABEL)
         ptrs = _class_ptrs(logits, image, first_pixel, BLOCK_PIXELS, CLASSES)
         value = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
         value = tl.where(mask_class[None, :], value, float("-inf"))
@@ -218,6 +248,7 @@ def class_gradient_kernel(
     tiles,
     BLOCK_PIXELS: tl.constexpr,
     CLASSES: tl.constexpr,
+    IGNORE_LABEL: tl.constexpr,
 ):
     """Write the gradient by the logits of several classes, a tile a program, from that of the sums (3, B, K)."""
     image = tl.program_id(0) // tiles
@@ -238,11 +269,13 @@ def class_gradient_kernel(
     # First by the logarithms of the probabilities, then through the softmax.
     d_logarithm = probability * (d_overlap * target + 2.0 * d_area * probability) - d_cross_entropy * target
     d_value = d_logarithm - probability * tl.sum(d_logarithm, axis=1)[:, None]
+    if IGNORE_LABEL is not None:
+        d_value = tl.where(label == IGNORE_LABEL, 0.0, d_value)
     ptrs = _class_ptrs(d_logits, image, first_pixel, BLOCK_PIXELS, CLASSES)
     tl.store(ptrs, d_value.to(d_logits.ptr.dtype.element_ty), mask=mask)
 
 
-def forward(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def forward(logits: Tensor, masks: Tensor, ignore_label: int | None = None) -> tuple[Tensor, Tensor]:
     """(B, K, H, W), (B, H, W) -> sums (4 or 3, B, K), counts (3, B, K); see the public function."""
     batch, classes, height, width = logits.shape
     pixels = height * width
@@ -263,6 +296,7 @@ def forward(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         "pixels": pixels,
         "parts": parts,
         "tiles_a_part": tiles_a_part,
+        "IGNORE_LABEL": ignore_label,
     }
     if classes == 1:
         binary_sums_kernel[(batch * parts,)](**arguments, **sizes, num_warps=NUM_WARPS)
@@ -271,7 +305,7 @@ def forward(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(add_parts(part, torch.float32).view(-1, batch, classes) for part in (sums, counts))
 
 
-def backward(gradient: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
+def backward(gradient: Tensor, logits: Tensor, masks: Tensor, ignore_label: int | None = None) -> Tensor:
     """Return the gradient by the logits, in their dtype and memory format, from that of the sums."""
     batch, classes, height, width = logits.shape
     d_logits = empty_map(logits, classes, height, width, logits.dtype)
@@ -287,6 +321,7 @@ def backward(gradient: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
         "row": batch * classes,
         "pixels": height * width,
         "tiles": tiles,
+        "IGNORE_LABEL": ignore_label,
     }
     if classes == 1:
         binary_gradient_kernel[(batch * tiles,)](**arguments, **sizes, num_warps=NUM_WARPS)

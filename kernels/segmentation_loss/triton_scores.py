@@ -92,7 +92,7 @@ def class_scores_kernel(
     slopes_ptr,
     images,
     classes,
-    pixels,
+    pixel_total,
     dice_weight,
     cross_entropy_weight,
     BLOCK_IMAGES: tl.constexpr,
@@ -122,8 +122,9 @@ def class_scores_kernel(
     image_total = images.to(tl.float32)
     if totals_ptr is not None:
         image_total = tl.load(totals_ptr)
+        pixel_total = tl.load(totals_ptr + 1) + tl.load(totals_ptr + 2)
     dice_weight = dice_weight / (image_total * classes)
-    cross_entropy_weight = cross_entropy_weight / (image_total * pixels)
+    cross_entropy_weight = cross_entropy_weight / (pixel_total + EMPTY)
     loss = dice_weight * tl.sum(tl.sum(dice_loss, axis=1), axis=0)
     tl.store(loss_ptr, loss + cross_entropy_weight * tl.sum(tl.sum(cross_entropy, axis=1), axis=0))
     for start in range(0, images, BLOCK_IMAGES):
@@ -162,6 +163,7 @@ def segmentation_scores(
         "dice_ptr": dice,
         "slopes_ptr": slopes,
         "images": images,
+        "pixel_total": float(images * pixels),
         "dice_weight": dice_weight,
         "BLOCK_IMAGES": min(triton.next_power_of_2(images), max(TILE // block_classes, 1)),
         "num_warps": NUM_WARPS,
@@ -169,7 +171,6 @@ def segmentation_scores(
     if classes == 1:
         binary_scores_kernel[(1,)](
             **arguments,
-            pixel_total=float(images * pixels),
             positive_weight=cross_entropy_weight * reference.POSITIVE_WEIGHT,
             negative_weight=cross_entropy_weight * reference.NEGATIVE_WEIGHT,
         )
@@ -177,7 +178,6 @@ def segmentation_scores(
         class_scores_kernel[(1,)](
             **arguments,
             classes=classes,
-            pixels=float(pixels),
             cross_entropy_weight=cross_entropy_weight,
             CLASSES=block_classes,
         )

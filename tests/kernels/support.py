@@ -1,5 +1,6 @@
 """Helpers of the operators' tests: devices and dtypes, drawn arguments, and comparison with float64."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -281,6 +282,18 @@ def sums_inputs(batch, classes, height, width, dtype=torch.float64, memory_forma
     return logits.to(DEVICE, dtype).contiguous(memory_format=memory_format), masks.to(DEVICE)
 
 
+IGNORED = 255
+
+
+def partly_ignored(logits, masks):
+    """Return copies in which a third of the pixels and the whole last image are ignored and have no usable logits."""
+    logits, masks = logits.clone(memory_format=torch.preserve_format), masks.clone()
+    ignored = torch.arange(masks.numel(), device=DEVICE).view(masks.shape) % 3 == 1
+    ignored[-1:] = True
+    logits.movedim(1, -1)[ignored] = math.nan
+    return logits, masks.masked_fill_(ignored, IGNORED)
+
+
 def upstream_of_sums(logits, seed=7):
     """Return a gradient of the sums."""
     batch, classes = logits.shape[:2]
@@ -304,9 +317,9 @@ def assert_sums_as_exact_as_the_reference(function, draws, **options):
     for logits, masks in draws:
         found, counts = sums_results(function, logits, masks, **options)
         runs["function"].append(found)
-        baseline, expected = sums_results(published_sums, logits, masks)
+        baseline, expected = sums_results(published_sums, logits, masks, **options)
         runs["baseline"].append(baseline)
-        runs["oracle"].append(sums_results(published_sums, logits.double(), masks)[0])
+        runs["oracle"].append(sums_results(published_sums, logits.double(), masks, **options)[0])
         assert torch.equal(counts, expected)
         assert counts.dtype == torch.float32
         assert found[-1].dtype == logits.dtype
@@ -592,6 +605,12 @@ OTHER_FORMS = (
         "segmentation_sums of one class",
         segmentation_sums,
         lambda dtype: list(sums_inputs(2, 1, 3, 4, dtype)),
+        learning=1,
+    ),
+    Operator(
+        "segmentation_sums that ignore a label",
+        partial(segmentation_sums, ignore_label=1),
+        lambda dtype: list(sums_inputs(2, 3, 3, 4, dtype)),
         learning=1,
     ),
     Operator(

@@ -4,6 +4,7 @@
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from tests.kernels.support import (
     BACKENDS,
     DEVICE,
     FORMATS,
+    IGNORED,
     SUMS_SHAPES,
     assert_sums_as_exact_as_the_reference,
     drawn,
+    partly_ignored,
     sums_inputs,
     sums_results,
     upstream_of_sums,
@@ -26,8 +29,8 @@ from uctrans.kernels.segmentation_loss import reference
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def composed_sums(logits, masks):
-    return segmentation_sums(logits, masks, backend="composed")
+def composed_sums(logits, masks, **options):
+    return segmentation_sums(logits, masks, backend="composed", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,6 +39,14 @@ def composed_sums(logits, masks):
 def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
     draws = [sums_inputs(*shape, dtype, memory_format, seed) for seed in range(4)]
     assert_sums_as_exact_as_the_reference(composed_sums, draws)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("classes", [1, 3])
+def test_composed_ignores_a_label_within_the_error_budget(classes, memory_format):
+    for dtype in DTYPES:
+        draws = [partly_ignored(*sums_inputs(3, classes, 9, 14, dtype, memory_format, seed)) for seed in range(2)]
+        assert_sums_as_exact_as_the_reference(composed_sums, draws, ignore_label=IGNORED)
 
 
 @drawn(
@@ -82,6 +93,29 @@ class TestByHand:
         expected = torch.tensor([[0.0, 1, 0], [1, 1, 0], [0, 1, 1]], device=DEVICE)
         assert torch.equal(counts, expected[:, None])  # of three equal logits the first is predicted
 
+    @pytest.mark.parametrize("classes", [1, 2, 4])
+    def test_ignored_pixels_are_as_if_they_were_not_there(self, backend, classes):
+        """Cutting the ignored columns off gives the same sums and counts, and their gradient is exactly 0."""
+        logits, masks = sums_inputs(2, classes, 4, 5, torch.float32)
+        expected, expected_counts = sums_results(
+            segmentation_sums, logits[..., 1:4].contiguous(), masks[..., 1:4].contiguous(), backend=backend
+        )
+        masks[..., 0] = masks[..., 4] = IGNORED
+        logits[..., 0] = math.nan
+        found, counts = sums_results(segmentation_sums, logits, masks, backend=backend, ignore_label=IGNORED)
+        torch.testing.assert_close(found[:-1], expected[:-1])
+        torch.testing.assert_close(found[-1][..., 1:4], expected[-1])
+        assert torch.equal(counts, expected_counts)
+        assert torch.equal(found[-1][..., [0, 4]], torch.zeros_like(logits[..., [0, 4]]))
+
+    @pytest.mark.parametrize("classes", [1, 3])
+    def test_nothing_but_ignored_pixels(self, backend, classes):
+        logits, masks = sums_inputs(2, classes, 4, 5, torch.float32)
+        found, counts = sums_results(
+            segmentation_sums, logits, torch.full_like(masks, IGNORED), backend=backend, ignore_label=IGNORED
+        )
+        assert not any(part.any() for part in (*found, counts))
+
     def test_scores(self, backend):
         """Dice loss of each image 1 - 2 overlap/area, but for the smoothing; Dice 2/3, and 1 where nobody is."""
         sums = torch.tensor([[1.0, 2], [4, 5], [3, 0], [4, 8]], device=DEVICE)[..., None]
@@ -126,8 +160,10 @@ class TestDerivatives:
         logits, masks = sums_inputs(2, classes, 2, 3)
         masks[0, 0] = 7  # no label
         logits.requires_grad_()
-        assert torch.autograd.gradcheck(lambda z: composed_sums(z, masks)[0], (logits,))
-        assert torch.autograd.gradgradcheck(lambda z: composed_sums(z, masks)[0], (logits,))
+        for ignore_label in (None, 7):
+            sums = partial(composed_sums, masks=masks, ignore_label=ignore_label)
+            assert torch.autograd.gradcheck(lambda z, sums=sums: sums(z)[0], (logits,))
+            assert torch.autograd.gradgradcheck(lambda z, sums=sums: sums(z)[0], (logits,))
 
     @pytest.mark.parametrize("classes", [1, 3])
     def test_functional_transforms(self, classes):
@@ -189,6 +225,15 @@ class TestBadInput:
                 segmentation_sums(wrong, masks, backend=backend)
         with pytest.raises(TypeError, match="logits must be a tensor; got list"):
             segmentation_sums([[0.0]], masks, backend=backend)
+
+    def test_ignored_labels(self, backend):
+        logits, masks = self.inputs()
+        for dtype, label in ((torch.bool, 1), (torch.uint8, -1), (torch.uint8, 256), (torch.int8, 255)):
+            with pytest.raises(ValueError, match=f"masks of {dtype} cannot hold {label}; convert them"):
+                segmentation_sums(logits, masks.to(dtype), ignore_label=label, backend=backend)
+        for label in (True, 255.0):
+            with pytest.raises(TypeError, match=f"ignore_label must be a whole number.*{type(label).__name__}"):
+                segmentation_sums(logits, masks, ignore_label=label, backend=backend)
 
     def test_devices(self, backend):
         logits, masks = self.inputs()

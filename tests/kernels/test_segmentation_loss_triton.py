@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.kernels.support import (
     DEVICE,
     FORMATS,
+    IGNORED,
     OTHER_PAIRS,
     SUMS_SHAPES,
     alternately,
@@ -19,6 +20,7 @@ from tests.kernels.support import (
     change_constants,
     drawn,
     over_pairs,
+    partly_ignored,
     sums_inputs,
     sums_results,
     upstream_of_sums,
@@ -49,8 +51,8 @@ CONFIGURATIONS = {
 SCORES_CONFIGURATIONS = {"one image a tile": {"TILE": 4}, "two warps": {"NUM_WARPS": 2}, "large": {"TILE": 4096}}
 
 
-def kernels(logits, masks):
-    return segmentation_sums(logits, masks, backend="triton")
+def kernels(logits, masks, **options):
+    return segmentation_sums(logits, masks, backend="triton", **options)
 
 
 class TestErrorBudget:
@@ -64,6 +66,24 @@ class TestErrorBudget:
     def test_kernels_in_the_other_format(self, memory_format, dtype):
         shape = SUMS_SHAPES["three classes, odd sides"]
         assert_sums_as_exact_as_the_reference(kernels, [sums_inputs(*shape, dtype, memory_format)])
+
+    @over_pairs(["one class", "three classes, odd sides", "seventeen classes"])
+    def test_ignored_pixels(self, name, memory_format, dtype):
+        draws = [partly_ignored(*sums_inputs(*SUMS_SHAPES[name], dtype, memory_format))]
+        with poisoned_allocations():
+            assert_sums_as_exact_as_the_reference(kernels, draws, ignore_label=IGNORED)
+
+    @pytest.mark.parametrize("dtype", MASK_DTYPES[1:], ids=str)
+    @pytest.mark.parametrize("classes", [1, 2])
+    def test_ignored_labels_of_any_dtype(self, classes, dtype):
+        logits, masks = sums_inputs(2, classes, 5, 7, torch.float32)
+        label = torch.iinfo(dtype).max
+        masks = masks.to(dtype)
+        masks[:, 2] = label
+        found, expected = (
+            sums_results(f, logits, masks, ignore_label=label) for f in (kernels, reference.segmentation_sums)
+        )
+        torch.testing.assert_close(found, expected)
 
     @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
     @pytest.mark.parametrize("classes", [1, 2])
