@@ -20,7 +20,7 @@ import yaml
 from uctrans import __version__, cli
 from uctrans.data import read_mask, write_demo_dataset
 from uctrans.demo import DemoConfig, DemoError, run_demo
-from uctrans.writing import write_png
+from uctrans.writing import FolderError, locked, write_png
 
 ROOT = Path(__file__).parents[1]
 EXPORT = ["export", "-i", "model", "-o", "exported"]
@@ -301,8 +301,16 @@ def test_the_demo_touches_no_other_folder(tmp_path):
     with pytest.raises(DemoError, match=str(tmp_path)):
         run_demo(DemoConfig(output=str(tmp_path), epochs=1))
     assert kept.read_text() == "mine"
-    with pytest.raises(DemoError, match="is a file"):
+    with pytest.raises(FolderError, match="cannot be made a folder"):
         run_demo(DemoConfig(output=str(kept), epochs=1))
+
+
+def test_a_second_demo_in_the_folder_clears_nothing_away(tmp_path):
+    (tmp_path / ".uctrans-demo").touch()
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path), pytest.raises(FolderError, match="is in use by process"):
+        run_demo(DemoConfig(output=str(tmp_path), epochs=1))
+    assert (tmp_path / "run").is_dir()
 
 
 @pytest.mark.parametrize("palette", ["#000000,#ff0000", '["#000000", "#ff0000"]', "#000000, #ff0000"])

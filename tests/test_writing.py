@@ -3,13 +3,28 @@
 import json
 import math
 import os
+import platform
+import re
+import signal
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from skimage.io import imread
 
-from uctrans.writing import remove_unfinished, write_bytes, write_json, write_png, written_atomically
+import uctrans
+from uctrans.writing import (
+    FolderError,
+    locked,
+    remove_unfinished,
+    write_bytes,
+    write_json,
+    write_png,
+    written_atomically,
+)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -67,7 +82,7 @@ def test_a_name_as_long_as_the_disk_allows_is_written(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):
-    own = tmp_path / f".a-{os.getpid()}.bin"
+    own = tmp_path / f".a-{platform.node()[:64]}-{os.getpid()}.bin"
     other, of_another_file = tmp_path / ".a-1.bin", tmp_path / ".b-1.bin"
     for left in (own, other, of_another_file):
         left.write_bytes(b"half of a longer file")
@@ -92,3 +107,46 @@ def test_json_has_no_nan(tmp_path):
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"a": [None, 1.5, [None]], "b": {"c": "ü"}, "d": None}
     assert "NaN" not in text
+
+
+def test_a_locked_folder_names_its_holder(tmp_path):
+    holder = f"process {os.getpid()} on {re.escape(platform.node())} since "
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "a").touch()
+        with (
+            pytest.raises(FolderError, match=rf"^output: .*run is in use by {holder}.*; wait for its end"),
+            locked(tmp_path / "run"),
+        ):
+            pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path / "new" / "run"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path):
+        pass
+    assert tmp_path.is_dir()
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
+    program = (
+        "import sys, pathlib; from uctrans.writing import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(uctrans.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout.readline() == b"locked\n"
+    with pytest.raises(FolderError, match=f"in use by process {child.pid} on"), locked(tmp_path):
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert list(tmp_path.iterdir())  # what the lock leaves
+    with locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

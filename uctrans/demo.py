@@ -11,6 +11,7 @@ from pathlib import Path
 from .data import write_demo_dataset
 from .inference import EvaluateConfig, PredictConfig, evaluate, predict
 from .training import TrainConfig, train
+from .writing import locked
 
 MARKER = ".uctrans-demo"
 PARTS = ("data", "run", "evaluation", "prediction")
@@ -68,46 +69,45 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
     Raises:
         DemoError: the output folder holds files that are not from an earlier demo.
+        FolderError: another demo runs in the output folder, or it cannot be made or written to.
         ImportError: a package of the training extra is missing.
     """
     output = Path(config.output)
-    _clear(output)
-    data, run, evaluation, prediction = (output / part for part in PARTS)
-    write_demo_dataset(data)
-    print(f"Training on {data} ({data / 'README.txt'} describes the labels).")
-    trained = train(
-        TrainConfig(
-            data=str(data),
-            output=str(run),
-            model="uctransnet",
-            base_channels=config.base_channels,
-            image_size=IMAGE_SIZE,
-            epochs=config.epochs,
-            patience=config.epochs,
-            device=config.device,
-            progress=config.progress,
+    with locked(output):
+        _clear(output)
+        data, run, evaluation, prediction = (output / part for part in PARTS)
+        write_demo_dataset(data)
+        print(f"Training on {data} ({data / 'README.txt'} describes the labels).")
+        trained = train(
+            TrainConfig(
+                data=str(data),
+                output=str(run),
+                model="uctransnet",
+                base_channels=config.base_channels,
+                image_size=IMAGE_SIZE,
+                epochs=config.epochs,
+                patience=config.epochs,
+                device=config.device,
+                progress=config.progress,
+            )
         )
-    )
-    if trained.stopped_by in ("SIGINT", "SIGTERM"):
-        return DemoResult(output, None, trained.stopped_by)
-    shared = {"model": str(run), "device": config.device, "progress": config.progress}
-    scores = evaluate(EvaluateConfig(data=str(data), output=str(evaluation), **shared))
-    predict(PredictConfig(input=str(data / "test" / "images"), output=str(prediction), **shared))
-    print(scores.table())
-    return DemoResult(output, scores.mean["dice"], trained.stopped_by)
+        if trained.stopped_by in ("SIGINT", "SIGTERM"):
+            return DemoResult(output, None, trained.stopped_by)
+        shared = {"model": str(run), "device": config.device, "progress": config.progress}
+        scores = evaluate(EvaluateConfig(data=str(data), output=str(evaluation), **shared))
+        predict(PredictConfig(input=str(data / "test" / "images"), output=str(prediction), **shared))
+        print(scores.table())
+        return DemoResult(output, scores.mean["dice"], trained.stopped_by)
 
 
 def _clear(folder: Path) -> None:
-    """Make the folder, mark it as a demo's, and remove what an earlier demo left there.
+    """Mark the folder as a demo's, and remove what an earlier demo left there.
 
     Raises:
-        DemoError: the path is a file, or the folder holds files and no mark of an earlier demo.
+        DemoError: the folder holds files and no mark of an earlier demo.
     """
-    if folder.exists() and not folder.is_dir():
-        raise DemoError(f"{folder}: is a file; name a folder with -o/--output")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+    if any(path.name[0] != "." for path in folder.iterdir()) and not (folder / MARKER).is_file():
         raise DemoError(f"{folder}: holds files that no demo wrote; name a new or empty folder with -o/--output")
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text("Made by `uctrans demo`, which replaces the folders here when it runs again.\n")
     for part in PARTS:
         shutil.rmtree(folder / part, ignore_errors=True)

@@ -1,17 +1,85 @@
-"""Write files so that a reader, or a power cut, never meets half of one."""
+"""Write files so that a reader, or a power cut, never meets half of one; keep a folder for one process."""
 
 import contextlib
 import glob
 import json
 import math
 import os
+import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where folders are not locked
+    fcntl = None
+
 LONGEST_STEM = 100  # of a temporary name, which must fit into the 255 bytes that most file systems allow
+LONGEST_HOST = 64  # in a temporary name
+LOCK_FILE = ".lock"
+
+
+class FolderError(ValueError):
+    """A folder cannot be written to, or another process writes there; the message says which, and since when."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Keep a folder for this process until the block ends, and all processes that inherited the yielded descriptor.
+
+    The folder is made if it is missing, and removed if the block leaves it empty. The operating system frees the lock
+    of a process that has died. On Windows, and on a file system without locks, nothing is locked.
+
+    Raises:
+        FolderError: another process holds the folder, or it cannot be made or written to.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / LOCK_FILE
+    try:
+        descriptor = _open_locked(path)
+    except OSError as error:
+        raise FolderError(f"output: {folder} cannot be made a folder or written to ({error}); name another") from error
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {time.ctime()}".encode())
+        yield descriptor
+    finally:
+        if fcntl is not None:
+            path.unlink(missing_ok=True)  # while it is locked, so that no other process has locked it
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # they hold files
+            for empty in made:
+                empty.rmdir()
+
+
+def _open_locked(path: Path) -> int:
+    """Return a descriptor of the lock file, which no other process has locked; the lock ends when it is closed."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the process that had made the folder has just removed it
+            continue
+        if fcntl is None:
+            return descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise FolderError(
+                f"output: {path.parent} is in use by {holder}; wait for its end, stop it, or name another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)  # the process that had locked this file has just removed it
 
 
 @contextlib.contextmanager
@@ -22,7 +90,8 @@ def written_atomically(path: Path) -> Iterator[Path]:
     is on the disk before it gets its name, and the name before this function returns. An error leaves the old file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:LONGEST_STEM]}-{os.getpid()}{path.suffix}")
+    process = f"{platform.node()[:LONGEST_HOST]}-{os.getpid()}"
+    temporary = path.with_name(f".{path.stem[:LONGEST_STEM]}-{process}{path.suffix}")
     temporary.unlink(missing_ok=True)  # left by a killed process that had the same number
     try:
         yield temporary

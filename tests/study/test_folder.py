@@ -12,9 +12,9 @@ import pytest
 from uctrans.data import DataError
 from uctrans.data.instances import write_instances
 from uctrans.study import SkipStudyConfig, StudyError, study_models, study_skips
-from uctrans.study.folder import check_study, only_call
+from uctrans.study.folder import check_study
 from uctrans.training import ConfigError
-from uctrans.writing import write_png
+from uctrans.writing import FolderError, locked, write_png
 
 SUMMARY = "runs/unet/seed_0/patience_50/test/summary.json"
 
@@ -34,10 +34,8 @@ def test_a_finished_study_is_only_reported_again(plain_copy, plain, no_workers, 
 
 
 def test_a_second_call_at_the_same_time_is_refused(plain_copy, no_workers):
-    with (
-        only_call(Path(plain_copy.output)),
-        pytest.raises(StudyError, match=r"another call of this study works in .*; wait for its end"),
-    ):
+    in_use = rf"{plain_copy.output} is in use by process {os.getpid()} on .*; wait for its end"
+    with locked(Path(plain_copy.output)), pytest.raises(FolderError, match=in_use):
         study_models(plain_copy)
     assert study_models(plain_copy).finished == 4
 
@@ -160,10 +158,19 @@ def test_a_folder_of_something_else_is_refused(plain_copy, settings, tmp_path, n
         study_models(plain_copy)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    for output, message in ((tmp_path / "mine", "no study wrote"), (tmp_path / "mine" / "notes.txt", "is a file")):
-        with pytest.raises(StudyError, match=message):
-            study_models(replace(plain_copy, output=str(output)))
+    with pytest.raises(StudyError, match="no study wrote"):
+        study_models(replace(plain_copy, output=str(tmp_path / "mine")))
+    with pytest.raises(FolderError, match="cannot be made a folder"):
+        study_models(replace(plain_copy, output=str(tmp_path / "mine" / "notes.txt")))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_study_that_trained_nothing_yet_begins_with_the_mended_settings(plain_copy, no_workers):
+    shutil.rmtree(Path(plain_copy.output) / "runs")
+    with pytest.raises(AssertionError, match="a worker was started"):
+        study_models(replace(plain_copy, batch_size=2))
+    marker = json.loads((Path(plain_copy.output) / "study.json").read_text())
+    assert marker["settings"]["batch_size"] == 2
 
 
 def test_bad_test_images_are_named_before_anything_is_trained(plain, data, tmp_path, no_workers):

@@ -22,6 +22,7 @@ from uctrans.models import registry
 from uctrans.training import CheckpointError, ConfigError, TrainingError, load_checkpoint, loop, train
 from uctrans.training.log import read_metrics
 from uctrans.training.signals import StopRequest
+from uctrans.writing import FolderError, locked
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_weights_spoilt_by_the_last_step_are_not_saved(make_config, step_hook):
 
 
 def test_validation_loss_that_is_not_finite_names_the_images(make_run, monkeypatch):
-    run = make_run(batch_size=2)
+    run = make_run(batch_size=2, image_size=24)
     monkeypatch.setattr(run, "validation_forward", lambda images: images[:, :1] * math.nan)
     with pytest.raises(TrainingError, match="validation loss is not finite for val0, val1"):
         loop.validate_epoch(run)
@@ -250,8 +251,43 @@ def test_output_with_what_is_left_of_a_run_is_refused(finished, make_config, kep
 
 def test_output_that_is_a_file_is_refused(make_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output: .*file cannot be made a folder"):
+    with pytest.raises(FolderError, match=r"output: .*file cannot be made a folder"):
         train(make_config(output=str(tmp_path / "file")))
+
+
+def test_a_run_that_another_process_trains_is_left_alone(finished, make_config, tmp_path):
+    files = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for settings in ({"resume": True}, {}):
+        with locked(finished), pytest.raises(FolderError, match=rf"run is in use by process {os.getpid()} on"):
+            train(make_config(**settings))
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("when", ["step", "validation"])
+def test_a_new_run_that_fails_in_its_first_epoch_leaves_the_folder_as_it_was(make_config, monkeypatch, when):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(loop, {"step": "train_step", "validation": "validate_epoch"}[when], fail)
+    folder = Path(make_config().output)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_config(epochs=1))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    monkeypatch.undo()
+    assert train(make_config(epochs=1, batch_size=5)).epochs == 1
+
+
+def test_a_run_that_fails_later_can_be_resumed(make_config, step_hook):
+    def fail(run, number):
+        if number == 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    step_hook(before=fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_config(epochs=2))
+    assert train(make_config(epochs=2, resume=True)).epochs == 2
 
 
 def test_resume_without_a_run_is_refused(make_config, tmp_path):
@@ -358,7 +394,7 @@ def test_signal_saves_in_the_middle_of_an_epoch_and_resume_ends_with_the_same_bi
 
 
 def test_images_per_second_counts_what_was_trained_on_since_the_epoch_was_resumed(make_run, monkeypatch):
-    run, rows = make_run(batch_size=2), []
+    run, rows = make_run(batch_size=2, image_size=24), []
     loop.train_step(run, run.batch(0))
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 20.0))
     loop.complete_epoch(run, SimpleNamespace(epoch=rows.append), started=10.0, images_before=run.images_before(1))

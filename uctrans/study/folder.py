@@ -10,13 +10,9 @@ OUTPUT/runs/NETWORK/seed_N/       a run folder of ``uctrans train``, with cross-
 OUTPUT/runs/NETWORK/seed_N/ensemble/patience_P/    the evaluation of the mean of the folds' probabilities
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,30 +82,10 @@ def is_over(job: Job) -> bool:
     return len(read_scores(job)) == len(job.patiences) or read_failure(job) is not None
 
 
-@contextlib.contextmanager
-def only_call(folder: Path) -> Iterator[int]:
-    """Lock a folder until the block ends, and all processes that inherited the descriptor it yields have ended too.
-
-    Raises:
-        StudyError: Another call works in the folder.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudyError(
-                f"output: another call of this study works in {folder}; wait for its end, or name another folder"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> dict[str, Any]:
-    """Check that the study may begin, or continue, in its output folder, which need not exist.
+    """Check that the study may begin, or continue, in its output folder.
+
+    A study that has no file of a run yet begins with any settings and images, as its mended command would.
 
     Returns:
         The content of study.json for ``begin``.
@@ -120,11 +96,12 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> dict[
         DataError: The images, masks, instance maps or folds cannot be used.
     """
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise StudyError(f"output: {folder} is a file; name a folder")
-    is_begun = (folder / MARKER).exists()
-    if not is_begun and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
+    is_marked = (folder / MARKER).exists()
+    if not is_marked and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise StudyError(f"output: {folder} holds files that no study wrote; name a new or empty folder")
+    is_begun = is_marked and any(path.is_file() for path in (folder / "runs").rglob("*"))
+    if is_marked and not is_begun:
+        (folder / FOLDS_FILE).unlink(missing_ok=True)
     marker = _marker(config, kind)
     if is_begun:
         marker = _continued(folder / MARKER, marker)

@@ -34,13 +34,12 @@ from ..training.checkpoint import copy_checkpoint
 from ..training.log import read_metrics
 from ..training.run import check_backend_runs
 from ..training.signals import StopRequest
-from ..writing import write_bytes
+from ..writing import locked, write_bytes
 from .folder import (
     FAILED,
     begin,
     check_study,
     is_over,
-    only_call,
     patiences_to_score,
     read_ensemble,
     read_failure,
@@ -104,6 +103,7 @@ def study_models(config: ModelStudyConfig) -> StudyResult:
         StudyError: The output folder holds something else, results of other settings or images, or a damaged file;
             every run failed; data or settings of a run cannot be used, which stops the study; or the process of a run
             died, which stops no other.
+        FolderError: Another process works in the output folder, or it cannot be made or written to.
         ConfigError, DataError: As for ``uctrans.training.train``, where it is found before the first run.
         ValueError: There is no such device.
         ImportError: A package of the extra "training" is missing.
@@ -118,17 +118,16 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         import_extra(package, "training")
     deadline = math.inf if config.minutes is None else time.time() + 60 * config.minutes
     folder, plan = Path(config.output), config.plan()
-    marker = check_study(config, kind, plan)
-    first_runs = plan[: len(config.variants())]
-    costs = {run.variant.name: count_cost(run.config) for run in first_runs}
-    if not all(map(is_over, plan)):
-        device = find_device(config.device)
-        for run in first_runs:
-            check_backend_runs(run.config, device)
-        if config.threads is None and device.type == "cpu" and config.processes > 1:
-            config = dataclasses.replace(config, threads=max(1, torch.get_num_threads() // config.processes))
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_call(folder) as lock:
+    with locked(folder) as lock:
+        marker = check_study(config, kind, plan)
+        first_runs = plan[: len(config.variants())]
+        costs = {run.variant.name: count_cost(run.config) for run in first_runs}
+        if not all(map(is_over, plan)):
+            device = find_device(config.device)
+            for run in first_runs:
+                check_backend_runs(run.config, device)
+            if config.threads is None and device.type == "cpu" and config.processes > 1:
+                config = dataclasses.replace(config, threads=max(1, torch.get_num_threads() // config.processes))
         begin(config, marker)
         jobs = _Jobs(config, plan, deadline)
         stopped_by = jobs.do(lock)
@@ -304,7 +303,8 @@ def train_and_score(run: PlannedRun, config: StudyConfig) -> None:
         try:
             trained = train(settings)
         except (CheckpointError, ConfigError) as error:
-            raise StudyError(f"{error}; or delete {run.folder}, and the same command trains this run again") from error
+            again = f"; or delete {run.folder}, and the same command trains this run again" if is_begun else ""
+            raise StudyError(f"{error}{again}") from error
         except TrainingError as error:
             if error.__cause__ is not None:  # a file or the device, which would stop the other runs too
                 raise

@@ -12,14 +12,19 @@ A signal stops a run after the current step, which is the same in all processes.
 the same bits as one that was never stopped.
 
 A thread writes the checkpoints while training continues (see ``uctrans.training.checkpoint``). A killed run resumes
-from what is on the disk; a run that ends in any other way has written everything.
+from what is on the disk; a run that ends in any other way has written everything. A new run that fails in its first
+epoch, as with a batch that exceeds the memory, removes what it wrote, so that it can begin again with other settings.
+
+The folder is locked while a run goes on, so no two processes write into it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +34,9 @@ import torch
 from ..models.base import probabilities
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import tiled
-from .checkpoint import CheckpointWriter, find_checkpoint, write_files
-from .config import ConfigError, TrainConfig
+from ..writing import FolderError, locked
+from .checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, load_checkpoint, write_files
+from .config import TrainConfig
 from .distributed import Processes, processes
 from .log import RunLog, SilentLog, TrainingError, failures_named
 from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice
@@ -72,17 +78,18 @@ def train(config: TrainConfig) -> RunResult:
         ModelFileError: ``init_from`` cannot be used.
         CheckpointError: a checkpoint cannot be read or written.
         TrainingError: the loss or the weights are not finite, or a log cannot be written.
+        FolderError: another process trains in the output folder, or it cannot be made or written to.
         ImportError: a package of the extra "training" is missing.
     """
     config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
-    with processes(config.device) as group:
+    with processes(config.device) as group, _locked_by_main(Path(config.output), group):
         checkpoint = find_checkpoint(config)
         run = Run(config, group)
         if checkpoint is not None:
             run.load_state_dict(checkpoint, Path(config.output) / LAST_CHECKPOINT)
             del checkpoint
         group.barrier()  # no process writes before all have looked for a checkpoint
-        with _open_log(run) as log, StopRequest() as stop:
+        with _emptied_if_nothing_was_learned(run), _open_log(run) as log, StopRequest() as stop:
             with open_writer(config) as writer:
                 if not config.resume:
                     save(run, writer)
@@ -95,6 +102,49 @@ def train(config: TrainConfig) -> RunResult:
             log.line(_summary(run, stopped_by))
         group.barrier()  # no process returns before the files are complete
     return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by)
+
+
+@contextlib.contextmanager
+def _locked_by_main(folder: Path, group: Processes) -> Iterator[None]:
+    """Let the process that writes the files lock the folder; raise in all processes if it cannot."""
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if group.is_main:
+            try:
+                stack.enter_context(locked(folder))
+            except FolderError as error:
+                refusal = str(error)
+        refusal = group.gather(refusal)[0]
+        if refusal is not None:
+            raise FolderError(refusal)
+        yield
+
+
+@contextlib.contextmanager
+def _emptied_if_nothing_was_learned(run: Run) -> Iterator[None]:
+    """Remove the files of a new run that fails in its first epoch, unless it can be resumed with other settings.
+
+    Otherwise the mended command would be refused, because the folder holds a run.
+    """
+    folder = Path(run.config.output)
+    before = set(folder.iterdir()) if run.group.is_main else set()
+    try:
+        yield
+    except (TrainingError, CheckpointError):
+        raise
+    except Exception:
+        if run.group.is_main and not run.config.resume and run.epoch <= 1 and _is_initial(folder / LAST_CHECKPOINT):
+            for path in set(folder.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _is_initial(path: Path) -> bool:
+    """Return whether the checkpoint is that before the first step, or not yet there."""
+    if not path.exists():
+        return True
+    checkpoint = load_checkpoint(path)
+    return checkpoint["epoch"] == 0 and checkpoint["sampler"]["step"] == 0
 
 
 def train_epochs(run: Run, log: RunLog | SilentLog, stop: StopRequest, writer: CheckpointWriter) -> str:
@@ -289,10 +339,6 @@ def _open_log(run: Run) -> RunLog | SilentLog:
     if not group.is_main:
         return SilentLog()
     folder = Path(config.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output: {folder} cannot be made a folder ({error}); name another one") from error
     log = RunLog(config, run.epoch, run.steps_done, run.steps_per_epoch)
     size = sum(parameter.numel() for parameter in run.model.parameters())
     devices = str(group.device) if group.count == 1 else f"{group.count} processes on {group.device.type}"
