@@ -353,12 +353,66 @@ def test_a_network_starts_from_a_trained_unet(finished, make_run, tmp_path, asse
     assert_same({name: larger[name] for name in unet}, unet)
 
 
+@pytest.mark.parametrize(
+    ("changes", "new", "counts"),
+    [
+        ({"classes": 3, "palette": "#000000,#ffffff,#ff0000"}, ["head.weight", "head.bias"], "1 classes there, 3 here"),
+        ({"in_channels": 1}, ["encoder.stem.conv.weight"], "1 in_channels there, 3 here"),
+    ],
+)
+@pytest.mark.parametrize("model", ["unet", "uctransnet"])
+def test_a_network_starts_from_one_of_other_classes_or_channels(
+    make_run, make_config, tmp_path, assert_same, model, changes, new, counts
+):
+    source = uctrans.create_model(model, base_channels=2, in_channels=changes.get("in_channels", 3))
+    source.save_pretrained(tmp_path / "source")
+    settings = {"classes": changes.get("classes", 1), "palette": changes.get("palette"), "model": model}
+    fresh = make_run(**settings).model.state_dict()
+    run = make_run(init_from=str(tmp_path / "source"), **settings)
+    state, given = run.model.state_dict(), source.state_dict()
+    positions = [name for name in state if name.endswith("position")]  # of another image size
+    taken = [name for name in given if name not in [*new, *positions]]
+    assert_same({name: state[name] for name in taken}, {name: given[name] for name in taken})
+    assert_same({name: state[name] for name in new}, {name: fresh[name] for name in new})
+    assert run.start == (
+        f"starting from the weights of {tmp_path / 'source'}, but for {', '.join(new)}, which are new: {counts}"
+    )
+
+
+def test_the_log_says_with_which_weights_a_run_starts(make_config, tmp_path):
+    uctrans.UNet(base_channels=2, classes=2).save_pretrained(tmp_path / "unet")
+    config = make_config(epochs=1, init_from=str(tmp_path / "unet"))
+    train(config)
+    assert "but for head.weight, head.bias, which are new" in (Path(config.output) / "log.txt").read_text()
+
+
 def test_weights_that_cannot_start_a_network_are_refused(finished, make_run, tmp_path):
     uctrans.UCTransNet(base_channels=2, image_size=16, num_layers=1).save_pretrained(tmp_path / "uct")
-    with pytest.raises(ConfigError, match=r"init_from: .*uct holds a uctransnet, which cannot start a unet"):
+    with pytest.raises(uctrans.ModelFileError, match=r"init_from: .*uct: a uctransnet cannot start a unet"):
         make_run(init_from=str(tmp_path / "uct"))
-    with pytest.raises(uctrans.ModelFileError, match=r"run does not fit this model"):
+    with pytest.raises(uctrans.ModelFileError, match=r"init_from: .*run: .* has base_channels 2 and not 4; build"):
         make_run(init_from=str(finished), base_channels=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_options": {"in_channels": 1}}, r"model_options: in_channels is 1, .* of the run is 3; leave it out"),
+        ({"model_options": {"classes": 3}}, r"model_options: classes is 3, .* of the run is 1; leave .* set classes"),
+        ({"model": "uctransnet", "model_options": {"backend": "fast"}}, "backend: unknown backend 'fast'"),
+        ({"batch_size": 3}, r"batch_size: with 3, the last batch of 7 images has one image, .*16 x 16 pixels"),
+        ({"batch_size": 1}, r"batch_size: with 1, .*larger image_size"),
+    ],
+)
+def test_settings_of_which_a_step_would_fail_are_refused_before_the_run_begins(make_config, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(**changes))
+    assert not Path(make_config().output).exists()
+
+
+def test_a_last_batch_of_one_image_trains_where_batch_norm_takes_it(make_config):
+    config = make_config(batch_size=3, image_size=17, model_options={"in_channels": 3, "classes": 1}, epochs=1)
+    assert train(config).epochs == 1
 
 
 def test_missing_extra_says_what_to_install(make_config, monkeypatch):

@@ -55,7 +55,7 @@ def make_native(make_config, nuclei_folder):
 
 
 def test_an_epoch_takes_every_image_as_often_as_it_is_cropped(make_native):
-    run = Run(make_native(batch_size=4), CPU)
+    run = Run(make_native(batch_size=4, image_size=24), CPU)
     run.begin_epoch()
     assert run.steps_per_epoch == 3  # 3 images x 3 crops in batches of 4
     assert torch.bincount(run.order).tolist() == [3, 3, 3]

@@ -229,14 +229,14 @@ def test_validation_means_over_images_whatever_the_batch(make_config, make_run):
 
 
 def test_an_epoch_shows_every_image_once_and_keeps_the_last_smaller_batch(make_run):
-    run = make_run(batch_size=3)
+    run = make_run(batch_size=3, image_size=24)
     batches = [run.batch(step).tolist() for step in range(run.steps_per_epoch)]
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert sorted(position for batch in batches for position in batch) == list(range(7))
 
 
 def test_processes_share_an_epoch_evenly(make_run):
-    run = make_run(batch_size=2)
+    run = make_run(batch_size=2, image_size=24)
     shares = []
     for rank in range(2):
         run.group = Processes(rank=rank, count=2, device=torch.device("cpu"))

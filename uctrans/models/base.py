@@ -36,7 +36,8 @@ class SegmentationModel(nn.Module):
     Attributes:
         name: registry name.
         config: every constructor argument with its value, as JSON holds it.
-        metadata: notes that JSON can hold, saved and restored with the weights (protocol, scores, palette, ...).
+        metadata: notes that JSON can hold, saved and restored with the weights (protocol, scores, palette, the images
+            it was trained on, ...).
         in_channels: channels of the image.
         classes: channels of the logits.
         can_start_from_unet: whether the model has a method ``load_unet`` that takes the weights of a U-Net.
@@ -92,10 +93,41 @@ class SegmentationModel(nn.Module):
         model.metadata = metadata
         return model.to(device)
 
+    def start_from(self, source: "SegmentationModel") -> list[str]:
+        """Take the weights of a trained network of the same kind, to train it further.
+
+        If ``source`` has another number of classes or channels, the last or the first convolution stays as it is. A
+        UCTransNet also takes the weights of a U-Net, and interpolates position embeddings of another image size.
+
+        Returns:
+            The names of the weights that stay.
+
+        Raises:
+            ModelFileError: ``source`` is of another kind, or differs in another option; the message names it.
+        """
+        if source.name != self.name:
+            raise ModelFileError(f"a {source.name} cannot start a {self.name}; take the weights of a {self.name}")
+        own, given = self.state_dict(), source.state_dict()
+        kept = weights_of_other_counts(self, source)
+        shapes, given_shapes = ({name: weight.shape for name, weight in state.items()} for state in (own, given))
+        if any(shapes.get(name) != given_shapes.get(name) for name in (own.keys() | given.keys()) - set(kept)):
+            differences = [
+                f"{name} {source.config.get(name)!r} and not {value!r}"
+                for name, value in self.config.items()
+                if source.config.get(name) != value and name not in ("classes", "in_channels")
+            ]
+            raise ModelFileError(
+                f"the trained {self.name} has {', '.join(differences) or 'other weights'}; build this one with the "
+                "options of that one, of which only classes, in_channels and image_size may differ"
+            )
+        self.load_state_dict({name: own[name] if name in kept else weight for name, weight in given.items()})
+        return kept
+
     def push_to_hub(self, repository: str, *, private: bool = False, message: str = "Upload model") -> str:
         """Upload weights, configuration and model card to ``owner/name`` on the Hugging Face hub.
 
-        A card that the repository already has is kept.
+        A card that the repository already has is kept. The names of the images that the model was trained on, which may
+        identify patients, stay here; their fingerprints tell an evaluation elsewhere which images the model knows.
 
         Returns:
             The address of the commit.
@@ -238,6 +270,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
             f"create the model with the configuration it was saved with"
         )
     model.load_state_dict(state)
+
+
+def weights_of_other_counts(model: SegmentationModel, source: SegmentationModel) -> list[str]:
+    """Return the names of weights that have another shape in ``source`` only for its number of classes or channels."""
+    given, names = source.state_dict(), []
+    for name, weight in model.state_dict().items():
+        now, before = list(weight.shape), list(given[name].shape) if name in given else []
+        for axis, own, other in ((0, model.classes, source.classes), (1, model.in_channels, source.in_channels)):
+            is_other = own != other and before[axis : axis + 1] == [other]
+            if is_other and now == [*before[:axis], own, *before[axis + 1 :]]:
+                names.append(name)
+    return names
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..kernels import check_backend
 from ..layers import ChannelGate, ChannelTransformer, DoubleConv, Encoder
 from ..layers.arguments import check_counts, check_probabilities, check_whole_numbers, is_whole_number
-from .base import ModelFileError, SegmentationModel, check_image, pad_to_multiple
+from .base import ModelFileError, SegmentationModel, check_image, pad_to_multiple, weights_of_other_counts
 from .registry import register_model
 from .unet import UNet, scale_widths
 
@@ -156,24 +156,37 @@ class UCTransNet(SegmentationModel):
         height, width = padded_size(image_size, self.size_multiple)
         return height // self.patch_size, width // self.patch_size
 
+    def start_from(self, source: SegmentationModel) -> list[str]:
+        """Take the weights of a trained network, see :meth:`SegmentationModel.start_from`."""
+        if self.can_start_from_unet and isinstance(source, UNet):
+            taken = self.load_unet(source)
+            return [name for name in source.state_dict() if name not in taken]
+        if source.name == self.name and source.config["image_size"] != self.config["image_size"]:
+            source = resize_positions(source, self.config["image_size"])
+        return super().start_from(source)
+
     def load_unet(self, unet: UNet) -> list[str]:
         """Take the weights of encoder, decoder convolutions and head from a trained U-Net.
+
+        If it has another number of classes or channels, the last or the first convolution stays as it is.
 
         Returns:
             The names of the weights that were taken.
 
         Raises:
             TypeError: ``unet`` is not a :class:`UNet`.
-            ModelFileError: ``unet`` has another width, number of classes or set of skips.
+            ModelFileError: ``unet`` has another width or set of skips.
         """
         if not isinstance(unet, UNet):
             raise TypeError(f"unet must be a UNet, such as uctrans.load_model gives; got {type(unet).__name__}")
         own, given = self.state_dict(), unet.state_dict()
+        for name in weights_of_other_counts(self, unet):
+            del given[name]
         unfit = [key for key, value in given.items() if key not in own or own[key].shape != value.shape]
         if unfit or len(unet.decoder) != len(self.decoder):
             raise ModelFileError(
                 f"the U-Net ({unet.config}) does not fit this {type(self).__name__} ({self.config}); both need the "
-                f"same encoder, in_channels, classes and base_channels, four scales, and a U-Net with all skips"
+                f"same encoder and base_channels, four scales, and a U-Net with all skips"
             )
         self.load_state_dict(given, strict=False)
         return list(given)

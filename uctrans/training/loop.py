@@ -350,6 +350,8 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         f"{len(run.train_data)} images, validating on {len(run.val_data)}, {devices}, "
         f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
     )
+    if not config.resume:
+        log.line(run.start)
     if run.epoch < run.first_best_epoch - 1:
         log.line(f"the best weights will be those of epoch {run.first_best_epoch} or later (first_best_epoch)")
     if config.graph and group.device.type == "cuda":

@@ -3,6 +3,7 @@
 ``Run.state_dict`` holds everything that decides the rest of the run, so a resumed run ends with the same bits.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -28,9 +29,10 @@ from ..data import (
     parse_palette,
 )
 from ..data.tensors import MASK_TARGET
+from ..extras import import_extra
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
-from ..models import SegmentationModel, load_model, set_checkpointing
+from ..models import ModelFileError, SegmentationModel, load_model, set_checkpointing
 from ..models.base import load_state
 from ..models.registry import model_class
 from ..weight_casts import casting_together
@@ -40,6 +42,12 @@ from .distributed import Processes, with_sync_batch_norm
 from .losses import EpochTotals
 from .optimization import WeightAverage, build_optimizer, fit_to_device, learning_rate, set_learning_rate
 from .step_graphs import StepGraphs, obstacle_to_graphs
+
+# Options of a network that follow from the run, and what to do instead of giving them.
+OPTIONS_OF_THE_RUN = {
+    "in_channels": "leave it out: it is that of the images",
+    "classes": "leave it out, and set classes",
+}
 
 
 class Run:
@@ -60,6 +68,7 @@ class Run:
         validation_forward: The same for validation.
         step_graphs: Recordings of the training step, or None if steps run plainly.
         obstacle_to_graphs: Why steps run plainly, or None if they are recorded.
+        start: The weights with which a new run starts, in words.
     """
 
     def __init__(self, config: TrainConfig, group: Processes):
@@ -67,14 +76,18 @@ class Run:
         check_backend_runs(config, group.device)
         set_threads_and_determinism(config)
         self.protocol = build_protocol(config)
+        if self.protocol.keeps_resolution:
+            import_extra("monai", "training")  # which the first validation would miss
         self.train_data, self.val_data = load_data(config, self.protocol, group)
 
         torch.manual_seed(config.seed)
         model = build_model(config, self.protocol.image_size)
         # Convolutions read this layout without a conversion; feature maps take it over from the weights.
         self.model = model.to(group.device, memory_format=torch.channels_last)
+        self.start = "starting from new weights"
         if config.init_from is not None and not config.resume:
-            start_from(self.model, config.init_from)
+            self.start = start_from(self.model, config.init_from)
+        check_smallest_batch(config, self.protocol, self.images_per_epoch, group.count)
         if config.sync_batch_norm:
             self.model = with_sync_batch_norm(self.model, group.device)
         if config.checkpointing:
@@ -342,7 +355,11 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
     options = {"in_channels": 3, "classes": config.network_classes, "base_channels": config.base_channels}
     own = {"image_size": list(image_size), "backend": config.backend}
     taken = inspect.signature(kind).parameters
-    options |= {name: value for name, value in own.items() if name in taken} | config.model_options
+    options |= {name: value for name, value in own.items() if name in taken}
+    for name, remedy in OPTIONS_OF_THE_RUN.items():
+        if (given := config.model_options.get(name, options[name])) != options[name]:
+            raise ConfigError(f"model_options: {name} is {given!r}, but that of the run is {options[name]!r}; {remedy}")
+    options |= config.model_options
     if unknown := [name for name in options if name not in taken]:
         raise ConfigError(f"model_options: {config.model} has no {unknown[0]}; it takes {', '.join(taken)}")
     try:
@@ -353,12 +370,43 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
         ) from error
 
 
+def check_smallest_batch(config: TrainConfig, protocol: Protocol, images: int, processes: int) -> None:
+    """Raise ConfigError if the network cannot train on the smallest batch of an epoch.
+
+    Batch norm needs more than one value a channel, and the deepest map of a small image has one pixel.
+
+    Args:
+        config: settings of the run.
+        protocol: protocol of the run.
+        images: number of images of an epoch.
+        processes: number of processes, which share the last batch evenly.
+    """
+    rest = images % (config.batch_size * processes) // processes
+    smallest = rest or config.batch_size
+    if smallest > 1 or config.sync_batch_norm:
+        return
+    height, width = protocol.image_size
+    try:
+        with torch.device("meta"):
+            model = build_model(dataclasses.replace(config, backend="reference"), (height, width)).train()
+            model(torch.empty(1, model.in_channels, height, width))
+    except ValueError as error:
+        shared = f" of {processes} processes" if processes > 1 else ""
+        raise ConfigError(
+            f"batch_size: with {config.batch_size}, the last batch of {images} images{shared} has one image, which at "
+            f"{height} x {width} pixels is too small for batch norm ({error}); give a batch_size that leaves two or "
+            "more images to the last batch, or a larger image_size"
+        ) from error
+    except RuntimeError:  # a network that needs values; its first step shows whether it can train
+        return
+
+
 def check_backend_runs(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError if the backend of the network's operators is unknown or cannot run on ``device``."""
     if "backend" not in inspect.signature(_model_class(config)).parameters:
         return
     try:
-        resolve_backend(config.backend, device)
+        resolve_backend(config.model_options.get("backend", config.backend), device)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"backend: {error}") from error
 
@@ -370,22 +418,29 @@ def _model_class(config: TrainConfig) -> type[SegmentationModel]:
         raise ConfigError(f"model: {error}") from error
 
 
-def start_from(model: SegmentationModel, path: str) -> None:
-    """Load the weights of a trained network of the same kind into ``model``, or those of a U-Net into a UCTransNet.
+def start_from(model: SegmentationModel, path: str) -> str:
+    """Load the weights of a trained network into ``model``, see ``SegmentationModel.start_from``.
+
+    Returns:
+        What was taken, for the log.
 
     Raises:
-        ConfigError: the network in the file is of another kind.
-        ModelFileError: the file cannot be read, or its network has another size.
+        ModelFileError: the file cannot be read, or its network is of another kind or size.
     """
     source = load_model(path)
-    if source.name == model.name:
-        load_state(model, source.state_dict(), path)
-    elif model.can_start_from_unet and source.name == "unet":
-        model.load_unet(source)
-    else:
-        raise ConfigError(
-            f"init_from: {path} holds a {source.name}, which cannot start a {model.name}; name another file"
-        )
+    try:
+        kept = model.start_from(source)
+    except ModelFileError as error:
+        raise ModelFileError(f"init_from: {path}: {error}") from error
+    taken = f"starting from the weights of {path}"
+    if kept:
+        counts = [
+            f"{getattr(source, name)} {name} there, {getattr(model, name)} here"
+            for name in ("classes", "in_channels")
+            if getattr(source, name) != getattr(model, name)
+        ]
+        taken += f", but for {', '.join(kept)}, which are new: {'; '.join(counts)}"
+    return taken
 
 
 def training_forward(model: torch.nn.Module, config: TrainConfig, group: Processes) -> Callable[[torch.Tensor], Any]:
