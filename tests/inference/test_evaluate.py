@@ -11,9 +11,10 @@ import pytest
 from skimage.io import imread, imsave
 
 import uctrans
-from uctrans.data import DataError, fill_polygons, get_protocol, prepare_instances
+from uctrans.data import DataError, fill_polygons, fingerprint, get_protocol, prepare_instances, read_image
 from uctrans.data.instances import write_instances
-from uctrans.inference import EvaluateConfig, InferenceError, evaluate
+from uctrans.inference import Ensemble, EvaluateConfig, InferenceError, evaluate
+from uctrans.writing import FolderError, locked
 
 NAN = math.nan
 INSTANCE_SCORES = ("aji", "pq", "sq", "rq", "f1")
@@ -139,6 +140,76 @@ def test_tta_is_named_and_an_unsplit_folder_can_be_scored_whole(brightness_model
     assert "unsplit" not in whole.table()
     assert "Each probability is the mean over 8 flips and rotations" in whole.table().splitlines()
     assert len(score(brightness_model(), split="all", overwrite=True).rows) == 3
+
+
+def record_of(dataset, train=(), val=()):
+    """The record of a model that was trained on, and chosen by, images of the data set, under other names."""
+    parts = {"train": train, "val": val}
+    images = dataset / "test/images" if (dataset / "test").exists() else dataset / "images"
+    return {
+        part: {fingerprint(read_image(images / f"{name}.png")): f"old_{name}" for name in names}
+        for part, names in parts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"size": "native"}, {"size": "uctransnet-224", "resolution": "protocol"}], ids=str
+)
+def test_images_that_the_model_was_trained_on_or_chosen_by_are_named(brightness_model, score, dataset, settings):
+    (dataset / "test/images/half.png").rename(dataset / "test/images/copy.png")
+    (dataset / "test/masks/half.png").rename(dataset / "test/masks/copy.png")
+    record = record_of(dataset, train=["copy"], val=["none", "copy"])
+    result = score(brightness_model(metadata={"images": record}), **settings)
+    assert result.known == {"train": {"copy": "old_copy"}, "val": {"none": "old_none"}}
+    assert summary(result)["known_images"] == result.known
+    assert "images" not in summary(result)["model"]["metadata"]
+    (all_alone,) = [row["dice"] for row in result.rows if row["name"] == "all"]
+    remark = (
+        "Not a test: the model was trained on 1 of these 3 images: copy (as old_copy); the best weights were chosen by "
+        f"1 of these 3 images: none (as old_none); the mean Dice of the other 1 is {all_alone:.4f}"
+    )
+    assert remark in result.table().splitlines()
+
+
+def test_a_model_that_knows_every_image_is_no_test(brightness_model, score, dataset):
+    known = {"images": record_of(dataset, train=["all", "half", "none"])}
+    assert "trained on 3 of these 3 images" in score(brightness_model(metadata=known)).table()
+    assert "; no image is new to the model" in score(brightness_model(metadata=known), overwrite=True).table()
+    advice = "Of a model that was trained on a fold, score val with its folds and fold"
+    assert advice in score(brightness_model(metadata=known), split="all", overwrite=True).table().splitlines()
+    new = {"images": {"train": {"0123456789abcdef": "all"}, "val": {}}}
+    result = score(brightness_model(metadata=new), overwrite=True)
+    assert result.known == {"train": {}, "val": {}}
+    assert "Not a test" not in result.table()
+
+
+def test_what_is_said_of_images_drawn_from_an_unsplit_folder_is_true(brightness_model, score, dataset):
+    folder = dataset / "test"
+    (drawn,) = column(score(brightness_model(), folder), "name")
+    (other, _) = sorted({"all", "half", "none"} - {drawn})
+    drawn_of = f"{folder} comes unsplit: 1 of its 3 images are drawn for test"
+    ending = "; --split all scores every one"
+    for record, said in (
+        (None, f"{drawn_of}, and the model does not record whether it was trained on them{ending}"),
+        (record_of(folder, train=[other]), f"{drawn_of}, and the model has seen none of them in training{ending}"),
+        (
+            {"train": {"0123456789abcdef": drawn}, "val": {}},
+            f"{drawn_of}, and the model has seen none of them in training, unless changed: {drawn} had other pixels "
+            f"then{ending}",
+        ),
+        (record_of(folder, train=[drawn]), f"{drawn_of}{ending}"),
+    ):
+        metadata = {} if record is None else {"images": record}
+        assert said in score(brightness_model(metadata=metadata), folder, overwrite=True).table().splitlines()
+
+
+def test_an_ensemble_knows_the_images_of_all_members(brightness_model):
+    records = [{"train": {"1": "a"}, "val": {"2": "b"}}, {"train": {"2": "b"}, "val": {"1": "a"}}]
+    models = [brightness_model(metadata={"images": record}) for record in records]
+    assert Ensemble(models, ["x", "y"]).metadata["images"] == {
+        "train": {"1": "a", "2": "b"}, "val": {"2": "b", "1": "a"}
+    }  # fmt: skip
+    assert "images" not in Ensemble([models[0], brightness_model()], ["x", "y"]).metadata
 
 
 def test_native_scores_are_against_the_mask_as_it_is(brightness_model, score, dataset):
@@ -322,3 +393,9 @@ def test_bad_paths(dataset, tmp_path):
         evaluate(EvaluateConfig("model", str(dataset), str(tmp_path / "file")))
     with pytest.raises(InferenceError, match="no folder is given"):
         evaluate(EvaluateConfig("model", str(dataset), ""))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").touch()
+    with pytest.raises(InferenceError, match="run is the folder of a run"):
+        evaluate(EvaluateConfig("model", str(dataset), str(tmp_path / "run"), overwrite=True))
+    with locked(tmp_path / "scores"), pytest.raises(FolderError, match="is in use by process"):
+        evaluate(EvaluateConfig("model", str(dataset), str(tmp_path / "scores")))

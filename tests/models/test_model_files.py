@@ -89,12 +89,17 @@ def test_push_to_hub_uploads_all_files_and_keeps_a_card(has_card, monkeypatch, h
 
     def upload_folder(repo_id, folder_path, commit_message):
         uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+        uploaded["metadata"] = json.loads((Path(folder_path) / CONFIG_FILE).read_text())["metadata"]
         return "address of the commit"
 
     monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: None)
     monkeypatch.setattr(hub, "file_exists", lambda repository, name: has_card and name == CARD_FILE)
     monkeypatch.setattr(hub, "upload_folder", upload_folder)
-    assert build("unet").push_to_hub("someone/something") == "address of the commit"
+    model = build("unet")
+    model.metadata = {"images": {"train": {"0123456789abcdef": "Jane Doe"}, "val": {}}, "best_dice": 0.5}
+    assert model.push_to_hub("someone/something") == "address of the commit"
+    nameless = {"images": {"train": {"0123456789abcdef": ""}, "val": {}}, "best_dice": 0.5}
+    assert (uploaded.pop("metadata"), model.metadata["images"]["train"]) == (nameless, {"0123456789abcdef": "Jane Doe"})
     card = set() if has_card else {CARD_FILE}
     assert uploaded == {"someone/something": {CONFIG_FILE, WEIGHTS_FILE} | card}
 
@@ -102,7 +107,7 @@ def test_push_to_hub_uploads_all_files_and_keeps_a_card(has_card, monkeypatch, h
 class TestModelCard:
     def test_it_says_what_the_model_is_and_what_training_recorded(self, tmp_path, hub):
         model = build("dual_branch_uctransnet", classes=3)
-        model.metadata = {"protocol": "native", "best_dice": 0.75, "palette": None}
+        model.metadata = {"protocol": "native", "best_dice": 0.75, "palette": None, "images": {"train": {"0": "Jane"}}}
         card = hub.ModelCard.load(model.save_pretrained(tmp_path) / CARD_FILE)
         assert card.data.library_name == "uctrans"
         assert card.data.pipeline_tag == "image-segmentation"
@@ -110,6 +115,7 @@ class TestModelCard:
         for line in ("# dual_branch_uctransnet", "- classes: `3`", "- protocol: `native`", "- best dice: `0.75`"):
             assert line in card.text.splitlines()
         assert "palette" not in card.text
+        assert "Jane" not in card.text
 
     def test_it_is_never_overwritten(self, tmp_path, hub):
         build("unet").save_pretrained(tmp_path)

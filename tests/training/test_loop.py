@@ -17,7 +17,7 @@ import yaml
 from skimage.io import imread, imsave
 
 import uctrans
-from uctrans.data import DataError
+from uctrans.data import DataError, fingerprint
 from uctrans.models import registry
 from uctrans.training import CheckpointError, ConfigError, TrainingError, load_checkpoint, loop, train
 from uctrans.training.log import read_metrics
@@ -70,6 +70,12 @@ def test_run_folder_holds_what_it_should(make_config):
     assert imread(folder / "progress.png").shape == (400, 1000, 4)
     assert list((folder / "tensorboard").iterdir())
     metadata = json.loads((folder / "best" / "config.json").read_text())["metadata"]
+    images = metadata.pop("images")
+    assert list(images["train"].values()) == [f"train{number}" for number in range(7)]
+    assert list(images["val"].values()) == [f"val{number}" for number in range(3)]
+    assert list(images["val"]) == [
+        fingerprint(imread(Path(config.data) / "val" / "images" / f"val{number}.png")) for number in range(3)
+    ]
     assert metadata == {
         "protocol": "uctransnet-224",
         "target": "mask",
@@ -384,6 +390,25 @@ def test_the_log_says_with_which_weights_a_run_starts(make_config, tmp_path):
     config = make_config(epochs=1, init_from=str(tmp_path / "unet"))
     train(config)
     assert "but for head.weight, head.bias, which are new" in (Path(config.output) / "log.txt").read_text()
+
+
+def test_the_images_that_formed_the_first_weights_are_remembered(make_run, finished, tmp_path):
+    source = uctrans.load_model(finished)
+    source.metadata["images"]["train"] |= {"0123456789abcdef": "earlier"}
+    source.save_pretrained(tmp_path / "source")
+    run = make_run(init_from=str(tmp_path / "source"))
+    assert list(run.images["train"].values()) == [*(f"train{number}" for number in range(7)), "earlier"]
+    other = make_run()
+    other.load_state_dict(run.state_dict(), Path("last.pt"))
+    assert other.metadata()["images"] == run.images
+
+
+def test_validation_images_that_are_training_images_too_are_named(make_run, image_folder, tmp_path):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for kind in ("images", "masks"):
+        shutil.copy(data / "train" / kind / "train3.png", data / "val" / kind / "val1.png")
+    with pytest.warns(UserWarning, match=r"1 validation images are training images too.*: val1 \(train3\); take"):
+        make_run(data=str(data))
 
 
 def test_weights_that_cannot_start_a_network_are_refused(finished, make_run, tmp_path):

@@ -3,6 +3,7 @@
 from .augmentation import NativeAugmentation
 from .demo import write_demo_dataset
 from .find import DataError, Sample, find_development_samples, find_images, find_samples
+from .fingerprints import fingerprint
 from .folds import find_split, load_folds, make_folds
 from .instances import boundary_target
 from .monuseg import Annotation, PreparedImage, fill_polygons, prepare_instances, prepare_monuseg, read_annotation
@@ -28,6 +29,7 @@ __all__ = [
     "find_images",
     "find_samples",
     "find_split",
+    "fingerprint",
     "get_protocol",
     "labels_to_colours",
     "list_protocols",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .find import DataError, Sample, shorten
+from .fingerprints import fingerprint
 from .instances import BOUNDARY_TARGET, INSTANCES, boundary_target, find_doubt, find_instances, read_instances
 from .protocols import Protocol
 from .read import Doubts, decode_mask, read_image
@@ -31,12 +32,14 @@ class SegmentationTensors:
         images: (n, 3, h, w) uint8 RGB.
         masks: (n, h, w) uint8 label indexes.
         original_sizes: n (height, width) of the files in pixels.
+        fingerprints: n fingerprints of the images as they were read, see :func:`uctrans.data.fingerprint`.
     """
 
     names: list[str]
     images: Tensor
     masks: Tensor
     original_sizes: list[tuple[int, int]]
+    fingerprints: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,6 +68,7 @@ class NativeImages:
         labels: (P,) uint8 label indexes, in the same order.
         starts: (n,) int64, position in P where each image begins.
         sizes: (2, n) int64, heights and widths.
+        fingerprints: n fingerprints of the images, see :func:`uctrans.data.fingerprint`.
     """
 
     names: list[str]
@@ -72,6 +76,7 @@ class NativeImages:
     labels: Tensor
     starts: Tensor
     sizes: Tensor
+    fingerprints: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -177,14 +182,16 @@ def load_tensors(
     _check_samples(samples)
     images = torch.empty(len(samples), 3, *protocol.image_size, dtype=torch.uint8)
     masks = torch.empty(len(samples), *protocol.image_size, dtype=torch.uint8)
-    original_sizes = []
+    original_sizes, fingerprints = [], []
     doubts = Doubts()
     for index, (image, mask) in enumerate(_read_pairs(samples, classes, palette, doubts)):
         images[index] = torch.from_numpy(protocol.resize_image(image)).permute(2, 0, 1)
         masks[index] = torch.from_numpy(protocol.resize_mask(mask, classes))
         original_sizes.append(image.shape[:2])
+        fingerprints.append(fingerprint(image))
     doubts.warn()
-    return SegmentationTensors([sample.name for sample in samples], images.to(device), masks.to(device), original_sizes)
+    names = [sample.name for sample in samples]
+    return SegmentationTensors(names, images.to(device), masks.to(device), original_sizes, fingerprints)
 
 
 def load_native(
@@ -213,7 +220,7 @@ def load_native(
         raise DataError(f"target: {target!r} is unknown; choose one of {', '.join(TARGETS)}")
     _check_samples(samples)
     instance_maps = _find_all_instances(samples) if target == BOUNDARY_TARGET else {}
-    pixels, labels, sizes = [], [], []
+    pixels, labels, sizes, fingerprints = [], [], [], []
     doubts = Doubts()
     for sample, (image, label) in zip(samples, _read_pairs(samples, classes, palette, doubts), strict=True):
         if path := instance_maps.get(sample.name):
@@ -223,6 +230,7 @@ def load_native(
         pixels.append(torch.from_numpy(np.array(image)).flatten(0, 1).T)
         labels.append(torch.from_numpy(label).flatten())
         sizes.append(image.shape[:2])
+        fingerprints.append(fingerprint(image))
     doubts.warn()
     counts = torch.tensor([len(label) for label in labels])
     return NativeImages(
@@ -231,6 +239,7 @@ def load_native(
         labels=torch.cat(labels),
         starts=counts.cumsum(0) - counts,
         sizes=torch.tensor(sizes).T.contiguous(),
+        fingerprints=fingerprints,
     ).to(device)
 
 

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from ..data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors, read_image, read_mask
-from ..data.find import drawn_from
+from ..data.find import drawn_from, shorten
+from ..data.fingerprints import Record, find_known, fingerprint
 from ..data.instances import check_truth, find_instances, read_instances
 from ..extras import import_extra
+from ..models.base import without_images
+from ..models.files import LAST_CHECKPOINT
 from ..tiling import OVERLAP
-from ..writing import write_json, written_atomically
+from ..writing import locked, write_json, written_atomically
 from .figures import ComparisonRow, InstanceRow, choose_rows, class_colours, comparison_figure, instance_figure
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
 from .metrics import (
@@ -121,6 +124,8 @@ class EvaluationResult:
         output: Folder of metrics.csv, summary.json, figure.png and, if instance maps were scored, instances.png.
         unscored_instance_maps: Number of instance maps that were not scored, because scores were not taken at the size
             of the masks.
+        known: Images that the model was trained on ("train"), or else that chose its best weights ("val"): their names
+            in the record of the model by their names here. None if the model has no such record.
         remarks: Sentences that a reader of the scores should know.
     """
 
@@ -131,6 +136,7 @@ class EvaluationResult:
     scored_at: str
     output: Path
     unscored_instance_maps: int = 0
+    known: dict[str, dict[str, str]] | None = None
     remarks: tuple[str, ...] = ()
 
     def table(self) -> str:
@@ -188,8 +194,9 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
 
     Raises:
         DataError: The split, the folds or a mask cannot be used, or an instance map belongs to another image.
-        InferenceError: A setting is out of its range, or the output folder holds an evaluation and ``overwrite`` is
-            not set.
+        InferenceError: A setting is out of its range, or the output folder holds a run, or an evaluation and
+            ``overwrite`` is not set.
+        FolderError: Another process evaluates into the output folder, or it cannot be made or written to.
         ModelFileError: There is no model at ``config.model``.
         ValueError: The backend or device is unknown, or a backend is named and the model has none.
         NotImplementedError: The backend cannot run on the device.
@@ -202,16 +209,30 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     for package in ("matplotlib", "monai"):  # report a missing package before the work
         import_extra(package, "training")
     folder = output_folder(config.output)
+    if (folder / LAST_CHECKPOINT).exists():
+        raise InferenceError(
+            f"output: {folder} is the folder of a run, which has a metrics.csv too; name another folder"
+        )
     files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png", INSTANCE_PICTURE)}
     if not config.overwrite:
         refuse_existing(list(files.values()), "an evaluation")
+    with locked(folder):
+        return _evaluate(config, files)
+
+
+def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResult:
     samples = find_split(config.data, config.split, config.folds, config.fold)
     instance_maps = find_instances(samples)
     comparison = Comparison(config)
     with_instances = bool(instance_maps) and comparison.is_native
     comparison.check(samples, instance_maps)
     compared = progress_bar(comparison.images(samples, instance_maps), len(samples), "evaluate", config.progress)
-    rows = [_row(item, comparison, with_instances) for item in compared]
+    rows, fingerprints = [], []
+    for item in compared:
+        rows.append(_row(item, comparison, with_instances))
+        fingerprints.append(item.fingerprint)
+    record = comparison.model.metadata.get("images")
+    known = None if record is None else find_known(record, [row["name"] for row in rows], fingerprints)
 
     _draw_figures(files, rows, comparison, samples, instance_maps)
     _write_csv(files["metrics.csv"], rows)
@@ -229,13 +250,16 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             "settings": dataclasses.asdict(config),
             "protocol": {name: getattr(comparison.predictor.protocol, name) for name in PROTOCOL_SETTINGS},
             "scored_at": comparison.scored_at,
-            "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
+            "model": {"name": model.name, "config": model.config, "metadata": without_images(model.metadata)},
+            "known_images": known,
             "torch_version": torch.__version__,
         },
     )
     unscored = 0 if with_instances else len(instance_maps)
-    remarks = _remarks(config, len(rows))
-    return EvaluationResult(rows, mean, deviation, count, comparison.scored_at, folder, unscored, remarks)
+    remarks = _remarks(config, rows, record, known)
+    return EvaluationResult(
+        rows, mean, deviation, count, comparison.scored_at, Path(config.output), unscored, known, remarks
+    )
 
 
 def score_sizes() -> list[str]:
@@ -252,6 +276,7 @@ class Compared:
     image: np.ndarray
     truth: np.ndarray
     prediction: np.ndarray
+    fingerprint: str  # of the image at its own size
     true_instances: np.ndarray | None = None
     predicted_instances: np.ndarray | None = None
 
@@ -318,7 +343,7 @@ class Comparison:
             probabilities = mask_probabilities(self.model, self.predictor.probabilities(tensors.images))
             labels = to_labels(probabilities, self._config.threshold).cpu().numpy()
             images = tensors.images.permute(0, 2, 3, 1).numpy()
-            yield from map(Compared, tensors.names, images, tensors.masks.numpy(), labels)
+            yield from map(Compared, tensors.names, images, tensors.masks.numpy(), labels, tensors.fingerprints)
 
     def _at_native_size(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
         for sample in samples:
@@ -329,7 +354,7 @@ class Comparison:
             foreground = mask_probabilities(self.model, probabilities)
             labels = to_labels(foreground, self._config.threshold)[0].cpu().numpy()
             predicted = None if true is None else instances_of(self.model, probabilities[0], labels, self._config)
-            yield Compared(sample.name, image, truth, labels, true, predicted)
+            yield Compared(sample.name, image, truth, labels, fingerprint(image), true, predicted)
 
     def _resized(self, samples: Sequence[Sample]) -> Iterator[Compared]:
         """Yield truth and prediction at native size, both resized as the protocol of the scores resizes masks."""
@@ -337,7 +362,8 @@ class Comparison:
             truth, prediction = (
                 self.scored_as.resize_mask(mask, self.classes) for mask in (whole.truth, whole.prediction)
             )
-            yield Compared(whole.name, self.scored_as.resize_image(whole.image), truth, prediction)
+            image = self.scored_as.resize_image(whole.image)
+            yield Compared(whole.name, image, truth, prediction, whole.fingerprint)
 
 
 def _protocol_of_scores(trained_under: Protocol, size: str) -> Protocol:
@@ -407,15 +433,44 @@ def _draw_figures(
         files[INSTANCE_PICTURE].unlink(missing_ok=True)
 
 
-def _remarks(config: EvaluateConfig, images: int) -> tuple[str, ...]:
+def _remarks(
+    config: EvaluateConfig, rows: list[dict[str, Any]], record: Record | None, known: dict[str, dict[str, str]] | None
+) -> tuple[str, ...]:
     remarks = []
     if config.tta != "none":
         kinds = "flips" if config.tta == "flips" else "flips and rotations"
         remarks.append(f"Each probability is the mean over {len(TRANSFORMS[config.tta])} {kinds}")
+    if known is not None and any(known.values()):
+        remarks.append(_remark_on_known_images(rows, known))
+        if config.split != "test" and known["train"] and config.folds is None:
+            remarks.append("Of a model that was trained on a fold, score val with its folds and fold")
     total = None if config.split == "all" else drawn_from(config.data)
     if total is not None:
-        remarks.append(
-            f"{config.data} comes unsplit: {images} of its {total} images are drawn for {config.split}, the same for "
-            "training and scores; --split all scores every one"
-        )
+        drawn = f"{config.data} comes unsplit: {len(rows)} of its {total} images are drawn for {config.split}"
+        if record is None:
+            drawn += ", and the model does not record whether it was trained on them"
+        elif not any(known.values()):
+            before = {name for part in record.values() for name in part.values()}
+            changed = [row["name"] for row in rows if row["name"] in before]
+            drawn += ", and the model has seen none of them in training"
+            if changed:
+                drawn += f", unless changed: {shorten(changed)} had other pixels then"
+        remarks.append(f"{drawn}; --split all scores every one")
     return tuple(remarks)
+
+
+def _remark_on_known_images(rows: list[dict[str, Any]], known: dict[str, dict[str, str]]) -> str:
+    """Return a sentence about the images that the model was trained on or chosen by, with the mean of the others."""
+    parts = []
+    for part, what in (("train", "the model was trained on"), ("val", "the best weights were chosen by")):
+        named = [name if before in ("", name) else f"{name} (as {before})" for name, before in known[part].items()]
+        if named:
+            parts.append(f"{what} {len(named)} of these {len(rows)} images: {shorten(named)}")
+    new = [row["dice"] for row in rows if row["name"] not in known["train"] | known["val"]]
+    mean = (
+        f"the mean Dice of the other {len(new)} is {mean_and_deviation(new)[0]:.4f}"
+        if new
+        else "no image is new to the model"
+    )
+    text = "; ".join([*parts, mean])
+    return f"Not a test: {text}"

@@ -34,6 +34,7 @@ from ..kernels.channel_attention import fewest_tokens_to_correlate
 from ..layers import ChannelAttention, PatchEmbedding, set_backend
 from ..layers.switching import layers_with_backend
 from ..models import load_model
+from ..models.base import without_images
 from ..writing import write_json
 from .settings import InferenceError, check_choice, output_folder, refuse_existing
 
@@ -216,7 +217,7 @@ def _description(model: nn.Module, config: ExportConfig, size: tuple[int, int], 
             "channel_order": "gray (0.299 R + 0.587 G + 0.114 B)" if model.in_channels == 1 else protocol.channel_order,
             "scale": "uint8 / 255",
         },
-        "model": {"name": model.name, "config": model.config, "metadata": model.metadata},
+        "model": {"name": model.name, "config": model.config, "metadata": without_images(model.metadata)},
     }
 
 

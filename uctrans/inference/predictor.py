@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import protocol_of
+from ..data.fingerprints import join_records
 from ..devices import find_device
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
@@ -249,7 +250,7 @@ class Ensemble(nn.Module):
         name: "ensemble".
         in_channels, classes: Those of every member.
         config: The configurations of the members, under "members".
-        metadata: What the members have in common, and "members", their names.
+        metadata: What the members have in common; "members", their names; and "images", those of all members.
 
     Args:
         models: Two or more models in evaluation mode, with equal protocol, image size, channel order, target and
@@ -287,6 +288,8 @@ class Ensemble(nn.Module):
             **{key: first[key] for key in SHARED_METADATA if first[key] is not None},
             "members": list(names),
         }
+        if all("images" in model.metadata for model in models):
+            self.metadata["images"] = join_records(model.metadata["images"] for model in models)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits of the mean probability, float32: ``(B, in_channels, H, W)`` to ``(B, classes, H, W)``.

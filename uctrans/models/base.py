@@ -139,6 +139,9 @@ class SegmentationModel(nn.Module):
         hub.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             saved = self._saved()
+            if "images" in self.metadata:
+                nameless = {part: dict.fromkeys(known, "") for part, known in self.metadata["images"].items()}
+                saved["metadata"] = self.metadata | {"images": nameless}
             write_model(Path(folder), saved)
             if not hub.file_exists(repository, CARD_FILE):
                 write_card(Path(folder), saved)
@@ -189,7 +192,7 @@ logits = model(image)  # image: float (B, {config.get("in_channels", "channels")
 
 ## Training and scores
 
-{_list_of(saved["metadata"])}
+{_list_of(without_images(saved["metadata"]))}
 
 ## Limits
 
@@ -197,6 +200,11 @@ For research only; this is no medical device. Scores hold for images like those 
 stain or magnification may give much lower ones. Name a licence in the header before you publish the weights.
 """
     write_bytes(path, str(ModelCard(text)).encode())
+
+
+def without_images(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a model without the record of its images, which has a line for each."""
+    return {key: value for key, value in metadata.items() if key != "images"}
 
 
 def _list_of(values: dict[str, Any]) -> str:

@@ -37,7 +37,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        return {name: summary[name] for name in ("mean", "count", "images", "scored_at", "model")}
+        needed = {name: summary[name] for name in ("mean", "count", "images", "scored_at", "model")}
+        return needed | {"known_images": summary.get("known_images") or {}}
     except (ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{path}: is damaged ({error!r}); delete it, and the same command writes it again") from error
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..data import get_protocol
+from ..data.find import shorten
 from ..extras import import_extra
 from ..inference import mean_and_deviation
 from ..training import TrainConfig
@@ -176,6 +177,11 @@ def make_table(config: StudyConfig, plan: list[PlannedRun], costs: dict[str, dic
     count, images, scored_at = (scores[0][name] for name in ("count", "images", "scored_at"))
     averaged = "" if config.score_tta == "none" else f", with test-time transforms {config.score_tta}"
     remarks = [f"Each run's score is the mean over {images} test images, scored at {scored_at}{averaged}."]
+    known = sorted({name for score in scores for part in score["known_images"].values() for name in part})
+    if known:
+        remarks.append(
+            f"Not a test: networks were trained on, or chosen by, {len(known)} of these images: {shorten(known)}."
+        )
     if count.get("aji", images) < images:
         remarks.append(f"AJI and PQ: mean over the {count['aji']} test images with an instance map.")
     started = [variant.name for variant in config.variants() if variant.from_unet]

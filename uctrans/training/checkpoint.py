@@ -6,7 +6,8 @@ A checkpoint is a dict of tensors and plain values that is written atomically an
      "model": {"name", "config", "metadata", "state"}, "ema": state or None, "optimizer": state,
      "scheduler": {"epoch", "learning_rate"}, "best": {"epoch", "dice"},
      "generators": one dict of generator states for each process,
-     "sampler": {"generator", "train_names", "train_digest", "val_names", "val_digest", "order", "step", "totals"}}
+     "sampler": {"generator", "train_names", "train_digest", "train_fingerprints", "val_names", "val_digest",
+                 "val_fingerprints", "order", "step", "totals"}}
 
 In the middle of an epoch ``order`` is the order of its images, ``step`` the number of steps done, and ``totals`` the
 sums so far, one dict for each process. Between two epochs ``order`` and ``totals`` are None and ``step`` is 0.

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from ..data import (
     load_tensors,
     parse_palette,
 )
+from ..data.find import shorten
+from ..data.fingerprints import Record, join_records
 from ..data.tensors import MASK_TARGET
 from ..extras import import_extra
 from ..graphs import CapturedForward, CudaRecorder
@@ -69,6 +72,8 @@ class Run:
         step_graphs: Recordings of the training step, or None if steps run plainly.
         obstacle_to_graphs: Why steps run plainly, or None if they are recorded.
         start: The weights with which a new run starts, in words.
+        images: Record of the images that form the weights, with those of ``init_from``; see
+            ``uctrans.data.fingerprints``.
     """
 
     def __init__(self, config: TrainConfig, group: Processes):
@@ -79,6 +84,12 @@ class Run:
         if self.protocol.keeps_resolution:
             import_extra("monai", "training")  # which the first validation would miss
         self.train_data, self.val_data = load_data(config, self.protocol, group)
+        self.images = {
+            part: dict(zip(data.fingerprints, data.names, strict=True))
+            for part, data in (("train", self.train_data), ("val", self.val_data))
+        }
+        if group.is_main:
+            warn_of_shared_images(self.images)
 
         torch.manual_seed(config.seed)
         model = build_model(config, self.protocol.image_size)
@@ -86,7 +97,8 @@ class Run:
         self.model = model.to(group.device, memory_format=torch.channels_last)
         self.start = "starting from new weights"
         if config.init_from is not None and not config.resume:
-            self.start = start_from(self.model, config.init_from)
+            self.start, images = start_from(self.model, config.init_from)
+            self.images = join_records([images, self.images])
         check_smallest_batch(config, self.protocol, self.images_per_epoch, group.count)
         if config.sync_batch_norm:
             self.model = with_sync_batch_norm(self.model, group.device)
@@ -184,6 +196,7 @@ class Run:
             "best_dice": self.best_dice,
             "uctrans_version": __version__,
             "torch_version": str(torch.__version__),
+            "images": self.images,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,8 +220,10 @@ class Run:
                 "generator": self.order_generator.get_state(),
                 "train_names": list(self.train_data.names),
                 "train_digest": self.train_data.digest,
+                "train_fingerprints": list(self.train_data.fingerprints),
                 "val_names": list(self.val_data.names),
                 "val_digest": self.val_data.digest,
+                "val_fingerprints": list(self.val_data.fingerprints),
                 "order": self.order.cpu() if is_inside_epoch else None,
                 "step": self.steps_done,
                 "totals": self.group.gather(self.totals.state_dict()) if is_inside_epoch else None,
@@ -218,6 +233,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Restore the state of a checkpoint; CheckpointError if it does not belong to this run."""
         sampler = state["sampler"]
+        self.images = state["model"]["metadata"].get("images", self.images)
         for part, data in (("train", self.train_data), ("val", self.val_data)):
             if sampler[f"{part}_names"] != list(data.names):
                 changed = sorted(set(sampler[f"{part}_names"]) ^ set(data.names))[:5]
@@ -225,10 +241,14 @@ class Run:
                     f"{path}: the {part} images are not those the run began with (first: {', '.join(changed)}); "
                     "restore them, or train in another output folder"
                 )
-            if sampler.get(f"{part}_digest", data.digest) != data.digest:
+            before = sampler.get(f"{part}_fingerprints", data.fingerprints)
+            pairs = zip(data.names, before, data.fingerprints, strict=True)
+            changed = [name for name, then, now in pairs if then != now]
+            if changed or sampler.get(f"{part}_digest", data.digest) != data.digest:
+                which = f" ({shorten(changed)})" if changed else ""
                 raise CheckpointError(
-                    f"{path}: pixels or labels of the {part} images in {self.config.data} have changed since the run "
-                    "began; restore them, or train in another output folder"
+                    f"{path}: pixels or labels of the {part} images in {self.config.data}{which} have changed since "
+                    "the run began; restore them, or train in another output folder"
                 )
         if "train_digest" not in sampler and state["train_config"]["data"] != self.config.data:
             raise CheckpointError(
@@ -345,6 +365,17 @@ def load_data(
     return train, val
 
 
+def warn_of_shared_images(images: Record) -> None:
+    """Warn of validation images that are training images too, whatever their names."""
+    shared = [f"{name} ({images['train'][key]})" for key, name in images["val"].items() if key in images["train"]]
+    if shared:
+        warnings.warn(
+            f"{len(shared)} validation images are training images too, so the best epoch is chosen by what was "
+            f"learned: {shorten(shared)}; take them out of one of both",
+            stacklevel=2,
+        )
+
+
 def build_model(config: TrainConfig, image_size: tuple[int, int]) -> SegmentationModel:
     """Return the network of the configuration, with new weights.
 
@@ -418,11 +449,11 @@ def _model_class(config: TrainConfig) -> type[SegmentationModel]:
         raise ConfigError(f"model: {error}") from error
 
 
-def start_from(model: SegmentationModel, path: str) -> str:
+def start_from(model: SegmentationModel, path: str) -> tuple[str, Record]:
     """Load the weights of a trained network into ``model``, see ``SegmentationModel.start_from``.
 
     Returns:
-        What was taken, for the log.
+        What was taken, for the log, and the images that formed it.
 
     Raises:
         ModelFileError: the file cannot be read, or its network is of another kind or size.
@@ -440,7 +471,7 @@ def start_from(model: SegmentationModel, path: str) -> str:
             if getattr(source, name) != getattr(model, name)
         ]
         taken += f", but for {', '.join(kept)}, which are new: {'; '.join(counts)}"
-    return taken
+    return taken, source.metadata.get("images", {"train": {}, "val": {}})
 
 
 def training_forward(model: torch.nn.Module, config: TrainConfig, group: Processes) -> Callable[[torch.Tensor], Any]:
