@@ -172,6 +172,16 @@ def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> di
     return dict(sorted(by_stem.items()))
 
 
+def missing_target(path: Path) -> str | None:
+    """Return in words that a link leads to no file, or None."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return (
+        f"is a link to {path.readlink()}, which is not there; fetch that file (git annex get, dvc pull, or from its "
+        "machine), or remove the link"
+    )
+
+
 def shorten(names: Iterable[Any], limit: int = 5) -> str:
     """Join at most ``limit`` names with commas and say how many more there are."""
     names = [str(name) for name in names]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ..writing import write_png
+from .decode import decode_file
 from .find import IMAGE_SUFFIXES, DataError, Sample, shorten
-from .read import Doubts, check_shape, decode_mask, read_image, read_pixels
+from .read import Doubts, check_shape, decode_mask, read_image
 
 INSTANCES = "instances"
 HIGHEST_NUMBER = np.iinfo(np.uint16).max
@@ -78,11 +79,16 @@ def read_instances(path: str | os.PathLike, mask: np.ndarray | None = None) -> n
             nuclei apart, or does not belong to ``mask``.
     """
     path = Path(path)
-    pixels = read_pixels(path)
+    picture = decode_file(path)
     if mask is not None:
-        check_shape(path, pixels, mask.shape)
-    if pixels.ndim != 2:
-        raise DataError(f"{path}: has colours; save an instance map with one number for each nucleus in one channel")
+        check_shape(path, picture.channels, mask.shape)
+    if picture.channels.shape[2] != 1 or picture.alpha is not None:
+        raise DataError(
+            f"{path}: has several channels; save an instance map with one number for each nucleus in one channel"
+        )
+    if picture.is_lossy:
+        raise DataError(f"{path}: has a lossy compression, which changes numbers; save it as PNG from its source")
+    pixels = picture.channels[..., 0]
     if pixels.dtype == bool or np.unique(pixels).tolist() in MASK_VALUES:
         raise DataError(
             f"{path}: is a mask, not an instance map; number the nuclei from 1, or take the file out of {path.parent}"

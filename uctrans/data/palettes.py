@@ -69,6 +69,21 @@ def colours_to_labels(colours: np.ndarray, palette: str | Sequence) -> np.ndarra
     return labels
 
 
+def list_colours(colours: np.ndarray, indexes: np.ndarray | None = None) -> list[str]:
+    """Return the colours of a mask, (H, W, 3) uint8, as "#rrggbb", in an order that a palette may have.
+
+    Args:
+        colours: the mask.
+        indexes: (H, W) positions of the colours in the palette of the file, which order them; without them black is the
+            first one, the others follow by their values.
+    """
+    packed = pack_colours(colours).ravel()
+    values, places = np.unique(packed, return_index=True)
+    if indexes is not None:
+        values = values[np.argsort(indexes.ravel()[places])]
+    return [f"#{_unpack(value)}" for value in values]
+
+
 def pack_colours(colours: np.ndarray) -> np.ndarray:
     """Return one number for each colour: (..., 3) of 8 or 16 bits to (...) int64, 16 bits for each channel."""
     return colours.astype(np.int64) @ np.array([1 << 32, 1 << 16, 1])

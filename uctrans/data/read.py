@@ -1,44 +1,64 @@
-"""Read image and mask files: images as RGB, masks as label indexes, both uint8.
+"""Read image and mask files: images as RGB or other channels, masks as label indexes, both uint8.
 
-A file that can be read in more than one way, or only with a loss of bits, is refused.
+Nothing in a file that differs from pixel to pixel is left out without an error or a warning.
 """
 
+import functools
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from .decode import Picture, decode_file
 from .find import DataError, shorten
-from .palettes import colours_to_labels, pack_colours, parse_palette
+from .palettes import colours_to_labels, list_colours, pack_colours, parse_palette
 
 MAX_CLASSES = 256
-SIXTEEN_TO_EIGHT_BIT = 257  # 65535 = 255 * 257, so a 16-bit value over 257 is the nearest 8-bit one
-# Warnings about masks that may not be binary.
+RGB_CHANNELS = 3
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green and blue
+HIGHEST_VALUE = 65535
+# Cameras of 8 to 14 bits store their values in files of 16 bits.
+CAMERA_RANGES = tuple((1 << bits) - 1 for bits in (8, 10, 12, 14, 16))
+DARK_SHARE = 4  # images whose highest value is below a quarter of the range are doubtful
+LOSSY_REMEDY = (
+    "save it again as PNG from its source; without one, set every pixel to the nearest label and save that as PNG"
+)
+# Warnings about masks that may not hold what they are read as.
+LOSSY = (
+    "{count} masks have a lossy compression, which changes values at the edges of objects or everywhere: {paths}. "
+    f"For each, {LOSSY_REMEDY}."
+)
 MANY_VALUES = (
     "{count} binary masks hold more than two distinct values; every value above 0 was taken as foreground: {paths}. "
     "If the values are classes, set classes; if they are blurred edges, threshold the masks."
 )
-NO_BACKGROUND = (
-    "{count} binary masks hold two distinct values, both above 0, so all of the mask was taken as foreground: {paths}. "
-    "Save the background as 0 (black), or give a palette, background first."
+NUMBERS = (
+    "{count} binary masks hold the numbers from 0 on, each for some pixels; every number above 0 was taken as "
+    "foreground: {paths}. That is right if they number objects; if they are classes, set classes."
 )
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# A PNG file begins with the signature, length and name of the IHDR chunk, width, height, bit depth and colour type.
-PNG_BIT_DEPTH, PNG_COLOUR_TYPE = 24, 25
-PNG_GRAY = 0
-TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFF_BITS = (1, 8, 16)
-TIFF_KINDS = ("MINISBLACK", "RGB", "PALETTE", "YCBCR")
-INTEGERS = (bool, np.uint8, np.uint16)
-# Pillow and tifffile raise these for damaged files, MemoryError for a damaged size.
-READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
-READ_ERRORS += (MemoryError, struct.error, zlib.error)
+MANY_COLOURS = (
+    "{{count}} binary masks hold the colours {colours}; all but black were taken as foreground: {{paths}}. If the "
+    'colours are classes, set them: --classes {number} --palette "{palette}", background first.'
+)
+NO_BACKGROUND = (
+    "{{count}} binary masks hold two distinct values, both above 0, so all of the mask was taken as foreground: "
+    "{{paths}}. Save the background as 0 (black), or give a palette, background first{hint}."
+)
+# Warnings about images.
+ALPHA = (
+    "{count} images have an alpha channel that differs from pixel to pixel and was left out: {paths}. Save them "
+    "without alpha, or train with one more of in_channels if it is a channel of its own."
+)
+DARK = (
+    "{count} images hold 16-bit values up to {highest} where the range is 0 to {high}, so they have {levels} of 256 "
+    "gray levels and are nearly black: {paths}. Set the range of the values: --intensity-range 0,{likely}."
+)
+BEYOND = (
+    "{count} images hold values up to {highest}, beyond the intensity range, which ends at {high}; they were read as "
+    "white: {paths}. Train with a wider intensity_range if they matter."
+)
 
 
 class Doubts:
@@ -46,35 +66,91 @@ class Doubts:
 
     def __init__(self) -> None:
         self.paths: dict[str, list[str | os.PathLike]] = {}
+        self.highest: dict[str | os.PathLike, tuple[int, int]] = {}
 
     def add(self, doubt: str | None, path: str | os.PathLike) -> None:
         """Note a file, with a warning that has the fields ``count`` and ``paths``; None is no doubt."""
         if doubt is not None:
             self.paths.setdefault(doubt, []).append(path)
 
+    def add_highest(self, path: str | os.PathLike, highest: int, high: int) -> None:
+        """Note the highest value of an image of 16 bits, and the end of the range that it is read in."""
+        self.highest[path] = highest, high
+
     def warn(self) -> None:
         """Give one warning for each doubt."""
         for doubt, paths in self.paths.items():
             warnings.warn(doubt.format(count=len(paths), paths=shorten(paths)), stacklevel=3)
+        if self.highest:
+            self._warn_of_range()
+
+    def _warn_of_range(self) -> None:
+        highest, high = (max(values) for values in zip(*self.highest.values(), strict=True))
+        paths = [path for path, (value, end) in self.highest.items() if value > end]
+        doubt = BEYOND if paths else DARK if 0 < highest * DARK_SHARE < high else None
+        if doubt is not None:
+            paths = paths or list(self.highest)
+            likely = next(value for value in CAMERA_RANGES if value >= highest)
+            levels = round(255 * highest / high) + 1
+            numbers = {"highest": highest, "high": high, "levels": levels, "likely": likely}
+            warnings.warn(doubt.format(count=len(paths), paths=shorten(paths), **numbers), stacklevel=4)
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8 RGB.
+def read_image(
+    path: str | os.PathLike, channels: int = RGB_CHANNELS, intensity_range: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Read an image file as (H, W, channels) uint8, by default RGB, as a viewer shows it.
 
-    Grayscale becomes three equal channels, alpha is dropped, black and white become 0 and 255, 16-bit values are
-    divided by 257 and rounded, and indexed files give the colours of their indexes.
+    Orientation tags are obeyed. Indexed files give the colours of their indexes. Black and white become 0 and 255.
+    Values of 16 bits are divided by 257 and rounded; the values of ``intensity_range`` become 0 to 255.
+
+    A file must have as many channels. Gray becomes three equal channels, and RGB becomes one by its luma. Channels
+    that are constant are left out if they are too many. Alpha is left out, unless it makes up the number of channels.
+
+    Args:
+        path: image file.
+        channels: number of channels.
+        intensity_range: lowest and highest value, which become 0 and 255; values outside are clipped.
 
     Raises:
-        DataError: the file is missing, damaged, has several pages or frames, or has colours other than gray and RGB;
-            or it is a 16-bit PNG with colours or alpha, a TIFF that stores white as 0, a TIFF with 16-bit colours
-            under a compression that needs imagecodecs; or its values are not integers of 1, 8 or 16 bits.
+        DataError: the file cannot be read (see :func:`uctrans.data.decode.decode_file`), it has other channels, or the
+            range is none or cannot be that of the file.
     """
+    doubts = Doubts()
+    image = decode_image(path, channels, intensity_range, doubts)
+    doubts.warn()
+    return image
+
+
+def decode_image(
+    path: str | os.PathLike, channels: int, intensity_range: tuple[int, int] | None, doubts: Doubts
+) -> np.ndarray:
+    """Read an image as :func:`read_image` does, but add doubts about it to ``doubts`` instead of warning."""
     path = Path(path)
-    pixels = _to_rgb(read_pixels(path))
-    if pixels.dtype == np.uint16:
-        half = SIXTEEN_TO_EIGHT_BIT // 2
-        return ((pixels.astype(np.uint32) + half) // SIXTEEN_TO_EIGHT_BIT).astype(np.uint8)
-    return _to_eight_bit(pixels)
+    picture = decode_file(path, channels if channels != RGB_CHANNELS else None)
+    pixels = _fit_channels(picture, path, channels, doubts)
+    low, high = intensity_range or (0, picture.white)
+    if intensity_range is not None:
+        check_intensity_range(intensity_range)
+        if pixels.dtype != np.uint16 and high > 255:
+            raise DataError(
+                f"{path}: holds 8-bit values, but the intensity range ends at {high}; give images of one depth"
+            )
+    if (pixels.dtype == np.uint16 and high == HIGHEST_VALUE) or intensity_range is not None:
+        doubts.add_highest(path, int(pixels.max()), high)
+    pixels = _to_eight_bit(pixels, low, high)
+    if channels == 1 and pixels.shape[2] == RGB_CHANNELS:
+        pixels = np.rint(pixels @ np.array(GRAY_WEIGHTS)).astype(np.uint8)[..., None]
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], channels)))
+
+
+def check_intensity_range(intensity_range: Sequence[int]) -> None:
+    """Raise DataError unless these are two 16-bit values, the lower one first."""
+    if len(intensity_range) != 2 or not 0 <= intensity_range[0] < intensity_range[1] <= HIGHEST_VALUE:
+        listed = ",".join(map(str, intensity_range))
+        raise DataError(
+            f"intensity_range: {listed} is no range; give the lowest and the highest value, such as 0,4095 for 12 bits"
+        )
 
 
 def read_mask(
@@ -83,12 +159,12 @@ def read_mask(
     palette: str | Sequence | None = None,
     shape: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Read a mask file as (H, W) uint8 label indexes; alpha is dropped, indexed files count by their colours.
+    """Read a mask file as (H, W) uint8 label indexes, as a viewer shows it; indexed files count by their colours.
 
     ``classes=1``: every pixel above 0 in any channel is foreground, so masks of 0 and 1 equal masks of 0 and 255; the
     result holds 0 and 1. A mask with more than two distinct values, or with two that are both above 0, gives a warning.
     ``classes>=2``: the pixel value, equal in all channels, is the class. With a palette the position of the colour in
-    the palette is the class.
+    the palette is the class. A mask with a lossy compression gives a warning.
 
     Args:
         path: mask file.
@@ -98,7 +174,8 @@ def read_mask(
 
     Raises:
         DataError: the file cannot be read, its size is not ``shape``, a label value is not below ``classes``, a
-            coloured mask has no palette, or a colour is not in the palette.
+            coloured mask has no palette, a colour is not in the palette, or alpha, a further channel or the indexes
+            tell pixels apart that have the same colour.
     """
     doubts = Doubts()
     mask = decode_mask(path, classes, palette, shape, doubts)
@@ -117,14 +194,25 @@ def decode_mask(
     path = Path(path)
     if not 1 <= classes <= MAX_CLASSES:
         raise DataError(f"classes={classes}: masks hold 1 to {MAX_CLASSES} classes; give such a number")
-    pixels = read_pixels(path)
+    picture = decode_file(path)
     if shape is not None:
-        check_shape(path, pixels, shape)
-    if palette is not None:
-        return _from_colours(pixels, path, classes, palette)
-    if classes == 1:
-        return _from_any_value(pixels, path, doubts)
-    return _from_label_values(pixels, path, classes)
+        check_shape(path, picture.channels, shape)
+    try:
+        pixels = _label_channels(picture, path)
+        if palette is not None:
+            labels, doubt = _from_colours(pixels, picture, path, classes, palette), None
+        elif classes == 1:
+            labels, doubt = _from_any_value(pixels, picture)
+        else:
+            labels, doubt = _from_label_values(pixels, picture, path, classes), None
+    except DataError as error:
+        if picture.is_lossy:
+            raise DataError(
+                f"{error}. The mask has a lossy compression, which changes values: {LOSSY_REMEDY}"
+            ) from error
+        raise
+    doubts.add(LOSSY if picture.is_lossy else doubt, path)
+    return labels
 
 
 def check_shape(path: Path, pixels: np.ndarray, shape: tuple[int, int]) -> None:
@@ -137,45 +225,87 @@ def check_shape(path: Path, pixels: np.ndarray, shape: tuple[int, int]) -> None:
         )
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """Read an image file as (H, W) or (H, W, 2..4) of bool, uint8 or uint16: gray or RGB, with alpha or without.
+def _fit_channels(picture: Picture, path: Path, count: int, doubts: Doubts) -> np.ndarray:
+    """Return ``count`` channels of an image, or 3 where 1 is to be its luma, or 1 that is to be repeated."""
+    pixels, alpha = picture.channels, picture.alpha
+    found = pixels.shape[2]
+    if alpha is not None and count == found + 1:
+        return np.dstack([pixels, alpha])
+    if alpha is not None and not _is_constant(alpha):
+        doubts.add(ALPHA, path)
+    if found == count or (found, count) in ((1, RGB_CHANNELS), (RGB_CHANNELS, 1)):
+        return pixels
+    kept = count if found > count else 1
+    if kept in (1, count) and (kept == count or count == RGB_CHANNELS) and _is_constant(pixels[..., kept:]):
+        return pixels[..., :kept]
+    raise DataError(
+        f"{path}: has {found} channels, but the network takes {count}; train one with --in-channels {found}, or save "
+        f"the image with {count}"
+    )
+
+
+def _is_constant(pixels: np.ndarray) -> bool:
+    return bool((pixels == pixels[:1, :1]).all())
+
+
+def _to_eight_bit(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
+    if pixels.dtype == np.uint8 and (low, high) == (0, 255):
+        return pixels
+    return _eight_bit_values(low, high)[pixels.astype(np.uint8) if pixels.dtype == bool else pixels]
+
+
+@functools.lru_cache(maxsize=4)
+def _eight_bit_values(low: int, high: int) -> np.ndarray:
+    """Return what every 16-bit value becomes, (65536,) uint8."""
+    share = (np.arange(HIGHEST_VALUE + 1) - low) / (high - low)
+    return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
+
+
+def _label_channels(picture: Picture, path: Path) -> np.ndarray:
+    """Return the channels of a mask that labels are read from, (H, W, 1) or (H, W, 3).
 
     Raises:
-        DataError: as :func:`read_image`.
+        DataError: something else in the file tells pixels apart that have the same value there.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: is not a file; check the path")
-    try:
-        with path.open("rb") as file:
-            header = file.read(PNG_COLOUR_TYPE + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    pixels = _read_tiff(path) if header.startswith(TIFF_SIGNATURES) else _read_with_pillow(path)
-    if header.startswith(PNG_SIGNATURE) and header[PNG_BIT_DEPTH] == 16 and header[PNG_COLOUR_TYPE] != PNG_GRAY:
-        # Pillow keeps the high bytes only, so labels would vanish.
+    pixels = picture.channels
+    kept = RGB_CHANNELS if pixels.shape[2] >= RGB_CHANNELS else 1
+    if not _is_constant(pixels[..., kept:]):
         raise DataError(
-            f"{path}: is a 16-bit PNG with colours or alpha, which cannot be read without loss; save it as 8-bit PNG, "
-            "as 16-bit TIFF, or as 16-bit PNG with one gray channel"
+            f"{path}: has {pixels.shape[2]} channels; save a mask with one channel of labels, or as RGB with a palette"
         )
-    if pixels.ndim not in (2, 3) or pixels.size == 0:
-        raise _unreadable(path, ValueError(f"its pixels have the shape {pixels.shape}"))
-    if pixels.dtype not in INTEGERS:
-        raise _not_integers(path, pixels.dtype)
+    pixels = pixels[..., :kept]
+    if picture.alpha is not None and not _is_constant(picture.alpha) and _tells_more(picture.alpha, pixels):
+        raise DataError(
+            f"{path}: has an alpha channel that tells pixels of one colour apart, but masks are read by their colours; "
+            "save the labels as gray values without alpha"
+        )
+    if picture.indexes is not None and _tells_more(picture.indexes, pixels):
+        raise DataError(
+            f"{path}: has a palette that gives one colour to several indexes, but masks are read by their colours; "
+            "give every index its own colour, or save the indexes as gray values"
+        )
     return pixels
 
 
+def _tells_more(values: np.ndarray, pixels: np.ndarray) -> bool:
+    """Return whether ``values``, (H, W), differ between pixels of the same colour."""
+    colours, numbers = np.unique(_packed(pixels), return_inverse=True)
+    pairs = np.unique(numbers.ravel() * (HIGHEST_VALUE + 1) + values.ravel())
+    return len(pairs) > len(colours)
+
+
+def _packed(pixels: np.ndarray) -> np.ndarray:
+    """Return one number for each pixel of (H, W, 1) or (H, W, 3)."""
+    return pixels[..., 0] if pixels.shape[2] == 1 else pack_colours(pixels)
+
+
 def _to_rgb(pixels: np.ndarray) -> np.ndarray:
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    channels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
-    return np.ascontiguousarray(np.broadcast_to(channels, (*pixels.shape[:2], 3)))
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], RGB_CHANNELS)))
 
 
-def _to_eight_bit(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.uint8) * np.uint8(255) if pixels.dtype == bool else pixels
-
-
-def _from_colours(pixels: np.ndarray, path: Path, classes: int, palette: str | Sequence) -> np.ndarray:
+def _from_colours(
+    pixels: np.ndarray, picture: Picture, path: Path, classes: int, palette: str | Sequence
+) -> np.ndarray:
     colours = parse_palette(palette)
     if len(colours) != max(classes, 2):
         raise DataError(
@@ -184,158 +314,55 @@ def _from_colours(pixels: np.ndarray, path: Path, classes: int, palette: str | S
     if pixels.dtype == np.uint16:
         raise DataError(f"{path}: holds 16-bit colours, but a palette has 8-bit ones; save it with 8 bits a channel")
     try:
-        return colours_to_labels(_to_rgb(_to_eight_bit(pixels)), colours)
+        return colours_to_labels(_to_rgb(_to_eight_bit(pixels, 0, picture.white)), colours)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def _from_any_value(pixels: np.ndarray, path: Path, doubts: Doubts) -> np.ndarray:
-    if pixels.ndim == 3:
-        pixels = pack_colours(_to_rgb(pixels))
-    lowest, *others = np.unique(pixels)
-    if len(others) > 1:
-        doubts.add(MANY_VALUES, path)
-    elif others and lowest > 0:
-        doubts.add(NO_BACKGROUND, path)
-    return (pixels > 0).astype(np.uint8)
+def _from_any_value(pixels: np.ndarray, picture: Picture) -> tuple[np.ndarray, str | None]:
+    """Return where any channel is above 0, uint8 (H, W), and a doubt about it."""
+    packed = _packed(pixels)
+    lowest, *others = np.unique(packed)
+    colours = [] if len(others) == 0 or _is_gray(pixels) else _colours_of(pixels, picture)
+    doubt = None
+    if others and lowest > 0 and len(others) == 1:
+        hint = f', such as --palette "{",".join(colours)}"' if colours else ""
+        doubt = NO_BACKGROUND.format(hint=hint)
+    elif len(others) > 1 and 0 < len(colours) <= MAX_CLASSES:
+        listed = ",".join(colours)
+        doubt = MANY_COLOURS.format(colours=shorten(colours, 8), number=len(colours), palette=listed)
+    elif len(others) > 1:
+        is_counted = pixels.shape[2] == 1 and lowest == 0 and others[-1] == len(others)
+        doubt = NUMBERS if is_counted else MANY_VALUES
+    return (packed > 0).astype(np.uint8), doubt
 
 
-def _from_label_values(pixels: np.ndarray, path: Path, classes: int) -> np.ndarray:
-    rgb = _to_rgb(pixels)
-    labels = rgb[..., 0]
-    if (rgb != labels[..., None]).any():
-        raise DataError(f"{path}: is a coloured mask; give a palette, or save the label index of each pixel in gray")
+def _from_label_values(pixels: np.ndarray, picture: Picture, path: Path, classes: int) -> np.ndarray:
+    labels = pixels[..., 0]
+    if not _is_gray(pixels):
+        colours = _colours_of(pixels, picture)
+        if len(colours) > MAX_CLASSES:
+            raise DataError(
+                f"{path}: is a coloured mask of {len(colours)} colours, more than there can be classes; save it "
+                "without lossy compression and without smoothed edges, and give a palette"
+            )
+        raise DataError(
+            f"{path}: is a coloured mask; give a palette of all classes, background first (this mask is read by "
+            f'--classes {len(colours)} --palette "{",".join(colours)}"), or save the label index of each pixel in gray'
+        )
     values = np.unique(labels)
     beyond = values[values >= classes]
     if beyond.size:
         raise DataError(
             f"{path}: holds label values {shorten(beyond)}, but classes={classes} allows 0 to {classes - 1}; raise "
-            "classes, renumber the mask, or use classes=1 for a mask of 0 and 255"
+            "classes, renumber the mask, or use classes=1 for a mask of 0 and 255 or of numbered objects"
         )
     return labels.astype(np.uint8)
 
 
-def _read_with_pillow(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            # MPO, a JPEG variant of cameras, keeps previews as further frames.
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            mode = image.mode
-            deep_ppm = image.format == "PPM" and mode == "RGB" and _highest_ppm_value(image) > 255
-            pixels = np.array(image.convert("RGB") if mode in ("P", "PA") else image)
-    except (*READ_ERRORS, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
-    if frames > 1:
-        raise _several_pages(path, frames)
-    if deep_ppm:
-        raise DataError(f"{path}: is a 16-bit PPM, which cannot be read without loss; save it as 16-bit TIFF")
-    if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
-        raise DataError(f"{path}: holds {mode} colours; convert it to RGB")
-    return pixels
+def _is_gray(pixels: np.ndarray) -> bool:
+    return pixels.shape[2] == 1 or bool((pixels == pixels[..., :1]).all())
 
 
-def _highest_ppm_value(image: Any) -> int:
-    """Return the value that a PPM file declares for white; Pillow reads the raw bytes if it is 255."""
-    arguments = image.tile[0].args
-    return 255 if isinstance(arguments, str) else arguments[1]
-
-
-def _read_tiff(path: Path) -> np.ndarray:
-    from tifffile import TiffFile
-
-    try:
-        with TiffFile(path) as file:
-            page = file.pages[0]
-            pages = 1 + sum(not other.is_reduced for other in file.pages[1:])
-            # Some programs store a stack behind a single page.
-            pages = max(pages, file.series[0].size // max(page.size, 1))
-            if pages == 1:
-                _check_tiff_page(page, path)
-                return _decode_tiff_page(page, path)
-    except DataError:
-        raise
-    except READ_ERRORS as error:
-        raise _unreadable(path, error) from error
-    raise _several_pages(path, pages)
-
-
-def _check_tiff_page(page: Any, path: Path) -> None:
-    kind = _tiff_kind(page)
-    if page.dtype is not None and page.dtype not in INTEGERS:
-        raise _not_integers(path, page.dtype)
-    if page.bitspersample not in TIFF_BITS:
-        raise _not_integers(path, f"{page.bitspersample}-bit")
-    if kind == "MINISWHITE":
-        # Viewers invert such values and array libraries do not, so either reading would be wrong for someone.
-        raise DataError(
-            f"{path}: stores white as 0 (photometric MINISWHITE), which programs read in two ways; save it as PNG, or "
-            "as TIFF with photometric MINISBLACK"
-        )
-    if kind not in TIFF_KINDS:
-        raise DataError(f"{path}: holds {kind} colours; convert it to RGB")
-    if page.samplesperpixel > 4 or page.axes not in ("YX", "YXS", "SYX"):
-        raise DataError(
-            f"{path}: has {page.samplesperpixel} channels (axes {page.axes}); save it as one gray or RGB image"
-        )
-
-
-def _tiff_kind(page: Any) -> str:
-    return getattr(page.photometric, "name", f"unknown ({page.photometric})")
-
-
-def _decode_tiff_page(page: Any, path: Path) -> np.ndarray:
-    """Decode the page with tifffile, or with Pillow where tifffile needs the package imagecodecs."""
-    kind = _tiff_kind(page)
-    try:
-        if kind == "YCBCR":
-            return _decode_tiff_with_pillow(page, path)
-        pixels = page.asarray()
-    except ValueError as error:
-        if "imagecodecs" not in str(error):
-            raise
-        return _decode_tiff_with_pillow(page, path)
-    if page.axes == "SYX":
-        pixels = np.moveaxis(pixels, 0, -1)
-    return _tiff_colours(page)[pixels.astype(np.uint16)] if kind == "PALETTE" else pixels
-
-
-def _decode_tiff_with_pillow(page: Any, path: Path) -> np.ndarray:
-    from PIL import Image
-
-    compression = getattr(page.compression, "name", page.compression)
-    remedy = "install the package imagecodecs, or save the file without compression"
-    if page.bitspersample == 16 and page.samplesperpixel > 1:
-        raise DataError(f"{path}: holds 16-bit colours compressed by {compression}; {remedy}")
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB") if image.mode == "YCbCr" else image)
-    except (*READ_ERRORS, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({compression} compression, {_reason(error)}), it may be damaged; replace it or "
-            f"save it again; or {remedy}"
-        ) from error
-    return _tiff_colours(page)[pixels] if _tiff_kind(page) == "PALETTE" else pixels
-
-
-def _tiff_colours(page: Any) -> np.ndarray:
-    """Return the colours of an indexed page, (indexes, 3) uint8; some programs store 8-bit instead of 16-bit values."""
-    colours = np.asarray(page.colormap).T
-    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
-
-
-def _several_pages(path: Path, count: int) -> DataError:
-    return DataError(f"{path}: holds several pages or frames ({count}); save one image to a file")
-
-
-def _not_integers(path: Path, kind: Any) -> DataError:
-    return DataError(f"{path}: holds {kind} values; save it with 8-bit or 16-bit unsigned integers")
-
-
-def _unreadable(path: Path, error: BaseException) -> DataError:
-    return DataError(f"{path}: cannot be read, it may be damaged ({_reason(error)}); replace it or save it again")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _colours_of(pixels: np.ndarray, picture: Picture) -> list[str]:
+    return list_colours(_to_eight_bit(pixels, 0, picture.white), picture.indexes)

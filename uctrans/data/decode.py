@@ -1,0 +1,356 @@
+"""Decode image files with Pillow and tifffile, under the same rules whichever of them reads a file.
+
+A picture lies as a viewer shows it, by the orientation tag of EXIF or TIFF. Only what a file declares to be alpha is
+alpha. A file that can be read in more than one way, or only with a loss of bits, is refused.
+"""
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .find import DataError, missing_target
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# A PNG file begins with the signature, length and name of the IHDR chunk, width, height, bit depth and colour type.
+PNG_BIT_DEPTH, PNG_COLOUR_TYPE = 24, 25
+PNG_GRAY = 0
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_BITS = (1, 8, 16)
+TIFF_KINDS = ("MINISBLACK", "RGB", "PALETTE", "YCBCR")
+ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA = 1, 2
+LOSSY_TIFF = ("JPEG", "JP2000", "WEBP", "LERC")  # parts of the names of compressions
+UNDECLARED_PAGES = ("IYX", "QYX")  # what tifffile calls pages of which the file does not say what they are
+# Files that stand in the place of images until these programs fetch them.
+POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get"}
+ORIENTATION = 274  # the tag of EXIF and TIFF
+# Whether to exchange left and right, then the quarter turns counter-clockwise.
+UPRIGHT = {2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1)}
+WHITE = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+# Pillow and tifffile raise these for damaged files, MemoryError for a damaged size.
+READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
+READ_ERRORS += (MemoryError, struct.error, zlib.error)
+
+
+class Picture(NamedTuple):
+    """A decoded file, as a viewer shows it.
+
+    Attributes:
+        channels: (H, W, C) bool, uint8 or uint16, without alpha.
+        alpha: (H, W) of the same type: what the file declares to be alpha, or None.
+        white: value of full intensity that the format declares.
+        indexes: (H, W) uint8 positions in the palette of an indexed file, whose ``channels`` are colours; or None.
+        is_lossy: whether the compression of the file changes values.
+    """
+
+    channels: np.ndarray
+    alpha: np.ndarray | None
+    white: int
+    indexes: np.ndarray | None
+    is_lossy: bool
+
+
+def decode_file(path: str | os.PathLike, channels: int | None = None) -> Picture:
+    """Decode an image file.
+
+    Args:
+        path: image file.
+        channels: number of pages of a TIFF that are taken as channels, where the file does not say what they are.
+
+    Raises:
+        DataError: the file is missing, damaged, has several pages or frames, or has colours other than gray and RGB;
+            or it is a 16-bit PNG with colours or alpha, a TIFF that stores white as 0, a TIFF with 16-bit colours or
+            undeclared channels under a compression that needs imagecodecs; or its values are not integers of 1, 8 or
+            16 bits.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: {missing_target(path) or 'is not a file; check the path'}")
+    try:
+        with path.open("rb") as file:
+            header = file.read(PNG_COLOUR_TYPE + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    for beginning, command in POINTERS.items():
+        if header.startswith(beginning):
+            raise DataError(f"{path}: is a pointer to an image that is not here; fetch it with {command}")
+    is_tiff = header.startswith(TIFF_SIGNATURES)
+    picture = _decode_tiff(path, channels) if is_tiff else _decode_with_pillow(path)
+    if header.startswith(PNG_SIGNATURE) and header[PNG_BIT_DEPTH] == 16 and header[PNG_COLOUR_TYPE] != PNG_GRAY:
+        # Pillow keeps the high bytes only, so labels would vanish.
+        raise DataError(
+            f"{path}: is a 16-bit PNG with colours or alpha, which cannot be read without loss; save it as 8-bit PNG, "
+            "as 16-bit TIFF, or as 16-bit PNG with one gray channel"
+        )
+    if picture.channels.size == 0:
+        raise _unreadable(path, ValueError(f"its pixels have the shape {picture.channels.shape}"))
+    return picture
+
+
+def _picture(
+    path: Path,
+    pixels: np.ndarray,
+    orientation: int,
+    *,
+    alpha: int | None = None,
+    white: int | None = None,
+    indexes: np.ndarray | None = None,
+    is_lossy: bool = False,
+) -> Picture:
+    """Return the picture of (H, W) or (H, W, C) pixels as they are stored; ``alpha`` is the channel of alpha."""
+    if pixels.dtype not in WHITE:
+        raise _not_integers(path, pixels.dtype)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3:
+        raise _unreadable(path, ValueError(f"its pixels have the shape {pixels.shape}"))
+    pixels = _turn_upright(pixels, orientation)
+    alpha_channel = None
+    if alpha is not None:
+        alpha_channel = pixels[..., alpha]
+        is_last = alpha == pixels.shape[2] - 1
+        pixels = pixels[..., :alpha] if is_last else np.delete(pixels, alpha, axis=2)
+    if indexes is not None:
+        indexes = _turn_upright(indexes, orientation)
+    return Picture(pixels, alpha_channel, white or WHITE[pixels.dtype], indexes, is_lossy)
+
+
+def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation not in UPRIGHT:
+        return pixels
+    is_mirrored, quarters = UPRIGHT[orientation]
+    return np.rot90(pixels[:, ::-1] if is_mirrored else pixels, quarters)
+
+
+def _decode_with_pillow(path: Path) -> Picture:
+    from PIL import Image
+
+    try:
+        with _without_size_limit(), Image.open(path) as image:
+            kind, mode = image.format, image.mode
+            # MPO, a JPEG variant of cameras, keeps previews as further frames.
+            frames = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
+            white = _white_of_pnm(image) if kind == "PPM" else None
+            indexes = np.array(image) if mode == "P" else None
+            if mode in ("P", "PA"):
+                has_alpha = mode == "PA" or "transparency" in image.info
+                pixels = np.array(image.convert("RGBA" if has_alpha else "RGB"))
+            else:
+                has_alpha = mode in ("LA", "La", "RGBA", "RGBa")
+                pixels = np.array(image)
+            orientation = image.getexif().get(ORIENTATION, 1)
+    except READ_ERRORS as error:
+        raise _unreadable(path, error) from error
+    if frames > 1:
+        raise _several_pages(path, frames)
+    if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
+        raise DataError(f"{path}: holds {mode} colours; convert it to RGB")
+    if white is not None and mode != "1":
+        if white > 255 and mode == "RGB":
+            raise DataError(f"{path}: is a 16-bit PPM, which cannot be read without loss; save it as 16-bit TIFF")
+        pixels = _as_stored_in_pnm(pixels, white)
+    return _picture(
+        path,
+        pixels,
+        orientation,
+        alpha=pixels.shape[2] - 1 if has_alpha else None,
+        white=white,
+        indexes=indexes,
+        is_lossy=_is_lossy(path, kind),
+    )
+
+
+@contextlib.contextmanager
+def _without_size_limit() -> Iterator[None]:
+    """Let Pillow open images of any size: a scanned slide has more pixels than it takes for an attack."""
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _white_of_pnm(image: Any) -> int | None:
+    """Return the value that a PGM or PPM file declares for white, or None for black and white or floating point."""
+    arguments = image.tile[0].args
+    if image.mode in ("1", "F"):
+        return None
+    if isinstance(arguments, str):  # Pillow reads the raw bytes
+        return 65535 if arguments == "I;16B" else 255
+    return arguments[-1]
+
+
+def _as_stored_in_pnm(pixels: np.ndarray, white: int) -> np.ndarray:
+    """Undo what Pillow does to the values of a PGM or PPM file: it stretches them to 255 or 65535."""
+    if white > 255:
+        return np.rint(pixels * (white / 65535)).astype(np.uint16)
+    return pixels if white == 255 else np.rint(pixels * (white / 255)).astype(np.uint8)
+
+
+def _is_lossy(path: Path, kind: str | None) -> bool:
+    if kind == "WEBP":
+        content = path.read_bytes()
+        start = 12
+        while start + 8 <= len(content):  # the chunks of a RIFF file, padded to even lengths
+            name, length = struct.unpack_from("<4sI", content, start)
+            if name in (b"VP8 ", b"VP8L"):
+                return name == b"VP8 "
+            start += 8 + length + length % 2
+    if kind == "JPEG2000":
+        content = path.read_bytes()
+        coding_style = content.find(b"\xff\x52")
+        return content[coding_style + 13 : coding_style + 14] == b"\0"  # the irreversible wavelet transform
+    return kind in ("JPEG", "MPO", "WEBP")
+
+
+def _decode_tiff(path: Path, channels: int | None) -> Picture:
+    from tifffile import TiffFile
+
+    try:
+        with TiffFile(path) as file:
+            page, series = file.pages[0], file.series[0]
+            # A frame is a page of the same kind as the first.
+            pages = 1 + sum(not getattr(other, "is_reduced", False) for other in file.pages[1:])
+            # Some programs store a stack behind a single page.
+            pages = max(pages, series.size // max(page.size, 1))
+            if pages == 1:
+                _check_tiff_page(page, path)
+                return _decode_tiff_page(page, path)
+            are_channels = series.axes == "CYX" or (series.axes in UNDECLARED_PAGES and pages == channels)
+            if are_channels and series.shape[0] == pages:
+                _check_tiff_page(page, path)
+                return _picture(path, np.moveaxis(series.asarray(), 0, -1), _orientation_of(page))
+    except DataError:
+        raise
+    except READ_ERRORS as error:
+        raise _unreadable(path, error) from error
+    raise _several_pages(path, pages)
+
+
+def _check_tiff_page(page: Any, path: Path) -> None:
+    kind = _tiff_kind(page)
+    if page.dtype is not None and page.dtype not in WHITE:
+        raise _not_integers(path, page.dtype)
+    if page.bitspersample not in TIFF_BITS:
+        raise _not_integers(path, f"{page.bitspersample}-bit")
+    if kind == "MINISWHITE":
+        # Viewers invert such values and array libraries do not, so either reading would be wrong for someone.
+        raise DataError(
+            f"{path}: stores white as 0 (photometric MINISWHITE), which programs read in two ways; save it as PNG, or "
+            "as TIFF with photometric MINISBLACK"
+        )
+    if kind not in TIFF_KINDS:
+        raise DataError(f"{path}: holds {kind} colours; convert it to RGB")
+    if page.axes not in ("YX", "YXS", "SYX"):
+        raise DataError(f"{path}: has the axes {page.axes}; save it as one image with its channels")
+
+
+def _tiff_kind(page: Any) -> str:
+    return getattr(page.photometric, "name", f"unknown ({page.photometric})")
+
+
+def _orientation_of(page: Any) -> int:
+    return page.tags.valueof(ORIENTATION, default=1)
+
+
+def _decode_tiff_page(page: Any, path: Path) -> Picture:
+    """Decode the page with tifffile, or with Pillow where tifffile needs the package imagecodecs."""
+    kind, orientation = _tiff_kind(page), _orientation_of(page)
+    try:
+        if kind == "YCBCR":
+            return _decode_tiff_page_with_pillow(page, path)
+        pixels = page.asarray()
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        return _decode_tiff_page_with_pillow(page, path)
+    if page.axes == "SYX":
+        pixels = np.moveaxis(pixels, 0, -1)
+    extra = list(map(int, page.extrasamples))
+    alpha = next((place for place, kind_ in enumerate(extra) if kind_ in (ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA)), None)
+    if alpha is not None:
+        is_associated = extra[alpha] == ASSOCIATED_ALPHA
+        alpha += page.samplesperpixel - len(extra)
+        pixels = _without_association(pixels, alpha) if is_associated else pixels
+    return _tiff_picture(page, path, pixels, orientation, alpha)
+
+
+def _tiff_picture(page: Any, path: Path, pixels: np.ndarray, orientation: int, alpha: int | None) -> Picture:
+    indexes = None
+    if _tiff_kind(page) == "PALETTE":
+        indexes, pixels = pixels, _tiff_colours(page)[pixels.astype(np.uint16)]
+    is_lossy = any(name in _compression_of(page) for name in LOSSY_TIFF)
+    return _picture(path, pixels, orientation, alpha=alpha, indexes=indexes, is_lossy=is_lossy)
+
+
+def _without_association(pixels: np.ndarray, alpha: int) -> np.ndarray:
+    """Undo the multiplication of colours by alpha, as Pillow does."""
+    share = pixels[..., alpha : alpha + 1]
+    white = WHITE[pixels.dtype]
+    colours = np.minimum(pixels.astype(np.uint64) * white // np.maximum(share, 1), white).astype(pixels.dtype)
+    straight = np.where(share > 0, colours, pixels)
+    straight[..., alpha] = pixels[..., alpha]
+    return straight
+
+
+def _decode_tiff_page_with_pillow(page: Any, path: Path) -> Picture:
+    from PIL import Image
+
+    compression = _compression_of(page)
+    remedy = "install the package imagecodecs, or save the file without compression"
+    if page.bitspersample == 16 and page.samplesperpixel > 1:
+        raise DataError(f"{path}: holds 16-bit colours compressed by {compression}; {remedy}")
+    if any(int(sample) not in (ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA) for sample in page.extrasamples):
+        # Pillow drops such channels.
+        raise DataError(
+            f"{path}: has {page.samplesperpixel} channels, not declared as colours or alpha, compressed by "
+            f"{compression}; {remedy}"
+        )
+    try:
+        with _without_size_limit(), Image.open(path) as image:
+            pixels = np.array(image.convert("RGB") if image.mode == "YCbCr" else image)
+            orientation = image.getexif().get(ORIENTATION, 1)  # 1 where Pillow has turned the image itself
+            alpha = pixels.shape[2] - 1 if image.mode in ("LA", "RGBA") else None
+    except READ_ERRORS as error:
+        raise DataError(
+            f"{path}: cannot be read ({compression} compression, {_reason(error)}), it may be damaged; replace it or "
+            f"save it again; or {remedy}"
+        ) from error
+    return _tiff_picture(page, path, pixels, orientation, alpha)
+
+
+def _compression_of(page: Any) -> str:
+    return getattr(page.compression, "name", str(page.compression))
+
+
+def _tiff_colours(page: Any) -> np.ndarray:
+    """Return the colours of an indexed page, (indexes, 3) uint8; some programs store 8-bit instead of 16-bit values."""
+    colours = np.asarray(page.colormap).T
+    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+
+
+def _several_pages(path: Path, count: int) -> DataError:
+    return DataError(
+        f"{path}: holds several pages or frames ({count}); save one image to a file, or declare pages that are "
+        "channels as such (axes CYX)"
+    )
+
+
+def _not_integers(path: Path, kind: Any) -> DataError:
+    return DataError(f"{path}: holds {kind} values; save it with 8-bit or 16-bit unsigned integers")
+
+
+def _unreadable(path: Path, error: BaseException) -> DataError:
+    cause = "be too large for the memory" if isinstance(error, MemoryError) else "be damaged"
+    return DataError(f"{path}: cannot be read, it may {cause} ({_reason(error)}); replace it or save it again")
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
