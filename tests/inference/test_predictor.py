@@ -180,9 +180,9 @@ def test_bad_settings(brightness_model, settings, message):
         Predictor(brightness_model(), **{"device": "cpu", **settings})
 
 
-def test_other_channel_counts_are_refused(brightness_model):
-    with pytest.raises(InferenceError, match="takes 4 channels"):
-        Predictor(brightness_model(in_channels=4), device="cpu")
+def test_images_of_other_channels_are_refused(brightness_model):
+    with pytest.raises(InferenceError, match="have 3 channels, but the model takes 4"):
+        Predictor(brightness_model(in_channels=4), device="cpu").probabilities_of_image(picture(5, 5))
 
 
 def test_bad_devices_are_named(brightness_model, monkeypatch):

@@ -168,14 +168,14 @@ def augment_strongly(
     """Warp images with their margins, if any, to ``size``, and change their colours, each sample by its own draw.
 
     Args:
-        images: (B, 3, H, W) float32 RGB in 0..1.
+        images: (B, C, H, W) float32 in 0..1; three channels are RGB.
         masks: (B, H, W) uint8.
         strengths: strengths of the changes.
         size: (h, w) of the result.
         generator: source of randomness, on the device of the images.
 
     Returns:
-        (B, 3, h, w) and (B, h, w).
+        (B, C, h, w) and (B, h, w).
     """
     maps = draw_warps(len(images), strengths, images.device, generator)
     images, masks = warp(images, masks, maps, size)
@@ -218,15 +218,17 @@ def warp(images: Tensor, masks: Tensor, maps: Tensor, size: tuple[int, int]) -> 
 
 
 def change_colours(images: Tensor, strengths: NativeAugmentation, generator: torch.Generator) -> Tensor:
-    """Change stains, brightness, contrast, gamma, sharpness and noise of (B, 3, H, W) float32 RGB in 0..1."""
+    """Change brightness, contrast, gamma, sharpness and noise of (B, C, H, W) float32 in 0..1; of RGB also stains."""
     batch, device = len(images), images.device
     stain_scale, stain_shift = 2 * torch.rand(2, batch, 3, 1, 1, device=device, generator=generator) - 1
     brightness, contrast, gamma = 2 * torch.rand(3, batch, 1, 1, 1, device=device, generator=generator) - 1
     pick_blur, blur, noise = torch.rand(3, batch, device=device, generator=generator)
     grain = torch.randn(images.shape, device=device, generator=generator)
 
-    stains = rgb_to_stains(images)
-    images = stains_to_rgb(stains * (1 + strengths.stain_scale * stain_scale) + strengths.stain_shift * stain_shift)
+    if images.shape[1] == 3:
+        stains = rgb_to_stains(images)
+        stains = stains * (1 + strengths.stain_scale * stain_scale) + strengths.stain_shift * stain_shift
+        images = stains_to_rgb(stains)
     mean = images.mean((1, 2, 3), keepdim=True)
     images = mean + (1 + strengths.contrast * contrast) * (images - mean) + strengths.brightness * brightness
     images = images.clamp(0, 1) ** torch.exp(strengths.gamma * gamma)

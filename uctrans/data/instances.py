@@ -10,7 +10,8 @@ import numpy as np
 from ..writing import write_png
 from .decode import decode_file
 from .find import IMAGE_SUFFIXES, DataError, Sample, shorten
-from .read import Doubts, check_shape, decode_mask, read_image
+from .protocols import DEFAULT_PROTOCOL, PROTOCOLS, Protocol
+from .read import Doubts, check_shape, decode_mask
 
 INSTANCES = "instances"
 HIGHEST_NUMBER = np.iinfo(np.uint16).max
@@ -82,12 +83,12 @@ def read_instances(path: str | os.PathLike, mask: np.ndarray | None = None) -> n
     picture = decode_file(path)
     if mask is not None:
         check_shape(path, picture.channels, mask.shape)
+    if picture.is_lossy:
+        raise DataError(f"{path}: has a lossy compression, which changes numbers; save it as PNG from its source")
     if picture.channels.shape[2] != 1 or picture.alpha is not None:
         raise DataError(
             f"{path}: has several channels; save an instance map with one number for each nucleus in one channel"
         )
-    if picture.is_lossy:
-        raise DataError(f"{path}: has a lossy compression, which changes numbers; save it as PNG from its source")
     pixels = picture.channels[..., 0]
     if pixels.dtype == bool or np.unique(pixels).tolist() in MASK_VALUES:
         raise DataError(
@@ -106,6 +107,7 @@ def check_truth(
     instance_maps: Mapping[str, Path],
     classes: int = 1,
     palette: str | Sequence | None = None,
+    protocol: Protocol = PROTOCOLS[DEFAULT_PROTOCOL],
 ) -> None:
     """Read every mask and instance map once, so that a bad one is found before any work.
 
@@ -114,13 +116,15 @@ def check_truth(
         instance_maps: files of the maps by sample name, see `find_instances`.
         classes: classes of the masks, see :func:`uctrans.data.read_mask`.
         palette: palette of the masks.
+        protocol: says which channels and values the images have.
 
     Raises:
         DataError: an image, mask or map cannot be used, or belongs to another image.
     """
     doubts = Doubts()
     for sample in samples:
-        mask = decode_mask(sample.mask, classes, palette, read_image(sample.image).shape[:2], Doubts())
+        image = protocol.read_image(sample.image, Doubts())
+        mask = decode_mask(sample.mask, classes, palette, image.shape[:2], Doubts())
         if path := instance_maps.get(sample.name):
             doubts.add(find_doubt(read_instances(path, mask), mask), path)
     doubts.warn()

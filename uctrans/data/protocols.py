@@ -3,6 +3,7 @@
 A protocol is part of the meaning of a score, so its name is stored with the weights.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from .augmentation import NativeAugmentation, augment_strongly, turn_flip_rotate
 from .find import DataError
+from .read import RGB_CHANNELS, Doubts, check_intensity_range, decode_image
 
 DEFAULT_PROTOCOL = "uctransnet-224"
 CHANNEL_ORDERS = ("rgb", "bgr")
@@ -30,6 +32,8 @@ class Protocol:
         name: registered name.
         image_size: (height, width) of the network input in pixels, in training and of a tile.
         channel_order: "rgb", or "bgr" for weights that were trained on images read in that order.
+        channels: number of channels of the images; 3 are RGB.
+        intensity_range: values of the files that become 0 and 255, see :func:`uctrans.data.read_image`.
         keeps_resolution: whether the network sees the pixels of the files. Then ``image_size`` is the size of the crops
             and tiles that it sees at once, and scores are taken at the size of the files.
         crops_per_image: number of times that an epoch takes each image.
@@ -39,6 +43,8 @@ class Protocol:
     name: str
     image_size: tuple[int, int]
     channel_order: str = "rgb"
+    channels: int = RGB_CHANNELS
+    intensity_range: tuple[int, int] | None = None
     resizes_as: ClassVar[str] = DEFAULT_PROTOCOL
     keeps_resolution: ClassVar[bool] = False
     crops_per_image: ClassVar[int] = 1
@@ -50,9 +56,20 @@ class Protocol:
             raise DataError(
                 f"channel_order: {self.channel_order!r} is unknown; choose one of {', '.join(CHANNEL_ORDERS)}"
             )
+        if self.channel_order != CHANNEL_ORDERS[0] and self.channels not in (1, RGB_CHANNELS):
+            raise DataError(
+                f"channel_order: {self.channel_order} is an order of three colours, but there are {self.channels} "
+                "channels; leave it out"
+            )
+        if self.intensity_range is not None:
+            check_intensity_range(self.intensity_range)
+
+    def read_image(self, path: str | os.PathLike, doubts: Doubts) -> np.ndarray:
+        """Read an image as (H, W, channels) uint8, see :func:`uctrans.data.read_image`; collect its doubts."""
+        return decode_image(path, self.channels, self.intensity_range, doubts)
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """Resize (H, W, 3) uint8 to (h, w, 3) uint8: bilinear, half-pixel centres, no anti-aliasing."""
+        """Resize (H, W, C) uint8 to (h, w, C) uint8: bilinear, half-pixel centres, no anti-aliasing."""
         return resize_bilinear(image, self.image_size)
 
     def resize_mask(self, mask: np.ndarray, classes: int) -> np.ndarray:
@@ -68,11 +85,11 @@ class Protocol:
         return interpolate(labels, size=self.image_size, mode="nearest-exact")[0, 0].numpy()
 
     def to_input(self, images: Tensor) -> Tensor:
-        """Convert (B, 3, h, w) uint8 RGB, on any device, to float32 0..1 in the protocol's channel order."""
+        """Convert (B, C, h, w) uint8, on any device, to float32 0..1 in the protocol's channel order."""
         return self._in_order(images).float() / 255
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augment a batch, (B, 3, h, w) and (B, h, w); see :func:`uctrans.data.augmentation.turn_flip_rotate`."""
+        """Augment a batch, (B, C, h, w) and (B, h, w); see :func:`uctrans.data.augmentation.turn_flip_rotate`."""
         return turn_flip_rotate(images, masks, generator)
 
     def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -84,7 +101,7 @@ class Protocol:
             generator: source of randomness, on the device of the data.
 
         Returns:
-            float32 (B, 3, h, w) and uint8 (B, h, w).
+            float32 (B, C, h, w) and uint8 (B, h, w).
         """
         images, masks = data.batch(index)
         return self.augment(self.to_input(images), masks, generator)
@@ -110,7 +127,7 @@ class AugmentedProtocol(Protocol):
         return self._in_order(images), masks
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Warp images, (B, 3, H, W) RGB in 0..1, and masks, (B, H, W), to ``image_size``; change the colours.
+        """Warp images, (B, C, H, W) in 0..1, and masks, (B, H, W), to ``image_size``; change the colours.
 
         The input may have margins beyond ``image_size``, which rotations show; beyond the input is its reflection.
         """
@@ -205,22 +222,28 @@ def get_protocol(
     return replace(protocol, image_size=tuple(image_size), channel_order=channel_order, **options)
 
 
-def protocol_of(model: nn.Module, channel_order: str | None = None) -> Protocol:
+def protocol_of(
+    model: nn.Module, channel_order: str | None = None, intensity_range: Sequence[int] | None = None
+) -> Protocol:
     """Return the protocol a model was trained under, by its ``metadata`` or else its ``config``.
 
     Weights without metadata get ``uctransnet-224`` at the model's own image size.
 
     Args:
-        model: has the dicts ``metadata`` and ``config``.
+        model: has the dicts ``metadata`` and ``config``, and ``in_channels``, which is 3 if it has not.
         channel_order: "rgb" or "bgr", replaces the order in the metadata.
+        intensity_range: replaces the range in the metadata.
 
     Raises:
-        DataError: the protocol or channel order is unknown.
+        DataError: the protocol or channel order is unknown, or the range is none.
     """
+    intensity_range = intensity_range or model.metadata.get("intensity_range")
     return get_protocol(
         model.metadata.get("protocol") or DEFAULT_PROTOCOL,
         image_size=model.metadata.get("image_size") or model.config.get("image_size"),
         channel_order=channel_order or model.metadata.get("channel_order") or CHANNEL_ORDERS[0],
+        channels=getattr(model, "in_channels", RGB_CHANNELS),
+        intensity_range=None if intensity_range is None else tuple(intensity_range),
     )
 
 

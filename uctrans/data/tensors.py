@@ -16,8 +16,8 @@ from torch import Tensor
 from .find import DataError, Sample, shorten
 from .fingerprints import fingerprint
 from .instances import BOUNDARY_TARGET, INSTANCES, boundary_target, find_doubt, find_instances, read_instances
-from .protocols import Protocol
-from .read import Doubts, decode_mask, read_image
+from .protocols import PROTOCOLS, Protocol
+from .read import Doubts, decode_mask
 
 MASK_TARGET = "mask"
 TARGETS = (MASK_TARGET, BOUNDARY_TARGET)
@@ -29,7 +29,7 @@ class SegmentationTensors:
 
     Attributes:
         names: n sample names.
-        images: (n, 3, h, w) uint8 RGB.
+        images: (n, C, h, w) uint8; three channels are RGB.
         masks: (n, h, w) uint8 label indexes.
         original_sizes: n (height, width) of the files in pixels.
         fingerprints: n fingerprints of the images as they were read, see :func:`uctrans.data.fingerprint`.
@@ -54,7 +54,7 @@ class SegmentationTensors:
         return _digest(self.images, self.masks)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and masks at ``index``, int64 (B,): (B, 3, h, w) and (B, h, w) uint8."""
+        """Return the images and masks at ``index``, int64 (B,): (B, C, h, w) and (B, h, w) uint8."""
         return self.images.index_select(0, index), self.masks.index_select(0, index)
 
 
@@ -64,7 +64,7 @@ class NativeImages:
 
     Attributes:
         names: n sample names.
-        pixels: (3, P) uint8 RGB, the rows of all images one after the other.
+        pixels: (C, P) uint8, the rows of all images one after the other.
         labels: (P,) uint8 label indexes, in the same order.
         starts: (n,) int64, position in P where each image begins.
         sizes: (2, n) int64, heights and widths.
@@ -98,7 +98,7 @@ class NativeImages:
         Whole images, unlike crops, wait for the device, which holds their sizes.
 
         Returns:
-            (B, 3, H, W) and (B, H, W), uint8.
+            (B, C, H, W) and (B, H, W), uint8.
 
         Raises:
             DataError: the images differ in size.
@@ -126,7 +126,7 @@ class NativeImages:
             size: (h, w) of the crops.
 
         Returns:
-            (B, 3, h, w) and (B, h, w), uint8.
+            (B, C, h, w) and (B, h, w), uint8.
         """
         heights, widths = self.sizes.index_select(1, index)
         steps = [torch.arange(length, device=index.device) for length in size]
@@ -165,31 +165,34 @@ def load_tensors(
     classes: int,
     palette: str | Sequence | None = None,
     device: torch.device | str = "cpu",
+    doubts: Doubts | None = None,
 ) -> SegmentationTensors:
     """Read all samples, resize them by the protocol, and put them on a device.
 
     Args:
         samples: images with masks.
-        protocol: decides the size and the method.
+        protocol: decides channels and values, the size and the method.
         classes: 1, or the number of label values including the background.
         palette: colours of colour-coded masks, see :func:`uctrans.data.read_mask`.
         device: device of the tensors.
+        doubts: collects doubts about the files; None warns of them.
 
     Raises:
         DataError: there are no samples, a sample has no mask, or :func:`uctrans.data.read_image` or
             :func:`uctrans.data.read_mask` refuses a file.
     """
     _check_samples(samples)
-    images = torch.empty(len(samples), 3, *protocol.image_size, dtype=torch.uint8)
+    images = torch.empty(len(samples), protocol.channels, *protocol.image_size, dtype=torch.uint8)
     masks = torch.empty(len(samples), *protocol.image_size, dtype=torch.uint8)
     original_sizes, fingerprints = [], []
-    doubts = Doubts()
-    for index, (image, mask) in enumerate(_read_pairs(samples, classes, palette, doubts)):
+    collected = Doubts() if doubts is None else doubts
+    for index, (image, mask) in enumerate(_read_pairs(samples, protocol, classes, palette, collected)):
         images[index] = torch.from_numpy(protocol.resize_image(image)).permute(2, 0, 1)
         masks[index] = torch.from_numpy(protocol.resize_mask(mask, classes))
         original_sizes.append(image.shape[:2])
         fingerprints.append(fingerprint(image))
-    doubts.warn()
+    if doubts is None:
+        collected.warn()
     names = [sample.name for sample in samples]
     return SegmentationTensors(names, images.to(device), masks.to(device), original_sizes, fingerprints)
 
@@ -200,6 +203,7 @@ def load_native(
     palette: str | Sequence | None = None,
     device: torch.device | str = "cpu",
     target: str = MASK_TARGET,
+    protocol: Protocol = PROTOCOLS["native"],
 ) -> NativeImages:
     """Read all samples at the size of their files and put them on a device.
 
@@ -211,6 +215,7 @@ def load_native(
         target: "mask": the labels are those of the masks. "boundary": they are
             :func:`uctrans.data.boundary_target` of the instance map in ``instances`` beside ``masks``, which must agree
             with the mask (see :func:`uctrans.data.instances.read_instances`).
+        protocol: decides channels and values.
 
     Raises:
         DataError: there are no samples, a sample has no mask or, for "boundary", no instance map, the target is
@@ -222,7 +227,7 @@ def load_native(
     instance_maps = _find_all_instances(samples) if target == BOUNDARY_TARGET else {}
     pixels, labels, sizes, fingerprints = [], [], [], []
     doubts = Doubts()
-    for sample, (image, label) in zip(samples, _read_pairs(samples, classes, palette, doubts), strict=True):
+    for sample, (image, label) in zip(samples, _read_pairs(samples, protocol, classes, palette, doubts), strict=True):
         if path := instance_maps.get(sample.name):
             instances = read_instances(path, label)
             doubts.add(find_doubt(instances, label), path)
@@ -272,8 +277,8 @@ def _find_all_instances(samples: Sequence[Sample]) -> dict[str, Path]:
 
 
 def _read_pairs(
-    samples: Sequence[Sample], classes: int, palette: str | Sequence | None, doubts: Doubts
+    samples: Sequence[Sample], protocol: Protocol, classes: int, palette: str | Sequence | None, doubts: Doubts
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for sample in samples:
-        image = read_image(sample.image)
+        image = protocol.read_image(sample.image, doubts)
         yield image, decode_mask(sample.mask, classes, palette, image.shape[:2], doubts)

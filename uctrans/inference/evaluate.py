@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors, read_image, read_mask
+from ..data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors
 from ..data.find import drawn_from, shorten
 from ..data.fingerprints import Record, find_known, fingerprint
 from ..data.instances import check_truth, find_instances, read_instances
+from ..data.read import Doubts, decode_mask
 from ..extras import import_extra
 from ..models.base import without_images
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import OVERLAP
 from ..writing import locked, write_json, written_atomically
-from .figures import ComparisonRow, InstanceRow, choose_rows, class_colours, comparison_figure, instance_figure
+from .figures import ComparisonRow, InstanceRow, as_rgb, choose_rows, class_colours, comparison_figure, instance_figure
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
 from .metrics import (
     INSTANCE_METRICS,
@@ -43,7 +44,8 @@ from .settings import (
 )
 
 INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
-PROTOCOL_SETTINGS = ("name", "image_size", "channel_order")  # those that a score depends on
+# Those that a score depends on.
+PROTOCOL_SETTINGS = ("name", "image_size", "channel_order", "channels", "intensity_range")
 TABLE_ROWS, NAME_WIDTH = 40, 48
 TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "aji": "AJI", "pq": "PQ", "sq": "SQ", "rq": "RQ = F1"}
 WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
@@ -76,6 +78,7 @@ class EvaluateConfig:
         overlap: Share of a tile that overlaps with the next.
         batch_size: Images, or tiles, in one forward pass.
         channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
+        intensity_range: Lowest and highest value of the image files: 0,4095; none takes the model's.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
@@ -100,6 +103,7 @@ class EvaluateConfig:
     overlap: float = OVERLAP
     batch_size: int = 4
     channel_order: str | None = None
+    intensity_range: tuple[int, int] | None = None
     backend: str = "auto"
     device: str = "auto"
     amp: str = "no"
@@ -234,6 +238,7 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
     record = comparison.model.metadata.get("images")
     known = None if record is None else find_known(record, [row["name"] for row in rows], fingerprints)
 
+    comparison.doubts.warn()  # before the images of the figures are read again
     _draw_figures(files, rows, comparison, samples, instance_maps)
     _write_csv(files["metrics.csv"], rows)
     statistics = {key: mean_and_deviation([row[key] for row in rows]) for key in rows[0] if key != "name"}
@@ -291,6 +296,7 @@ class Comparison:
         palette: Colours of colour-coded masks; None if masks hold labels.
         scored_as: Protocol at whose size scores are taken.
         is_native: Whether scores are taken at the size of the masks.
+        doubts: Doubts about the images and masks that were read.
 
     Raises:
         ModelFileError, InferenceError, ValueError, NotImplementedError: See
@@ -304,6 +310,7 @@ class Comparison:
         self.classes, self.palette = mask_classes(self.model), self.model.metadata.get("palette")
         self.scored_as = _protocol_of_scores(self.predictor.protocol, config.size)
         self.is_native = self.scored_as.keeps_resolution
+        self.doubts = Doubts()
         self._is_at_network_size = not self.is_native and self.scored_as is self.predictor.protocol
 
     @property
@@ -328,7 +335,8 @@ class Comparison:
         Masks at the size of the network are not read here, because `images` reads a batch before it predicts.
         """
         if not self._is_at_network_size:
-            check_truth(samples, instance_maps if self.is_native else {}, self.classes, self.palette)
+            maps = instance_maps if self.is_native else {}
+            check_truth(samples, maps, self.classes, self.palette, self.predictor.protocol)
 
     def images(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
         """Predict the images in their order, and read their truth and the instance maps that are given."""
@@ -337,9 +345,10 @@ class Comparison:
         return self._at_native_size(samples, instance_maps) if self.is_native else self._resized(samples)
 
     def _at_network_size(self, samples: Sequence[Sample]) -> Iterator[Compared]:
+        protocol = self.predictor.protocol
         for start in range(0, len(samples), self._config.batch_size):
             batch = samples[start : start + self._config.batch_size]
-            tensors = load_tensors(batch, self.predictor.protocol, self.classes, self.palette)
+            tensors = load_tensors(batch, protocol, self.classes, self.palette, doubts=self.doubts)
             probabilities = mask_probabilities(self.model, self.predictor.probabilities(tensors.images))
             labels = to_labels(probabilities, self._config.threshold).cpu().numpy()
             images = tensors.images.permute(0, 2, 3, 1).numpy()
@@ -347,8 +356,8 @@ class Comparison:
 
     def _at_native_size(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
         for sample in samples:
-            image = read_image(sample.image)
-            truth = read_mask(sample.mask, self.classes, self.palette, shape=image.shape[:2])
+            image = self.predictor.protocol.read_image(sample.image, self.doubts)
+            truth = decode_mask(sample.mask, self.classes, self.palette, image.shape[:2], self.doubts)
             true = read_instances(instance_maps[sample.name], truth) if sample.name in instance_maps else None
             probabilities = self.predictor.probabilities_of_image(image)[None]
             foreground = mask_probabilities(self.model, probabilities)
@@ -419,11 +428,11 @@ def _draw_figures(
     mask_rows, instance_rows = [], []
     for position, rank in by_dice:
         shown, score = pictures[position], rows[position]["dice"]
-        mask_rows.append(ComparisonRow(shown.name, shown.image, shown.truth, shown.prediction, score, rank))
+        mask_rows.append(ComparisonRow(shown.name, as_rgb(shown.image), shown.truth, shown.prediction, score, rank))
     for position, rank in by_aji:
         shown, score = pictures[position], rows[position]["aji"]
         nuclei = shown.true_instances, shown.predicted_instances
-        instance_rows.append(InstanceRow(shown.name, shown.image, *nuclei, score, rank))
+        instance_rows.append(InstanceRow(shown.name, as_rgb(shown.image), *nuclei, score, rank))
     classes, palette = comparison.classes, comparison.palette
     colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
     comparison_figure(files["figure.png"], mask_rows, colours, comparison.class_names if classes > 1 else None)

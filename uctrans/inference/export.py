@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import protocol_of
+from ..data import Protocol, protocol_of
+from ..data.read import RGB_CHANNELS
 from ..extras import import_extra
 from ..kernels.channel_attention import fewest_tokens_to_correlate
 from ..layers import ChannelAttention, PatchEmbedding, set_backend
@@ -214,11 +215,20 @@ def _description(model: nn.Module, config: ExportConfig, size: tuple[int, int], 
             "protocol": protocol.name,
             "image_size": list(protocol.image_size),
             "resize": "bilinear, half-pixel centres, no anti-aliasing, rounded to uint8",
-            "channel_order": "gray (0.299 R + 0.587 G + 0.114 B)" if model.in_channels == 1 else protocol.channel_order,
-            "scale": "uint8 / 255",
+            "channel_order": _channel_order(protocol),
+            "intensity_range": protocol.intensity_range,
+            "scale": "uint8 / 255"
+            if protocol.intensity_range is None
+            else "(value - lowest) / (highest - lowest) of intensity_range, clipped to 0..1 and rounded to 255ths",
         },
         "model": {"name": model.name, "config": model.config, "metadata": without_images(model.metadata)},
     }
+
+
+def _channel_order(protocol: Protocol) -> str:
+    if protocol.channels == 1:
+        return "gray (0.299 R + 0.587 G + 0.114 B)"
+    return protocol.channel_order if protocol.channels == RGB_CHANNELS else "as in the files"
 
 
 @contextlib.contextmanager

@@ -66,6 +66,14 @@ def class_colours(classes: int, palette: Sequence | str | None = None) -> np.nda
     return np.array([BACKGROUND, *CLASS_COLOURS * repeats][:labels], dtype=np.uint8)
 
 
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Return an image ``(H, W, C)`` as ``(H, W, 3)`` to look at: gray, red and green, or the first three channels."""
+    channels = image.shape[2]
+    if channels == 1:
+        return np.repeat(image, 3, axis=2)
+    return np.dstack([image, np.zeros_like(image[..., :1])]) if channels == 2 else image[..., :3]
+
+
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Return the image with the outlines of its objects in the colour of their class.
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import DataError, Sample, find_images, labels_to_colours, read_image
+from ..data import DataError, Sample, find_images, labels_to_colours
 from ..data.instances import write_instances
+from ..data.read import Doubts
 from ..tiling import OVERLAP
 from ..writing import write_png, written_atomically
-from .figures import class_colours, instance_overlay, overlay
+from .figures import as_rgb, class_colours, instance_overlay, overlay
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
 from .predictor import Predictor, predictor_of, to_labels
 from .settings import (
@@ -49,6 +50,7 @@ class PredictConfig:
             which for models of the target boundary are background, interior and border.
         batch_size: Tiles in one forward pass.
         channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
+        intensity_range: Lowest and highest value of the image files: 0,4095; none takes the model's.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
@@ -71,6 +73,7 @@ class PredictConfig:
     probability: str = "none"
     batch_size: int = 4
     channel_order: str | None = None
+    intensity_range: tuple[int, int] | None = None
     backend: str = "auto"
     device: str = "auto"
     amp: str = "no"
@@ -127,15 +130,17 @@ def predict(config: PredictConfig) -> list[Path]:
     predictor = predictor_of(config)
     written: list[Path] = []
     failures: dict[Path, str] = {}
+    doubts = Doubts()
     pairs = zip(samples, plan, strict=True)
     for sample, files in progress_bar(pairs, len(samples), "predict", config.progress):
         try:
-            image = read_image(sample.image)
+            image = predictor.protocol.read_image(sample.image, doubts)
             _write_outputs(predictor, image, files, config)
         except DataError as error:
             failures[sample.image] = str(error)
             continue
         written += files.values()
+    doubts.warn()
     if failures:
         raise PredictionError(failures, written)
     return written
@@ -172,6 +177,7 @@ def _write_outputs(predictor: Predictor, image: np.ndarray, files: dict[str, Pat
     """Write all files of one image; raise DataError before the first if 16 bit cannot number its nuclei."""
     model = predictor.model
     probabilities = predictor.probabilities_of_image(image)
+    image = as_rgb(image)
     foreground = mask_probabilities(model, probabilities[None])
     labels = to_labels(foreground, config.threshold)[0].cpu().numpy()
     classes, palette = mask_classes(model), model.metadata.get("palette")

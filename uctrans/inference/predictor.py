@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data import protocol_of
 from ..data.fingerprints import join_records
+from ..data.read import GRAY_WEIGHTS, RGB_CHANNELS
 from ..devices import find_device
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
@@ -27,10 +28,10 @@ from ..tiling import OVERLAP, tiled
 from ..weight_casts import keep_weights_cast
 from .settings import InferenceError, check_choice
 
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green and blue
 RESOLUTIONS = ("protocol", "native")
 AMP = ("no", "bf16")
 SETTINGS = ("device", "resolution", "tile", "overlap", "tta", "amp", "batch_size", "channel_order", "graph")
+SETTINGS += ("intensity_range",)
 
 # Each transform flips the columns if its second value is set, then turns counter-clockwise by its first, in quarters.
 TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
@@ -39,7 +40,7 @@ TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
     "d4": tuple((turns, flip) for flip in (False, True) for turns in range(4)),
 }
 
-SHARED_METADATA = ("target", "palette", "class_names")  # equal in all members of an ensemble
+SHARED_METADATA = ("target", "intensity_range", "palette", "class_names")  # equal in all members of an ensemble
 SMALLEST_PROBABILITY = 1e-7  # the logits of this and of 1 - 1e-7 are finite in float32
 
 
@@ -61,12 +62,13 @@ class Predictor:
         amp: ``"no"`` or ``"bf16"`` (autocast).
         batch_size: Tiles in one forward pass.
         channel_order: ``"rgb"`` or ``"bgr"`` to replace the order that the model's metadata name.
+        intensity_range: Lowest and highest value of image files, to replace the range that the metadata name.
         graph: On CUDA, replay the network as a CUDA graph for every shape of input that comes again. The weights may
             change in place; a model that is moved or set to another backend needs another predictor.
 
     Raises:
-        InferenceError: A setting is out of its range, or the model takes neither 1 nor 3 channels.
-        DataError: The protocol or channel order is unknown.
+        InferenceError: A setting is out of its range.
+        DataError: The protocol or channel order is unknown, or the intensity range is none.
         ValueError: There is no such device.
     """
 
@@ -82,6 +84,7 @@ class Predictor:
         amp: str = "no",
         batch_size: int = 4,
         channel_order: str | None = None,
+        intensity_range: tuple[int, int] | None = None,
         graph: bool = True,
     ) -> None:
         check_choice("resolution", resolution, RESOLUTIONS)
@@ -93,13 +96,8 @@ class Predictor:
             raise InferenceError(f"overlap: {overlap} is out of range; give 0 or more and less than 1")
         if batch_size < 1:
             raise InferenceError(f"batch_size: {batch_size} is too small; give 1 or more")
-        if model.in_channels not in (1, 3):
-            raise InferenceError(
-                f"model: it takes {model.in_channels} channels, but images are read as RGB; "
-                "give a model with 3 channels, or with 1, which sees gray"
-            )
         self.device = _device(device)
-        self.protocol = protocol_of(model, channel_order)
+        self.protocol = protocol_of(model, channel_order, intensity_range)
         # On the CPU, at 224 pixels, channels-last was measured 1.04 to 1.26 times as fast as contiguous.
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.resolution, self.tta, self.amp = resolution, tta, amp
@@ -115,7 +113,7 @@ class Predictor:
         """Return class probabilities of a batch at the size that the network sees.
 
         Args:
-            images: uint8 ``(B, 3, H, W)``, RGB.
+            images: uint8 ``(B, in_channels, H, W)``; or RGB, of which a model of one channel sees the luma.
             tiled: Cut images larger than the tile into tiles (needs MONAI).
 
         Returns:
@@ -133,7 +131,7 @@ class Predictor:
         """Return class probabilities of one image of any size.
 
         Args:
-            image: uint8 ``(H, W, 3)``, RGB.
+            image: uint8 ``(H, W, C)``, channels as for `probabilities`; ``protocol.read_image`` reads it.
 
         Returns:
             float32 ``(P, H, W)`` on the predictor's device.
@@ -201,9 +199,15 @@ def inverse_transform(images: Tensor, turns: int, flip: bool) -> Tensor:
 
 
 def to_model_channels(images: Tensor, in_channels: int, channel_order: str) -> Tensor:
-    """Return colour images ``(B, 3, H, W)`` with the channels of a model: 3 as they are, or 1, their luma."""
-    if in_channels == 3:
+    """Return images ``(B, C, H, W)`` with the channels of a model: as they are, or the luma of RGB for one channel.
+
+    Raises:
+        InferenceError: They have other channels.
+    """
+    if images.shape[1] == in_channels:
         return images
+    if (images.shape[1], in_channels) != (RGB_CHANNELS, 1):
+        raise InferenceError(f"images: have {images.shape[1]} channels, but the model takes {in_channels}; give these")
     weights = GRAY_WEIGHTS if channel_order == "rgb" else GRAY_WEIGHTS[::-1]
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(weights)).unsqueeze(1)
 

@@ -146,7 +146,7 @@ def count_cost(config: TrainConfig) -> dict[str, float]:
     height, width = get_protocol(config.protocol, config.image_size).image_size
     with torch.device("meta"):
         model = build_model(dataclasses.replace(config, backend="reference"), (height, width)).eval()
-        image = torch.empty(1, 3, height, width)
+        image = torch.empty(1, model.in_channels, height, width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     parameters = sum(parameter.numel() for parameter in model.parameters())

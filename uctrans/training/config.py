@@ -44,6 +44,7 @@ _CHOICES = {
 }
 _AT_LEAST = {
     "base_channels": 1,
+    "in_channels": 1,
     "classes": 1,
     "epochs": 1,
     "batch_size": 1,
@@ -78,6 +79,9 @@ class TrainConfig:
         output: Run folder for checkpoints, best weights, metrics and logs.
         model: Network: uctransnet, dual_branch_uctransnet or unet (``uctrans.list_models()``).
         base_channels: Channels of the first encoder level.
+        in_channels: Channels of the images: 3 for RGB (gray is repeated), 1 for gray, or as many as the files have.
+        intensity_range: Lowest and highest value of the image files, which become black and white: 0,4095 for 12 bits
+            in files of 16. none takes all that the files can hold. Saved with the weights.
         image_size: Height and width in pixels of what the network sees: images are resized to it, or cropped under the
             protocol native. One number means a square; none takes the size of the protocol.
         classes: 1 for binary masks, otherwise the number of labels including the background.
@@ -144,6 +148,8 @@ class TrainConfig:
     output: str
     model: str = "uctransnet"
     base_channels: int = 64
+    in_channels: int = 3
+    intensity_range: tuple[int, int] | None = None
     image_size: int | tuple[int, int] | None = None
     classes: int = 1
     target: str = "mask"

@@ -293,7 +293,7 @@ def validation_batch_size(protocol: Any, config: TrainConfig) -> int:
 def predict_logits(
     forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, protocol: Any, config: TrainConfig
 ) -> torch.Tensor:
-    """Return logits of network input (B, 3, H, W); at full resolution those of probabilities blended from tiles."""
+    """Return logits of network input (B, C, H, W); at full resolution those of probabilities blended from tiles."""
     if not protocol.keeps_resolution:
         return forward(images)
     blended = tiled(lambda tiles: probabilities(forward(tiles).float()), images, protocol.image_size, config.batch_size)

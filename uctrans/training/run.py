@@ -48,7 +48,7 @@ from .step_graphs import StepGraphs, obstacle_to_graphs
 
 # Options of a network that follow from the run, and what to do instead of giving them.
 OPTIONS_OF_THE_RUN = {
-    "in_channels": "leave it out: it is that of the images",
+    "in_channels": "leave it out, and set in_channels",
     "classes": "leave it out, and set classes",
 }
 
@@ -190,6 +190,7 @@ class Run:
             "target": config.target,
             "image_size": list(self.protocol.image_size),
             "channel_order": self.protocol.channel_order,
+            "intensity_range": None if config.intensity_range is None else list(config.intensity_range),
             "palette": None if config.palette is None else list(parse_palette(config.palette)),
             "class_names": None if config.class_names is None else list(config.class_names),
             "best_epoch": self.best_epoch,
@@ -329,7 +330,12 @@ def build_protocol(config: TrainConfig) -> Protocol:
         DataError: there is no such protocol, or it does not take these settings.
         ConfigError: the target needs another protocol.
     """
-    options = {"channel_order": config.channel_order, "crops_per_image": config.crops_per_image}
+    options = {
+        "channel_order": config.channel_order,
+        "channels": config.in_channels,
+        "intensity_range": config.intensity_range,
+        "crops_per_image": config.crops_per_image,
+    }
     options = {name: value for name, value in options.items() if value is not None}
     if config.augmentation:
         options["augmentation"] = NativeAugmentation.of(config.augmentation)
@@ -357,11 +363,9 @@ def load_data(
                 f"{config.data}: there are {len(samples)} {name} images for {group.count} processes; "
                 "add images, or start fewer processes"
             )
-    if protocol.keeps_resolution:
-        read = functools.partial(load_native, target=config.target)
-    else:
-        read = functools.partial(load_tensors, protocol=protocol)
-    train, val = (read(part, classes=config.classes, palette=config.palette, device=group.device) for part in parts)
+    read = functools.partial(load_native, target=config.target) if protocol.keeps_resolution else load_tensors
+    settings = {"protocol": protocol, "classes": config.classes, "palette": config.palette, "device": group.device}
+    train, val = (read(part, **settings) for part in parts)
     return train, val
 
 
@@ -383,7 +387,11 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
         ConfigError: there is no such network, or it does not take these options.
     """
     kind = _model_class(config)
-    options = {"in_channels": 3, "classes": config.network_classes, "base_channels": config.base_channels}
+    options = {
+        "in_channels": config.in_channels,
+        "classes": config.network_classes,
+        "base_channels": config.base_channels,
+    }
     own = {"image_size": list(image_size), "backend": config.backend}
     taken = inspect.signature(kind).parameters
     options |= {name: value for name, value in own.items() if name in taken}
