@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ import yaml
 from uctrans import __version__, cli
 from uctrans.data import read_mask, write_demo_dataset
 from uctrans.demo import DemoConfig, DemoError, run_demo
+from uctrans.inference import PredictConfig
 from uctrans.writing import FolderError, locked, write_png
 
 ROOT = Path(__file__).parents[1]
@@ -396,6 +398,19 @@ def test_full_disk_gets_a_remedy(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "scores/metrics.csv" in message
     assert "free space or choose another output folder" in message
+
+
+def test_warnings_are_one_line_of_the_program(monkeypatch, capsys):
+    def warn(config: PredictConfig) -> list:
+        text = warnings.formatwarning(UserWarning("a first line\nand a second"), UserWarning, "file.py", 7)
+        print(text, end="", file=sys.stderr)
+        return []
+
+    monkeypatch.setattr("uctrans.inference.predict", warn)
+    form = warnings.formatwarning
+    assert cli.main(["predict", "-i", "images", "-o", "masks", "--model", "run"]) == 0
+    assert capsys.readouterr().err == "uctrans: warning: a first line and a second\n"
+    assert warnings.formatwarning is form
 
 
 def test_report_of_a_run_without_best_weights():

@@ -17,6 +17,7 @@ import pkgutil
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -426,7 +427,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
         print(f"uctrans {__version__}")
         return 0
+    from .writing import format_warning
+
     signal.signal(signal.SIGTERM, _raise_terminated)
+    form_before, warnings.formatwarning = warnings.formatwarning, format_warning
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -440,3 +444,5 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         print(f"uctrans: error: {_explained(error)}", file=sys.stderr)
         return USER_ERROR
+    finally:
+        warnings.formatwarning = form_before

@@ -138,6 +138,11 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
+def format_warning(message: Warning | str, *_: Any) -> str:
+    """Return a warning as one line of the program's own, for ``warnings.formatwarning``."""
+    return f"uctrans: warning: {' '.join(str(message).split())}\n"
+
+
 def _sync(path: Path, access: int) -> None:
     descriptor = os.open(path, access)
     try:

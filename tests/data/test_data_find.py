@@ -1,15 +1,28 @@
 """Folder layouts, pairing by stem, seeded splits, and what is wrong with a folder."""
 
+import json
+import re
 import subprocess
 import sys
+import unicodedata
 import warnings
 
 import numpy as np
 import pytest
 
 from tests.data.support import names_of, put, put_pairs
-from uctrans.data import DataError, find_development_samples, find_images, find_samples
-from uctrans.data.find import drawn_from, find_all_samples
+from uctrans.data import (
+    DataError,
+    find_development_samples,
+    find_images,
+    find_samples,
+    find_split,
+    load_folds,
+    make_folds,
+    read_image,
+)
+from uctrans.data.find import describe_draw, find_all_samples
+from uctrans.data.instances import find_instances
 
 BLACK = np.zeros((4, 4), dtype=np.uint8)
 
@@ -35,7 +48,7 @@ def test_split_folders(tmp_path, folder, images, masks):
         assert [sample.mask.parent.name for sample in samples] == [masks] * 2
     assert names_of(find_development_samples(tmp_path)) == ["train_a", "train_b", "val_a", "val_b"]
     assert len(find_all_samples(tmp_path)) == 6
-    assert drawn_from(tmp_path) is None
+    assert describe_draw(tmp_path, "val", 2) is None
 
 
 def test_image_and_mask_may_have_different_extensions(tmp_path):
@@ -51,7 +64,7 @@ def test_seeded_split_covers_the_folder_once_and_repeats(flat):
     assert sorted([*parts["train"], *parts["val"], *parts["test"]]) == names_of(find_samples(flat))
     assert parts["test"] == names_of(find_samples(flat, "test", seed=3))
     assert parts["test"] != names_of(find_samples(flat, "test", seed=4))
-    assert drawn_from(flat) == 20
+    assert describe_draw(flat, "test", 4) == f"{flat} comes unsplit: 4 of its 20 images are drawn for test"
 
 
 @pytest.mark.parametrize("draw", [{}, {"seed": 3}, {"test_fraction": 0.5}, {"val_fraction": 0.1, "test_fraction": 0}])
@@ -157,6 +170,76 @@ def test_one_name_in_train_and_val(tmp_path):
     for find in (find_development_samples, find_all_samples):
         with pytest.raises(DataError, match=r"val/images/a\.png: shares its name with .*train/images/a\.png"):
             find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "images", "masks"),
+    [("{}", "images", "masks"), ("{}_Folder", "img", "labelcol")],
+    ids=["plain", "published"],
+)
+def test_folder_without_val_has_it_drawn_from_train(tmp_path, folder, images, masks):
+    for split, names in {"train": [f"n{i:02d}" for i in range(20)], "test": ["t0", "t1"]}.items():
+        base = tmp_path / folder.format(split if folder == "{}" else split.title())
+        put_pairs(base, *names, images=images, masks=masks)
+    parts = {split: names_of(find_samples(tmp_path, split)) for split in ("train", "val", "test")}
+    assert {split: len(names) for split, names in parts.items()} == {"train": 16, "val": 4, "test": 2}
+    development = names_of(find_development_samples(tmp_path))
+    assert development == sorted(parts["train"] + parts["val"]) == [f"n{i:02d}" for i in range(20)]
+    assert parts["val"] != names_of(find_samples(tmp_path, "val", seed=1))
+    assert len(find_all_samples(tmp_path)) == 22
+    said = describe_draw(tmp_path, "val", 4)
+    assert re.search(
+        r"without a folder for val: 4 of the 20 images in .*train.* are drawn for val", said, re.IGNORECASE
+    )
+    assert describe_draw(tmp_path, "test", 2) is None
+    folds = tmp_path / "folds.json"
+    folds.write_text(json.dumps({"folds": make_folds(development, 4)}))
+    assert len(find_split(tmp_path, "val", str(folds), 3)) == 5
+
+
+@pytest.mark.parametrize("name", ["validation", "Val", "dev"])
+def test_folder_that_may_be_for_validation_is_not_passed_over(tmp_path, name):
+    put_pairs(tmp_path / "train", "a", "b")
+    put_pairs(tmp_path / name, "c")
+    with pytest.raises(DataError, match=rf"{name}: may be the folder for validation; rename it val"):
+        find_samples(tmp_path, "val")
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_links_to_nothing_are_missing_files(tmp_path, part):
+    put_pairs(tmp_path, "a", "b", "c")
+    for name in "bc":
+        (tmp_path / part / f"{name}.png").unlink()
+        (tmp_path / part / f"{name}.png").symlink_to(f"/nowhere/{name}.png")
+    message = r"b\.png: is a link to /nowhere/b\.png, which is not there; .* \(2 such links in the folder\)"
+    with pytest.raises(DataError, match=message):
+        find_samples(tmp_path)
+    for find in (find_images, read_image):
+        with pytest.raises(DataError, match=r"b\.png: is a link to /nowhere/b\.png"):
+            find(tmp_path / part / "b.png")
+
+
+def test_links_to_images_are_images(tmp_path):
+    put_pairs(tmp_path / "elsewhere", "a")
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "b.png").symlink_to(tmp_path / "elsewhere" / part / "a.png")
+    assert names_of(find_samples(tmp_path)) == ["b"]
+
+
+def test_names_pair_whatever_their_unicode_form(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Schnittfläche") for form in ("NFC", "NFD"))
+    put(tmp_path / "images" / f"{decomposed}.png", BLACK)
+    put(tmp_path / "masks" / f"{composed}.png", BLACK)
+    put(tmp_path / "instances" / f"{decomposed}.png", BLACK)
+    (sample,) = find_samples(tmp_path)
+    assert sample.name == composed
+    assert list(find_instances([sample])) == [composed]
+    (tmp_path / "folds.json").write_text(json.dumps({"folds": [{"train": [decomposed], "val": ["b"]}]}))
+    assert load_folds(tmp_path / "folds.json")[0]["train"] == [composed]
+    put(tmp_path / "images" / f"{composed}.tif", BLACK)
+    with pytest.raises(DataError, match="shares its stem"):
+        find_samples(tmp_path)
 
 
 def test_find_images(tmp_path):

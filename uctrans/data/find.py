@@ -5,10 +5,13 @@ A dataset folder has one of three layouts::
     ROOT/{train,val,test}/{images,masks}/NAME.EXT
     ROOT/{images,masks}/NAME.EXT                                 one folder, split by a seed
     ROOT/{Train,Val,Test}_Folder/{img,labelcol}/NAME.EXT         as published with UCTransNet
+
+A dataset that comes without the folder for validation, such as GlaS, has it drawn from the folder for training.
 """
 
 import os
 import random
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,7 +58,8 @@ def find_samples(
     A folder of ``images`` and ``masks`` is split here: the names are sorted and shuffled with ``seed``; the first
     ``test_fraction`` of them are for testing and the next ``val_fraction`` for validation, both rounded, but at least
     one image for a fraction above zero. ``split=None`` returns all images. A folder that comes split ignores fractions
-    and seed, and needs ``split``.
+    and seed, and needs ``split``; but without a folder for validation, ``val_fraction`` of the training images are
+    drawn for it, by ``seed``.
 
     Args:
         root: dataset folder in one of the layouts of this module.
@@ -78,21 +82,17 @@ def find_samples(
     if folders:
         if split is None:
             raise DataError(f"{root}: comes split into {', '.join(folders)}; say which split to take")
+        if split in ("train", "val") and _lacks_val(folders):
+            _check_for_other_names(root, folders["train"][0].parent)
+            samples = _pair(*folders["train"], require_masks)
+            return _drawn(root, samples, split, val_fraction, 0, seed)
         if split not in folders:
             raise DataError(f"{root}: has no folder for the split {split!r}, only {', '.join(folders)}; {LAYOUTS}")
         return _pair(*folders[split], require_masks)
     if not (root / "images").is_dir():
         raise DataError(f"{root}: holds no dataset; {LAYOUTS}")
     samples = _pair(root / "images", root / "masks", require_masks)
-    if split is None:
-        return samples
-    chosen = _draw_split(samples, val_fraction, test_fraction, seed)[split]
-    if not chosen:
-        raise DataError(
-            f"{root}: has {len(samples)} images, too few to put any into {split!r} with val_fraction={val_fraction} "
-            f"and test_fraction={test_fraction}; add images or change the fractions"
-        )
-    return [sample for sample in samples if sample.name in chosen]
+    return samples if split is None else _drawn(root, samples, split, val_fraction, test_fraction, seed)
 
 
 def find_development_samples(
@@ -121,12 +121,29 @@ def find_all_samples(root: str | os.PathLike) -> list[Sample]:
     Raises:
         DataError: as :func:`find_samples`, or a name is in two splits.
     """
-    return _find_in_splits(root, _split_folders(Path(root))) if _comes_split(root) else find_samples(root)
+    if not _comes_split(root):
+        return find_samples(root)
+    folders = _split_folders(Path(root))
+    return _find_in_splits(root, [*folders, "val"] if _lacks_val(folders) else folders)
 
 
-def drawn_from(root: str | os.PathLike) -> int | None:
-    """Return the number of images in a folder whose splits are drawn, or None for a folder that comes split."""
-    return None if _comes_split(root) else len(find_samples(root))
+def describe_draw(root: str | os.PathLike, split: str, count: int) -> str | None:
+    """Return in words from how many images the ``count`` ones of a split are drawn, or None if the split is a folder.
+
+    Args:
+        root: dataset folder.
+        split: "train", "val" or "test".
+        count: number of its images.
+    """
+    folders = _split_folders(Path(root))
+    if folders and (split == "test" or not _lacks_val(folders)):
+        return None
+    with warnings.catch_warnings(action="ignore"):  # of files that are not images, which were given before
+        if not folders:
+            return f"{root} comes unsplit: {count} of its {len(find_samples(root))} images are drawn for {split}"
+        train = folders["train"][0]
+        total = len(list_images(train))
+    return f"{root} comes without a folder for val: {count} of the {total} images in {train} are drawn for {split}"
 
 
 def find_images(path: str | os.PathLike) -> list[Sample]:
@@ -136,25 +153,30 @@ def find_images(path: str | os.PathLike) -> list[Sample]:
         DataError: the path is missing, a file that is no image or an empty folder, or two images share a stem.
     """
     path = Path(path)
+    if problem := missing_target(path):
+        raise DataError(f"{path}: {problem}")
     if path.is_file():
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise DataError(f"{path}: is not an image by its extension; use {_suffixes()}")
-        return [Sample(path.stem, path, None)]
+        return [Sample(stem_of(path), path, None)]
     if not path.is_dir():
         raise DataError(f"{path}: does not exist; name an image file or a folder of images")
     return [Sample(name, image, None) for name, image in list_images(path).items()]
 
 
 def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> dict[str, Path]:
-    """Return the image files of one folder by stem, sorted.
+    """Return the image files of one folder by stem, sorted; see `stem_of`.
 
     Hidden files are ignored. One warning names all other files that are not images, except those with a suffix in
     ``companions``, which belong there.
 
     Raises:
-        DataError: the folder holds no image, or two of one stem.
+        DataError: the folder holds no image, or two of one stem, or a link to an image that is not there.
     """
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if broken := [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and missing_target(entry)]:
+        others = f" ({len(broken)} such links in the folder)" if len(broken) > 1 else ""
+        raise DataError(f"{broken[0]}: {missing_target(broken[0])}{others}")
     files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES]
     strays = [entry.name for entry in entries if entry not in files and entry.suffix.lower() not in companions]
     if strays:
@@ -163,13 +185,20 @@ def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> di
         raise DataError(f"{folder}: holds no image; use {_suffixes()}")
     by_stem: dict[str, Path] = {}
     for file in files:
-        if file.stem in by_stem:
+        if (stem := stem_of(file)) in by_stem:
             raise DataError(
-                f"{by_stem[file.stem]}: shares its stem with {file.name}, so their results would share a name; "
-                "rename one"
+                f"{by_stem[stem]}: shares its stem with {file.name}, so their results would share a name; rename one"
             )
-        by_stem[file.stem] = file
+        by_stem[stem] = file
     return dict(sorted(by_stem.items()))
+
+
+def stem_of(path: Path) -> str:
+    """Return the name of a file without its extension, in the composed form of Unicode.
+
+    File systems and archives keep an umlaut as one character or as two, so that equal names may differ in bytes.
+    """
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def missing_target(path: Path) -> str | None:
@@ -202,6 +231,30 @@ def _split_folders(root: Path) -> dict[str, tuple[Path, Path]]:
         if present:
             return {split: (folder / images, folder / masks) for split, folder in present.items()}
     return {}
+
+
+def _lacks_val(folders: dict[str, tuple[Path, Path]]) -> bool:
+    return "train" in folders and "val" not in folders
+
+
+def _check_for_other_names(root: Path, train: Path) -> None:
+    """Raise DataError if a folder looks as if it were that of the validation images under another name."""
+    wanted = "val" if train.name == "train" else "Val_Folder"
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and folder.name.lower().startswith(("val", "dev")):
+            raise DataError(f"{folder}: may be the folder for validation; rename it {wanted}, or move it away")
+
+
+def _drawn(
+    root: Path, samples: list[Sample], split: str, val_fraction: float, test_fraction: float, seed: int
+) -> list[Sample]:
+    chosen = _draw_split(samples, val_fraction, test_fraction, seed)[split]
+    if not chosen:
+        raise DataError(
+            f"{root}: has {len(samples)} images, too few to put any into {split!r} with val_fraction={val_fraction} "
+            f"and test_fraction={test_fraction}; add images or change the fractions"
+        )
+    return [sample for sample in samples if sample.name in chosen]
 
 
 def _find_in_splits(root: str | os.PathLike, splits: Iterable[str]) -> list[Sample]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,10 @@ def load_folds(path_or_name: str | os.PathLike, root: str | os.PathLike | None =
         raise DataError(
             f'{path}: holds no folds; write {{"folds": [{{"train": [names], "val": [names]}}, ...]}}, no list empty'
         )
+    folds = [
+        {part: [unicodedata.normalize("NFC", name) for name in fold[part]] for part in ("train", "val")}
+        for fold in folds
+    ]
     for number, fold in enumerate(folds):
         shared = sorted(set(fold["train"]) & set(fold["val"]))
         if shared:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..writing import write_png
 from .decode import decode_file
-from .find import IMAGE_SUFFIXES, DataError, Sample, shorten
+from .find import IMAGE_SUFFIXES, DataError, Sample, shorten, stem_of
 from .protocols import DEFAULT_PROTOCOL, PROTOCOLS, Protocol
 from .read import Doubts, check_shape, decode_mask
 
@@ -50,14 +50,14 @@ def find_instances(samples: Sequence[Sample]) -> dict[str, Path]:
     others: list[Path] = []
     for folder in sorted({folder for folder, _ in names}):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if (folder, file.stem) not in names or file.suffix.lower() not in IMAGE_SUFFIXES:
+            if (folder, stem := stem_of(file)) not in names or file.suffix.lower() not in IMAGE_SUFFIXES:
                 others.append(file)
-            elif file.stem in found:
-                raise DataError(f"{file}: is an instance map of the same image as {found[file.stem]}; remove one")
+            elif stem in found:
+                raise DataError(f"{file}: is an instance map of the same image as {found[stem]}; remove one")
             else:
-                found[file.stem] = file
+                found[stem] = file
     without = {(folder, name.casefold()) for folder, name in names if name not in found}
-    misnamed = [file for file in others if (file.parent, file.stem.casefold()) in without]
+    misnamed = [file for file in others if (file.parent, stem_of(file).casefold()) in without]
     if misnamed:
         warnings.warn(
             f"Ignored {shorten(misnamed)}: an instance map is an image file (such as PNG) with the name of its mask, "

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..extras import import_extra
 from ..writing import write_bytes, write_png
-from .find import DataError, find_all_samples, list_images, shorten
+from .find import DataError, find_all_samples, list_images, shorten, stem_of
 from .instances import HIGHEST_NUMBER, INSTANCES, LEAST_AGREEMENT, agreement, find_instances, write_instances
 from .read import Doubts, decode_mask, read_image
 
@@ -96,7 +96,7 @@ def prepare_monuseg(
             raise DataError(
                 f"{folder}: is the folder of the images, which the results would replace; choose another output folder"
             )
-    names = [file.stem for file in annotation_files]
+    names = [stem_of(file) for file in annotation_files]
     files = [output / folder / f"{name}.png" for folder in (MASKS, INSTANCES) for name in names]
     if not overwrite:
         _check_free(
@@ -137,7 +137,7 @@ def prepare_instances(
     samples = {sample.name: sample for sample in find_all_samples(data)}
     image_files = {name: sample.image for name, sample in samples.items()}
     _check_images(annotation_files, image_files, data)
-    annotated = [samples[file.stem] for file in annotation_files]
+    annotated = [samples[stem_of(file)] for file in annotation_files]
     files = {sample.name: sample.mask.parent.parent / INSTANCES / f"{sample.name}.png" for sample in annotated}
     if not overwrite:
         _check_free([*files.values(), data / SUMMARY], "set overwrite to replace them; masks stay as they are")
@@ -145,9 +145,9 @@ def prepare_instances(
         raise DataError(f"{data}: has instance maps that are not PNG files ({shorten(others)}); remove them")
     prepared, maps = _fill_outlines(annotation_files, image_files)
     for file in annotation_files:
-        mask_file = samples[file.stem].mask
-        mask = decode_mask(mask_file, 1, None, maps[file.stem].shape, Doubts())
-        if (dice := agreement(maps[file.stem], mask)) < LEAST_AGREEMENT:
+        mask_file = samples[stem_of(file)].mask
+        mask = decode_mask(mask_file, 1, None, maps[stem_of(file)].shape, Doubts())
+        if (dice := agreement(maps[stem_of(file)], mask)) < LEAST_AGREEMENT:
             raise DataError(
                 f"{file}: its outlines do not fit the mask {mask_file} (Dice {dice:.2f}, below {LEAST_AGREEMENT}), so "
                 "they belong to another image; take the file out of the annotations folder"
@@ -230,14 +230,14 @@ def _fill_outlines(
     prepared, maps = [], {}
     for file in annotation_files:
         annotation = read_annotation(file)
-        instances, hidden = _paint_polygons(annotation.polygons, read_image(image_files[file.stem]).shape[:2])
+        instances, hidden = _paint_polygons(annotation.polygons, read_image(image_files[stem_of(file)]).shape[:2])
         nuclei = int(instances.max())
         if hidden:
             warnings.warn(f"{file}: {HIDDEN.format(hidden)}", stacklevel=3)
         if nuclei == 0:
             warnings.warn(f"{file}: outlines no nucleus inside its image, so its instance map is empty.", stacklevel=3)
-        maps[file.stem] = instances
-        prepared.append(PreparedImage(file.stem, nuclei, annotation.skipped, hidden, annotation.microns_per_pixel))
+        maps[stem_of(file)] = instances
+        prepared.append(PreparedImage(stem_of(file), nuclei, annotation.skipped, hidden, annotation.microns_per_pixel))
     return prepared, maps
 
 
@@ -257,7 +257,7 @@ def _list_annotations(path: Path) -> list[Path]:
 def _check_images(
     annotation_files: list[Path], image_files: Mapping[str, Path], folder: str | os.PathLike, further_remedy: str = ""
 ) -> None:
-    without_image = [file.name for file in annotation_files if file.stem not in image_files]
+    without_image = [file.name for file in annotation_files if stem_of(file) not in image_files]
     if without_image:
         raise DataError(
             f"{folder}: has no image of the same stem for the annotations {shorten(without_image)}; add the images, or "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors
-from ..data.find import drawn_from, shorten
+from ..data.find import describe_draw, shorten
 from ..data.fingerprints import Record, find_known, fingerprint
 from ..data.instances import check_truth, find_instances, read_instances
 from ..data.read import Doubts, decode_mask
@@ -453,9 +453,9 @@ def _remarks(
         remarks.append(_remark_on_known_images(rows, known))
         if config.split != "test" and known["train"] and config.folds is None:
             remarks.append("Of a model that was trained on a fold, score val with its folds and fold")
-    total = None if config.split == "all" else drawn_from(config.data)
-    if total is not None:
-        drawn = f"{config.data} comes unsplit: {len(rows)} of its {total} images are drawn for {config.split}"
+    is_folds_own = config.folds is not None and config.split != "test"
+    drawn = None if config.split == "all" or is_folds_own else describe_draw(config.data, config.split, len(rows))
+    if drawn is not None:
         if record is None:
             drawn += ", and the model does not record whether it was trained on them"
         elif not any(known.values()):

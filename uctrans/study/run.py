@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..training.checkpoint import copy_checkpoint
 from ..training.log import read_metrics
 from ..training.run import check_backend_runs
 from ..training.signals import StopRequest
-from ..writing import locked, write_bytes
+from ..writing import format_warning, locked, write_bytes
 from .folder import (
     FAILED,
     begin,
@@ -264,6 +265,7 @@ def work(errors: int) -> None:
         errors: descriptor for the message if data, settings or files cannot be used.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    warnings.formatwarning = format_warning
     job, config = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_leave_with_the_study, daemon=True).start()
     if config.threads is not None:

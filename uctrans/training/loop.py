@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from ..data.find import describe_draw
 from ..models.base import probabilities
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import tiled
@@ -350,6 +351,9 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         f"{len(run.train_data)} images, validating on {len(run.val_data)}, {devices}, "
         f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
     )
+    drawn = None if config.folds else describe_draw(config.data, "val", len(run.val_data))
+    if drawn is not None:
+        log.line(f"{drawn} by a fixed seed")
     if not config.resume:
         log.line(run.start)
     if run.epoch < run.first_best_epoch - 1:
