@@ -1,5 +1,8 @@
 """Small arrays and image files for the tests of datasets."""
 
+import struct
+import zlib
+
 import imageio.v3
 import numpy as np
 import torch
@@ -17,6 +20,20 @@ def put(path, pixels):
     """Write an image file in the format of its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.v3.imwrite(path, pixels)
+    return path
+
+
+def write_png(path, rows, size, bits, colour_type):
+    """Write the bytes of rows, each after its filter byte, as a PNG file by the format's specification."""
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", size[1], size[0], bits, colour_type, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks.items():
+        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(content)
     return path
 
 

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from tests.data.support import put, random_pixels
+from tests.data.support import put, random_pixels, write_png
 from uctrans.data import DataError, read_image, read_mask
 from uctrans.data.decode import decode_file
 from uctrans.data.instances import read_instances
@@ -144,6 +144,23 @@ def test_one_channel_is_gray(tmp_path):
         read_image(tmp_path / "b.png", 2)
 
 
+@pytest.mark.parametrize("photometric", ["rgb", "minisblack"])
+def test_extra_samples_that_nobody_declared(tmp_path, photometric):
+    pixels = random_pixels(6, 7, 4 if photometric == "rgb" else 2)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, photometric=photometric, planarconfig="contig", extrasamples=["unspecified"])
+    np.testing.assert_array_equal(read_image(path, pixels.shape[2]), pixels)
+    with pytest.raises(DataError, match=rf"a\.tif: has {pixels.shape[2]} channels, but the network takes 3"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_either_order_of_bytes(tmp_path, byteorder):
+    pixels = random_pixels(6, 7, 4, dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", byteorder=byteorder)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif", 4), np.round(pixels / 257))
+
+
 @pytest.mark.parametrize("channels", [2, 4])
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_alpha_that_varies_is_said_or_read(tmp_path, channels, suffix):
@@ -224,6 +241,15 @@ def test_pgm_of_any_depth(tmp_path, white, plain):
     else:
         with pytest.warns(UserWarning, match="16-bit values up to 3"):
             assert not read_image(path).any()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_png_of_few_bits(tmp_path, bits):
+    values = random_pixels(4, 16) % 2**bits
+    packed = (values.reshape(4, -1, 8 // bits) << np.arange(8 - bits, -1, -bits)).sum(-1).astype(np.uint8)
+    path = write_png(tmp_path / "a.png", b"".join(b"\0" + row.tobytes() for row in packed), (4, 16), bits, 0)
+    np.testing.assert_array_equal(read_mask(path, 2**bits), values)
+    np.testing.assert_array_equal(read_image(path)[..., 0], values * (255 // (2**bits - 1)))
 
 
 def lossy_masks(folder):

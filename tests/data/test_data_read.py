@@ -2,7 +2,6 @@
 
 import re
 import struct
-import zlib
 
 import imageio.v3
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from tests.data.support import put, random_pixels
+from tests.data.support import put, random_pixels, write_png
 from uctrans.data import DataError, find_samples, get_protocol, labels_to_colours, load_tensors, read_image, read_mask
 from uctrans.data.find import IMAGE_SUFFIXES
 
@@ -67,20 +66,9 @@ def test_sixteen_bit_is_scaled(tmp_path, name, channels):
 
 
 def put_deep_png(path, pixels):
-    """Write (H, W, 1..4) uint16 as a 16-bit PNG by the format's specification; Pillow cannot write these."""
-    height, width, channels = pixels.shape
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    """Write (H, W, 1..4) uint16 as a 16-bit PNG; Pillow cannot write these."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0),
-        b"IDAT": zlib.compress(rows),
-        b"IEND": b"",
-    }
-    content = b"\x89PNG\r\n\x1a\n"
-    for name, body in chunks.items():
-        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    path.write_bytes(content)
-    return path
+    return write_png(path, rows, pixels.shape[:2], 16, {1: 0, 2: 4, 3: 2, 4: 6}[pixels.shape[2]])
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])

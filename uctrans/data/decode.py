@@ -80,7 +80,7 @@ def decode_file(path: str | os.PathLike, channels: int | None = None) -> Picture
         if header.startswith(beginning):
             raise DataError(f"{path}: is a pointer to an image that is not here; fetch it with {command}")
     is_tiff = header.startswith(TIFF_SIGNATURES)
-    picture = _decode_tiff(path, channels) if is_tiff else _decode_with_pillow(path)
+    picture = _decode_tiff(path, channels) if is_tiff else _decode_with_pillow(path, header)
     if header.startswith(PNG_SIGNATURE) and header[PNG_BIT_DEPTH] == 16 and header[PNG_COLOUR_TYPE] != PNG_GRAY:
         # Pillow keeps the high bytes only, so labels would vanish.
         raise DataError(
@@ -127,7 +127,7 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.rot90(pixels[:, ::-1] if is_mirrored else pixels, quarters)
 
 
-def _decode_with_pillow(path: Path) -> Picture:
+def _decode_with_pillow(path: Path, header: bytes) -> Picture:
     from PIL import Image
 
     try:
@@ -135,7 +135,7 @@ def _decode_with_pillow(path: Path) -> Picture:
             kind, mode = image.format, image.mode
             # MPO, a JPEG variant of cameras, keeps previews as further frames.
             frames = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
-            white = _white_of_pnm(image) if kind == "PPM" else None
+            white = _white(image, header)
             indexes = np.array(image) if mode == "P" else None
             if mode in ("P", "PA"):
                 has_alpha = mode == "PA" or "transparency" in image.info
@@ -150,10 +150,10 @@ def _decode_with_pillow(path: Path) -> Picture:
         raise _several_pages(path, frames)
     if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
         raise DataError(f"{path}: holds {mode} colours; convert it to RGB")
-    if white is not None and mode != "1":
+    if white is not None:
         if white > 255 and mode == "RGB":
             raise DataError(f"{path}: is a 16-bit PPM, which cannot be read without loss; save it as 16-bit TIFF")
-        pixels = _as_stored_in_pnm(pixels, white)
+        pixels = _as_stored(pixels, white)
     return _picture(
         path,
         pixels,
@@ -177,18 +177,23 @@ def _without_size_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _white_of_pnm(image: Any) -> int | None:
-    """Return the value that a PGM or PPM file declares for white, or None for black and white or floating point."""
-    arguments = image.tile[0].args
-    if image.mode in ("1", "F"):
+def _white(image: Any, header: bytes) -> int | None:
+    """Return the value of white in a file whose values Pillow stretches to 255 or 65535, or None for other files.
+
+    They are PGM, PPM, and PNG of 2 or 4 bits.
+    """
+    if image.format == "PNG" and header[PNG_COLOUR_TYPE] == PNG_GRAY and header[PNG_BIT_DEPTH] in (2, 4):
+        return (1 << header[PNG_BIT_DEPTH]) - 1
+    if image.format != "PPM" or image.mode in ("1", "F"):
         return None
+    arguments = image.tile[0].args
     if isinstance(arguments, str):  # Pillow reads the raw bytes
         return 65535 if arguments == "I;16B" else 255
     return arguments[-1]
 
 
-def _as_stored_in_pnm(pixels: np.ndarray, white: int) -> np.ndarray:
-    """Undo what Pillow does to the values of a PGM or PPM file: it stretches them to 255 or 65535."""
+def _as_stored(pixels: np.ndarray, white: int) -> np.ndarray:
+    """Undo the stretching of values from 0..white to 255 or 65535."""
     if white > 255:
         return np.rint(pixels * (white / 65535)).astype(np.uint16)
     return pixels if white == 255 else np.rint(pixels * (white / 255)).astype(np.uint8)
