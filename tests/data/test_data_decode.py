@@ -54,6 +54,12 @@ def test_photograph_of_a_turned_camera(tmp_path):
     assert image[:8, 8:].mean() > 250
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_damaged_exif_leaves_the_pixels(tmp_path, name):
+    Image.new("RGB", (7, 5)).save(tmp_path / name, exif=b"Exif\0\0no tags at all")
+    assert read_image(tmp_path / name).shape == (5, 7, 3)
+
+
 def test_indexes_turn_with_their_colours(tmp_path):
     indexed = Image.fromarray(random_pixels(5, 7) % 3)
     indexed.putpalette([value for colour in COLOURS for value in colour])

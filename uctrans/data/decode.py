@@ -143,7 +143,7 @@ def _decode_with_pillow(path: Path, header: bytes) -> Picture:
             else:
                 has_alpha = mode in ("LA", "La", "RGBA", "RGBa")
                 pixels = np.array(image)
-            orientation = image.getexif().get(ORIENTATION, 1)
+            orientation = _orientation_by_exif(image)
     except READ_ERRORS as error:
         raise _unreadable(path, error) from error
     if frames > 1:
@@ -163,6 +163,14 @@ def _decode_with_pillow(path: Path, header: bytes) -> Picture:
         indexes=indexes,
         is_lossy=_is_lossy(path, kind),
     )
+
+
+def _orientation_by_exif(image: Any) -> int:
+    """Return the orientation of an image that Pillow has loaded; 1 if there is none or its EXIF is damaged."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except READ_ERRORS:
+        return 1
 
 
 @contextlib.contextmanager
@@ -321,7 +329,7 @@ def _decode_tiff_page_with_pillow(page: Any, path: Path) -> Picture:
     try:
         with _without_size_limit(), Image.open(path) as image:
             pixels = np.array(image.convert("RGB") if image.mode == "YCbCr" else image)
-            orientation = image.getexif().get(ORIENTATION, 1)  # 1 where Pillow has turned the image itself
+            orientation = _orientation_by_exif(image)  # 1 where Pillow has turned the image itself
             alpha = pixels.shape[2] - 1 if image.mode in ("LA", "RGBA") else None
     except READ_ERRORS as error:
         raise DataError(
