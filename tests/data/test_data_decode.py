@@ -54,7 +54,7 @@ def test_photograph_of_a_turned_camera(tmp_path):
     assert image[:8, 8:].mean() > 250
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("name", ["a.webp", "a.png"])
 def test_damaged_exif_leaves_the_pixels(tmp_path, name):
     Image.new("RGB", (7, 5)).save(tmp_path / name, exif=b"Exif\0\0no tags at all")
     assert read_image(tmp_path / name).shape == (5, 7, 3)

@@ -3,13 +3,14 @@
 import errno
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from skimage.io import imread
 
-from uctrans.training import TrainingError
+from uctrans.training import TrainingError, train
 from uctrans.training.log import COLUMNS, RunLog, SilentLog, draw_progress, read_metrics
 
 
@@ -109,3 +110,13 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
         log.epoch(row(1))
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_log_says_from_where_validation_images_are_drawn(make_config, image_folder, tmp_path):
+    shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
+    result = train(make_config(data=str(tmp_path / "data"), epochs=1))
+    text = (result.run_folder / "log.txt").read_text()
+    assert "6 images, validating on 1" in text
+    assert re.search(
+        r"without a folder for val: 1 of the 7 images in .*train.* are drawn for val by a fixed seed", text
+    )
