@@ -81,6 +81,7 @@ def test_run_folder_holds_what_it_should(make_config):
         "target": "mask",
         "image_size": [16, 16],
         "channel_order": "rgb",
+        "intensity_range": None,
         "palette": None,
         "class_names": ["cell"],
         "best_epoch": result.best_epoch,

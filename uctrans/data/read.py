@@ -32,11 +32,8 @@ LOSSY = (
 )
 MANY_VALUES = (
     "{count} binary masks hold more than two distinct values; every value above 0 was taken as foreground: {paths}. "
-    "If the values are classes, set classes; if they are blurred edges, threshold the masks."
-)
-NUMBERS = (
-    "{count} binary masks hold the numbers from 0 on, each for some pixels; every number above 0 was taken as "
-    "foreground: {paths}. That is right if they number objects; if they are classes, set classes."
+    "That is right if the values number objects. If they are classes, set classes; if they are blurred edges, "
+    "threshold the masks."
 )
 MANY_COLOURS = (
     "{{count}} binary masks hold the colours {colours}; all but black were taken as foreground: {{paths}}. If the "
@@ -332,8 +329,7 @@ def _from_any_value(pixels: np.ndarray, picture: Picture) -> tuple[np.ndarray, s
         listed = ",".join(colours)
         doubt = MANY_COLOURS.format(colours=shorten(colours, 8), number=len(colours), palette=listed)
     elif len(others) > 1:
-        is_counted = pixels.shape[2] == 1 and lowest == 0 and others[-1] == len(others)
-        doubt = NUMBERS if is_counted else MANY_VALUES
+        doubt = MANY_VALUES
     return (packed > 0).astype(np.uint8), doubt
 
 
