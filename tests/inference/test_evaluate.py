@@ -18,6 +18,7 @@ from uctrans.writing import FolderError, locked
 
 NAN = math.nan
 INSTANCE_SCORES = ("aji", "pq", "sq", "rq", "f1")
+RGB_IMAGES = {"channels": 3, "intensity_range": None}
 
 
 def column(result, name):
@@ -71,7 +72,9 @@ def test_known_scores(size, brightness_model, score):
     assert written["mean"]["dice"] == pytest.approx(5 / 9)
     assert written["hd95_undefined"] == 1
     assert written["settings"]["split"] == "test"
-    assert written["protocol"] == {"name": "uctransnet-224", "image_size": [16, 16], "channel_order": "rgb"}
+    assert (
+        written["protocol"] == {"name": "uctransnet-224", "image_size": [16, 16], "channel_order": "rgb"} | RGB_IMAGES
+    )
     assert written["model"]["metadata"] == {"best_epoch": 7}
     assert imread(result.output / "figure.png").shape[2] >= 3
 
@@ -84,7 +87,7 @@ def test_models_of_the_protocol_native_are_scored_at_native_size(brightness_mode
     assert "aji" in result.rows[0]
     assert {shape[2:] for shape in model.seen} == {(8, 8)}
     assert result.scored_at == "the size of their masks"
-    assert summary(result)["protocol"] == {"name": "native", "image_size": [8, 8], "channel_order": "rgb"}
+    assert summary(result)["protocol"] == {"name": "native", "image_size": [8, 8], "channel_order": "rgb"} | RGB_IMAGES
 
 
 def test_models_of_another_protocol_are_scored_as_a_protocol_that_resizes(brightness_model, score):
