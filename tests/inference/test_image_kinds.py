@@ -35,9 +35,10 @@ TINY = [
 
 
 def put_image(path, values):
-    """Write (H, W, C) channels that are not declared as colours or alpha."""
+    """Write (H, W) or (H, W, C) channels that are not declared as colours or alpha."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
+    several = {} if values.ndim == 2 or values.shape[2] == 1 else {"planarconfig": "contig"}
+    tifffile.imwrite(path, values.squeeze(), photometric="minisblack", **several)
 
 
 def put_mask(path, mask=TRUTH):
