@@ -14,6 +14,9 @@ from uctrans import cli, load_model
 from uctrans.data import get_protocol, load_native, load_tensors, protocol_of
 from uctrans.data.find import Sample
 from uctrans.inference import EvaluateConfig, PredictConfig, evaluate, predict
+from uctrans.training import TrainConfig
+from uctrans.training.distributed import Processes
+from uctrans.training.run import build_protocol, load_data
 
 TRUTH = np.zeros((16, 16), np.uint8)
 TRUTH[4:12, 2:9] = 1  # lies otherwise if it is turned or mirrored
@@ -120,6 +123,20 @@ def test_a_network_of_five_channels_from_the_command_line(tmp_path, protocol, ca
     assert cli.main(["predict", "-i", str(data / "images"), "-o", str(tmp_path / "masks"), *common]) == 0
     assert Image.open(tmp_path / "masks/0_overlay.png").mode == "RGB"
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("protocol", ["uctransnet-224", "native"])
+def test_training_says_once_what_is_doubtful(tmp_path, protocol):
+    for split in ("train", "val"):
+        put_image(tmp_path / split / f"images/{split}.tif", TRUTH.astype(np.uint16) * 1000)
+        put_mask(tmp_path / split / f"masks/{split}.png")
+    config = TrainConfig(str(tmp_path), "run", protocol=protocol, image_size=16)
+    cpu = Processes(rank=0, count=1, device=torch.device("cpu"))
+    with pytest.warns(
+        UserWarning, match="^2 images hold 16-bit values up to 1000 .* --intensity-range 0,1023"
+    ) as caught:
+        load_data(config, build_protocol(config), cpu)
+    assert len(caught) == 1
 
 
 def test_tensors_hold_every_channel_stretched(tmp_path):

@@ -46,7 +46,7 @@ NO_BACKGROUND = (
 # Warnings about images.
 ALPHA = (
     "{count} images have an alpha channel that differs from pixel to pixel and was left out: {paths}. Save them "
-    "without alpha, or train with one more of in_channels if it is a channel of its own."
+    "without alpha, or train with it as a channel: --in-channels 4 for RGB, 2 for gray."
 )
 DARK = (
     "{count} images hold 16-bit values up to {highest} where the range is 0 to {high}, so they have {levels} of 256 "

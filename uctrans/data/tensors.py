@@ -204,6 +204,7 @@ def load_native(
     device: torch.device | str = "cpu",
     target: str = MASK_TARGET,
     protocol: Protocol = PROTOCOLS["native"],
+    doubts: Doubts | None = None,
 ) -> NativeImages:
     """Read all samples at the size of their files and put them on a device.
 
@@ -216,6 +217,7 @@ def load_native(
             :func:`uctrans.data.boundary_target` of the instance map in ``instances`` beside ``masks``, which must agree
             with the mask (see :func:`uctrans.data.instances.read_instances`).
         protocol: decides channels and values.
+        doubts: collects doubts about the files; None warns of them.
 
     Raises:
         DataError: there are no samples, a sample has no mask or, for "boundary", no instance map, the target is
@@ -226,17 +228,19 @@ def load_native(
     _check_samples(samples)
     instance_maps = _find_all_instances(samples) if target == BOUNDARY_TARGET else {}
     pixels, labels, sizes, fingerprints = [], [], [], []
-    doubts = Doubts()
-    for sample, (image, label) in zip(samples, _read_pairs(samples, protocol, classes, palette, doubts), strict=True):
+    collected = Doubts() if doubts is None else doubts
+    pairs = _read_pairs(samples, protocol, classes, palette, collected)
+    for sample, (image, label) in zip(samples, pairs, strict=True):
         if path := instance_maps.get(sample.name):
             instances = read_instances(path, label)
-            doubts.add(find_doubt(instances, label), path)
+            collected.add(find_doubt(instances, label), path)
             label = boundary_target(instances)
         pixels.append(torch.from_numpy(np.array(image)).flatten(0, 1).T)
         labels.append(torch.from_numpy(label).flatten())
         sizes.append(image.shape[:2])
         fingerprints.append(fingerprint(image))
-    doubts.warn()
+    if doubts is None:
+        collected.warn()
     counts = torch.tensor([len(label) for label in labels])
     return NativeImages(
         names=[sample.name for sample in samples],

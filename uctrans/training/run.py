@@ -31,6 +31,7 @@ from ..data import (
 )
 from ..data.find import shorten
 from ..data.fingerprints import Record, join_records
+from ..data.read import Doubts
 from ..data.tensors import MASK_TARGET
 from ..extras import import_extra
 from ..graphs import CapturedForward, CudaRecorder
@@ -364,8 +365,11 @@ def load_data(
                 "add images, or start fewer processes"
             )
     read = functools.partial(load_native, target=config.target) if protocol.keeps_resolution else load_tensors
+    doubts = Doubts()
     settings = {"protocol": protocol, "classes": config.classes, "palette": config.palette, "device": group.device}
-    train, val = (read(part, **settings) for part in parts)
+    train, val = (read(part, doubts=doubts, **settings) for part in parts)
+    if group.is_main:
+        doubts.warn()
     return train, val
 
 
