@@ -105,6 +105,17 @@ def test_one_order_costs_what_is_documented():
     assert gflop[1] - gflop[0] == pytest.approx(45, abs=0.5)
 
 
+def test_the_description_has_channels_and_range(use_model, tmp_path):
+    model = use_model(Stub(lambda image, call: image[:, :1]))
+    model.in_channels, model.metadata = 5, {"intensity_range": [0, 4095]}
+    export(ExportConfig("model", str(tmp_path), formats=("torch",), dynamic="none"))
+    description = json.loads((tmp_path / "export.json").read_text())
+    assert description["input"]["shape"] == [1, 5, 64, 64]
+    assert description["preprocessing"]["intensity_range"] == [0, 4095]
+    assert description["preprocessing"]["channel_order"] == "as in the files"
+    assert "highest - lowest" in description["preprocessing"]["scale"]
+
+
 class Stub(torch.nn.Module):
     """A model without weights: ``compute`` of the image and the number of earlier calls."""
 
