@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -217,6 +218,18 @@ def test_links_to_nothing_are_missing_files(tmp_path, part):
     for find in (find_images, read_image):
         with pytest.raises(DataError, match=r"b\.png: is a link to /nowhere/b\.png"):
             find(tmp_path / part / "b.png")
+
+
+@pytest.mark.parametrize("folder", ["", "val", "val/masks", "train/images"])
+def test_folders_that_are_links_to_nothing(tmp_path, folder):
+    """A link that is not there must not look like a dataset without val."""
+    for split in ("train", "val", "test"):
+        put_pairs(tmp_path / "data" / split, split)
+    place = tmp_path / "data" / folder
+    shutil.rmtree(place)
+    place.symlink_to("/nowhere")
+    with pytest.raises(DataError, match=f"{folder}: is a link to /nowhere, which is not there"):
+        [find_samples(tmp_path / "data", split) for split in ("train", "val")]
 
 
 def test_links_to_images_are_images(tmp_path):

@@ -77,7 +77,7 @@ def find_samples(
     if split is not None and split not in SPLITS:
         raise DataError(f"split: {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if not root.is_dir():
-        raise DataError(f"{root}: is not a folder; {LAYOUTS}")
+        raise DataError(f"{root}: {missing_target(root) or f'is not a folder; {LAYOUTS}'}")
     folders = _split_folders(root)
     if folders:
         if split is None:
@@ -206,8 +206,8 @@ def missing_target(path: Path) -> str | None:
     if not path.is_symlink() or path.exists():
         return None
     return (
-        f"is a link to {path.readlink()}, which is not there; fetch that file (git annex get, dvc pull, or from its "
-        "machine), or remove the link"
+        f"is a link to {path.readlink()}, which is not there; fetch it (git annex get, dvc pull, or from its machine), "
+        "or remove the link"
     )
 
 
@@ -227,6 +227,9 @@ def _split_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     plain = {split: root / split for split in SPLITS}
     published = {split: root / f"{split.title()}_Folder" for split in SPLITS}
     for folders, images, masks in ((plain, "images", "masks"), (published, "img", "labelcol")):
+        for folder in folders.values():
+            if problem := missing_target(folder):
+                raise DataError(f"{folder}: {problem}")
         present = {split: folder for split, folder in folders.items() if folder.is_dir()}
         if present:
             return {split: (folder / images, folder / masks) for split, folder in present.items()}
@@ -269,9 +272,11 @@ def _find_in_splits(root: str | os.PathLike, splits: Iterable[str]) -> list[Samp
 
 def _pair(images: Path, masks: Path, require_masks: bool) -> list[Sample]:
     if not images.is_dir():
-        raise DataError(f"{images}: is missing; {LAYOUTS}")
+        raise DataError(f"{images}: {missing_target(images) or f'is missing; {LAYOUTS}'}")
     image_files = list_images(images)
     if not masks.is_dir():
+        if problem := missing_target(masks):
+            raise DataError(f"{masks}: {problem}")
         if require_masks:
             raise DataError(f"{masks}: is missing; put one mask for each image there, with the same stem")
         return [Sample(name, image, None) for name, image in image_files.items()]
