@@ -156,3 +156,10 @@ def test_a_study_of_skips_has_a_row_for_each_subset(settings, tmp_path):
     assert [row.record["variant"] for row in table.rows][:3] == ["none", "all", "only_1"]
     assert [row.record["runs"] for row in table.rows] == [1, *[0] * 9]
     assert uctrans.load_model(tmp_path / "skips" / "runs" / "none" / "seed_0").config["skips"] == []
+    assert len(table.remarks) == 1
+
+    path = plan[0].at(plan[0].patiences[0]) / "test" / "summary.json"
+    summary = json.loads(path.read_text()) | {"known_images": {"train": {"test1": "train0"}, "val": {"test0": "test0"}}}
+    path.write_text(json.dumps(summary))
+    table = make_table(config, plan, {planned.variant.name: count_cost(planned.config) for planned in plan})
+    assert table.remarks[1] == ("Not a test: networks were trained on, or chosen by, 2 of these images: test0, test1.")

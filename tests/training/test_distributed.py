@@ -13,9 +13,10 @@ import torch
 import uctrans
 from uctrans.data import Protocol
 from uctrans.models import registry
-from uctrans.training import ConfigError, load_checkpoint, train
-from uctrans.training.distributed import processes, with_sync_batch_norm
+from uctrans.training import ConfigError, load_checkpoint, loop, train
+from uctrans.training.distributed import Processes, processes, with_sync_batch_norm
 from uctrans.training.log import read_metrics
+from uctrans.writing import FolderError
 
 ROOT = Path(uctrans.__file__).parents[1]
 PROGRAM = Path(__file__).with_name("distributed_run.py")
@@ -114,6 +115,15 @@ def test_without_torchrun_this_is_the_only_process():
         assert group.wrap(model) is model
         group.share_buffers(model)
         group.barrier()
+
+
+def test_a_folder_in_use_stops_all_processes(tmp_path, monkeypatch):
+    refused = "output: run is in use by process 7"
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [refused, value])
+    group = Processes(rank=1, count=2, device=torch.device("cpu"))
+    with pytest.raises(FolderError, match=refused), loop.locked_by_main(tmp_path / "run", group):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -272,13 +272,13 @@ def test_a_run_that_another_process_trains_is_left_alone(finished, make_config, 
 
 @pytest.mark.parametrize("when", ["step", "validation"])
 def test_a_new_run_that_fails_in_its_first_epoch_leaves_the_folder_as_it_was(make_config, monkeypatch, when):
+    folder = Path(make_config().output)
+
     def fail(*_, **__):
+        (folder / "notes.txt").write_text("mine")
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(loop, {"step": "train_step", "validation": "validate_epoch"}[when], fail)
-    folder = Path(make_config().output)
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
     with pytest.raises(torch.OutOfMemoryError):
         train(make_config(epochs=1))
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]

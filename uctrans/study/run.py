@@ -305,7 +305,9 @@ def train_and_score(run: PlannedRun, config: StudyConfig) -> None:
         try:
             trained = train(settings)
         except (CheckpointError, ConfigError) as error:
-            again = f"; or delete {run.folder}, and the same command trains this run again" if is_begun else ""
+            again = (
+                f"; or delete {run.folder}, and the same command trains this run again" if run.folder.exists() else ""
+            )
             raise StudyError(f"{error}{again}") from error
         except TrainingError as error:
             if error.__cause__ is not None:  # a file or the device, which would stop the other runs too

@@ -24,6 +24,7 @@ COLUMNS = (
     "seconds",
     "images_per_second",
 )
+LOG_FILES = ("log.txt", "metrics.csv", "progress.png", "tensorboard")
 CURVES = ("learning_rate", "train_loss", "train_dice", "val_loss", "val_dice")
 SECONDS_BETWEEN_PICTURES = 30
 

@@ -36,10 +36,10 @@ from ..models.base import probabilities
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import tiled
 from ..writing import FolderError, locked
-from .checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, load_checkpoint, write_files
+from .checkpoint import RUN_FILES, CheckpointError, CheckpointWriter, find_checkpoint, load_checkpoint, write_files
 from .config import TrainConfig
 from .distributed import Processes, processes
-from .log import RunLog, SilentLog, TrainingError, failures_named
+from .log import LOG_FILES, RunLog, SilentLog, TrainingError, failures_named
 from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice
 from .optimization import learning_rate
 from .run import Run, plain_forward
@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> RunResult:
         ImportError: a package of the extra "training" is missing.
     """
     config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
-    with processes(config.device) as group, _locked_by_main(Path(config.output), group):
+    with processes(config.device) as group, locked_by_main(Path(config.output), group):
         checkpoint = find_checkpoint(config)
         run = Run(config, group)
         if checkpoint is not None:
@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> RunResult:
 
 
 @contextlib.contextmanager
-def _locked_by_main(folder: Path, group: Processes) -> Iterator[None]:
+def locked_by_main(folder: Path, group: Processes) -> Iterator[None]:
     """Let the process that writes the files lock the folder; raise in all processes if it cannot."""
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -135,7 +135,7 @@ def _emptied_if_nothing_was_learned(run: Run) -> Iterator[None]:
         raise
     except Exception:
         if run.group.is_main and not run.config.resume and run.epoch <= 1 and _is_initial(folder / LAST_CHECKPOINT):
-            for path in set(folder.iterdir()) - before:
+            for path in {folder / name for name in (*RUN_FILES, *LOG_FILES)} & (set(folder.iterdir()) - before):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
