@@ -76,7 +76,7 @@ def test_indexes_turn_with_their_colours(tmp_path):
 def test_values_of_a_camera_in_16_bits(tmp_path, high, suffix):
     values = np.linspace(0, high, 256).reshape(16, 16).round().astype(np.uint16)
     path = put(tmp_path / f"a{suffix}", values)
-    with pytest.warns(UserWarning, match=rf"up to {high} .*a{suffix}\. Set.* --intensity-range 0,{high}\."):
+    with pytest.warns(UserWarning, match=rf"up to {high} .*a{suffix}\. Set.* --intensity-range 0,{high},"):
         assert read_image(path).max() < 65
     assert read_image(path, intensity_range=(0, high))[..., 0].ravel().tolist() == list(range(256))
     with pytest.warns(UserWarning, match=f"values up to {high}, beyond the intensity range, which ends at 511"):

@@ -50,7 +50,8 @@ ALPHA = (
 )
 DARK = (
     "{count} images hold 16-bit values up to {highest} where the range is 0 to {high}, so they have {levels} of 256 "
-    "gray levels and are nearly black: {paths}. Set the range of the values: --intensity-range 0,{likely}."
+    "gray levels and are nearly black: {paths}. Set the range of the values: --intensity-range 0,{likely}, or that of "
+    "the camera (0,4095 for 12 bits)."
 )
 BEYOND = (
     "{count} images hold values up to {highest}, beyond the intensity range, which ends at {high}; they were read as "
