@@ -234,7 +234,7 @@ def _fit_channels(picture: Picture, path: Path, count: int, doubts: Doubts) -> n
     if found == count or (found, count) in ((1, RGB_CHANNELS), (RGB_CHANNELS, 1)):
         return pixels
     kept = count if found > count else 1
-    if kept in (1, count) and (kept == count or count == RGB_CHANNELS) and _is_constant(pixels[..., kept:]):
+    if (found > count or count == RGB_CHANNELS) and _is_constant(pixels[..., kept:]):
         return pixels[..., :kept]
     raise DataError(
         f"{path}: has {found} channels, but the network takes {count}; train one with --in-channels {found}, or save "
