@@ -10,6 +10,7 @@ import torch
 import uctrans
 from uctrans.inference import ExportConfig, ExportError, InferenceError, export
 from uctrans.kernels.channel_attention import composed, fewest_tokens_to_correlate
+from uctrans.writing import FolderError, locked
 
 TWO_SCALES = {"base_channels": 8, "image_size": 24, "num_layers": 1, "num_heads": 2, "patch_sizes": (4, 2)}
 AXES = ["batch", 3, "height", "width"]
@@ -191,3 +192,9 @@ def test_a_file_that_is_no_model(tmp_path):
     with pytest.raises(uctrans.ModelFileError, match="nowhere"):
         export(ExportConfig(str(tmp_path / "nowhere"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(unet_folder, tmp_path):
+    with locked(tmp_path), pytest.raises(FolderError, match="is in use by process"):
+        export(ExportConfig(str(unet_folder), str(tmp_path), formats=("torch",), dynamic="none", image_size=16))
+    assert list(tmp_path.iterdir()) == []

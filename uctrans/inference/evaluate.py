@@ -218,9 +218,9 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
             f"output: {folder} is the folder of a run, which has a metrics.csv too; name another folder"
         )
     files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png", INSTANCE_PICTURE)}
-    if not config.overwrite:
-        refuse_existing(list(files.values()), "an evaluation")
     with locked(folder):
+        if not config.overwrite:
+            refuse_existing(list(files.values()), "an evaluation")
         return _evaluate(config, files)
 
 

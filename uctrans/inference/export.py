@@ -36,7 +36,7 @@ from ..layers import ChannelAttention, PatchEmbedding, set_backend
 from ..layers.switching import layers_with_backend
 from ..models import load_model
 from ..models.base import without_images
-from ..writing import write_json
+from ..writing import locked, write_json
 from .settings import InferenceError, check_choice, output_folder, refuse_existing
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
@@ -102,6 +102,7 @@ def export(config: ExportConfig) -> list[Path]:
             logit; nothing is written.
         InferenceError: A setting is out of its range, or the output folder holds an export and ``overwrite`` is not
             set.
+        FolderError: Another process exports into the output folder, or it cannot be made or written to.
         ModelFileError: There is no model at ``config.model``.
         ImportError: onnx, onnxscript or onnxruntime is not installed (``formats=("torch",)`` needs none of them).
     """
@@ -125,8 +126,7 @@ def export(config: ExportConfig) -> list[Path]:
     size = _traced_size(config, model, grid)
     shapes = _shapes_to_check(model, config, size, grid)
     description = _description(model, config, size, grid) | {"formats": {}}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary, _quiet():
+    with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary, _quiet():
         program = _trace(model, config, size, grid)
         for name in files:
             path = Path(temporary) / FORMATS[name]
@@ -138,7 +138,7 @@ def export(config: ExportConfig) -> list[Path]:
             }
         for name, path in files.items():
             (Path(temporary) / FORMATS[name]).replace(path)
-    write_json(folder / SUMMARY, description | {"settings": dataclasses.asdict(config)})
+        write_json(folder / SUMMARY, description | {"settings": dataclasses.asdict(config)})
     return [*files.values(), folder / SUMMARY]
 
 
