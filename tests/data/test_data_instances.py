@@ -73,7 +73,7 @@ def test_two_maps_of_one_image(tmp_path):
     ("pixels", "message"),
     [
         (MAP.T.astype(np.uint16), r"is 3 x 2 pixels \(height x width\), but its image is 2 x 3"),
-        (np.zeros((2, 3, 3), dtype=np.uint8), "has several channels; save an instance map with one number"),
+        (np.zeros((2, 3, 3), dtype=np.uint8), "has colours, alpha or a palette; save an instance map with one number"),
         (np.array([[0, 255, 0]] * 2, dtype=np.uint8), "is a mask, not an instance map; number the nuclei"),
         (np.full((2, 3), 255, dtype=np.uint8), "is a mask, not an instance map"),
     ],

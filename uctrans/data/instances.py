@@ -87,7 +87,8 @@ def read_instances(path: str | os.PathLike, mask: np.ndarray | None = None) -> n
         raise DataError(f"{path}: has a lossy compression, which changes numbers; save it as PNG from its source")
     if picture.channels.shape[2] != 1 or picture.alpha is not None:
         raise DataError(
-            f"{path}: has several channels; save an instance map with one number for each nucleus in one channel"
+            f"{path}: has colours, alpha or a palette; save an instance map with one number for each nucleus, in one "
+            "channel"
         )
     pixels = picture.channels[..., 0]
     if pixels.dtype == bool or np.unique(pixels).tolist() in MASK_VALUES:
