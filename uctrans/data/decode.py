@@ -23,7 +23,8 @@ PNG_GRAY = 0
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BITS = (1, 8, 16)
 TIFF_KINDS = ("MINISBLACK", "RGB", "PALETTE", "YCBCR")
-ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA = 1, 2
+ASSOCIATED_ALPHA = 1
+ALPHA_SAMPLES = (ASSOCIATED_ALPHA, 2)  # values of the tag ExtraSamples
 LOSSY_TIFF = ("JPEG", "JP2000", "WEBP", "LERC")  # parts of the names of compressions
 UNDECLARED_PAGES = ("IYX", "QYX")  # what tifffile calls pages of which the file does not say what they are
 # Files that stand in the place of images until these programs fetch them.
@@ -287,7 +288,7 @@ def _decode_tiff_page(page: Any, path: Path) -> Picture:
     if page.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
     extra = list(map(int, page.extrasamples))
-    alpha = next((place for place, kind_ in enumerate(extra) if kind_ in (ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA)), None)
+    alpha = next((place for place, sample in enumerate(extra) if sample in ALPHA_SAMPLES), None)
     if alpha is not None:
         is_associated = extra[alpha] == ASSOCIATED_ALPHA
         alpha += page.samplesperpixel - len(extra)
@@ -320,7 +321,7 @@ def _decode_tiff_page_with_pillow(page: Any, path: Path) -> Picture:
     remedy = "install the package imagecodecs, or save the file without compression"
     if page.bitspersample == 16 and page.samplesperpixel > 1:
         raise DataError(f"{path}: holds 16-bit colours compressed by {compression}; {remedy}")
-    if any(int(sample) not in (ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA) for sample in page.extrasamples):
+    if any(int(sample) not in ALPHA_SAMPLES for sample in page.extrasamples):
         # Pillow drops such channels.
         raise DataError(
             f"{path}: has {page.samplesperpixel} channels, not declared as colours or alpha, compressed by "
