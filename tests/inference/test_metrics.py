@@ -46,6 +46,34 @@ def test_classes_by_hand():
     assert dice(prediction, truth, classes=4).tolist() == [0.5, 0.5, 1.0]
 
 
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_ignored_pixels_are_as_if_they_were_not_there(classes):
+    generator = torch.Generator().manual_seed(classes)
+    prediction, truth = torch.randint(0, max(classes, 2), (2, 3, 8, 9), generator=generator)
+    truth[..., 6:] = 255
+    for score in (dice, iou):
+        expected = score(prediction[..., :6], truth[..., :6], classes)
+        torch.testing.assert_close(score(prediction, truth, classes, ignore_label=255), expected)
+    if classes > 1:
+        with pytest.raises(ValueError, match=r"truth: it holds labels from 0 to 255"):
+            dice(prediction, truth, classes)
+
+
+def test_outlines_follow_ignored_pixels_in_both_maps():
+    truth, prediction = torch.zeros(9, 9, dtype=torch.uint8), torch.zeros(9, 9, dtype=torch.uint8)
+    truth[2:4, 2:5] = prediction[2:4, 2:9] = 1
+    assert hd95(prediction, truth).item() > 2
+    truth[:, 5:] = 255
+    assert hd95(prediction, truth, ignore_label=255).item() == 0
+
+
+def test_where_all_is_ignored_nothing_is_defined():
+    truth = torch.stack([torch.full((4, 5), 255), torch.zeros(4, 5, dtype=torch.int64)])
+    for score, empty in ((dice, 1.0), (iou, 1.0), (hd95, 0.0)):
+        found = score(torch.zeros_like(truth), truth, ignore_label=255)
+        assert found.flatten().tolist() == pytest.approx([NAN, empty], nan_ok=True)
+
+
 def test_255_counts_as_foreground_and_numpy_is_taken():
     truth = np.array([[0, 255]], dtype=np.uint8)
     assert dice(np.array([[0, 1]], dtype=np.uint8), truth).tolist() == [1.0]

@@ -18,6 +18,10 @@ both empty                1    1   0    1   1   1   1   1
 one of them empty         0    0   nan  0   0   nan 0   0
 no object matched                       any 0   nan 0   0
 ========================= ==== === ==== === === === === ===
+
+A label to ignore takes pixels of the truth out of both maps before they are compared: what is predicted there counts
+neither as found nor as wrong. Outlines (HD95) then follow the rim of these pixels in both maps, and an object that they
+cut (AJI, PQ) is what is left of it. Where all pixels are ignored, every score is undefined.
 """
 
 import warnings
@@ -34,43 +38,51 @@ INSTANCE_METRICS = ("aji", "pq", "sq", "rq", "f1")
 MATCH_IOU = 0.5  # two objects match above this
 
 
-def dice(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int = 1) -> Tensor:
+def dice(
+    prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int = 1, ignore_label: int | None = None
+) -> Tensor:
     """Return the Dice coefficient ``2 |P and T| / (|P| + |T|)`` of each foreground class.
 
     Args:
         prediction: Integer label maps ``(..., height, width)``.
         truth: Integer label maps of the same shape.
         classes: 1 for binary maps, otherwise the number of labels including background.
+        ignore_label: Pixels with this label in the truth are left out of both maps.
 
     Returns:
-        float64 ``(..., foreground)`` on the CPU, in 0..1; 1 if both maps are empty.
+        float64 ``(..., foreground)`` on the CPU, in 0..1; 1 if both maps are empty, nan if all pixels are ignored.
 
     Raises:
         ValueError: The shapes differ, a map is not of integers, or a label is not below ``classes``.
     """
-    predicted, true = _foreground(prediction, truth, classes)
+    predicted, true, is_scored = _foreground(prediction, truth, classes, ignore_label)
     overlap = (predicted & true).sum((-2, -1))
-    return _ratio(2 * overlap, predicted.sum((-2, -1)) + true.sum((-2, -1)))
+    return _ratio(2 * overlap, predicted.sum((-2, -1)) + true.sum((-2, -1)), is_scored)
 
 
-def iou(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int = 1) -> Tensor:
+def iou(
+    prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int = 1, ignore_label: int | None = None
+) -> Tensor:
     """Return the intersection over union ``|P and T| / |P or T|`` of each foreground class; see `dice`."""
-    predicted, true = _foreground(prediction, truth, classes)
-    return _ratio((predicted & true).sum((-2, -1)), (predicted | true).sum((-2, -1)))
+    predicted, true, is_scored = _foreground(prediction, truth, classes, ignore_label)
+    return _ratio((predicted & true).sum((-2, -1)), (predicted | true).sum((-2, -1)), is_scored)
 
 
-def hd95(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int = 1) -> Tensor:
+def hd95(
+    prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int = 1, ignore_label: int | None = None
+) -> Tensor:
     """Return the 95th percentile of the Hausdorff distance between outlines, in pixels of the maps (through MONAI).
 
     It is the larger of the two directed 95th percentiles. See `dice` for shapes and errors.
 
     Returns:
-        float64 ``(..., foreground)`` on the CPU; 0 if both maps are empty, nan if one of them is.
+        float64 ``(..., foreground)`` on the CPU; 0 if both maps are empty, nan if one of them is or if all pixels are
+        ignored.
 
     Raises:
         ImportError: MONAI is not installed.
     """
-    predicted, true = (maps.cpu() for maps in _foreground(prediction, truth, classes))
+    predicted, true, is_scored = (maps.cpu() for maps in _foreground(prediction, truth, classes, ignore_label))
     shape = predicted.shape[:-2]
     predicted, true = (maps.reshape(-1, *maps.shape[-2:]) for maps in (predicted, true))
     has_prediction, has_truth = predicted.any(-1).any(-1), true.any(-1).any(-1)
@@ -85,7 +97,7 @@ def hd95(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: i
                 predicted[defined].unsqueeze(1), true[defined].unsqueeze(1), include_background=True, percentile=95
             )
         distances[defined] = found[:, 0].double()
-    return distances.reshape(shape)
+    return distances.reshape(shape).masked_fill(~is_scored[..., None], torch.nan)
 
 
 def mean_over_classes(scores: Tensor) -> Tensor:
@@ -105,23 +117,35 @@ def mean_and_deviation(scores: Tensor | np.ndarray | list[float]) -> tuple[float
     return mean, deviation, len(scores)
 
 
-def _foreground(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int) -> tuple[Tensor, Tensor]:
-    """Return both label maps as one bool map for each foreground class, ``(..., foreground, height, width)``."""
+def _foreground(
+    prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray, classes: int, ignore_label: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both label maps as one bool map for each foreground class, and whether any pixel is scored.
+
+    The maps are ``(..., foreground, height, width)``, false where pixels are ignored; the last tensor is ``(...)``.
+    """
     if classes < 1:
         raise ValueError(f"classes: {classes} is too small; give 1 or more")
+    ignored = torch.as_tensor(truth) == ignore_label if ignore_label is not None else None
     prediction = _label_map(prediction, classes, "prediction")
-    truth = _label_map(truth, classes, "truth")
+    truth = _label_map(truth, classes, "truth", ignored)
     _check_shapes(prediction, truth)
     indices = torch.arange(1, max(classes, 2), device=prediction.device).view(-1, 1, 1)
-    return prediction.unsqueeze(-3) == indices, truth.unsqueeze(-3).to(prediction.device) == indices
+    predicted, true = prediction.unsqueeze(-3) == indices, truth.unsqueeze(-3).to(prediction.device) == indices
+    if ignored is None:
+        return predicted, true, torch.ones(truth.shape[:-2], dtype=torch.bool)
+    return predicted & ~ignored.unsqueeze(-3).to(prediction.device), true, ~ignored.flatten(-2).all(-1).cpu()
 
 
-def _label_map(labels: Tensor | np.ndarray, classes: int, role: str) -> Tensor:
+def _label_map(labels: Tensor | np.ndarray, classes: int, role: str, ignored: Tensor | None = None) -> Tensor:
+    """Return checked labels, 0 where ``ignored``."""
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"{role}: a label map holds integers, got {labels.dtype}; threshold probabilities first")
     if labels.ndim < 2:
         raise ValueError(f"{role}: got the shape {tuple(labels.shape)}; give (..., height, width)")
+    if ignored is not None:
+        labels = labels.masked_fill(ignored, 0)
     if classes == 1:
         return labels != 0
     lowest, highest = (int(bound) for bound in labels.aminmax()) if labels.numel() else (0, 0)
@@ -139,10 +163,14 @@ def _check_shapes(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray) -
         raise ValueError(f"prediction: it differs in shape from the truth, {shapes}; give two maps of one image")
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return the quotient of two counts in float64 on the CPU, 1 where the denominator is 0 (both maps empty)."""
+def _ratio(numerator: Tensor, denominator: Tensor, is_scored: Tensor) -> Tensor:
+    """Return the quotient of two counts ``(..., foreground)`` in float64 on the CPU.
+
+    It is 1 where the denominator is 0 (both maps empty), and nan where ``is_scored`` ``(...)`` is false.
+    """
     numerator, denominator = numerator.cpu(), denominator.cpu()
-    return torch.where(denominator == 0, 1.0, numerator.double() / denominator.clamp(min=1))
+    ratio = torch.where(denominator == 0, 1.0, numerator.double() / denominator.clamp(min=1))
+    return ratio.masked_fill(~is_scored[..., None], torch.nan)
 
 
 class InstanceScores(NamedTuple):
