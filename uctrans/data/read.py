@@ -16,6 +16,7 @@ from .find import DataError, shorten
 from .palettes import colours_to_labels, list_colours, pack_colours, parse_palette
 
 MAX_CLASSES = 256
+IGNORED = 255  # label of the pixels that a mask says to ignore, whatever their value is in its file
 RGB_CHANNELS = 3
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green and blue
 HIGHEST_VALUE = 65535

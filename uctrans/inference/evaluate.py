@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class EvaluationResult:
         rows: One mapping for each image: ``name``, then ``dice``, ``iou`` (0..1) and ``hd95`` (pixels; nan where
             undefined), each the mean over the foreground classes; if instance maps were scored, ``aji``, ``pq``,
             ``sq``, ``rq`` and ``f1`` (0..1; nan for an image without a map); with several classes ``dice_CLASS`` and so
-            on.
+            on. The scores of a class that no mask has are nan and in no mean.
         mean: Mean over the images by score, without undefined scores.
         deviation: Sample standard deviation over the images by score.
         count: Number of images with a defined score, by score.
@@ -130,6 +130,11 @@ class EvaluationResult:
             of the masks.
         known: Images that the model was trained on ("train"), or else that chose its best weights ("val"): their names
             in the record of the model by their names here. None if the model has no such record.
+        present: Number of masks that have a class, by its name ("foreground" if the masks are binary). An image whose
+            mask lacks a class scores 1 if the prediction lacks it, too, and 0 otherwise.
+        mean_where_present: Mean of ``dice``, ``iou`` and ``hd95`` of each class over the masks that have it.
+        empty: Number of masks without any class.
+        mean_of_others: Means over the other images.
         remarks: Sentences that a reader of the scores should know.
     """
 
@@ -141,6 +146,10 @@ class EvaluationResult:
     output: Path
     unscored_instance_maps: int = 0
     known: dict[str, dict[str, str]] | None = None
+    present: dict[str, int] = field(default_factory=dict)
+    mean_where_present: dict[str, dict[str, float]] = field(default_factory=dict)
+    empty: int = 0
+    mean_of_others: dict[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
     def table(self) -> str:
@@ -165,7 +174,18 @@ class EvaluationResult:
 
     def _remarks_on_counts(self) -> Iterator[str]:
         images = len(self.rows)
-        if undefined := images - self.count["hd95"]:
+        if absent := [name for name, count in self.present.items() if count == 0]:
+            yield f"n/a: no mask has {shorten(absent)}, so there is nothing to score"
+        if 0 < self.empty < images:
+            yield (
+                f"{self.empty} of {images} masks are empty, where an empty prediction scores Dice 1 and any other 0; "
+                f"mean of the others: {_listed(self.mean_of_others)}"
+            )
+        for name, count in self.present.items():
+            if len(self.present) > 1 and 0 < count < images:
+                scores = _listed(self.mean_where_present[name])
+                yield f"{count} of {images} masks have {name}; its mean over these: {scores}"
+        if any(self.present.values()) and (undefined := images - self.count["hd95"]):
             yield f"HD95 is undefined for {undefined} of {images} images: truth or prediction is empty"
         with_map = self.count.get("aji", 0)
         if 0 < with_map < images:
@@ -181,9 +201,15 @@ class EvaluationResult:
 
 def _line(name: str, scores: dict[str, Any], columns: Sequence[str], width: int) -> str:
     shown = name if len(name) <= width else f"{name[: width - 1]}…"
-    return f"{shown:<{width}}" + "".join(
-        f"{scores[key]:>11.2f}" if key == "hd95" else f"{scores[key]:>11.4f}" for key in columns
-    )
+    return f"{shown:<{width}}" + "".join(f"{_number(key, scores[key]):>11}" for key in columns)
+
+
+def _number(key: str, score: float) -> str:
+    return "n/a" if math.isnan(score) else f"{score:.2f}" if key == "hd95" else f"{score:.4f}"
+
+
+def _listed(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{TITLES[key]} {_number(key, score)}" for key, score in scores.items())
 
 
 def evaluate(config: EvaluateConfig) -> EvaluationResult:
@@ -231,18 +257,30 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
     with_instances = bool(instance_maps) and comparison.is_native
     comparison.check(samples, instance_maps)
     compared = progress_bar(comparison.images(samples, instance_maps), len(samples), "evaluate", config.progress)
-    rows, fingerprints = [], []
+    names, fingerprints, scores, has_class, of_instances = [], [], [], [], []
     for item in compared:
-        rows.append(_row(item, comparison, with_instances))
+        names.append(item.name)
         fingerprints.append(item.fingerprint)
+        scores.append(comparison.scores(item))
+        has_class.append(comparison.classes_of(item.truth))
+        of_instances.append(_instance_scores(item, with_instances))
+    truth = Truth(torch.stack(has_class), {key: torch.stack([each[key] for each in scores]) for key in METRICS})
+    if not truth.has_class.any():
+        of_instances = [dict.fromkeys(each, math.nan) for each in of_instances]
+    parts = zip(names, truth.means(), of_instances, truth.by_class(comparison.class_names), strict=True)
+    rows = [{"name": name} | means | instances | by_class for name, means, instances, by_class in parts]
     record = comparison.model.metadata.get("images")
-    known = None if record is None else find_known(record, [row["name"] for row in rows], fingerprints)
+    known = None if record is None else find_known(record, names, fingerprints)
 
     comparison.doubts.warn()  # before the images of the figures are read again
     _draw_figures(files, rows, comparison, samples, instance_maps)
     _write_csv(files["metrics.csv"], rows)
     statistics = {key: mean_and_deviation([row[key] for row in rows]) for key in rows[0] if key != "name"}
     mean, deviation, count = ({key: values[i] for key, values in statistics.items()} for i in range(3))
+    others = [row for row, has in zip(rows, truth.has_class, strict=True) if has.any()]
+    found = truth.summary(comparison.class_names) | {
+        "mean_of_others": {key: mean_and_deviation([row[key] for row in others])[0] for key in TITLES if key in mean}
+    }
     model = comparison.model
     write_json(
         files["summary.json"],
@@ -252,6 +290,7 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
             "standard_deviation": deviation,
             "count": count,
             "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
+            **found,
             "settings": dataclasses.asdict(config),
             "protocol": {name: getattr(comparison.predictor.protocol, name) for name in PROTOCOL_SETTINGS},
             "scored_at": comparison.scored_at,
@@ -263,7 +302,16 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
     unscored = 0 if with_instances else len(instance_maps)
     remarks = _remarks(config, rows, record, known)
     return EvaluationResult(
-        rows, mean, deviation, count, comparison.scored_at, Path(config.output), unscored, known, remarks
+        rows,
+        mean,
+        deviation,
+        count,
+        comparison.scored_at,
+        Path(config.output),
+        unscored_instance_maps=unscored,
+        known=known,
+        **found,
+        remarks=remarks,
     )
 
 
@@ -329,6 +377,16 @@ class Comparison:
             names = names[1:]
         return names if len(set(names)) == foreground else [str(label) for label in range(1, foreground + 1)]
 
+    def scores(self, compared: "Compared") -> dict[str, torch.Tensor]:
+        """Return the scores of each foreground class of an image, float64 (foreground,) by score."""
+        maps = compared.prediction, compared.truth, self.classes
+        return {key: score(*maps) for key, score in zip(METRICS, (dice, iou, hd95), strict=True)}
+
+    def classes_of(self, truth: np.ndarray) -> torch.Tensor:
+        """Return whether a mask has each foreground class, bool (foreground,)."""
+        labels = np.arange(1, max(self.classes, 2))
+        return torch.from_numpy(np.isin(labels, truth))
+
     def check(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> None:
         """Raise DataError if a mask or map cannot be used.
 
@@ -386,19 +444,53 @@ def _protocol_of_scores(trained_under: Protocol, size: str) -> Protocol:
     return trained_under if is_alike else named
 
 
-def _row(compared: Compared, comparison: Comparison, with_instances: bool) -> dict[str, Any]:
-    scores = {
-        key: score(compared.prediction, compared.truth, comparison.classes)
-        for key, score in zip(METRICS, (dice, iou, hd95), strict=True)
-    }
-    row = {"name": compared.name} | {key: mean_over_classes(scores[key]).item() for key in METRICS}
+@dataclass(frozen=True)
+class Truth:
+    """The scores of all images, and which classes their masks have.
+
+    Attributes:
+        has_class: bool (images, foreground classes).
+        scores: float64 (images, foreground classes) by score, undefined where nothing is scored.
+    """
+
+    has_class: torch.Tensor
+    scores: dict[str, torch.Tensor]
+
+    def __post_init__(self):
+        for scores in self.scores.values():  # 1 or 0 would be a score of nothing
+            scores[:, ~self.has_class.any(0)] = math.nan
+
+    def means(self) -> Iterator[dict[str, float]]:
+        """Yield the means over the classes that some mask has, for each image."""
+        for image in range(len(self.has_class)):
+            yield {key: mean_over_classes(scores[image]).item() for key, scores in self.scores.items()}
+
+    def by_class(self, names: Sequence[str]) -> Iterator[dict[str, float]]:
+        """Yield the scores of each class for each image; nothing for a single class."""
+        columns = [(key, place, name) for key in METRICS for place, name in enumerate(names) if len(names) > 1]
+        for image in range(len(self.has_class)):
+            yield {f"{key}_{name}": self.scores[key][image, place].item() for key, place, name in columns}
+
+    def summary(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return ``present``, ``mean_where_present`` and ``empty`` of `EvaluationResult`."""
+        names = names if len(names) > 1 else ["foreground"]
+        return {
+            "present": dict(zip(names, self.has_class.sum(0).tolist(), strict=True)),
+            "mean_where_present": {
+                name: {
+                    key: mean_and_deviation(scores[self.has_class[:, place], place])[0]
+                    for key, scores in self.scores.items()
+                }
+                for place, name in enumerate(names)
+            },
+            "empty": int((~self.has_class.any(1)).sum()),
+        }
+
+
+def _instance_scores(compared: Compared, with_instances: bool) -> dict[str, float]:
     if compared.true_instances is not None:
-        row |= score_instances(compared.predicted_instances, compared.true_instances)._asdict()
-    elif with_instances:
-        row |= dict.fromkeys(INSTANCE_METRICS, math.nan)
-    if len(names := comparison.class_names) > 1:
-        row |= {f"{key}_{name}": scores[key][i].item() for key in METRICS for i, name in enumerate(names)}
-    return row
+        return score_instances(compared.predicted_instances, compared.true_instances)._asdict()
+    return dict.fromkeys(INSTANCE_METRICS, math.nan) if with_instances else {}
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -417,7 +509,7 @@ def _draw_figures(
     instance_maps: Mapping[str, Path],
 ) -> None:
     """Predict the images to show once more, which saves the memory of keeping all predictions, and draw them."""
-    by_dice = choose_rows([row["dice"] for row in rows])
+    by_dice = choose_rows([-1 if math.isnan(row["dice"]) else row["dice"] for row in rows])
     with_aji = [position for position, row in enumerate(rows) if not math.isnan(row.get("aji", math.nan))]
     chosen = choose_rows([rows[position]["aji"] for position in with_aji], INSTANCE_ROWS)
     by_aji = [(with_aji[place], rank) for place, rank in chosen]

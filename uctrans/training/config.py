@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.instances import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from ..data.read import IGNORED
 from ..data.tensors import TARGETS
 from ..extras import import_extra
 from ..writing import write_bytes
@@ -57,6 +58,7 @@ _AT_LEAST = {
     "save_minutes": 0,
     "threads": 1,
     "fold": 0,
+    "ignore_label": 0,
     "seed": 0,
     "weight_decay": 0,
     "min_learning_rate": 0,
@@ -102,6 +104,9 @@ class TrainConfig:
             defaults.
         channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes that of the protocol.
         palette: Colours of the classes in colour-coded masks, background first: "#000000,#ff0000".
+        ignore_label: Value of the mask files where nobody knows the class, such as 255: these pixels have no loss and
+            no score, in training and in evaluate (saved with the weights). In colour-coded masks it is the position of
+            a colour of the palette, from 0, which may have one more than there are classes.
         folds: Cross-validation folds: a shipped name or a JSON file; none trains on the train split.
         fold: Number of the fold to train on, from 0.
         epochs: Maximum number of epochs.
@@ -162,6 +167,7 @@ class TrainConfig:
     augmentation: dict[str, Any] | str = field(default_factory=dict)
     channel_order: str | None = None
     palette: str | tuple[Any, ...] | None = None
+    ignore_label: int | None = None
     folds: str | None = None
     fold: int | None = None
     epochs: int = 2000
@@ -228,6 +234,13 @@ class TrainConfig:
         if self.target == BOUNDARY_TARGET and self.classes != 1:
             raise ConfigError(
                 f"target: {BOUNDARY_TARGET} makes {BOUNDARY_CLASSES} classes of binary masks itself; set classes to 1"
+            )
+        if self.ignore_label == 0 and self.classes == 1:
+            raise ConfigError("ignore_label: 0 is the background of binary masks; give another value, or set classes")
+        if self.ignore_label is not None and self.classes > IGNORED:
+            raise ConfigError(
+                f"ignore_label: masks of {self.classes} classes leave no label to ignore; set classes to {IGNORED} or "
+                "fewer"
             )
         if self.class_names is not None and len(self.class_names) != self.classes:
             raise ConfigError(

@@ -24,7 +24,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from .checkpoint import RUN_FILES, CheckpointError, CheckpointWriter, find_check
 from .config import TrainConfig
 from .distributed import Processes, processes
 from .log import LOG_FILES, RunLog, SilentLog, TrainingError, failures_named
-from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice
+from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice, ignored_label
 from .optimization import learning_rate
 from .run import Run, plain_forward
 from .signals import StopRequest
@@ -197,7 +197,7 @@ def train_step(run: Run, index: torch.Tensor) -> None:
     images, masks = run.protocol.training_batch(run.train_data, index, run.augment_generator)
     counts = None  # a single process counts its pixels while it computes the loss
     if run.group.count > 1:
-        counts = BatchCounts(*run.group.mean_(torch.stack(batch_counts(masks))))
+        counts = BatchCounts(*run.group.mean_(torch.stack(batch_counts(masks, ignored_label(run.config)))))
 
     run.optimizer.zero_grad(set_to_none=True)
     logits = run.forward(images)
@@ -246,7 +246,13 @@ def validate_epoch(run: Run) -> tuple[float, float]:
     if run.average:
         run.group.share_buffers(run.average.model)
     totals = validate(
-        run.validated_model, run.val_data, run.protocol, run.config, run.group, forward=run.validation_forward
+        run.validated_model,
+        run.val_data,
+        run.protocol,
+        run.config,
+        run.group,
+        forward=run.validation_forward,
+        scored_classes=run.scored_classes,
     )
     for rank, step in enumerate(run.group.gather(totals.first_bad.item())):
         if step >= 0:
@@ -267,21 +273,23 @@ def validate(
     config: TrainConfig,
     group: Processes,
     forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scored_classes: Sequence[int] | None = None,
 ) -> EpochTotals:
     """Return the sums of loss and Dice over this process's share of ``data``: every ``group.count``-th image.
 
     A protocol that keeps the resolution predicts whole images in tiles, one after the other. ``forward`` is the way to
-    call ``model``, by default :func:`plain_forward`.
+    call ``model``, by default :func:`plain_forward`. The Dice is the mean over ``scored_classes``, by default
+    all foreground classes.
     """
     forward = forward or plain_forward(model, config)
     was_training = model.training
     model.eval()
-    totals = EpochTotals(group.device)
+    totals = EpochTotals(group.device, ignores=config.ignore_label is not None)
     positions = torch.arange(group.rank, len(data), group.count, device=group.device)
     for index in positions.split(validation_batch_size(protocol, config)):
         images, masks = data.batch(index)
         logits = predict_logits(forward, protocol.to_input(images), protocol, config)
-        totals.add(*configured_loss_and_dice(logits, masks, config))
+        totals.add(*configured_loss_and_dice(logits, masks, config, scored_classes=scored_classes))
     model.train(was_training)
     return totals
 
@@ -356,6 +364,8 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         log.line(f"{drawn} by a fixed seed")
     if not config.resume:
         log.line(run.start)
+        for remark in run.remarks:
+            log.line(remark)
     if run.epoch < run.first_best_epoch - 1:
         log.line(f"the best weights will be those of epoch {run.first_best_epoch} or later (first_best_epoch)")
     if config.graph and group.device.type == "cuda":

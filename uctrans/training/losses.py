@@ -5,14 +5,18 @@ float32 (float64 for float64 logits) under autocast too, and never wait for the 
 same sums over pixels (:func:`uctrans.kernels.segmentation_sums`), so logits and masks are read once.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .. import kernels
 from ..data.instances import BOUNDARY_CLASSES, BOUNDARY_TARGET
+from ..data.read import IGNORED
 from .config import TrainConfig
 from .distributed import Processes
+
+NO_IMAGE = 1e-12  # divides the loss of images without a labelled pixel, which is 0
 
 
 class BatchCounts(NamedTuple):
@@ -27,10 +31,19 @@ class BatchCounts(NamedTuple):
     negatives: torch.Tensor
 
 
-def batch_counts(masks: torch.Tensor) -> BatchCounts:
-    """Count images, non-zero pixels and zero pixels of ``masks`` (B, height, width)."""
-    positives = (masks > 0).sum(dtype=torch.float32)
-    return BatchCounts(torch.full_like(positives, len(masks)), positives, masks.numel() - positives)
+def batch_counts(masks: torch.Tensor, ignore_label: int | None = None) -> BatchCounts:
+    """Count images, non-zero pixels and zero pixels of ``masks`` (B, height, width).
+
+    Ignored pixels do not count, and neither do images of nothing else. Images are at least a tiny number, so that the
+    loss of a batch without any is 0.
+    """
+    if ignore_label is None:
+        positives = (masks > 0).sum(dtype=torch.float32)
+        return BatchCounts(torch.full_like(positives, len(masks)), positives, masks.numel() - positives)
+    is_labelled = masks != ignore_label
+    positives = (is_labelled & (masks != 0)).sum(dtype=torch.float32)
+    images = is_labelled.flatten(1).any(1).sum(dtype=torch.float32).clamp(min=NO_IMAGE)
+    return BatchCounts(images, positives, is_labelled.sum(dtype=torch.float32) - positives)
 
 
 def loss_and_dice(
@@ -40,11 +53,15 @@ def loss_and_dice(
     dice_weight: float = 0.5,
     cross_entropy_weight: float = 0.5,
     counts: BatchCounts | None = None,
+    ignore_label: int | None = None,
+    scored_classes: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the results of :func:`segmentation_loss` and :func:`image_dice` from one read of logits and masks."""
-    sums, pixel_counts = kernels.segmentation_sums(logits, masks, backend=backend)
-    return kernels.segmentation_scores(
+    sums, pixel_counts = kernels.segmentation_sums(logits, masks, ignore_label=ignore_label, backend=backend)
+    if counts is None and ignore_label is not None:
+        counts = batch_counts(masks, ignore_label)
+    loss, dice = kernels.segmentation_scores(
         sums,
         pixel_counts,
         masks.shape[1] * masks.shape[2],
@@ -53,6 +70,13 @@ def loss_and_dice(
         cross_entropy_weight=cross_entropy_weight,
         backend=backend,
     )
+    if scored_classes is not None:
+        hits, predicted, actual = pixel_counts[:, :, list(scored_classes)]
+        area = predicted + actual
+        dice = torch.where(area > 0, 2 * hits / area, 1.0).mean(1)
+    if ignore_label is not None:
+        dice = dice.masked_fill((masks == ignore_label).flatten(1).all(1), torch.nan)
+    return loss, dice
 
 
 def segmentation_loss(
@@ -62,6 +86,7 @@ def segmentation_loss(
     dice_weight: float = 0.5,
     cross_entropy_weight: float = 0.5,
     counts: BatchCounts | None = None,
+    ignore_label: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return ``dice_weight * Dice + cross_entropy_weight * cross entropy``, a scalar.
@@ -72,6 +97,7 @@ def segmentation_loss(
         dice_weight: weight of the Dice loss.
         cross_entropy_weight: weight of the cross entropy.
         counts: numbers to average over; by default those of ``masks``.
+        ignore_label: pixels with this number in ``masks`` have no loss and no gradient.
         backend: implementation, see :func:`uctrans.kernels.segmentation_sums`.
 
     One class, with p = sigmoid(logit) and mask t (the published code's loss):
@@ -84,26 +110,37 @@ def segmentation_loss(
         TypeError: the logits are not floating point, or the masks are floating point.
     """
     weights = {"dice_weight": dice_weight, "cross_entropy_weight": cross_entropy_weight}
-    loss, _dice = loss_and_dice(logits, masks, **weights, counts=counts, backend=backend)
+    loss, _dice = loss_and_dice(logits, masks, **weights, counts=counts, ignore_label=ignore_label, backend=backend)
     return loss
 
 
 @torch.no_grad()
-def image_dice(logits: torch.Tensor, masks: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+def image_dice(
+    logits: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    ignore_label: int | None = None,
+    scored_classes: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Return the Dice score of each image, float32 (B,): probability above 0.5 (one class) or the largest logit.
 
     Args:
         logits: (B, classes, height, width).
         masks: bool or integer (B, height, width).
+        ignore_label: pixels with this number in ``masks`` are not scored; an image of nothing else scores nan.
+        scored_classes: classes to average over, such as those that some mask of the data has; by default the
+            foreground classes.
         backend: implementation, see :func:`uctrans.kernels.segmentation_sums`.
 
-    More classes: mean over the foreground classes. A class that neither mask nor prediction holds scores 1.
+    A class that neither mask nor prediction holds scores 1.
 
     Raises:
         ValueError: the shapes do not belong together.
         TypeError: the logits are not floating point, or the masks are floating point.
     """
-    _loss, dice = loss_and_dice(logits, masks, backend=backend)
+    options = {"ignore_label": ignore_label, "scored_classes": scored_classes, "backend": backend}
+    _loss, dice = loss_and_dice(logits, masks, **options)
     return dice
 
 
@@ -119,29 +156,46 @@ def scored_logits(logits: torch.Tensor, config: TrainConfig) -> torch.Tensor:
     return nucleus.logsumexp(1, keepdim=True) - background
 
 
+def ignored_label(config: TrainConfig) -> int | None:
+    """Return the label of ignored pixels in the masks of a run, or None if there are none."""
+    return None if config.ignore_label is None else IGNORED
+
+
 def configured_loss_and_dice(
-    logits: torch.Tensor, masks: torch.Tensor, config: TrainConfig, counts: BatchCounts | None = None
+    logits: torch.Tensor,
+    masks: torch.Tensor,
+    config: TrainConfig,
+    counts: BatchCounts | None = None,
+    scored_classes: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss with the weights and target of ``config``, a scalar, and the Dice of each image, (B,)."""
+    ignore_label = ignored_label(config)
     loss, dice = loss_and_dice(
         logits,
         masks,
         dice_weight=config.dice_weight,
         cross_entropy_weight=config.cross_entropy_weight,
         counts=counts,
+        ignore_label=ignore_label,
+        scored_classes=scored_classes,
         backend=config.backend,
     )
     if config.target == BOUNDARY_TARGET:
-        dice = image_dice(scored_logits(logits.detach(), config), masks, backend=config.backend)
+        nucleus = scored_logits(logits.detach(), config)
+        dice = image_dice(nucleus, masks, ignore_label=ignore_label, backend=config.backend)
     return loss, dice
 
 
 class EpochTotals:
-    """Sums of an epoch on the device: loss, Dice, images, steps; and the first step with a non-finite loss, or -1."""
+    """Sums of an epoch on the device: loss, Dice, images, steps; and the first step with a non-finite loss, or -1.
+
+    With ``ignores``, images whose every pixel is ignored, which have no Dice, count in none of the sums.
+    """
 
     NAMES = ("loss", "dice", "images", "steps", "first_bad")
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, ignores: bool = False):
+        self.ignores = ignores
         self.loss = torch.zeros((), device=device)
         self.dice = torch.zeros((), device=device)
         self.images = torch.zeros((), device=device)
@@ -151,9 +205,15 @@ class EpochTotals:
     @torch.no_grad()
     def add(self, loss: torch.Tensor, dice: torch.Tensor) -> None:
         """Add one step: its mean loss (scalar) and the Dice of each image (B,)."""
-        self.loss.add_(loss, alpha=len(dice))
-        self.dice.add_(dice.sum())
-        self.images.add_(len(dice))
+        if self.ignores:
+            images = torch.isfinite(dice).sum()
+            self.loss.addcmul_(loss, images)
+            self.dice.add_(dice.nansum())
+            self.images.add_(images)
+        else:
+            self.loss.add_(loss, alpha=len(dice))
+            self.dice.add_(dice.sum())
+            self.images.add_(len(dice))
         is_bad = loss - loss != 0  # two launches; torch.isfinite takes four
         torch.where(is_bad & (self.first_bad < 0), self.steps, self.first_bad, out=self.first_bad)
         self.steps.add_(1)

@@ -46,6 +46,7 @@ from .distributed import Processes, with_sync_batch_norm
 from .losses import EpochTotals
 from .optimization import WeightAverage, build_optimizer, fit_to_device, learning_rate, set_learning_rate
 from .step_graphs import StepGraphs, obstacle_to_graphs
+from .truth import check_truth_of_run, classes_of_masks
 
 # Options of a network that follow from the run, and what to do instead of giving them.
 OPTIONS_OF_THE_RUN = {
@@ -73,6 +74,8 @@ class Run:
         step_graphs: Recordings of the training step, or None if steps run plainly.
         obstacle_to_graphs: Why steps run plainly, or None if they are recorded.
         start: The weights with which a new run starts, in words.
+        remarks: Sentences about the masks, for the log.
+        scored_classes: Classes that the validation Dice is averaged over, or None for all foreground classes.
         images: Record of the images that form the weights, with those of ``init_from``; see
             ``uctrans.data.fingerprints``.
     """
@@ -91,6 +94,8 @@ class Run:
         }
         if group.is_main:
             warn_of_shared_images(self.images)
+        self.remarks = check_truth_of_run(config, self.train_data, self.val_data)
+        self.scored_classes = classes_of_masks(self.val_data, config)
 
         torch.manual_seed(config.seed)
         model = build_model(config, self.protocol.image_size)
@@ -112,7 +117,7 @@ class Run:
         self.order_generator = torch.Generator(group.device).manual_seed(derived_seed(config.seed, "order", 0))
         self.augment_generator = torch.Generator(group.device)
         self._seed_generators(0)
-        self.totals = EpochTotals(group.device)
+        self.totals = EpochTotals(group.device, ignores=config.ignore_label is not None)
         self.forward = training_forward(self.model, config, group)
         self.validation_forward = plain_forward(self.validated_model, config)
         self.step_graphs = None
@@ -193,6 +198,7 @@ class Run:
             "channel_order": self.protocol.channel_order,
             "intensity_range": None if config.intensity_range is None else list(config.intensity_range),
             "palette": None if config.palette is None else list(parse_palette(config.palette)),
+            "ignore_label": config.ignore_label,
             "class_names": None if config.class_names is None else list(config.class_names),
             "best_epoch": self.best_epoch,
             "best_dice": self.best_dice,

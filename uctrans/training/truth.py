@@ -1,0 +1,74 @@
+"""What the masks of a run hold: training on masks without any foreground is refused, and empty ones are named."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data import DataError, NativeImages, SegmentationTensors
+from ..data.instances import BOUNDARY_TARGET
+from ..data.read import IGNORED
+from .config import TrainConfig
+
+LABELS = 256
+
+
+def count_labels(data: SegmentationTensors | NativeImages) -> Tensor:
+    """Return how many pixels of each image have each label, int64 (images, 256) on the CPU."""
+    if isinstance(data, SegmentationTensors):
+        masks = data.masks.flatten(1)
+    else:
+        masks = data.labels.split(data.sizes.prod(0).tolist())
+    return torch.stack([torch.bincount(mask, minlength=LABELS) for mask in masks]).cpu()
+
+
+def check_truth_of_run(
+    config: TrainConfig, train: SegmentationTensors | NativeImages, val: SegmentationTensors | NativeImages
+) -> tuple[str, ...]:
+    """Return sentences about empty masks and classes that no mask has.
+
+    Raises:
+        DataError: no training mask, or no validation mask, has any foreground; a network that predicts nothing would
+            score 1.
+    """
+    remarks = []
+    for part, data in (("training", train), ("validation", val)):
+        counts = count_labels(data)
+        if config.ignore_label is not None:
+            counts[:, IGNORED] = 0
+        is_empty = counts[:, 1:].sum(1) == 0
+        if is_empty.all():
+            ignoring = "" if config.ignore_label is None else ", or is all of it ignored (ignore_label)"
+            raise DataError(
+                f"{config.data}: none of the {len(is_empty)} {part} masks has any foreground{ignoring}, so a network "
+                "that predicts none would score 1; check that these are the masks and that their values fit classes "
+                f"and palette, or put images with objects into the {part} part"
+            )
+        if is_empty.any():
+            scores = ", each of which scores Dice 1 if nothing is predicted there and 0 otherwise"
+            remarks.append(
+                f"{int(is_empty.sum())} of {len(is_empty)} {part} masks have no foreground"
+                + (scores if part == "validation" else "")
+            )
+        absent = [_name(config, label) for label in _foreground(config) if not counts[:, label].any()]
+        if absent:
+            effect = "so it cannot be learned" if part == "training" else "so the validation Dice leaves it out"
+            remarks += [f"no {part} mask has class {name}, {effect}" for name in absent]
+    return tuple(remarks)
+
+
+def classes_of_masks(data: SegmentationTensors | NativeImages, config: TrainConfig) -> Sequence[int] | None:
+    """Return the foreground classes that some mask of ``data`` has, or None if these are all."""
+    if config.classes == 1:
+        return None
+    counts = count_labels(data)
+    classes = [label for label in _foreground(config) if counts[:, label].any()]
+    return None if len(classes) == config.classes - 1 else classes
+
+
+def _foreground(config: TrainConfig) -> range:
+    return range(1, config.classes) if config.target != BOUNDARY_TARGET else range(0)
+
+
+def _name(config: TrainConfig, label: int) -> str:
+    return f"{label}" if config.class_names is None else f"{label} ({config.class_names[label]})"
