@@ -18,7 +18,7 @@ from uctrans.writing import FolderError, locked
 
 NAN = math.nan
 INSTANCE_SCORES = ("aji", "pq", "sq", "rq", "f1")
-RGB_IMAGES = {"channels": 3, "intensity_range": None}
+RGB_IMAGES = {"channels": 3, "intensity_range": None, "ignore_label": None}
 
 
 def column(result, name):
@@ -246,6 +246,94 @@ def test_several_classes(brightness_model, score, dataset):
     assert half["hd95"] == half["hd95_nucleus"]
     assert result.rows[0]["dice"] == 1
     assert any(line.startswith("mean, stroma") for line in result.table().splitlines())
+
+
+def test_empty_masks_are_counted_and_the_mean_of_the_others_given(brightness_model, score, dataset):
+    """The empty mask of "none" scores 1 by its empty prediction."""
+    imsave(dataset / "test/masks/none.png", np.zeros((16, 16), dtype=np.uint8), check_contrast=False)
+    result = score(brightness_model())
+    assert column(result, "dice") == pytest.approx([1, 2 / 3, 1])
+    assert (result.empty, result.present) == (1, {"foreground": 2})
+    assert result.mean_of_others == pytest.approx({"dice": 5 / 6, "iou": 3 / 4, "hd95": 2})
+    assert (
+        "1 of 3 masks are empty, where an empty prediction scores Dice 1 and any other 0; mean of the others: "
+        "Dice 0.8333, IoU 0.7500, HD95 (px) 2.00"
+    ) in result.table().splitlines()
+    written = summary(result)
+    assert (written["empty"], written["mean_of_others"]["dice"]) == (1, pytest.approx(5 / 6))
+    assert csv_rows(result)[2]["dice"] == "1.000000"
+
+
+@pytest.mark.parametrize("size", ["protocol", "native"])
+def test_masks_without_any_foreground_have_no_score(size, brightness_model, score, dataset):
+    for path in dataset.glob("test/masks/*.png"):
+        imsave(path, np.zeros((16, 16), dtype=np.uint8), check_contrast=False)
+    write_instances(dataset / "test/instances/all.png", np.zeros((16, 16), dtype=np.uint16))
+    result = score(brightness_model(), size=size)
+    assert all(math.isnan(score) for score in result.mean.values())
+    assert set(result.count.values()) == {0}
+    lines = result.table().splitlines()
+    assert lines[1].split()[:4] == ["all", "n/a", "n/a", "n/a"]
+    assert "n/a: no mask has foreground, so there is nothing to score" in lines
+    assert not any("HD95 is undefined" in line for line in lines)
+    assert csv_rows(result)[0]["dice"] == "nan"
+    assert summary(result)["mean"]["dice"] is None
+
+
+def test_a_class_that_no_mask_has_is_in_no_mean(brightness_model, score, dataset):
+    """Class 1 covers the object; nothing is class 2, which "half" predicts in one corner."""
+    for name in ("all", "half", "none"):
+        labels = imread(dataset / f"test/masks/{name}.png") // 255
+        imsave(dataset / f"test/masks/{name}.png", labels, check_contrast=False)
+        shown = np.where(imread(dataset / f"test/images/{name}.png") > 0, 127, 20).astype(np.uint8)
+        if name == "half":
+            shown[:2, :2] = 250
+        imsave(dataset / f"test/images/{name}.png", shown, check_contrast=False)
+    result = score(brightness_model(classes=3))
+    assert column(result, "dice") == column(result, "dice_1") == pytest.approx([1, 2 / 3, 0])
+    assert all(map(math.isnan, column(result, "dice_2")))
+    assert [row["dice_2"] for row in csv_rows(result)] == ["nan"] * 3
+    assert summary(result)["mean"]["dice_2"] is None
+    lines = result.table().splitlines()
+    assert next(line for line in lines if line.startswith("mean, 2")).split()[2:] == ["n/a"] * 3
+    assert "n/a: no mask has 2, so there is nothing to score" in lines
+    imsave(dataset / "test/masks/none.png", np.full((16, 16), 2, dtype=np.uint8), check_contrast=False)
+    result = score(brightness_model(classes=3), overwrite=True)
+    assert column(result, "dice_2") == [1, 0, 0]
+    assert result.present == {"1": 2, "2": 1}
+    assert (
+        "1 of 3 masks have 2; its mean over these: Dice 0.0000, IoU 0.0000, HD95 (px) n/a"
+        in result.table().splitlines()
+    )
+
+
+@pytest.mark.parametrize("size", ["protocol", "native", "uctransnet-224"])
+def test_ignored_pixels_are_not_scored(size, brightness_model, score, dataset):
+    """The lower half of the object, which "half" misses, is ignored; of "none" there is nothing else."""
+    for name in ("all", "half", "none"):
+        mask = imread(dataset / f"test/masks/{name}.png")
+        mask[8:] = 7
+        mask[:] = 7 if name == "none" else mask
+        imsave(dataset / f"test/masks/{name}.png", mask, check_contrast=False)
+    instances = np.zeros((16, 16), dtype=np.uint16)
+    instances[4:8, 4:12], instances[8:12, 4:12] = 7, 9
+    for name in ("all", "half"):
+        write_instances(dataset / f"test/instances/{name}.png", instances)
+    model = brightness_model(
+        metadata={"ignore_label": 7, "protocol": "native"} if size != "protocol" else {"ignore_label": 7}
+    )
+    result = score(model, size=size)
+    if size == "uctransnet-224":  # the rim of the resized prediction is the mask's, but for the ignored half
+        assert column(result, "dice")[:2] == pytest.approx([1, 1], abs=0.01)
+    else:
+        assert column(result, "dice")[:2] == [1, 1]
+        assert column(result, "hd95")[:2] == [0, 0]
+    assert math.isnan(result.rows[2]["dice"])
+    assert (result.count["dice"], result.ignored, result.empty) == (2, 1, 0)
+    assert "1 of 3 masks are ignored as a whole; their images have no score" in result.table().splitlines()
+    if size == "native":
+        assert column(result, "aji")[:2] == column(result, "pq")[:2] == [1, 1]
+    assert summary(result)["protocol"]["ignore_label"] == 7
 
 
 def test_instance_maps_beside_the_masks_are_scored_at_native_size(brightness_model, score, dataset):

@@ -83,6 +83,7 @@ def test_run_folder_holds_what_it_should(make_config):
         "channel_order": "rgb",
         "intensity_range": None,
         "palette": None,
+        "ignore_label": None,
         "class_names": ["cell"],
         "best_epoch": result.best_epoch,
         "best_dice": result.best_score,

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from uctrans.training.losses import BatchCounts, batch_counts, image_dice, loss_and_dice, segmentation_loss
+from uctrans.training.losses import (
+    BatchCounts,
+    EpochTotals,
+    batch_counts,
+    image_dice,
+    loss_and_dice,
+    segmentation_loss,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -156,6 +163,43 @@ def test_mean_over_shares_on_every_backend(classes, backend):
     mean = BatchCounts(*torch.stack([torch.stack(batch_counts(masks[share])) for share in shares]).mean(0))
     losses = [segmentation_loss(logits[share], masks[share], counts=mean, backend=backend) for share in shares]
     torch.testing.assert_close(torch.stack(losses).mean(), segmentation_loss(logits, masks, backend="reference"))
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_ignored_pixels_have_no_loss_and_no_score(classes):
+    logits, masks = random_case(classes=classes)
+    expected = segmentation_loss(logits[..., 1:], masks[..., 1:])
+    dice = image_dice(logits[..., 1:], masks[..., 1:])
+    masks[..., 0] = 255
+    logits[..., 0] = math.nan
+    torch.testing.assert_close(segmentation_loss(logits, masks, ignore_label=255), expected)
+    torch.testing.assert_close(image_dice(logits, masks, ignore_label=255), dice)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_images_of_ignored_pixels_count_in_no_mean(classes):
+    logits, masks = random_case(batch=3, classes=classes)
+    expected = segmentation_loss(logits[:2], masks[:2])
+    masks[2] = 255
+    torch.testing.assert_close(segmentation_loss(logits, masks, ignore_label=255), expected)
+    dice = image_dice(logits, masks, ignore_label=255)
+    assert dice.isnan().tolist() == [False, False, True]
+    totals = EpochTotals(torch.device("cpu"), ignores=True)
+    totals.add(expected.float(), dice)
+    assert totals.images.item() == 2
+    assert totals.dice.item() == pytest.approx(dice[:2].sum().item())
+    logits.requires_grad_()
+    loss = segmentation_loss(logits, masks.fill_(255), ignore_label=255)
+    loss.backward()
+    assert (loss.item(), logits.grad.abs().max().item()) == (0, 0)
+
+
+def test_classes_to_score_are_chosen():
+    labels = torch.tensor([[[0, 1, 1, 2]]])
+    masks = torch.tensor([[[0, 1, 0, 0]]], dtype=torch.uint8)
+    logits = torch.nn.functional.one_hot(labels, 4).movedim(-1, 1).float()
+    assert image_dice(logits, masks, scored_classes=[1]).item() == pytest.approx(2 / 3)
+    assert image_dice(logits, masks, scored_classes=[1, 2, 3]).item() == pytest.approx(image_dice(logits, masks).item())
 
 
 def test_masks_of_numbers_between_labels_are_refused():

@@ -11,7 +11,7 @@ from ..writing import write_png
 from .decode import decode_file
 from .find import IMAGE_SUFFIXES, DataError, Sample, shorten, stem_of
 from .protocols import DEFAULT_PROTOCOL, PROTOCOLS, Protocol
-from .read import Doubts, check_shape, decode_mask
+from .read import Doubts, check_shape
 
 INSTANCES = "instances"
 HIGHEST_NUMBER = np.iinfo(np.uint16).max
@@ -67,13 +67,16 @@ def find_instances(samples: Sequence[Sample]) -> dict[str, Path]:
     return found
 
 
-def read_instances(path: str | os.PathLike, mask: np.ndarray | None = None) -> np.ndarray:
+def read_instances(
+    path: str | os.PathLike, mask: np.ndarray | None = None, ignored: np.ndarray | None = None
+) -> np.ndarray:
     """Read an instance map as (H, W) int32: 0 is background, every other number one nucleus, as in the file.
 
     Args:
         path: gray image file of 8 or 16 bits.
         mask: label indexes (H, W) of the image, to check that the map belongs to it: both must have the same size, and
             the nuclei must agree with the foreground of the mask, with a Dice of `LEAST_AGREEMENT` or more.
+        ignored: pixels to leave out of this check, bool (H, W).
 
     Raises:
         DataError: the file cannot be read, has colours, is a mask of 0 and 255 (or of 1 bit), which does not tell
@@ -95,7 +98,7 @@ def read_instances(path: str | os.PathLike, mask: np.ndarray | None = None) -> n
         raise DataError(
             f"{path}: is a mask, not an instance map; number the nuclei from 1, or take the file out of {path.parent}"
         )
-    if mask is not None and (dice := agreement(pixels, mask)) < LEAST_AGREEMENT:
+    if mask is not None and (dice := agreement(pixels, mask, ignored)) < LEAST_AGREEMENT:
         raise DataError(
             f"{path}: is not the instance map of its image, as its nuclei and the foreground of the mask have a Dice "
             f"of {dice:.2f}, below {LEAST_AGREEMENT}; put the right map there, or take the file out of {path.parent}"
@@ -117,7 +120,7 @@ def check_truth(
         instance_maps: files of the maps by sample name, see `find_instances`.
         classes: classes of the masks, see :func:`uctrans.data.read_mask`.
         palette: palette of the masks.
-        protocol: says which channels and values the images have.
+        protocol: says which channels and values the images have, and which label to ignore.
 
     Raises:
         DataError: an image, mask or map cannot be used, or belongs to another image.
@@ -125,27 +128,33 @@ def check_truth(
     doubts = Doubts()
     for sample in samples:
         image = protocol.read_image(sample.image, Doubts())
-        mask = decode_mask(sample.mask, classes, palette, image.shape[:2], Doubts())
+        mask = protocol.read_mask(sample.mask, classes, palette, image.shape[:2], Doubts())
         if path := instance_maps.get(sample.name):
-            doubts.add(find_doubt(read_instances(path, mask), mask), path)
+            ignored = protocol.ignored(mask)
+            doubts.add(find_doubt(read_instances(path, mask, ignored), mask, ignored), path)
     doubts.warn()
 
 
-def agreement(instances: np.ndarray, mask: np.ndarray) -> float:
-    """Return the Dice of the nuclei of an instance map with the foreground of a mask, 1 if both are empty."""
+def agreement(instances: np.ndarray, mask: np.ndarray, ignored: np.ndarray | None = None) -> float:
+    """Return the Dice of the nuclei of an instance map with the foreground of a mask, 1 if both are empty.
+
+    Pixels that are ``ignored``, bool (H, W), are neither.
+    """
     nuclei, foreground = instances > 0, mask > 0
+    if ignored is not None:
+        nuclei, foreground = nuclei & ~ignored, foreground & ~ignored
     total = np.count_nonzero(nuclei) + np.count_nonzero(foreground)
     return 2 * np.count_nonzero(nuclei & foreground) / total if total else 1.0
 
 
-def find_doubt(instances: np.ndarray, mask: np.ndarray) -> str | None:
+def find_doubt(instances: np.ndarray, mask: np.ndarray, ignored: np.ndarray | None = None) -> str | None:
     """Return the warning, for `Doubts`, about an instance map that `read_instances` accepted, or None."""
     from scipy import ndimage
 
     numbers = instances[instances > 0]
     if numbers.size and np.ptp(numbers) == 0 and ndimage.label(instances)[1] > 1:
         return ONE_NUMBER
-    return LOOSE_FIT if agreement(instances, mask) < USUAL_AGREEMENT else None
+    return LOOSE_FIT if agreement(instances, mask, ignored) < USUAL_AGREEMENT else None
 
 
 def write_instances(path: str | os.PathLike, instances: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from .augmentation import NativeAugmentation, augment_strongly, turn_flip_rotate
 from .find import DataError
-from .read import RGB_CHANNELS, Doubts, check_intensity_range, decode_image
+from .read import IGNORED, RGB_CHANNELS, Doubts, check_intensity_range, decode_image, decode_mask
 
 DEFAULT_PROTOCOL = "uctransnet-224"
 CHANNEL_ORDERS = ("rgb", "bgr")
@@ -34,6 +34,7 @@ class Protocol:
         channel_order: "rgb", or "bgr" for weights that were trained on images read in that order.
         channels: number of channels of the images; 3 are RGB.
         intensity_range: values of the files that become 0 and 255, see :func:`uctrans.data.read_image`.
+        ignore_label: value of pixels to ignore in mask files, see :func:`uctrans.data.read_mask`.
         keeps_resolution: whether the network sees the pixels of the files. Then ``image_size`` is the size of the crops
             and tiles that it sees at once, and scores are taken at the size of the files.
         crops_per_image: number of times that an epoch takes each image.
@@ -45,6 +46,7 @@ class Protocol:
     channel_order: str = "rgb"
     channels: int = RGB_CHANNELS
     intensity_range: tuple[int, int] | None = None
+    ignore_label: int | None = None
     resizes_as: ClassVar[str] = DEFAULT_PROTOCOL
     keeps_resolution: ClassVar[bool] = False
     crops_per_image: ClassVar[int] = 1
@@ -68,6 +70,21 @@ class Protocol:
         """Read an image as (H, W, channels) uint8, see :func:`uctrans.data.read_image`; collect its doubts."""
         return decode_image(path, self.channels, self.intensity_range, doubts)
 
+    def read_mask(
+        self,
+        path: str | os.PathLike,
+        classes: int,
+        palette: str | Sequence | None,
+        shape: tuple[int, int] | None,
+        doubts: Doubts,
+    ) -> np.ndarray:
+        """Read a mask as (H, W) uint8, see :func:`uctrans.data.read_mask`; collect its doubts."""
+        return decode_mask(path, classes, palette, shape, doubts, self.ignore_label)
+
+    def ignored(self, mask: np.ndarray) -> np.ndarray | None:
+        """Return where a mask that was read is to be ignored, bool of its shape, or None without a label to ignore."""
+        return None if self.ignore_label is None else mask == IGNORED
+
     def resize_image(self, image: np.ndarray) -> np.ndarray:
         """Resize (H, W, C) uint8 to (h, w, C) uint8: bilinear, half-pixel centres, no anti-aliasing."""
         return resize_bilinear(image, self.image_size)
@@ -77,12 +94,24 @@ class Protocol:
 
         ``classes=1``: the mask is resized as an 8-bit image of 0 and 255, bilinearly like the image, and every value
         above 0 is foreground, which widens objects. ``classes>=2``: nearest neighbour, half-pixel centres.
+
+        Ignored pixels of a binary mask are background while the foreground is resized, and are widened like it:
+        every pixel that they have a share in is ignored, and not foreground. Those of several classes are a label like
+        the others.
         """
         if classes == 1:
-            black_and_white = np.where(mask > 0, np.uint8(255), np.uint8(0))
-            return (resize_bilinear(black_and_white, self.image_size) > 0).astype(np.uint8)
+            ignored = self.ignored(mask)
+            if ignored is not None:
+                resized = self._touched(np.where(ignored, np.uint8(0), mask))
+                return np.where(self._touched(ignored), np.uint8(IGNORED), resized).astype(np.uint8)
+            return self._touched(mask).astype(np.uint8)
         labels = torch.from_numpy(np.ascontiguousarray(mask))[None, None]
         return interpolate(labels, size=self.image_size, mode="nearest-exact")[0, 0].numpy()
+
+    def _touched(self, mask: np.ndarray) -> np.ndarray:
+        """Return the pixels of the resized mask that some pixel above 0 has a share in, bool (h, w)."""
+        black_and_white = np.where(mask > 0, np.uint8(255), np.uint8(0))
+        return resize_bilinear(black_and_white, self.image_size) > 0
 
     def to_input(self, images: Tensor) -> Tensor:
         """Convert (B, C, h, w) uint8, on any device, to float32 0..1 in the protocol's channel order."""
@@ -244,6 +273,7 @@ def protocol_of(
         channel_order=channel_order or model.metadata.get("channel_order") or CHANNEL_ORDERS[0],
         channels=getattr(model, "in_channels", RGB_CHANNELS),
         intensity_range=None if intensity_range is None else tuple(intensity_range),
+        ignore_label=model.metadata.get("ignore_label"),
     )
 
 

@@ -157,6 +157,7 @@ def read_mask(
     classes: int = 1,
     palette: str | Sequence | None = None,
     shape: tuple[int, int] | None = None,
+    ignore_label: int | None = None,
 ) -> np.ndarray:
     """Read a mask file as (H, W) uint8 label indexes, as a viewer shows it; indexed files count by their colours.
 
@@ -170,6 +171,8 @@ def read_mask(
         classes: 1, or the number of label values including the background.
         palette: colours as :func:`uctrans.data.parse_palette` takes them: ``classes`` of them, or two for one class.
         shape: (H, W) in pixels that the mask must have.
+        ignore_label: value in all channels, or position of a colour in the palette, which may have one more than
+            there are classes. These pixels become `IGNORED`, 255.
 
     Raises:
         DataError: the file cannot be read, its size is not ``shape``, a label value is not below ``classes``, a
@@ -177,7 +180,7 @@ def read_mask(
             tell pixels apart that have the same colour.
     """
     doubts = Doubts()
-    mask = decode_mask(path, classes, palette, shape, doubts)
+    mask = decode_mask(path, classes, palette, shape, doubts, ignore_label)
     doubts.warn()
     return mask
 
@@ -188,6 +191,7 @@ def decode_mask(
     palette: str | Sequence | None,
     shape: tuple[int, int] | None,
     doubts: Doubts,
+    ignore_label: int | None = None,
 ) -> np.ndarray:
     """Read a mask as :func:`read_mask` does, but add doubts about it to ``doubts`` instead of warning."""
     path = Path(path)
@@ -198,8 +202,13 @@ def decode_mask(
         check_shape(path, picture.channels, shape)
     try:
         pixels = _label_channels(picture, path)
+        ignored = None
+        if ignore_label is not None and palette is None:
+            ignored = (pixels == ignore_label).all(-1)
+            pixels = np.where(ignored[..., None], pixels.dtype.type(0), pixels)
         if palette is not None:
-            labels, doubt = _from_colours(pixels, picture, path, classes, palette), None
+            labels, doubt = _from_colours(pixels, picture, path, classes, palette, ignore_label), None
+            ignored = None if ignore_label is None else labels == ignore_label
         elif classes == 1:
             labels, doubt = _from_any_value(pixels, picture)
         else:
@@ -211,7 +220,7 @@ def decode_mask(
             ) from error
         raise
     doubts.add(LOSSY if picture.is_lossy else doubt, path)
-    return labels
+    return labels if ignored is None else np.where(ignored, np.uint8(IGNORED), labels)
 
 
 def check_shape(path: Path, pixels: np.ndarray, shape: tuple[int, int]) -> None:
@@ -303,12 +312,18 @@ def _to_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def _from_colours(
-    pixels: np.ndarray, picture: Picture, path: Path, classes: int, palette: str | Sequence
+    pixels: np.ndarray, picture: Picture, path: Path, classes: int, palette: str | Sequence, ignore_label: int | None
 ) -> np.ndarray:
     colours = parse_palette(palette)
-    if len(colours) != max(classes, 2):
+    needed = max(classes, 2) + (ignore_label == max(classes, 2))
+    if len(colours) != needed:
         raise DataError(
-            f"palette: has {len(colours)} colours, but classes={classes} needs {max(classes, 2)}; change one of them"
+            f"palette: has {len(colours)} colours, but classes={classes} needs {needed}; change one of them"
+        )
+    if ignore_label is not None and ignore_label >= len(colours):
+        raise DataError(
+            f"ignore_label: {ignore_label} is no position in the palette of {len(colours)} colours, from 0; add the "
+            f"colour to ignore as the last one, and set ignore_label to {max(classes, 2)}"
         )
     if pixels.dtype == np.uint16:
         raise DataError(f"{path}: holds 16-bit colours, but a palette has 8-bit ones; save it with 8 bits a channel")

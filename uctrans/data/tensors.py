@@ -17,7 +17,7 @@ from .find import DataError, Sample, shorten
 from .fingerprints import fingerprint
 from .instances import BOUNDARY_TARGET, INSTANCES, boundary_target, find_doubt, find_instances, read_instances
 from .protocols import PROTOCOLS, Protocol
-from .read import Doubts, decode_mask
+from .read import Doubts
 
 MASK_TARGET = "mask"
 TARGETS = (MASK_TARGET, BOUNDARY_TARGET)
@@ -232,9 +232,12 @@ def load_native(
     pairs = _read_pairs(samples, protocol, classes, palette, collected)
     for sample, (image, label) in zip(samples, pairs, strict=True):
         if path := instance_maps.get(sample.name):
-            instances = read_instances(path, label)
-            collected.add(find_doubt(instances, label), path)
-            label = boundary_target(instances)
+            ignored = protocol.ignored(label)
+            instances = read_instances(path, label, ignored)
+            collected.add(find_doubt(instances, label, ignored), path)
+            # Of whole nuclei, because an ignored pixel is no outline.
+            target_labels = boundary_target(instances)
+            label = target_labels if ignored is None else np.where(ignored, label, target_labels)
         pixels.append(torch.from_numpy(np.array(image)).flatten(0, 1).T)
         labels.append(torch.from_numpy(label).flatten())
         sizes.append(image.shape[:2])
@@ -285,4 +288,4 @@ def _read_pairs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for sample in samples:
         image = protocol.read_image(sample.image, doubts)
-        yield image, decode_mask(sample.mask, classes, palette, image.shape[:2], doubts)
+        yield image, protocol.read_mask(sample.mask, classes, palette, image.shape[:2], doubts)

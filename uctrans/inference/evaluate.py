@@ -15,7 +15,7 @@ from ..data import Protocol, Sample, find_split, get_protocol, list_protocols, l
 from ..data.find import describe_draw, shorten
 from ..data.fingerprints import Record, find_known, fingerprint
 from ..data.instances import check_truth, find_instances, read_instances
-from ..data.read import Doubts, decode_mask
+from ..data.read import IGNORED, Doubts
 from ..extras import import_extra
 from ..models.base import without_images
 from ..models.files import LAST_CHECKPOINT
@@ -45,7 +45,7 @@ from .settings import (
 
 INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
 # Those that a score depends on.
-PROTOCOL_SETTINGS = ("name", "image_size", "channel_order", "channels", "intensity_range")
+PROTOCOL_SETTINGS = ("name", "image_size", "channel_order", "channels", "intensity_range", "ignore_label")
 TABLE_ROWS, NAME_WIDTH = 40, 48
 TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "aji": "AJI", "pq": "PQ", "sq": "SQ", "rq": "RQ = F1"}
 WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
@@ -133,7 +133,8 @@ class EvaluationResult:
         present: Number of masks that have a class, by its name ("foreground" if the masks are binary). An image whose
             mask lacks a class scores 1 if the prediction lacks it, too, and 0 otherwise.
         mean_where_present: Mean of ``dice``, ``iou`` and ``hd95`` of each class over the masks that have it.
-        empty: Number of masks without any class.
+        empty: Number of masks without any class, but not ignored as a whole.
+        ignored: Number of masks that are ignored as a whole, so that their images have no score.
         mean_of_others: Means over the other images.
         remarks: Sentences that a reader of the scores should know.
     """
@@ -149,6 +150,7 @@ class EvaluationResult:
     present: dict[str, int] = field(default_factory=dict)
     mean_where_present: dict[str, dict[str, float]] = field(default_factory=dict)
     empty: int = 0
+    ignored: int = 0
     mean_of_others: dict[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
@@ -181,6 +183,8 @@ class EvaluationResult:
                 f"{self.empty} of {images} masks are empty, where an empty prediction scores Dice 1 and any other 0; "
                 f"mean of the others: {_listed(self.mean_of_others)}"
             )
+        if self.ignored:
+            yield f"{self.ignored} of {images} masks are ignored as a whole; their images have no score"
         for name, count in self.present.items():
             if len(self.present) > 1 and 0 < count < images:
                 scores = _listed(self.mean_where_present[name])
@@ -257,14 +261,16 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
     with_instances = bool(instance_maps) and comparison.is_native
     comparison.check(samples, instance_maps)
     compared = progress_bar(comparison.images(samples, instance_maps), len(samples), "evaluate", config.progress)
-    names, fingerprints, scores, has_class, of_instances = [], [], [], [], []
+    names, fingerprints, scores, has_class, is_scored, of_instances = [], [], [], [], [], []
     for item in compared:
         names.append(item.name)
         fingerprints.append(item.fingerprint)
         scores.append(comparison.scores(item))
         has_class.append(comparison.classes_of(item.truth))
+        is_scored.append(comparison.ignore_label is None or bool((item.truth != comparison.ignore_label).any()))
         of_instances.append(_instance_scores(item, with_instances))
-    truth = Truth(torch.stack(has_class), {key: torch.stack([each[key] for each in scores]) for key in METRICS})
+    stacked = {key: torch.stack([each[key] for each in scores]) for key in METRICS}
+    truth = Truth(torch.stack(has_class), torch.tensor(is_scored), stacked)
     if not truth.has_class.any():
         of_instances = [dict.fromkeys(each, math.nan) for each in of_instances]
     parts = zip(names, truth.means(), of_instances, truth.by_class(comparison.class_names), strict=True)
@@ -342,6 +348,7 @@ class Comparison:
         model: The model.
         classes: Number of classes of the masks.
         palette: Colours of colour-coded masks; None if masks hold labels.
+        ignore_label: Label of the pixels to ignore in truth that was read, or None.
         scored_as: Protocol at whose size scores are taken.
         is_native: Whether scores are taken at the size of the masks.
         doubts: Doubts about the images and masks that were read.
@@ -356,6 +363,7 @@ class Comparison:
         self.predictor = predictor_of(config)
         self.model = self.predictor.model
         self.classes, self.palette = mask_classes(self.model), self.model.metadata.get("palette")
+        self.ignore_label = None if self.predictor.protocol.ignore_label is None else IGNORED
         self.scored_as = _protocol_of_scores(self.predictor.protocol, config.size)
         self.is_native = self.scored_as.keeps_resolution
         self.doubts = Doubts()
@@ -379,7 +387,7 @@ class Comparison:
 
     def scores(self, compared: "Compared") -> dict[str, torch.Tensor]:
         """Return the scores of each foreground class of an image, float64 (foreground,) by score."""
-        maps = compared.prediction, compared.truth, self.classes
+        maps = compared.prediction, compared.truth, self.classes, self.ignore_label
         return {key: score(*maps) for key, score in zip(METRICS, (dice, iou, hd95), strict=True)}
 
     def classes_of(self, truth: np.ndarray) -> torch.Tensor:
@@ -415,20 +423,24 @@ class Comparison:
     def _at_native_size(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
         for sample in samples:
             image = self.predictor.protocol.read_image(sample.image, self.doubts)
-            truth = decode_mask(sample.mask, self.classes, self.palette, image.shape[:2], self.doubts)
-            true = read_instances(instance_maps[sample.name], truth) if sample.name in instance_maps else None
+            protocol = self.predictor.protocol
+            truth = protocol.read_mask(sample.mask, self.classes, self.palette, image.shape[:2], self.doubts)
+            ignored = protocol.ignored(truth)
+            maps = instance_maps.get(sample.name)
+            true = None if maps is None else read_instances(maps, truth, ignored)
             probabilities = self.predictor.probabilities_of_image(image)[None]
             foreground = mask_probabilities(self.model, probabilities)
             labels = to_labels(foreground, self._config.threshold)[0].cpu().numpy()
             predicted = None if true is None else instances_of(self.model, probabilities[0], labels, self._config)
+            if true is not None and ignored is not None:  # what is left of objects is compared
+                true, predicted = np.where(ignored, 0, true), np.where(ignored, 0, predicted)
             yield Compared(sample.name, image, truth, labels, fingerprint(image), true, predicted)
 
     def _resized(self, samples: Sequence[Sample]) -> Iterator[Compared]:
         """Yield truth and prediction at native size, both resized as the protocol of the scores resizes masks."""
         for whole in self._at_native_size(samples, {}):
-            truth, prediction = (
-                self.scored_as.resize_mask(mask, self.classes) for mask in (whole.truth, whole.prediction)
-            )
+            resize = dataclasses.replace(self.scored_as, ignore_label=self.predictor.protocol.ignore_label).resize_mask
+            truth, prediction = (resize(mask, self.classes) for mask in (whole.truth, whole.prediction))
             image = self.scored_as.resize_image(whole.image)
             yield Compared(whole.name, image, truth, prediction, whole.fingerprint)
 
@@ -450,10 +462,12 @@ class Truth:
 
     Attributes:
         has_class: bool (images, foreground classes).
+        is_scored: Whether an image has a pixel that is not ignored, bool (images,).
         scores: float64 (images, foreground classes) by score, undefined where nothing is scored.
     """
 
     has_class: torch.Tensor
+    is_scored: torch.Tensor
     scores: dict[str, torch.Tensor]
 
     def __post_init__(self):
@@ -472,7 +486,7 @@ class Truth:
             yield {f"{key}_{name}": self.scores[key][image, place].item() for key, place, name in columns}
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return ``present``, ``mean_where_present`` and ``empty`` of `EvaluationResult`."""
+        """Return ``present``, ``mean_where_present``, ``empty`` and ``ignored`` of `EvaluationResult`."""
         names = names if len(names) > 1 else ["foreground"]
         return {
             "present": dict(zip(names, self.has_class.sum(0).tolist(), strict=True)),
@@ -483,7 +497,8 @@ class Truth:
                 }
                 for place, name in enumerate(names)
             },
-            "empty": int((~self.has_class.any(1)).sum()),
+            "empty": int((self.is_scored & ~self.has_class.any(1)).sum()),
+            "ignored": int((~self.is_scored).sum()),
         }
 
 
@@ -527,7 +542,8 @@ def _draw_figures(
         instance_rows.append(InstanceRow(shown.name, as_rgb(shown.image), *nuclei, score, rank))
     classes, palette = comparison.classes, comparison.palette
     colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
-    comparison_figure(files["figure.png"], mask_rows, colours, comparison.class_names if classes > 1 else None)
+    names = comparison.class_names if classes > 1 else None
+    comparison_figure(files["figure.png"], mask_rows, colours, names, comparison.ignore_label)
     if instance_rows:
         instance_figure(files[INSTANCE_PICTURE], instance_rows)
     else:  # a picture of the evaluation that is replaced does not show these scores

@@ -28,6 +28,7 @@ DIFFERENCES = {
     "false negative": (60, 150, 255),
     "wrong class": (220, 60, 180),
 }
+IGNORED_COLOUR = (120, 120, 120)
 # Bright colours that stand out on stained tissue and from each other, for nuclei that touch.
 INSTANCE_COLOURS = np.array(
     [(40, 230, 40), (255, 220, 0), (0, 200, 255), (255, 120, 0), (255, 80, 220), (255, 255, 255)], dtype=np.uint8
@@ -200,7 +201,11 @@ def choose_rows(scores: list[float], count: int = 6) -> list[tuple[int, str]]:
 
 
 def comparison_figure(
-    path: Path, rows: list[ComparisonRow], colours: np.ndarray, class_names: list[str] | None = None
+    path: Path,
+    rows: list[ComparisonRow],
+    colours: np.ndarray,
+    class_names: list[str] | None = None,
+    ignore_label: int | None = None,
 ) -> None:
     """Write image, truth, prediction and differences as a PNG, atomically.
 
@@ -209,16 +214,23 @@ def comparison_figure(
         rows: At least one, top to bottom.
         colours: Colours of the labels, see `class_colours`.
         class_names: Names of the foreground classes, for the legend; None for binary masks.
+        ignore_label: Pixels with this label in the truth are gray, and no differences.
 
     Raises:
         ImportError: Matplotlib is not installed.
         ValueError: There is no row.
     """
-    panels = [
-        [row.image, colours[row.truth], colours[row.prediction], differences(row.prediction, row.truth)] for row in rows
-    ]
-    labels = [_label(row.name, f"Dice {row.dice:.3f}", row.rank) for row in rows]
+    panels = []
+    for row in rows:
+        ignored = np.zeros(row.truth.shape, dtype=bool) if ignore_label is None else row.truth == ignore_label
+        truth, prediction = np.where(ignored, 0, row.truth), np.where(ignored, 0, row.prediction)
+        pictures = [colours[truth], colours[row.prediction], differences(prediction, truth)]
+        for picture in (pictures[0], pictures[2]):
+            picture[ignored] = IGNORED_COLOUR
+        panels.append([row.image, *pictures])
+    labels = [_label(row.name, "Dice n/a" if np.isnan(row.dice) else f"Dice {row.dice:.3f}", row.rank) for row in rows]
     kinds = [item for item in DIFFERENCES.items() if class_names or item[0] != "wrong class"]
+    kinds += [("ignored", IGNORED_COLOUR)] * (ignore_label is not None)
     _write_grid(path, COLUMNS, labels, panels, legend=[*_class_legend(colours, class_names), kinds])
 
 

@@ -40,7 +40,8 @@ TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
     "d4": tuple((turns, flip) for flip in (False, True) for turns in range(4)),
 }
 
-SHARED_METADATA = ("target", "intensity_range", "palette", "class_names")  # equal in all members of an ensemble
+# Equal in all members of an ensemble.
+SHARED_METADATA = ("target", "intensity_range", "palette", "ignore_label", "class_names")
 SMALLEST_PROBABILITY = 1e-7  # the logits of this and of 1 - 1e-7 are finite in float32
 
 

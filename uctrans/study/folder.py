@@ -111,7 +111,12 @@ def check_study(config: StudyConfig, kind: str, plan: list[PlannedRun]) -> dict[
         _check_patience(run)
     if unfinished:
         samples = find_samples(config.data, "test")
-        protocol = get_protocol(config.protocol, channels=config.in_channels, intensity_range=config.intensity_range)
+        protocol = get_protocol(
+            config.protocol,
+            channels=config.in_channels,
+            intensity_range=config.intensity_range,
+            ignore_label=config.ignore_label,
+        )
         keeps_resolution = protocol.keeps_resolution
         is_native = config.score_size == "native" or (config.score_size == "protocol" and keeps_resolution)
         check_truth(samples, find_instances(samples) if is_native else {}, config.classes, config.palette, protocol)

@@ -341,6 +341,7 @@ def build_protocol(config: TrainConfig) -> Protocol:
         "channel_order": config.channel_order,
         "channels": config.in_channels,
         "intensity_range": config.intensity_range,
+        "ignore_label": config.ignore_label,
         "crops_per_image": config.crops_per_image,
     }
     options = {name: value for name, value in options.items() if value is not None}

@@ -35,19 +35,26 @@ def check_truth_of_run(
     for part, data in (("training", train), ("validation", val)):
         counts = count_labels(data)
         if config.ignore_label is not None:
+            share = counts[:, IGNORED].sum().item() / counts.sum().item()
+            remarks.append(
+                f"{100 * share:.3g} % of the pixels of the {part} masks are ignored"
+                if share
+                else f"no pixel of the {part} masks is ignored: none has ignore_label {config.ignore_label}"
+            )
             counts[:, IGNORED] = 0
-        is_empty = counts[:, 1:].sum(1) == 0
-        if is_empty.all():
+        has_none = counts[:, 1:].sum(1) == 0
+        is_empty = has_none & (counts[:, 0] > 0)  # but not ignored as a whole
+        if has_none.all():
             ignoring = "" if config.ignore_label is None else ", or is all of it ignored (ignore_label)"
             raise DataError(
-                f"{config.data}: none of the {len(is_empty)} {part} masks has any foreground{ignoring}, so a network "
+                f"{config.data}: none of the {len(counts)} {part} masks has any foreground{ignoring}, so a network "
                 "that predicts none would score 1; check that these are the masks and that their values fit classes "
-                f"and palette, or put images with objects into the {part} part"
+                "and palette, or choose the images of both parts yourself, in folders train and val or as folds"
             )
         if is_empty.any():
             scores = ", each of which scores Dice 1 if nothing is predicted there and 0 otherwise"
             remarks.append(
-                f"{int(is_empty.sum())} of {len(is_empty)} {part} masks have no foreground"
+                f"{int(is_empty.sum())} of {len(counts)} {part} masks have no foreground"
                 + (scores if part == "validation" else "")
             )
         absent = [_name(config, label) for label in _foreground(config) if not counts[:, label].any()]
