@@ -43,6 +43,16 @@ def test_masks_without_any_foreground_are_refused(part, name, protocol, folder, 
             train(make_config(data=str(folder), ignore_label=255))
 
 
+@pytest.mark.parametrize(("part", "name"), [("train", "7 training"), ("val", "3 validation")])
+def test_masks_without_any_background_are_refused(part, name, folder, make_config):
+    change(folder, part, lambda mask: 0 * mask + 255)
+    with pytest.raises(DataError, match=f"every pixel of the {name} masks is foreground, .* background first"):
+        train(make_config(data=str(folder)))
+    for each in ("train", "val"):
+        change(folder, each, lambda mask: np.minimum(mask, 1))
+    train(make_config(data=str(folder), classes=2, epochs=1))  # of several classes, any may cover all
+
+
 def test_empty_masks_are_named(folder, make_config):
     change(folder, "train", lambda mask: 0 * mask, 5)
     change(folder, "val", lambda mask: 0 * mask, 1)

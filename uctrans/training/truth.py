@@ -1,4 +1,4 @@
-"""What the masks of a run hold: training on masks without any foreground is refused, and empty ones are named."""
+"""The labels in the masks of a run: masks of one label alone are refused, empty masks and missing classes named."""
 
 from collections.abc import Sequence
 
@@ -28,8 +28,8 @@ def check_truth_of_run(
     """Return sentences about empty masks and classes that no mask has.
 
     Raises:
-        DataError: no training mask, or no validation mask, has any foreground; a network that predicts nothing would
-            score 1.
+        DataError: no training mask, or no validation mask, has any foreground, or any background; a network that
+            predicts one label everywhere would score 1.
     """
     remarks = []
     for part, data in (("training", train), ("validation", val)):
@@ -50,6 +50,11 @@ def check_truth_of_run(
                 f"{config.data}: none of the {len(counts)} {part} masks has any foreground{ignoring}, so a network "
                 "that predicts none would score 1; check that these are the masks and that their values fit classes "
                 "and palette, or choose the images of both parts yourself, in folders train and val or as folds"
+            )
+        if config.classes == 1 and not counts[:, 0].any():
+            raise DataError(
+                f"{config.data}: every pixel of the {len(counts)} {part} masks is foreground, so a network that "
+                "predicts it everywhere would score 1; save the background as 0, or give a palette, background first"
             )
         if is_empty.any():
             scores = ", each of which scores Dice 1 if nothing is predicted there and 0 otherwise"
