@@ -62,15 +62,21 @@ def choose_form(backend: str, tensor: Tensor, name: str, *, fits: bool = True) -
 
     Raises:
         ValueError: see :func:`resolve_backend`.
-        NotImplementedError: see :func:`resolve_backend`; or ``triton`` was asked for by name and ``tensor`` is float64,
-            which ``auto`` leaves to ``composed``.
+        NotImplementedError: see :func:`resolve_backend`; or ``triton`` was asked for by name, and ``tensor`` is
+            float64 or a functional transform or forward-mode gradient is computed. ``auto`` leaves these to
+            ``composed``.
     """
     form = resolve_backend(backend, tensor.device)
     if form != "triton":
         return form
+    obstacle = None
     if tensor.dtype == torch.float64:
-        if backend == "triton":
-            raise NotImplementedError(f"the Triton operator of {name} computes in float32; use backend='composed'")
+        obstacle = "computes in float32"
+    elif is_transforming():
+        obstacle = "has no forward-mode gradient, and no torch.func transform (jvp, vmap, grad)"
+    if obstacle is not None and backend == "triton":
+        raise NotImplementedError(f"the Triton operator of {name} {obstacle}; use backend='composed'")
+    if obstacle is not None:
         return "composed"
     return "triton" if fits else "composed"
 
@@ -80,9 +86,12 @@ def must_use_pytorch_operations() -> bool:
 
     ``torch.compile`` fuses PyTorch's operations; functional transforms and forward-mode gradients support nothing else.
     """
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or is_transforming()
+
+
+def is_transforming() -> bool:
+    """Return whether a transform of ``torch.func`` is active, or a level of forward-mode gradients is open."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_interpreting() -> bool:

@@ -10,7 +10,7 @@ import uctrans
 from benchmarks.launches import Launched
 from uctrans import weight_casts
 from uctrans.training.losses import segmentation_loss
-from uctrans.weight_casts import casting_together, keep_weights_cast, modules_cast_by_autocast
+from uctrans.weight_casts import casting_together, keep_weights_cast, weights_cast_by_autocast
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["unet", "uctransnet", "dual_branch_uctransnet"]
@@ -69,6 +69,25 @@ def assert_same_outputs(model, device, dtype, image):
         assert torch.equal(cast(image), model(image))
 
 
+class StandardisedConv(torch.nn.Conv2d):
+    """A convolution that computes with its weight in float32 first, as weight standardisation does."""
+
+    def forward(self, feature):
+        weight = self.weight / self.weight.std()
+        return self._conv_forward(feature, weight, self.bias)
+
+
+@pytest.mark.parametrize("change", ["subclass", "parametrisation"])
+def test_weights_that_a_module_computes_with_are_left_to_autocast(change):
+    model = network("unet")
+    if change == "subclass":
+        model.encoder.stem.conv.__class__ = StandardisedConv
+    else:
+        torch.nn.utils.parametrizations.weight_norm(model.encoder.stem.conv)
+    assert_same_outputs(model, "cpu", torch.bfloat16, images(1))
+    assert_the_same_training(model, "cpu", torch.bfloat16, images())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_autocast_leaves_alone_stays_in_float32(name):
     model = keep_weights_cast(network(name), torch.bfloat16)
@@ -78,16 +97,10 @@ def test_what_autocast_leaves_alone_stays_in_float32(name):
     assert cast > 0.8 * sum(p.numel() for p in model.parameters())
 
 
-def weights_cast_by_autocast(model):
-    """Return each weight once, though modules contain each other."""
-    modules = torch.nn.ModuleList(module for _, module in modules_cast_by_autocast(model))
-    return list(modules.parameters())
-
-
 def test_the_number_of_weights_that_is_stated_is_right():
     with torch.device("meta"):
         model = uctrans.create_model("uctransnet")
-    count = len(weights_cast_by_autocast(model))
+    count = len(list(weights_cast_by_autocast(model)))
     assert f"{count} such weights" in weight_casts.__doc__
     assert f"UCTransNet's {count} weights" in (ROOT / "docs/training.md").read_text(encoding="utf-8")
 
@@ -120,7 +133,7 @@ def assert_the_same_training(model, device, dtype, image):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_has_fewer_casts(name):
     model = network(name).train()
-    weights = weights_cast_by_autocast(model)
+    weights = list(weights_cast_by_autocast(model))
     casts = []
     for forward in (model, casting_together(model, torch.bfloat16)):
         with Launched() as launched:
@@ -183,7 +196,7 @@ def test_on_a_gpu_a_training_step_has_the_same_bits(name, is_checkpointing):
 def test_on_a_gpu_few_launches_cast_all_weights(name):
     """There and back: what casts a list of tensors, and what casts one, by the names of PyTorch's kernels."""
     model = network(name, base_channels=16).cuda().train().to(memory_format=torch.channels_last)
-    weights = weights_cast_by_autocast(model)
+    weights = list(weights_cast_by_autocast(model))
     launches = []
     for tensors, dtype in ((weights, torch.bfloat16), ([weight.bfloat16() for weight in weights], torch.float32)):
         with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -13,20 +13,23 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.func import functional_call
 
 from .layers import ChannelAttention, ChannelGate
+from .layers.plain import is_plain
 
 CAST_BY_AUTOCAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, ChannelAttention)
 
 
-def modules_cast_by_autocast(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules whose weights are all cast by autocast, with their names.
+def weights_cast_by_autocast(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights that autocast casts, with their names.
 
     Autocast leaves norms and position embeddings in float32. The gates are left out, too: their operator chooses its
-    own dtypes.
+    own dtypes. So are subclasses, and modules with hooks or parametrisations, which may compute with a weight first.
     """
     in_gates = {part for gate in model.modules() if isinstance(gate, ChannelGate) for part in gate.modules()}
+    queries = {module.query for module in model.modules() if is_plain(module, ChannelAttention)}
     for name, module in model.named_modules():
-        if isinstance(module, CAST_BY_AUTOCAST) and module not in in_gates:
-            yield name, module
+        is_cast = module in queries or any(is_plain(module, kind) for kind in CAST_BY_AUTOCAST)
+        if is_cast and module not in in_gates:
+            yield from module.named_parameters(name, recurse=False)
 
 
 def keep_weights_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -36,8 +39,8 @@ def keep_weights_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     weight in every call: at the published width these casts read 262 MB and write 131 MB. Use such a model for
     inference only; the steps of a training would be rounded away.
     """
-    for _, module in modules_cast_by_autocast(model):
-        module.to(dtype)
+    for _, weight in weights_cast_by_autocast(model):
+        weight.data = weight.data.to(dtype)
     return model
 
 
@@ -49,11 +52,7 @@ def casting_together(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor],
     All gradients in ``dtype`` are kept until the last one is computed, at the end of the backward pass. Stages that
     activation checkpointing computes again cast their weights one by one.
     """
-    cast_by_autocast = {
-        f"{prefix}.{name}"
-        for prefix, module in modules_cast_by_autocast(model)
-        for name, _ in module.named_parameters()
-    }
+    cast_by_autocast = {name for name, _ in weights_cast_by_autocast(model)}
     # A parameter that several modules share is named once; ``functional_call`` gives its copy to all of them.
     weights = {name: parameter for name, parameter in model.named_parameters() if name in cast_by_autocast}
 

@@ -5,7 +5,8 @@ broadcasting, and both halves are written where they belong in the result. Forwa
 its result, where the paper's steps make five; on a CPU, fresh memory is what large maps cost most.
 """
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ def skip_gate(
     concatenate: bool = True,
 ) -> Tensor:
     """(B, C, H, W), (B, C, H/p, W/p) or None, (B, D, H/q, W/q) or None -> (B, C + D, H, W) or (B, C, H, W)."""
+    map_skip = partial(F.linear, weight=weight_skip, bias=bias_skip)
+    map_decoder = partial(F.linear, weight=weight_decoder, bias=bias_decoder)
+    return gate_by_maps(encoder_feature, tokens, decoder_feature, map_skip, map_decoder, concatenate)
+
+
+def gate_by_maps(
+    encoder_feature: Tensor,
+    tokens: Tensor | None,
+    decoder_feature: Tensor | None,
+    map_skip: Callable[[Tensor], Tensor],
+    map_decoder: Callable[[Tensor], Tensor] | None,
+    concatenate: bool,
+) -> Tensor:
+    """Compute :func:`skip_gate` with any maps, (B, C) -> (B, C) and (B, D) -> (B, C), in place of the linear ones."""
     if must_use_pytorch_operations():
         pool, activate, gate_and_concatenate = _global_mean, _activated_skip, _gate_and_concatenate
     else:
@@ -34,9 +49,9 @@ def skip_gate(
     pooled_skip = pool(encoder_feature)
     if tokens is not None:
         pooled_skip = pooled_skip + pool(tokens)
-    logits = F.linear(pooled_skip.to(encoder_feature.dtype), weight_skip, bias_skip)
+    logits = map_skip(pooled_skip.to(encoder_feature.dtype))
     if decoder_feature is not None:
-        logits = logits + F.linear(pool(decoder_feature).to(decoder_feature.dtype), weight_decoder, bias_decoder)
+        logits = logits + map_decoder(pool(decoder_feature).to(decoder_feature.dtype))
     gate = torch.sigmoid(0.5 * logits)[:, :, None, None]
     return gate_and_concatenate(activate(encoder_feature, tokens), decoder_feature if concatenate else None, gate)
 

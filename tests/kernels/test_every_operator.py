@@ -6,6 +6,7 @@ Numbers, shapes, launch configurations and limits of an operator are tested in t
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -182,6 +183,31 @@ def test_float64_is_not_for_triton(operator, monkeypatch):
     assert_same_bits(operator.results(inputs, "auto"), expected)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert_same_bits(operator.results(inputs, "auto"), expected)
+
+
+@every_operator
+def test_forward_mode_gradients_are_not_for_triton(operator, monkeypatch):
+    """By name it is refused, as its tangents would be lost; ``auto`` takes the composed form."""
+    inputs = operator.inputs(torch.float32)
+    learning, others = inputs[: operator.learning], inputs[operator.learning :]
+    directions = [random_like(tensor, seed=place).to(tensor) for place, tensor in enumerate(learning)]
+    monkeypatch.setenv("UCTRANS_BACKEND", "triton")
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(learning, directions, strict=True)]
+        with pytest.raises(NotImplementedError, match=r"no forward-mode gradient.*; use backend='composed'"):
+            operator.call(*duals, *(tensor.clone() for tensor in others), backend="triton")
+        outputs = operator.outputs([*duals, *(tensor.clone() for tensor in others)], "auto")
+        tangents = [forward_ad.unpack_dual(output).tangent for output in outputs]
+    leaves = [tensor.detach().requires_grad_() for tensor in learning]
+    outputs = operator.outputs([*leaves, *(tensor.clone() for tensor in others)], "composed")
+    assert [tangent is not None for tangent in tangents] == [output.requires_grad for output in outputs]
+    differentiable = [output for output in outputs if output.requires_grad]
+    weights = [random_like(output, seed=9).to(output) for output in differentiable]
+    gradients = torch.autograd.grad(differentiable, leaves, weights)
+    tangents = [tangent for tangent in tangents if tangent is not None]
+    forward = sum((tangent * weight).sum() for tangent, weight in zip(tangents, weights, strict=True))
+    backward = sum((gradient * step).sum() for gradient, step in zip(gradients, directions, strict=True))
+    torch.testing.assert_close(forward, backward, rtol=1e-3, atol=1e-3)
 
 
 @every_operator

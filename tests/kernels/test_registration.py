@@ -38,6 +38,24 @@ class TestForm:
         assert choose_form("auto", TOKENS, "packed_linear") == "triton"
         assert choose_form("auto", TOKENS.double(), "packed_linear") == "composed"
 
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            lambda function: torch.func.jvp(function, (TOKENS,), (TOKENS,)),
+            lambda function: torch.func.grad(lambda tokens: function(tokens).sum())(TOKENS),
+            lambda function: torch.func.vmap(function)(TOKENS[None]),
+        ],
+        ids=["jvp", "grad", "vmap"],
+    )
+    def test_transforms(self, transform, monkeypatch):
+        def normalise(backend):
+            return lambda tokens: packed_layer_norm(tokens, [4], CHANNELS, CHANNELS, backend=backend)
+
+        with pytest.raises(NotImplementedError, match=r"no torch.func transform .*; use backend='composed'"):
+            transform(normalise("triton"))
+        monkeypatch.setenv("UCTRANS_BACKEND", "triton")
+        torch.testing.assert_close(transform(normalise("auto")), transform(normalise("composed")))
+
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import batch_norm_relu, batch_norm_relu_pool, check_backend, resolve_backend
+from .plain import is_plain, is_plain_batch_norm
 
 Maps = TypeVar("Maps", Tensor, tuple[Tensor, Tensor])
 
@@ -15,8 +16,8 @@ Maps = TypeVar("Maps", Tensor, tuple[Tensor, Tensor])
 class ConvNormAct(nn.Sequential):
     """3x3 convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W).
 
-    On Triton, batch norm and ReLU are one operator if ``norm`` is an ``nn.BatchNorm2d`` with its default settings. Any
-    other ``norm``, such as ``nn.SyncBatchNorm``, runs as a module, followed by ``act``. So do modules with hooks.
+    On Triton, batch norm and ReLU are one operator if both are as they were made. Any other ``norm`` or ``act``, such
+    as ``nn.SyncBatchNorm``, runs as a module; so do modules with hooks or parametrisations, and added modules.
 
     Args:
         in_channels: width of the feature.
@@ -35,9 +36,13 @@ class ConvNormAct(nn.Sequential):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Convolve, normalise and rectify."""
-        if is_plain(self.act, nn.ReLU) and normalises_on_triton(self.norm, feature, self.backend):
+        if self._is_one_operator(feature):
             return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, feature, self.backend)
-        return self.act(self.norm(self.conv(feature)))
+        return super().forward(feature)
+
+    def _is_one_operator(self, feature: Tensor) -> bool:
+        is_on_triton = resolve_backend(self.backend, feature.device) == "triton"
+        return is_on_triton and len(self) == 3 and is_plain(self.act, nn.ReLU) and is_plain_batch_norm(self.norm)
 
 
 class ConvNormActPool(ConvNormAct):
@@ -49,17 +54,10 @@ class ConvNormActPool(ConvNormAct):
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve, normalise, rectify and pool."""
-        if is_plain(self.act, nn.ReLU) and normalises_on_triton(self.norm, feature, self.backend):
+        if self._is_one_operator(feature):
             return convolve_and_normalise(batch_norm_relu_pool, self.conv, self.norm, feature, self.backend)
-        feature = self.act(self.norm(self.conv(feature)))
+        feature = nn.Sequential.forward(self, feature)
         return feature, F.max_pool2d(feature, 2)
-
-
-def normalises_on_triton(norm: nn.Module, feature: Tensor, backend: str) -> bool:
-    """Return whether the Triton operators compute what ``norm`` does."""
-    # Without momentum, batch norm keeps a cumulative average, whose count it would read on the host.
-    is_default = is_plain(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
-    return resolve_backend(backend, feature.device) == "triton" and is_default and norm.momentum is not None
 
 
 def convolve_and_normalise(
@@ -95,15 +93,6 @@ def convolve_and_normalise(
         backend=backend,
         **options,
     )
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether calling ``module`` does what ``kind`` does and nothing else: it is of no subclass, without hooks.
-
-    Parametrisations make a subclass.
-    """
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return type(module) is kind and not any(hooks)
 
 
 class DoubleConv(nn.Sequential):

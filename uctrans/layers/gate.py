@@ -3,11 +3,16 @@
 from torch import Tensor, nn
 
 from ..kernels import check_backend, skip_gate
+from ..kernels.skip_gate.composed import gate_by_maps
 from .arguments import check_counts
+from .plain import is_plain_linear
 
 
 class ChannelGate(nn.Module):
     """Weight the channels of a skip feature by a gate from skip and decoder, and concatenate the decoder feature.
+
+    The operator computes the linear maps, too. One that was replaced, or has hooks or parametrisations, is called as a
+    module, on every backend; the rest then runs as ``composed``.
 
     Args:
         skip_channels: width of the skip feature.
@@ -48,6 +53,11 @@ class ChannelGate(nn.Module):
             raise ValueError(
                 "decoder_feature: this gate was made for no decoder feature (decoder_channels=None); leave it out"
             )
+        if decoder_feature is None and self.decoder is not None:
+            raise ValueError("decoder_feature is missing: this gate was made for one (decoder_channels); give it")
+        maps = [self.skip] if self.decoder is None else [self.skip, self.decoder]
+        if not all(is_plain_linear(linear, has_bias=True) for linear in maps):
+            return gate_by_maps(encoder_feature, tokens, decoder_feature, self.skip, self.decoder, self.concatenate)
         return skip_gate(
             encoder_feature,
             tokens,

@@ -1,13 +1,14 @@
 """Layers over packed tokens: the channels of all scales side by side in one (B, N, sum C) tensor."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import check_backend, packed_layer_norm, packed_linear, packed_mlp, resolve_backend
+from .plain import is_plain, is_plain_linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -34,11 +35,14 @@ class PackedLinear(nn.ModuleList):
 
     def __init__(self, channels: Sequence[int], backend: str = "auto"):
         super().__init__(nn.Linear(width, width, bias=False) for width in channels)
+        self.channels = list(channels)
         self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply the linear map of each scale to its own channels."""
-        return packed_linear(tokens, [linear.weight for linear in self], backend=self.backend)
+        if all(is_plain_linear(linear, has_bias=False) for linear in self):
+            return packed_linear(tokens, [linear.weight for linear in self], backend=self.backend)
+        return call_by_scale(self, tokens, self.channels)
 
 
 class Mlp(nn.Module):
@@ -63,24 +67,42 @@ class PackedMlp(nn.ModuleList):
 
     def __init__(self, channels: Sequence[int], ratio: int, dropout: float, backend: str = "auto"):
         super().__init__(Mlp(width, ratio, dropout) for width in channels)
+        self.channels = list(channels)
         self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor, residual: Tensor) -> Tensor:
         """Apply the MLP of each scale to its own channels and add ``residual``."""
-        if resolve_backend(self.backend, tokens.device) == "triton":
+        if resolve_backend(self.backend, tokens.device) == "triton" and self._can_be_packed():
             return self._mix_packed(tokens, residual)
         # One scale after the other: packing the hidden layers would copy ``ratio`` times the size of the tokens.
-        scales = tokens.split([mlp.expand.in_features for mlp in self], dim=-1)
-        return residual + torch.cat([mlp(scale) for mlp, scale in zip(self, scales, strict=True)], dim=-1)
+        return residual + call_by_scale(self, tokens, self.channels)
+
+    def _can_be_packed(self) -> bool:
+        """Return whether all MLPs are as they were made, and drop with the same probability."""
+        first = self[0]
+        return all(
+            is_plain(mlp, Mlp)
+            and is_plain_linear(mlp.expand, has_bias=True)
+            and is_plain_linear(mlp.contract, has_bias=True)
+            and is_plain(mlp.dropout, nn.Dropout)
+            and (mlp.dropout.training, mlp.dropout.p) == (first.dropout.training, first.dropout.p)
+            for mlp in self
+        )
 
     def _mix_packed(self, tokens: Tensor, residual: Tensor) -> Tensor:
         expand = [mlp.expand.weight for mlp in self], [mlp.expand.bias for mlp in self]
         contract = [mlp.contract.weight for mlp in self], [mlp.contract.bias for mlp in self]
-        dropout = self[0].dropout  # all scales drop with the same probability
+        dropout = self[0].dropout
         if dropout.training and dropout.p > 0:
             hidden = packed_linear(tokens, *expand, backend=self.backend)
             return residual + dropout(packed_linear(dropout(F.gelu(hidden)), *contract, backend=self.backend))
         return packed_mlp(tokens, residual, *expand, *contract, backend=self.backend)
+
+
+def call_by_scale(modules: Iterable[nn.Module], tokens: Tensor, channels: Sequence[int]) -> Tensor:
+    """Call the module of each scale with its channels: (B, N, sum C) -> (B, N, sum C)."""
+    scales = zip(modules, tokens.split(channels, dim=-1), strict=True)
+    return torch.cat([module(scale) for module, scale in scales], dim=-1)
 
 
 def linear_weights(*lead_and_channels: int) -> nn.Parameter:

@@ -7,7 +7,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..kernels import batch_norm_relu, check_backend, resolve_backend
-from .blocks import convolve_and_normalise, normalises_on_triton
+from .blocks import convolve_and_normalise
+from .plain import is_plain, is_plain_batch_norm
+
+POINTWISE = ((1, 1), (1, 1), (0, 0))  # kernel size, stride and padding
 
 
 class PatchEmbedding(nn.Module):
@@ -41,7 +44,8 @@ class Reconstruct(nn.Module):
     The published network upsamples the tokens first, and so does ``reference``. The three operations commute with
     nearest-neighbour upsampling, so the other backends run them on the token grid and leave upsampling to the reader of
     the result. Only the running variance depends on the number of pixels; it is corrected. On Triton, batch norm and
-    ReLU are one operator where they are in :class:`ConvNormAct`.
+    ReLU are one operator where they are in :class:`ConvNormAct`. A convolution or norm of another kind, or with hooks
+    or parametrisations, need not commute: with one of these every backend upsamples first.
     """
 
     def __init__(self, channels: int, patch_size: int, backend: str):
@@ -52,18 +56,25 @@ class Reconstruct(nn.Module):
         self.backend = check_backend(backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return (B, C, rows, columns), or ``patch_size`` times as many rows and columns with ``reference``."""
-        if normalises_on_triton(self.norm, tokens, self.backend):
-            copies = self.patch_size**2
-            return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, tokens, self.backend, copies=copies)
-        if resolve_backend(self.backend, tokens.device) == "reference":
+        """Return (B, C, rows, columns), or ``patch_size`` times as many rows and columns if upsampled first."""
+        backend = resolve_backend(self.backend, tokens.device)
+        if backend == "reference" or not self._commutes_with_upsampling():
             upsampled = F.interpolate(tokens.contiguous(), scale_factor=self.patch_size, mode="nearest")
             return F.relu(self.norm(self.conv(upsampled)))
+        if backend == "triton" and is_plain_batch_norm(self.norm):
+            copies = self.patch_size**2
+            return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, tokens, self.backend, copies=copies)
         return F.relu(self._norm_as_if_upsampled(self.conv(tokens)))
+
+    def _commutes_with_upsampling(self) -> bool:
+        conv, norm = self.conv, self.norm
+        is_pointwise = is_plain(conv, nn.Conv2d) and (conv.kernel_size, conv.stride, conv.padding) == POINTWISE
+        return is_pointwise and (is_plain(norm, nn.BatchNorm2d) or is_plain(norm, nn.SyncBatchNorm))
 
     def _norm_as_if_upsampled(self, tokens: Tensor) -> Tensor:
         norm = self.norm
-        if not (norm.training and norm.track_running_stats) or self.patch_size == 1:
+        is_updated = norm.training and norm.track_running_stats and norm.running_var is not None
+        if not is_updated or self.patch_size == 1:
             return norm(tokens)
         count = tokens.shape[0] * tokens.shape[2] * tokens.shape[3]
         if count <= 1 or norm.momentum is None:

@@ -12,6 +12,7 @@ from ..kernels.checks import check_dtypes_and_devices
 from .arguments import check_counts, check_probabilities, check_sequence
 from .attention import ChannelAttention
 from .packed import LAYER_NORM_EPS, PackedLayerNorm, PackedMlp
+from .plain import is_plain
 from .tokens import PatchEmbedding, Reconstruct
 
 
@@ -46,6 +47,8 @@ class TransformerLayer(nn.Module):
 
     def _normalise(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens normalised within each scale, for the queries, and over all scales, for keys and values."""
+        if not self._norms_are_plain():
+            return self.query_norm(tokens), self.context_norm(tokens)
         return cross_layer_norm(
             tokens,
             self.query_norm.channels,
@@ -56,6 +59,11 @@ class TransformerLayer(nn.Module):
             eps=LAYER_NORM_EPS,
             backend=self.backend,
         )
+
+    def _norms_are_plain(self) -> bool:
+        norm = self.context_norm
+        is_default = is_plain(norm, nn.LayerNorm) and norm.eps == LAYER_NORM_EPS
+        return is_default and norm.bias is not None and is_plain(self.query_norm, PackedLayerNorm)
 
 
 class ChannelTransformer(nn.Module):
@@ -106,10 +114,10 @@ class ChannelTransformer(nn.Module):
         self.channels = [width for width in channels if width is not None]
         if not self.channels:
             raise ValueError("at least one scale must be switched on; all channels are None")
-        active_patches = [patch for patch, active in zip(patch_sizes, self.is_active, strict=True) if active]
+        self.patch_sizes = [patch for patch, active in zip(patch_sizes, self.is_active, strict=True) if active]
         self.embeddings = nn.ModuleList(
             PatchEmbedding(width, patch, grid, embedding_dropout)
-            for width, patch in zip(self.channels, active_patches, strict=True)
+            for width, patch in zip(self.channels, self.patch_sizes, strict=True)
         )
         self.layers = nn.ModuleList(
             TransformerLayer(self.channels, num_heads, mlp_ratio, attention_dropout, mlp_dropout, backend)
@@ -117,7 +125,7 @@ class ChannelTransformer(nn.Module):
         )
         self.norm = PackedLayerNorm(self.channels, backend)
         self.reconstructions = nn.ModuleList(
-            Reconstruct(width, patch, backend) for width, patch in zip(self.channels, active_patches, strict=True)
+            Reconstruct(width, patch, backend) for width, patch in zip(self.channels, self.patch_sizes, strict=True)
         )
 
     def forward(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -164,16 +172,16 @@ class ChannelTransformer(nn.Module):
                 f"got {['feature' if feature is not None else 'None' for feature in features]}"
             )
         named = {f"feature {scale}": feature for scale, feature in enumerate(features) if feature is not None}
-        check_dtypes_and_devices(weights=self.embeddings[0].projection.weight, **named)
+        check_dtypes_and_devices(weights=next(self.parameters()), **named)
         batch, grids = next(iter(named.values())).shape[0], []
-        for (name, feature), width, embedding in zip(named.items(), self.channels, self.embeddings, strict=True):
+        for (name, feature), width, patch in zip(named.items(), self.channels, self.patch_sizes, strict=True):
             if feature.ndim != 4 or feature.shape[1] != width or 0 in feature.shape[2:]:
                 raise ValueError(f"{name} must be (B, {width}, height, width); got {tuple(feature.shape)}")
             if feature.shape[0] != batch:
                 raise ValueError(
                     f"all features must have the same batch size: {name} holds {feature.shape[0]}, not {batch}"
                 )
-            patch, (height, width) = embedding.projection.kernel_size[0], feature.shape[2:]
+            height, width = feature.shape[2:]
             if height % patch or width % patch:
                 raise ValueError(
                     f"{name} is {height}x{width} pixels, no multiple of its patch size {patch}: pad the image"

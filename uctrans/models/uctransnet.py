@@ -124,7 +124,7 @@ class UCTransNet(SegmentationModel):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (B, classes, H, W) of an image (B, in_channels, H, W) of any size."""
-        check_image(image, self.in_channels, self.head.weight)
+        check_image(image, self.in_channels, next(self.parameters()))
         features, deepest = self.encoder(pad_to_multiple(image, self.size_multiple))
         tokens = self.transformer.token_maps(features)
         return self._decode(features, tokens, deepest, image)
@@ -135,7 +135,7 @@ class UCTransNet(SegmentationModel):
         ``maps[layer][scale]`` is (B, C, S): how much each of the C channels of a scale attends to the S channels of all
         scales together.
         """
-        check_image(image, self.in_channels, self.head.weight)
+        check_image(image, self.in_channels, next(self.parameters()))
         features, deepest = self.encoder(pad_to_multiple(image, self.size_multiple))
         tokens, maps = self.transformer.token_maps_with_attention(features)
         return self._decode(features, tokens, deepest, image), maps

@@ -66,7 +66,7 @@ class UNet(SegmentationModel):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (B, classes, H, W) of an image (B, in_channels, H, W) of any size."""
-        check_image(image, self.in_channels, self.head.weight)
+        check_image(image, self.in_channels, next(self.parameters()))
         height, width = image.shape[-2:]
         features, decoded = self.encoder(pad_to_multiple(image, self.encoder.size_multiple))
         for scale in reversed(range(NUM_SCALES)):
