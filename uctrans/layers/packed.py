@@ -79,15 +79,16 @@ class PackedMlp(nn.ModuleList):
 
     def _can_be_packed(self) -> bool:
         """Return whether all MLPs are as they were made, and drop with the same probability."""
-        first = self[0]
-        return all(
-            is_plain(mlp, Mlp)
-            and is_plain_linear(mlp.expand, has_bias=True)
-            and is_plain_linear(mlp.contract, has_bias=True)
-            and is_plain(mlp.dropout, nn.Dropout)
-            and (mlp.dropout.training, mlp.dropout.p) == (first.dropout.training, first.dropout.p)
-            for mlp in self
-        )
+        drops = []
+        for mlp in self:
+            if not is_plain(mlp, Mlp):
+                return False
+            dropout = mlp.dropout
+            are_linear = is_plain_linear(mlp.expand, has_bias=True) and is_plain_linear(mlp.contract, has_bias=True)
+            if not are_linear or not is_plain(dropout, nn.Dropout):
+                return False
+            drops.append((dropout.training, dropout.p))
+        return drops.count(drops[0]) == len(drops)
 
     def _mix_packed(self, tokens: Tensor, residual: Tensor) -> Tensor:
         expand = [mlp.expand.weight for mlp in self], [mlp.expand.bias for mlp in self]
