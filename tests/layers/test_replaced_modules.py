@@ -218,6 +218,7 @@ def test_replaced_modules_run(name, part, other):
 
 @pytest.mark.parametrize("name", ["gate", "linear maps", "perceptrons"])
 @pytest.mark.skipif(DEVICE == "cuda", reason="dynamic quantisation runs on CPUs")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @torch.no_grad()
 def test_dynamically_quantised_maps_run(name):
     module, _, inputs, steps = layer(name)
