@@ -331,6 +331,7 @@ def test_ignored_pixels_are_not_scored(size, brightness_model, score, dataset):
     assert math.isnan(result.rows[2]["dice"])
     assert (result.count["dice"], result.ignored, result.empty) == (2, 1, 0)
     assert "1 of 3 masks are ignored as a whole; their images have no score" in result.table().splitlines()
+    assert "HD95 is undefined" not in result.table()
     if size == "native":
         assert column(result, "aji")[:2] == column(result, "pq")[:2] == [1, 1]
     assert summary(result)["protocol"]["ignore_label"] == 7

@@ -189,7 +189,7 @@ class EvaluationResult:
             if len(self.present) > 1 and 0 < count < images:
                 scores = _listed(self.mean_where_present[name])
                 yield f"{count} of {images} masks have {name}; its mean over these: {scores}"
-        if any(self.present.values()) and (undefined := images - self.count["hd95"]):
+        if any(self.present.values()) and (undefined := images - self.ignored - self.count["hd95"]):
             yield f"HD95 is undefined for {undefined} of {images} images: truth or prediction is empty"
         with_map = self.count.get("aji", 0)
         if 0 < with_map < images:
