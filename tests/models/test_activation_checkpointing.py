@@ -67,6 +67,23 @@ def test_loss_gradients_and_statistics_are_the_same_bits(name, backend, momentum
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("norm", nn.InstanceNorm2d(4, track_running_stats=True)),
+        ("act", nn.RReLU()),
+        ("act", nn.Sequential(nn.ReLU(), nn.Dropout2d(0.5))),
+    ],
+    ids=["instance norm", "random activation", "dropout"],
+)
+def test_replaced_modules_count_and_draw_once(part, other):
+    plain = build("unet").train()
+    plain.encoder.stem.set_submodule(part, other)
+    checkpointed = uctrans.set_checkpointing(copy.deepcopy(plain))
+    for one, expected in zip(step(checkpointed), step(plain), strict=True):
+        assert torch.equal(one, expected)
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_layers_without_dropout_are_checkpointed_too(name):
     with_dropout = uctrans.set_checkpointing(build(name))

@@ -1,7 +1,8 @@
 """Activation checkpointing: compute the maps of a stage again in the backward pass instead of keeping them.
 
 A CUDA graph that is being recorded cannot rewind its random generator, so nothing that draws random numbers is computed
-twice. The stages of encoder and decoder are checkpointed, and transformer layers without dropout.
+twice. The stages of encoder and decoder are checkpointed, and the transformer layers, each if it has no dropout or
+other random activation when checkpointing is switched on.
 """
 
 import contextlib
@@ -11,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.transformer import TransformerLayer
+from ..layers import ChannelAttention, TransformerLayer
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -38,7 +40,7 @@ def set_checkpointing(model: nn.Module, on: bool = True) -> nn.Module:
     """
     for stage in _stages(model):
         stage.__dict__.pop("forward", None)
-        if on:
+        if on and not any(map(_is_random, stage.modules())):
             stage.forward = types.MethodType(_forward, stage)  # copies of the model bind it to their own stage
     return model
 
@@ -53,8 +55,8 @@ def _forward(stage: nn.Module, *inputs: torch.Tensor) -> Any:
 
 @contextlib.contextmanager
 def _throwaway_statistics(stage: nn.Module) -> Iterator[None]:
-    """Give batch norms copies of their running statistics, because the forward pass has counted this batch."""
-    norms = [module for module in stage.modules() if isinstance(module, _BatchNorm) and module.training]
+    """Give norms copies of their running statistics, because the forward pass has counted this batch."""
+    norms = [module for module in stage.modules() if isinstance(module, _NormBase) and module.training]
     kept = [{name: getattr(norm, name) for name in STATISTICS} for norm in norms]
     for norm, statistics in zip(norms, kept, strict=True):
         for name, value in statistics.items():
@@ -72,10 +74,10 @@ def _stages(model: nn.Module) -> list[nn.Module]:
     if encoder is None or decoder is None:
         raise ValueError(f"{type(model).__name__} has no encoder and decoder: give a model of uctrans.list_models()")
     stages = [encoder.stem, *encoder.stages, *getattr(encoder, "nested", ()), *decoder]
-    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
-    return [*stages, *(layer for layer in layers if not _drops(layer))]
+    return stages + [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
 
-def _drops(layer: TransformerLayer) -> bool:
-    dropouts = [module.p for module in layer.modules() if isinstance(module, nn.Dropout)]
-    return any(probability > 0 for probability in [*dropouts, layer.attention.map_dropout])
+def _is_random(module: nn.Module) -> bool:
+    if isinstance(module, ChannelAttention):
+        return module.map_dropout > 0
+    return isinstance(module, nn.RReLU) or (isinstance(module, _DropoutNd) and module.p > 0)
