@@ -275,7 +275,7 @@ class TestNumbersThatAreHardToHold:
 
 
 class TestStrides:
-    shape = AttentionShape(2, 2, 5, (6, 10), 12)
+    shape = AttentionShape(2, 2, 5, (6, 10), 24)
 
     @pytest.mark.parametrize(
         "rearrange",
@@ -287,8 +287,9 @@ class TestStrides:
         ],
         ids=["heads inside", "channels apart", "offset rows", "expanded"],
     )
-    def test_inputs(self, rearrange):
-        inputs = on_device(attention_inputs(self.shape, torch.float32))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_inputs(self, rearrange, dtype):
+        inputs = on_device(attention_inputs(self.shape, dtype))
 
         def rearranged(backend):
             return lambda *tensors: attend(self.shape.segments, backend)(*map(rearrange, tensors))
@@ -429,7 +430,7 @@ class Copies(TorchDispatchMode):
 
 
 class TestProjected:
-    shape = AttentionShape(2, 2, 5, (8, 12), 20)
+    shape = AttentionShape(2, 2, 5, (8, 16), 24)
 
     def inputs(self, dtype=torch.float32):
         generator = torch.Generator().manual_seed(0)
@@ -438,8 +439,8 @@ class TestProjected:
             tensor = torch.randn(*size, generator=generator, dtype=torch.float64)
             return tensor.to(DEVICE, dtype).requires_grad_()
 
-        tokens, context = normal(2, 5, 20), normal(2, 5, 20)
-        return [tokens, context, normal(2, 2, 20, 20), *(normal(2, width, width) for width in self.shape.segments)]
+        tokens, context = normal(2, 5, 24), normal(2, 5, 24)
+        return [tokens, context, normal(2, 2, 24, 24), *(normal(2, width, width) for width in self.shape.segments)]
 
     @staticmethod
     def attend(backend, **settings):
@@ -456,8 +457,18 @@ class TestProjected:
         settings = {"dropout_p": dropout_p, "seed": SEED}
         assert_as_exact_as(self.attend("reference", **settings), self.attend("triton", **settings), self.inputs(dtype))
 
-    def test_nothing_is_copied_between_projections_and_operator(self):
-        inputs = self.inputs()
+    def test_what_the_projections_write_takes_no_map_in_half_precision(self):
+        from uctrans.kernels.channel_attention.triton import fused_blocks
+        from uctrans.kernels.formats import key_and_value
+
+        for dtype in HALF:
+            query = torch.empty(2, 5, 2, 24, dtype=dtype, device=DEVICE).transpose(1, 2)
+            key_value = torch.empty(2, 5, 2, 2, 24, dtype=dtype, device=DEVICE)
+            assert fused_blocks(query, *key_and_value(key_value)) is not None
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_nothing_is_copied_between_projections_and_operator(self, dtype):
+        inputs = self.inputs(dtype)
         seed = torch.tensor([SEED], device=DEVICE)
         with Copies() as copies:
             output = self.attend("triton", dropout_p=0.3, seed=seed)(*inputs)

@@ -169,7 +169,7 @@ def test_derivatives_of_composed(operator):
         return tuple(output for output in outputs if output.requires_grad)
 
     assert torch.autograd.gradcheck(differentiable_outputs, leaves)
-    assert torch.autograd.gradgradcheck(differentiable_outputs, leaves)
+    assert torch.autograd.gradgradcheck(differentiable_outputs, leaves, fast_mode=True)
 
 
 @every_operator
@@ -264,14 +264,20 @@ def calls_of(operator, inputs):
     return forward.found, backward.found
 
 
-@every_form
-def test_opcheck(operator):
+@pytest.mark.parametrize(
+    ("operator", "dtype"),
+    [(operator, torch.float32) for operator in OPERATORS + OTHER_FORMS]
+    # In half precision attention runs other kernels.
+    + [(operator, torch.bfloat16) for operator in OPERATORS if "attention" in operator.name],
+    ids=str,
+)
+def test_opcheck(operator, dtype):
     """Torch's own checks: schema, shapes without data, and of forward also gradients and compilation for any size."""
 
     def copied_leaf(tensor):
         return tensor.detach().requires_grad_(tensor.requires_grad)
 
-    forward, backward = calls_of(operator, operator.inputs(torch.float32))
+    forward, backward = calls_of(operator, operator.inputs(dtype))
     for function, arguments, _ in forward:
         torch.library.opcheck(function, pytree.tree_map_only(torch.Tensor, copied_leaf, arguments))
     for function, arguments, _ in backward:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
-CHANNELS, PATCHES, GRID = (4, 24), (4, 2), (2, 3)
+CHANNELS, PATCHES, GRID = (8, 24), (4, 2), (2, 3)
 BATCH = 1  # the interpreter takes long; the kernels' own tests have larger batches
 PUBLISHED_CHANNELS, PUBLISHED_PATCHES, PUBLISHED_GRID = (64, 128, 256, 512), (16, 8, 4, 2), (14, 14)
 
