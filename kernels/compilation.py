@@ -246,8 +246,9 @@ def thorough(dtype: torch.dtype) -> Sizes:
 def _channel_attention(sizes: Sizes) -> None:
     from .channel_attention.triton import LONGEST_FUSED, backward, forward
 
-    tokens_of_both_forms = (*sizes.tokens, LONGEST_FUSED + 1)
-    for batch, tokens, dropout_p in itertools.product(sizes.batches, tokens_of_both_forms, sizes.variants(0.1, 0.0)):
+    launches = list(itertools.product(sizes.batches, (*sizes.tokens, LONGEST_FUSED + 1), sizes.variants(0.1, 0.0)))
+    launches += sizes.variants((), (1, LONGEST_FUSED, 0.1))[1:]  # tiles of 64 rows, and all tokens in one
+    for batch, tokens, dropout_p in launches:
         # As the projections write them: heads within tokens.
         heads = [sizes.empty(batch, tokens, HEADS, sum(sizes.widths)).transpose(1, 2) for _ in range(3)]
         seed = torch.empty(1, dtype=torch.int64, device="meta")
