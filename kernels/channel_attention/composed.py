@@ -136,8 +136,9 @@ def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Te
     centred = scores - _segment_means(row_means, segments).to(scores.dtype).unsqueeze(-1)
     row_norms = torch.linalg.vector_norm(centred, dim=-1, dtype=statistics_dtype(scores))
     variance = _segment_means(row_norms.square() / width, segments) + eps
-    temperature = variance.masked_fill(variance == 0, math.inf).rsqrt()  # of a constant map without eps: 0
-    return (centred * temperature.to(scores.dtype).unsqueeze(-1)).softmax(dim=-1)
+    if eps == 0:
+        variance = variance.masked_fill(variance == 0, math.inf)  # a constant map attends evenly
+    return (centred * variance.rsqrt().to(scores.dtype).unsqueeze(-1)).softmax(dim=-1)
 
 
 def _segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:
