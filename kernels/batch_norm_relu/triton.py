@@ -39,7 +39,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of the batch (C,), and update the running statistics in place."""
     channels = feature.shape[1]
-    mean, variance = (torch.empty(channels, device=feature.device) for _ in range(2))
+    mean, variance = (torch.empty(channels, dtype=torch.float32, device=feature.device) for _ in range(2))
     updated = [tensor for tensor in (running_mean, running_var, num_batches_tracked) if tensor is not None]
     torch.autograd.graph.increment_version(updated)
     if feature.numel() == 0:
@@ -48,7 +48,7 @@ def statistics(
         return mean.zero_(), variance.fill_(1)
     (values,), layout = maps_of(feature)
     cut, tiles = cut_into_parts(layout)
-    parts = torch.empty(count_parts(cut), 3, channels, device=feature.device)
+    parts = torch.empty(count_parts(cut), 3, channels, dtype=torch.float32, device=feature.device)
     triton_maps.statistics_kernel[programs_of(cut, tiles)](
         feature=values, parts_ptr=parts, cut=cut, TILES=tiles, STEPS=triton_layout.STEPS, num_warps=SUM_WARPS
     )
@@ -153,7 +153,7 @@ def backward(
     (values, written, upstream), layout = maps_of(feature, d_feature, gradient)
     norm = _norm(weight, bias, mean, variance, conv_bias, eps, is_of_batch)
     cut, tiles = cut_into_parts(layout)
-    parts = torch.empty(count_parts(cut), 2, layout.channels, device=feature.device)
+    parts = torch.empty(count_parts(cut), 2, layout.channels, dtype=torch.float32, device=feature.device)
     triton_maps.gradient_sums_kernel[programs_of(cut, tiles)](
         gradient=upstream,
         feature=values,
@@ -202,7 +202,7 @@ def backward_of_pool(
     layout = windows_of(feature, layout)
     norm, size = _norm(weight, bias, mean, variance, conv_bias, eps, is_of_batch), Size(*feature.shape[2:])
     cut, tiles = cut_into_parts(layout)
-    parts = torch.empty(count_parts(cut), 2, layout.channels, device=feature.device)
+    parts = torch.empty(count_parts(cut), 2, layout.channels, dtype=torch.float32, device=feature.device)
     triton_windows.window_gradient_sums_kernel[programs_of(cut, tiles)](
         gradient=upstream,
         d_pooled=upstream_pooled,
@@ -238,7 +238,7 @@ def _add_gradient_sums(parts: Tensor, norm: Norm, dtype: torch.dtype, is_of_batc
     ``dtype`` is that of conv_bias.
     """
     count, _, channels = parts.shape
-    sums = torch.empty(2, channels, device=parts.device)
+    sums = torch.empty(2, channels, dtype=torch.float32, device=parts.device)
     d_weight, d_bias = torch.empty_like(norm.weight_ptr), torch.empty_like(norm.bias_ptr)
     d_conv_bias = torch.empty(channels, dtype=dtype, device=parts.device)
     triton_channels.add_gradient_sums_kernel[(triton.cdiv(channels, CHANNEL_BLOCK),)](
