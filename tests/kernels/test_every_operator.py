@@ -269,7 +269,7 @@ def calls_of(operator, inputs):
     [(operator, torch.float32) for operator in OPERATORS + OTHER_FORMS]
     # In half precision attention runs other kernels.
     + [(operator, torch.bfloat16) for operator in OPERATORS if "attention" in operator.name],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_opcheck(operator, dtype):
     """Torch's own checks: schema, shapes without data, and of forward also gradients and compilation for any size."""
