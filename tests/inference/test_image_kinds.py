@@ -90,6 +90,14 @@ def test_values_that_are_nearly_black_are_said_once_a_command(tmp_path, use_mode
     assert (mask.sum(), dice) == (0, 0)
 
 
+def test_a_bright_image_hides_no_dark_ones(tmp_path, use_model, brightness_model):
+    for name, white in (("a", 65535), ("dark", 4095)):
+        put_image(tmp_path / f"test/images/{name}.tif", TRUTH.astype(np.uint16) * white)
+        put_mask(tmp_path / f"test/masks/{name}.png")
+    with pytest.warns(UserWarning, match=r"^1 images hold 16-bit values up to 4095 .*dark.tif"):
+        segment(tmp_path, use_model, brightness_model(), batch_size=1)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".tif", ".png"])
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_turned_photographs_are_segmented_as_shown(tmp_path, use_model, brightness_model, suffix, orientation):

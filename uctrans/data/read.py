@@ -84,11 +84,12 @@ class Doubts:
             self._warn_of_range()
 
     def _warn_of_range(self) -> None:
-        highest, high = (max(values) for values in zip(*self.highest.values(), strict=True))
-        paths = [path for path, (value, end) in self.highest.items() if value > end]
-        doubt = BEYOND if paths else DARK if 0 < highest * DARK_SHARE < high else None
-        if doubt is not None:
-            paths = paths or list(self.highest)
+        beyond = [path for path, (value, end) in self.highest.items() if value > end]
+        dark = [path for path, (value, end) in self.highest.items() if 0 < value * DARK_SHARE < end]
+        for doubt, paths in ((BEYOND, beyond), (DARK, dark)):
+            if not paths:
+                continue
+            highest, high = (max(values) for values in zip(*(self.highest[path] for path in paths), strict=True))
             likely = next(value for value in CAMERA_RANGES if value >= highest)
             levels = round(255 * highest / high) + 1
             numbers = {"highest": highest, "high": high, "levels": levels, "likely": likely}
