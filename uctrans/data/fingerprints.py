@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 ROWS = 256
+WORD_BYTES = 8
 DIGITS = 16
 Record = dict[str, dict[str, str]]
 
@@ -17,10 +18,15 @@ Record = dict[str, dict[str, str]]
 def fingerprint(pixels: np.ndarray) -> str:
     """Return 16 hexadecimal digits that identify an image, (H, W, ...) uint8, by its size and pixels.
 
-    At most 256 rows at equal distances count, so that the digits of a large image take little of the time to read it.
+    At most 256 rows at equal distances count byte by byte, and all pixels by their sum as 64-bit words, so that the
+    digits of a large image take little of the time to read it.
     """
     digest = hashlib.sha256(str(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels[:: -(-len(pixels) // ROWS)]))
+    flat = np.ascontiguousarray(pixels).reshape(-1)
+    whole = len(flat) // WORD_BYTES * WORD_BYTES
+    digest.update(np.add.reduce(flat[:whole].view(np.uint64), dtype=np.uint64).tobytes())
+    digest.update(flat[whole:])
     return digest.hexdigest()[:DIGITS]
 
 
