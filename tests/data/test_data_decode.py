@@ -317,6 +317,13 @@ def test_errors_and_warnings_name_the_palette_of_a_mask(tmp_path):
         read_mask(tmp_path / "indexed.png")
 
 
+def test_a_mask_that_lies_across_its_image_gets_the_remedy(tmp_path):
+    """A photograph was turned by its tag, its mask was not."""
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"4 x 6 .* image is 6 x 4; turn the mask as viewers show the image"):
+        read_mask(tmp_path / "mask.png", 1, shape=(6, 4))
+
+
 def test_pictures_beyond_the_size_that_pillow_takes(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     path = put(tmp_path / "a.png", random_pixels(8, 8))

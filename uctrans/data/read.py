@@ -33,8 +33,8 @@ LOSSY = (
 )
 MANY_VALUES = (
     "{count} binary masks hold more than two distinct values; every value above 0 was taken as foreground: {paths}. "
-    "That is right if the values number objects. If they are classes, set classes; if they are blurred edges, "
-    "threshold the masks."
+    "That is right if the values number objects. If they are classes, set classes; if one marks pixels to ignore, set "
+    "it with --ignore-label; if they are blurred edges, threshold the masks."
 )
 MANY_COLOURS = (
     "{{count}} binary masks hold the colours {colours}; all but black were taken as foreground: {{paths}}. If the "
@@ -228,9 +228,11 @@ def check_shape(path: Path, pixels: np.ndarray, shape: tuple[int, int]) -> None:
     """Raise DataError if the (H, W) of ``pixels`` is not that of the image, ``shape``."""
     if pixels.shape[:2] != tuple(shape):
         height, width = pixels.shape[:2]
+        remedy = "save both at the same size"
+        if (width, height) == tuple(shape):
+            remedy = "turn the mask as viewers show the image, whose file may have an orientation tag"
         raise DataError(
-            f"{path}: is {height} x {width} pixels (height x width), but its image is {shape[0]} x {shape[1]}; "
-            "save both at the same size"
+            f"{path}: is {height} x {width} pixels (height x width), but its image is {shape[0]} x {shape[1]}; {remedy}"
         )
 
 
@@ -369,7 +371,8 @@ def _from_label_values(pixels: np.ndarray, picture: Picture, path: Path, classes
     if beyond.size:
         raise DataError(
             f"{path}: holds label values {shorten(beyond)}, but classes={classes} allows 0 to {classes - 1}; raise "
-            "classes, renumber the mask, or use classes=1 for a mask of 0 and 255 or of numbered objects"
+            "classes, renumber the mask, set --ignore-label if a value marks pixels to ignore, or use classes=1 for a "
+            "mask of 0 and 255 or of numbered objects"
         )
     return labels.astype(np.uint8)
 
