@@ -557,6 +557,8 @@ def _remarks(
     if config.tta != "none":
         kinds = "flips" if config.tta == "flips" else "flips and rotations"
         remarks.append(f"Each probability is the mean over {len(TRANSFORMS[config.tta])} {kinds}")
+    if known is not None and config.intensity_range is not None:
+        remarks.append("Images that the model was trained on are recognised only in the intensity range of training")
     if known is not None and any(known.values()):
         remarks.append(_remark_on_known_images(rows, known))
         if config.split != "test" and known["train"] and config.folds is None:
@@ -569,9 +571,13 @@ def _remarks(
         elif not any(known.values()):
             before = {name for part in record.values() for name in part.values()}
             changed = [row["name"] for row in rows if row["name"] in before]
-            drawn += ", and the model has seen none of them in training"
             if changed:
-                drawn += f", unless changed: {shorten(changed)} had other pixels then"
+                drawn += (
+                    f", and the model may have seen {shorten(changed)} in training, with other pixels or read in "
+                    "another intensity range"
+                )
+            else:
+                drawn += ", and the model has seen none of them in training"
         remarks.append(f"{drawn}; --split all scores every one")
     return tuple(remarks)
 
