@@ -219,7 +219,7 @@ def test_neither_gpu_nor_interpreter(operator, monkeypatch):
     assert_same_bits(operator.results(inputs, "auto"), operator.results(inputs, "composed"))
 
 
-@every_operator
+@every_form
 def test_autocast(operator):
     """Dtypes and, nearly, numbers are those of the composed form; gradients have the dtypes of the inputs."""
     inputs = operator.inputs(torch.float32)
