@@ -130,7 +130,7 @@ def test_token_tiles_cover_the_tokens():
 
 
 class TestMaps:
-    """What the forms over maps in memory have beside the numbers."""
+    """Parts of the images, memory kept for backward, and large grids of the forms over maps."""
 
     shape = AttentionShape(5, 2, 6, (3, 9), 20)
 

@@ -165,7 +165,7 @@ class TestConvolutionsWithoutTheirBias:
         torch.testing.assert_close(module.conv.bias.detach(), 0.75 * before)
 
     def test_a_frozen_norm(self, biases):
-        """Of running statistics that do not follow the batch, the bias has the gradient that it always has."""
+        """Running statistics do not follow the batch here, so the bias keeps its gradient."""
         module = block()
         module.norm.eval()
         nn.init.normal_(module.norm.running_mean)

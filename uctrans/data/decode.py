@@ -167,7 +167,7 @@ def _decode_with_pillow(path: Path, header: bytes) -> Picture:
 
 
 def _orientation_by_exif(image: Any) -> int:
-    """Return the orientation of an image that Pillow has loaded; 1 if there is none or its EXIF is damaged."""
+    """Return the orientation tag of an image that Pillow has loaded, or 1 if it has no tag or its EXIF is damaged."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except READ_ERRORS:

@@ -264,7 +264,7 @@ def protocol_of(
         intensity_range: replaces the range in the metadata.
 
     Raises:
-        DataError: the protocol or channel order is unknown, or the range is none.
+        DataError: the protocol or channel order is unknown, or the range is not two increasing values.
     """
     intensity_range = intensity_range or model.metadata.get("intensity_range")
     return get_protocol(

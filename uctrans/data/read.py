@@ -114,7 +114,7 @@ def read_image(
 
     Raises:
         DataError: the file cannot be read (see :func:`uctrans.data.decode.decode_file`), it has other channels, or the
-            range is none or cannot be that of the file.
+            range is not two increasing values or cannot be that of the file.
     """
     doubts = Doubts()
     image = decode_image(path, channels, intensity_range, doubts)

@@ -69,7 +69,7 @@ class Predictor:
 
     Raises:
         InferenceError: A setting is out of its range.
-        DataError: The protocol or channel order is unknown, or the intensity range is none.
+        DataError: The protocol or channel order is unknown, or the intensity range is not two increasing values.
         ValueError: There is no such device.
     """
 

@@ -31,7 +31,7 @@ DECISIVE = {"epochs", "learning_rate", "min_learning_rate", "amp"}  # a resumed 
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the summary.json of ``evaluate`` in a folder, or None if there is none; raise StudyError if damaged."""
+    """Return the summary.json of ``evaluate`` in a folder, or None without the file; raise StudyError if damaged."""
     path = folder / "summary.json"
     if not path.exists():
         return None

@@ -151,7 +151,7 @@ class _Jobs:
 
     Attributes:
         died: Names of those whose process ended before they were over, and how it ended.
-        error: Message of the first whose data or settings cannot be used, which stops the study; "" if there is none.
+        error: Message of the first run whose data or settings cannot be used, which stops the study, or "".
     """
 
     def __init__(self, config: StudyConfig, plan: list[PlannedRun], deadline: float):

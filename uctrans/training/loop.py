@@ -15,7 +15,7 @@ A thread writes the checkpoints while training continues (see ``uctrans.training
 from what is on the disk; a run that ends in any other way has written everything. A new run that fails in its first
 epoch, as with a batch that exceeds the memory, removes what it wrote, so that it can begin again with other settings.
 
-The folder is locked while a run goes on, so no two processes write into it.
+The folder is locked during a run, so that no other process writes into it.
 """
 
 import contextlib
@@ -133,7 +133,9 @@ def _emptied_if_nothing_was_learned(run: Run) -> Iterator[None]:
         yield
     except (TrainingError, CheckpointError):
         raise
-    except Exception:
+    except (
+        Exception
+    ):  # out of memory, a size that a layer refuses, an error of the user's own layer: all are raised again
         if run.group.is_main and not run.config.resume and run.epoch <= 1 and _is_initial(folder / LAST_CHECKPOINT):
             for path in {folder / name for name in (*RUN_FILES, *LOG_FILES)} & (set(folder.iterdir()) - before):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
