@@ -79,6 +79,9 @@ class EvaluateConfig:
         batch_size: Images, or tiles, in one forward pass.
         channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
         intensity_range: Lowest and highest value of the image files: 0,4095; none takes the model's.
+        scale: Factor by which images are enlarged before the network sees their pixels, 0.1 to 10; masks and scores
+            stay at the size of the images. Raise it if small nuclei are merged or missed, lower it if large ones are
+            split.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
@@ -104,6 +107,7 @@ class EvaluateConfig:
     batch_size: int = 4
     channel_order: str | None = None
     intensity_range: tuple[int, int] | None = None
+    scale: float = 1.0
     backend: str = "auto"
     device: str = "auto"
     amp: str = "no"

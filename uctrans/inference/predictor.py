@@ -31,7 +31,8 @@ from .settings import InferenceError, check_choice
 RESOLUTIONS = ("protocol", "native")
 AMP = ("no", "bf16")
 SETTINGS = ("device", "resolution", "tile", "overlap", "tta", "amp", "batch_size", "channel_order", "graph")
-SETTINGS += ("intensity_range",)
+SETTINGS += ("intensity_range", "scale")
+SMALLEST_SCALE, LARGEST_SCALE = 0.1, 10
 
 # Each transform flips the columns if its second value is set, then turns counter-clockwise by its first, in quarters.
 TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
@@ -64,6 +65,8 @@ class Predictor:
         batch_size: Tiles in one forward pass.
         channel_order: ``"rgb"`` or ``"bgr"`` to replace the order that the model's metadata name.
         intensity_range: Lowest and highest value of image files, to replace the range that the metadata name.
+        scale: Factor by which `probabilities_of_image` enlarges an image before the network sees it, 0.1..10; the
+            probabilities come back at the size of the image. It needs the resolution or the protocol ``"native"``.
         graph: On CUDA, replay the network as a CUDA graph for every shape of input that comes again. The weights may
             change in place; a model that is moved or set to another backend needs another predictor.
 
@@ -86,6 +89,7 @@ class Predictor:
         batch_size: int = 4,
         channel_order: str | None = None,
         intensity_range: tuple[int, int] | None = None,
+        scale: float = 1.0,
         graph: bool = True,
     ) -> None:
         check_choice("resolution", resolution, RESOLUTIONS)
@@ -97,12 +101,21 @@ class Predictor:
             raise InferenceError(f"overlap: {overlap} is out of range; give 0 or more and less than 1")
         if batch_size < 1:
             raise InferenceError(f"batch_size: {batch_size} is too small; give 1 or more")
+        if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+            raise InferenceError(f"scale: {scale} is out of range; give {SMALLEST_SCALE} to {LARGEST_SCALE}")
         self.device = _device(device)
         self.protocol = protocol_of(model, channel_order, intensity_range)
         # On the CPU, at 224 pixels, channels-last was measured 1.04 to 1.26 times as fast as contiguous.
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.resolution, self.tta, self.amp = resolution, tta, amp
-        self.overlap, self.batch_size = overlap, batch_size
+        self.overlap, self.batch_size, self.scale = overlap, batch_size, scale
+        self._is_resized = resolution == "protocol" and not self.protocol.keeps_resolution
+        if self._is_resized and scale != 1:
+            height, width = self.protocol.image_size
+            raise InferenceError(
+                f"scale: the protocol {self.protocol.name} shows the network every image at {height} x {width} pixels, "
+                "whatever its scale; set resolution to native, or leave scale out"
+            )
         self.tile = self.protocol.image_size if tile is None else (tile, tile)
         self._network = _with_probabilities(self.model, amp)
         if graph and self.device.type == "cuda":
@@ -137,10 +150,14 @@ class Predictor:
         Returns:
             float32 ``(P, H, W)`` on the predictor's device.
         """
-        is_resized = self.resolution == "protocol" and not self.protocol.keeps_resolution
-        seen = self.protocol.resize_image(image) if is_resized else image
+        size = image.shape[:2]
+        seen = self.protocol.resize_image(image) if self._is_resized else image
         pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).unsqueeze(0)
-        return enlarge(self.probabilities(pixels, tiled=not is_resized), image.shape[:2])[0]
+        if self.scale == 1:
+            return enlarge(self.probabilities(pixels, tiled=not self._is_resized), size)[0]
+        scaled_size = tuple(max(round(side * self.scale), 1) for side in size)
+        scaled = resize_smoothly(pixels.float(), scaled_size).round().byte()
+        return resize_smoothly(self.probabilities(scaled, tiled=True), size)[0]
 
     def _forward(self, inputs: Tensor) -> Tensor:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -218,6 +235,11 @@ def enlarge(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     if probabilities.shape[-2:] == size:
         return probabilities
     return nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
+
+
+def resize_smoothly(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``(B, C, h, w)`` to ``size`` bilinearly, over wider neighbourhoods where it shrinks (anti-aliasing)."""
+    return nn.functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def to_labels(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
