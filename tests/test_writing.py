@@ -1,5 +1,7 @@
 """Files are whole or not there."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -17,6 +19,7 @@ from skimage.io import imread
 
 import uctrans
 from uctrans.writing import (
+    UNFINISHED,
     FolderError,
     locked,
     remove_unfinished,
@@ -24,6 +27,7 @@ from uctrans.writing import (
     write_json,
     write_png,
     written_atomically,
+    written_together,
 )
 
 
@@ -75,22 +79,115 @@ def test_new_names_are_put_on_the_disk_after_the_content(tmp_path, monkeypatch):
     assert synced == [("content", False), ("folder", True)]
 
 
-def test_a_name_as_long_as_the_disk_allows_is_written(tmp_path):
-    path = tmp_path / f"{'a' * 251}.bin"
-    write_bytes(path, b"content")
-    assert path.read_bytes() == b"content"
+@pytest.mark.parametrize(
+    "name", ["a" * 251 + ".bin", "腺" * 83 + ".png", "a." + "b" * 253], ids=["ASCII", "CJK", "suffix"]
+)
+def test_a_name_as_long_as_the_disk_allows_is_written(tmp_path, name):
+    write_bytes(tmp_path / name, b"content")
+    assert (tmp_path / name).read_bytes() == b"content"
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
-    own = tmp_path / f".a-{platform.node()[:64]}-{os.getpid()}.bin"
-    other, of_another_file = tmp_path / ".a-1.bin", tmp_path / ".b-1.bin"
-    for left in (own, other, of_another_file):
-        left.write_bytes(b"half of a longer file")
+def test_a_planted_link_is_replaced_and_its_target_kept(tmp_path, monkeypatch):
+    target, path = tmp_path / "target", tmp_path / "new" / "a.bin"
+    target.write_bytes(b"keep")
+    path.parent.mkdir()
+    path.symlink_to(target)
+    monkeypatch.setattr("secrets.token_hex", lambda length: "0" * 2 * length)
+    with written_atomically(path) as temporary:
+        taken = temporary
+    taken.symlink_to(target)
+    with pytest.raises(FileExistsError):
+        write_bytes(path, b"through the link")
+    monkeypatch.undo()
+    write_bytes(path, b"new")
+    assert (target.read_bytes(), path.read_bytes(), path.is_symlink()) == (b"keep", b"new", False)
+
+
+def test_temporary_names_cannot_be_foreseen(tmp_path):
+    names = set()
+    for _ in range(3):
+        with written_atomically(tmp_path / "a.bin") as temporary:
+            names.add(temporary.name)
+    assert len(names) == 3
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_bytes(tmp_path / "a.bin", b"")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == 0o640
+
+
+def test_files_that_are_written_together_get_their_names_in_order(tmp_path, monkeypatch):
+    names = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (names.append(target.name), replace(self, target)))
+    paths = [tmp_path / name for name in ("scores.csv", "figure.png", "summary.json")]
+    with written_together(paths) as temporaries:
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.write_text(path.name)
+        assert names == []
+    assert names == ["scores.csv", "figure.png", "summary.json"]
+    assert [path.read_text() for path in paths] == names
+
+    with pytest.raises(KeyError), written_together(paths) as temporaries:
+        temporaries[0].write_text("half")
+        raise KeyError
+    assert [path.read_text() for path in paths] == names
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+WRITE_FOR_EVER = """
+import sys, pathlib
+from uctrans.writing import written_atomically
+with written_atomically(pathlib.Path(sys.argv[1]) / "a.bin") as path:
+    path.write_bytes(b"half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_stays(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(uctrans.__file__).parents[1])}
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert writer.stdout.readline() == b"writing\n"
+    (temporary,) = tmp_path.iterdir()
+    with locked(tmp_path):
+        assert temporary.read_bytes() == b"half"
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    assert temporary.exists()
+    with locked(tmp_path):
+        assert not temporary.exists()
+
+
+def test_without_locks_a_day_must_have_passed(tmp_path, monkeypatch):
+    young, old = tmp_path / f"{UNFINISHED}young.bin", tmp_path / f"{UNFINISHED}old.bin"
+    for path in (young, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
     write_bytes(tmp_path / "a.bin", b"new")
-    assert not own.exists()
-    assert other.exists()
-    remove_unfinished(tmp_path / "a.bin")
-    assert sorted(tmp_path.iterdir()) == [of_another_file, tmp_path / "a.bin"]
+    remove_unfinished(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [young, tmp_path / "a.bin"]
+
+
+@pytest.mark.parametrize("plant", [Path.symlink_to, Path.hardlink_to])
+def test_a_planted_lock_is_refused_and_its_target_kept(tmp_path, plant):
+    target = tmp_path / "target"
+    target.write_bytes(b"keep")
+    (tmp_path / "run").mkdir()
+    plant(tmp_path / "run" / ".lock", target)
+    with pytest.raises(FolderError, match=r"run/\.lock is .*; remove it"), locked(tmp_path / "run"):
+        pass
+    assert target.read_bytes() == b"keep"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Write files so that a reader, or a power cut, never meets half of one; keep a folder for one process."""
 
 import contextlib
-import glob
 import json
 import math
 import os
 import platform
+import secrets
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ try:
 except ImportError:  # on Windows, where folders are not locked
     fcntl = None
 
-LONGEST_STEM = 100  # of a temporary name, which must fit into the 255 bytes that most file systems allow
-LONGEST_HOST = 64  # in a temporary name
+UNFINISHED = ".unfinished-"  # begins the name of every temporary file
+LONGEST_EXTENSION = 16  # bytes of a temporary name, which must fit into the 255 that most file systems allow
+ABANDONED_SECONDS = 24 * 3600  # age of a temporary file to remove where files cannot be locked
+NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
 LOCK_FILE = ".lock"
 
 
@@ -31,8 +34,9 @@ class FolderError(ValueError):
 def locked(folder: Path) -> Iterator[int]:
     """Keep a folder for this process until the block ends, and all processes that inherited the yielded descriptor.
 
-    The folder is made if it is missing, and removed if the block leaves it empty. The operating system frees the lock
-    of a process that has died. On Windows, and on a file system without locks, nothing is locked.
+    The folder is made if it is missing, and removed if the block leaves it empty. Temporary files that killed processes
+    left in it are removed. The operating system frees the lock of a process that has died. On Windows, and on a file
+    system without locks, nothing is locked.
 
     Raises:
         FolderError: another process holds the folder, or it cannot be made or written to.
@@ -46,6 +50,7 @@ def locked(folder: Path) -> Iterator[int]:
     try:
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {time.ctime()}".encode())
+        remove_unfinished(folder)
         yield descriptor
     finally:
         if fcntl is not None:
@@ -60,10 +65,16 @@ def _open_locked(path: Path) -> int:
     """Return a descriptor of the lock file, which no other process has locked; the lock ends when it is closed."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            raise FolderError(f"output: {path} is a link, which would be written through; remove it")
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, 0o666)
         except FileNotFoundError:  # the process that had made the folder has just removed it
             continue
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(descriptor)
+            raise FolderError(f"output: {path} is no file of its own, so nothing is written to it; remove it")
         if fcntl is None:
             return descriptor
         try:
@@ -86,27 +97,74 @@ def _open_locked(path: Path) -> int:
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` when the block ends without an error.
 
-    The temporary file lies in the same folder, which is made if it is missing, and has the same extension. Its content
-    is on the disk before it gets its name, and the name before this function returns. An error leaves the old file.
+    The temporary file is new, has a random name with the extension of ``path``, and lies in the same folder, which is
+    made if it is missing. Its content is on the disk before it gets its name, and the name before this function
+    returns. An error leaves the old file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    process = f"{platform.node()[:LONGEST_HOST]}-{os.getpid()}"
-    temporary = path.with_name(f".{path.stem[:LONGEST_STEM]}-{process}{path.suffix}")
-    temporary.unlink(missing_ok=True)  # left by a killed process that had the same number
+    extension = path.suffix if len(os.fsencode(path.suffix)) <= LONGEST_EXTENSION else ""
+    temporary, descriptor = _open_temporary(path.parent, extension)
+    with os.fdopen(descriptor) as lock:
+        if fcntl is None:  # Windows renames no open file
+            lock.close()
+        try:
+            yield temporary
+            _sync(temporary, os.O_RDWR)
+            temporary.replace(path)
+            if os.name == "posix":
+                _sync(path.parent, os.O_RDONLY)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield a temporary path for each of ``paths``; they replace them one after the other when the block ends.
+
+    See :func:`written_atomically`. A process that is killed in between leaves the first ones new and the others old, so
+    the last file should tell whether the others belong to it, or be removed at the end of the block.
+    """
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(written_atomically(path)) for path in reversed(paths)][::-1]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files in ``folder`` whose processes were killed; those of running processes stay."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # it was completed or removed in between, or is not ours to write
+            descriptor = os.open(path, os.O_RDWR | NOT_FOLLOWED)
+            try:
+                if _lock_or_find_old(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock_or_find_old(descriptor: int) -> bool:
+    """Return whether no process is writing the file: it can be locked; or, where no file can be, it is old."""
     try:
-        yield temporary
-        _sync(temporary, os.O_RDWR)
-        temporary.replace(path)
-        if os.name == "posix":
-            _sync(path.parent, os.O_RDONLY)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return time.time() - os.fstat(descriptor).st_mtime > ABANDONED_SECONDS
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove the temporary files of ``path`` that killed processes left; no other process may be writing it."""
-    for temporary in path.parent.glob(f".{glob.escape(path.stem[:LONGEST_STEM])}-*{path.suffix}"):
-        temporary.unlink()
+def _open_temporary(folder: Path, extension: str) -> tuple[Path, int]:
+    """Return a new file and its descriptor, which locks it if the file system can."""
+    while True:
+        path = folder / f"{UNFINISHED}{secrets.token_hex(8)}{extension}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOT_FOLLOWED, 0o666)
+        if fcntl is None:
+            return path, descriptor
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)  # another process has removed it as abandoned before it was locked
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import uctrans
 from uctrans.models import ModelFileError
 from uctrans.training import CheckpointError, TrainingError, checkpoint, load_checkpoint, train
 from uctrans.training.checkpoint import copy_checkpoint, load_weights, save_checkpoint, write_files
+from uctrans.writing import UNFINISHED
 
 
 def test_checkpoint_has_the_documented_keys(finished):
@@ -30,13 +31,6 @@ def test_load_model_reads_run_folder_and_checkpoints(finished, assert_same):
     assert_same(dict(uctrans.load_model(finished / "last.pt").state_dict()), state)
     best = dict(load_checkpoint(finished / "best.pt")["model"]["state"])
     assert_same(dict(uctrans.load_model(finished).state_dict()), best)
-
-
-def test_checkpoints_of_killed_processes_are_cleared_away(tmp_path):
-    for name in (".last-1.pt", ".best-1.pt"):
-        (tmp_path / name).write_bytes(b"half")
-    save_checkpoint(tmp_path / "last.pt", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".best-1.pt", "last.pt"]
 
 
 def test_folder_without_permission_is_named(tmp_path, monkeypatch):
@@ -90,7 +84,7 @@ def test_best_weights_that_cannot_be_written_are_named(make_config, monkeypatch)
 
 
 def test_half_a_file_of_a_killed_process_is_cleared_away(finished):
-    (finished / "best" / ".model-1.safetensors").write_bytes(b"half")
+    (finished / "best" / f"{UNFINISHED}1.safetensors").write_bytes(b"half")
     write_files(finished, load_checkpoint(finished / "best.pt"), is_best=True)
     assert sorted(path.name for path in (finished / "best").iterdir()) == ["config.json", "model.safetensors"]
 

@@ -9,7 +9,7 @@ from ..data import DataError, Sample, find_images, labels_to_colours
 from ..data.instances import write_instances
 from ..data.read import Doubts
 from ..tiling import OVERLAP
-from ..writing import write_png, written_atomically
+from ..writing import remove_unfinished, write_png, written_atomically
 from .figures import as_rgb, class_colours, instance_overlay, overlay
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
 from .predictor import Predictor, predictor_of, to_labels
@@ -132,6 +132,7 @@ def predict(config: PredictConfig) -> list[Path]:
     if not config.overwrite:
         refuse_existing([path for files in plan for path in files.values()], "this prediction")
     predictor = predictor_of(config)
+    remove_unfinished(folder)
     written: list[Path] = []
     failures: dict[Path, str] = {}
     doubts = Doubts()

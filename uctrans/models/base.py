@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..extras import import_extra
 from ..kernels.checks import check_dtypes_and_devices
-from ..writing import write_bytes
+from ..writing import remove_unfinished, write_bytes
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -153,6 +153,7 @@ class SegmentationModel(nn.Module):
 
 def write_model(folder: Path, saved: dict[str, Any]) -> None:
     """Write ``model.safetensors`` and ``config.json`` of a model, given as its name, config, metadata and state."""
+    remove_unfinished(folder)
     state = {key: value.detach().contiguous() for key, value in saved["state"].items()}
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(state))
     text = json.dumps({"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}, indent=2)

@@ -29,7 +29,7 @@ import torch
 from ..models import ModelFileError, read_checkpoint
 from ..models.base import load_state, write_model
 from ..models.files import CHECKPOINT_FORMAT, LAST_CHECKPOINT
-from ..writing import remove_unfinished, written_atomically
+from ..writing import written_atomically
 from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
 from .log import failures_named
 
@@ -49,7 +49,6 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the file cannot be written. The previous file is still there, whole.
     """
-    remove_unfinished(path)
     with _failed_writes_named(path), written_atomically(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": CHECKPOINT_FORMAT, "version": VERSION, **checkpoint}, file)
 
@@ -57,6 +56,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Give a complete checkpoint a second name, atomically and without a copy if the disk can link."""
     with _failed_writes_named(target), written_atomically(target) as temporary:
+        temporary.unlink()
         try:
             os.link(source, temporary)
         except OSError:
@@ -73,8 +73,6 @@ def write_files(folder: Path, checkpoint: dict[str, Any], is_best: bool) -> None
         save_checkpoint(folder / LAST_CHECKPOINT, checkpoint)
         return
     with failures_named(folder / "best"):
-        for unfinished in (folder / "best").glob(".*"):  # left by a killed process
-            unfinished.unlink()
         write_model(folder / "best", checkpoint["model"] | {"state": checkpoint["ema"] or checkpoint["model"]["state"]})
     # best.pt comes first: if last.pt is not reached, the epoch is repeated and gives the same best.pt.
     save_checkpoint(folder / "best.pt", checkpoint)
