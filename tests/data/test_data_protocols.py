@@ -40,7 +40,7 @@ def test_protocol_names_and_sizes():
     [
         ({"name": "nativ"}, "protocol: 'nativ' is unknown; choose one of augmented-224, native, uctransnet-224"),
         ({"crops_per_image": 2}, "crops_per_image: the protocol uctransnet-224 has no such option"),
-        ({"name": "native", "crops_per_image": 0}, "crops_per_image=0"),
+        ({"name": "native", "crops_per_image": 0}, "crops_per_image: 0 is no number of crops"),
         ({"image_size": 0}, "of 1 pixel or more"),
         ({"image_size": (8, 8, 3)}, "give height and width"),
         ({"channel_order": "gbr"}, "choose one of rgb, bgr"),

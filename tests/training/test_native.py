@@ -63,6 +63,13 @@ def test_an_epoch_takes_every_image_as_often_as_it_is_cropped(make_native):
     assert Run(make_native(crops_per_image=None), CPU).images_per_epoch == 48
 
 
+def test_an_epoch_takes_as_many_crops_as_have_the_pixels_of_an_image(make_native):
+    run = Run(make_native(crops_per_image="area", image_size=20), CPU)
+    run.begin_epoch()
+    assert torch.bincount(run.order).tolist() == [4, 2, 1]  # of 40 x 36, 20 x 50 and 12 x 14 pixels
+    assert run.images_per_epoch == 7
+
+
 def test_a_step_sees_crops_and_lowers_the_loss(make_native):
     run = Run(make_native(image_size=24), CPU)
     run.begin_epoch()
@@ -172,7 +179,8 @@ def test_boundary_logits_are_scored_by_their_nuclei(make_native):
             "protocol to native",
         ),
         ({"protocol": "uctransnet-224"}, DataError, "crops_per_image: the protocol uctransnet-224 has no such option"),
-        ({"crops_per_image": 0}, ConfigError, "crops_per_image: 0 is too small"),
+        ({"crops_per_image": 0}, DataError, "crops_per_image: 0 is no number of crops; give 1 or more, or area"),
+        ({"crops_per_image": "size"}, DataError, "crops_per_image: 'size' is no number of crops"),
         ({"augmentation": {"zoom": 1}}, DataError, "augmentation: there is no 'zoom'"),
         ({"augmentation": {"rotation": 400}}, DataError, "rotation=400 is out of range; give a number from 0 to 180"),
         ({"augmentation": "{"}, ConfigError, "augmentation: '{' is not JSON"),

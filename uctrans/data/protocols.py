@@ -3,6 +3,7 @@
 A protocol is part of the meaning of a score, so its name is stored with the weights.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,6 +20,7 @@ from .read import IGNORED, RGB_CHANNELS, Doubts, check_intensity_range, decode_i
 
 DEFAULT_PROTOCOL = "uctransnet-224"
 CHANNEL_ORDERS = ("rgb", "bgr")
+BY_AREA = "area"
 WEIGHT_BITS = 11
 # Both passes of resizing multiply by 2^11, so 22 bits must go: 4 after the first pass, 16 in the second, 2 by rounding.
 FIRST_SHIFT, SECOND_SHIFT, LAST_SHIFT = 4, 16, 2
@@ -37,7 +39,6 @@ class Protocol:
         ignore_label: value of pixels to ignore in mask files, see :func:`uctrans.data.read_mask`.
         keeps_resolution: whether the network sees the pixels of the files. Then ``image_size`` is the size of the crops
             and tiles that it sees at once, and scores are taken at the size of the files.
-        crops_per_image: number of times that an epoch takes each image.
         resizes_as: name of the protocol that resizes images and masks in the same way, so that scores compare.
     """
 
@@ -49,7 +50,6 @@ class Protocol:
     ignore_label: int | None = None
     resizes_as: ClassVar[str] = DEFAULT_PROTOCOL
     keeps_resolution: ClassVar[bool] = False
-    crops_per_image: ClassVar[int] = 1
 
     def __post_init__(self):
         if len(self.image_size) != 2 or min(self.image_size) < 1:
@@ -121,6 +121,10 @@ class Protocol:
         """Augment a batch, (B, C, h, w) and (B, h, w); see :func:`uctrans.data.augmentation.turn_flip_rotate`."""
         return turn_flip_rotate(images, masks, generator)
 
+    def epoch(self, data: Any) -> Tensor:
+        """Return the positions of the images that an epoch takes, each as often as it takes it, int64 on the CPU."""
+        return torch.arange(len(data))
+
     def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return augmented network input and masks.
 
@@ -168,19 +172,27 @@ class NativeProtocol(AugmentedProtocol):
     """Images and masks as in the files: the network is trained on random crops and sees whole images in tiles.
 
     Attributes:
-        crops_per_image: crops that an epoch takes of each image, each at a place of its own. 16 crops of 256 x 256
-            have as many pixels as an image of 1000 x 1000.
+        crops_per_image: crops that an epoch takes of each image, each at a place of its own; 16 crops of 256 x 256 have
+            as many pixels as an image of 1000 x 1000. "area" takes as many as have the pixels of the image, one at
+            least, so that images of several sizes are seen equally often at every place.
         augmentation: strengths of the changes.
     """
 
     keeps_resolution: ClassVar[bool] = True
 
-    crops_per_image: int = 16
+    crops_per_image: int | str = 16
 
     def __post_init__(self):
         super().__post_init__()
-        if self.crops_per_image < 1:
-            raise DataError(f"crops_per_image={self.crops_per_image}: is too few for an epoch; give 1 or more")
+        if self.crops_per_image != BY_AREA and not (isinstance(self.crops_per_image, int) and self.crops_per_image > 0):
+            raise DataError(f"crops_per_image: {self.crops_per_image!r} is no number of crops; give 1 or more, or area")
+
+    def epoch(self, data: Any) -> Tensor:
+        """Return the positions of the images of :class:`uctrans.data.NativeImages`, one for each crop, int64 (n,)."""
+        if self.crops_per_image == BY_AREA:
+            areas = data.sizes.cpu().prod(0) / math.prod(self.image_size)
+            return torch.arange(len(data)).repeat_interleave(areas.round().long().clamp(min=1))
+        return torch.arange(len(data)).repeat(self.crops_per_image)
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
         """Return the image unchanged."""

@@ -54,7 +54,6 @@ _AT_LEAST = {
     "patience": 1,
     "first_best_epoch": 1,
     "val_every": 1,
-    "crops_per_image": 1,
     "save_minutes": 0,
     "threads": 1,
     "fold": 0,
@@ -97,8 +96,8 @@ class TrainConfig:
         protocol: uctransnet-224 resizes images; augmented-224 does so with the augmentation of native; native takes
             random crops at full resolution and validates on whole images in tiles (see
             ``uctrans.data.list_protocols()``).
-        crops_per_image: Random crops of each training image in an epoch under the protocol native; none takes the 16
-            of the protocol.
+        crops_per_image: Random crops of each training image in an epoch under the protocol native, or area: as many as
+            have the pixels of the image; none takes the 16 of the protocol.
         augmentation: Strengths of the augmentation under the protocols native and augmented-224, as a mapping or as
             JSON: {"rotation": 45, "stain_scale": 0.1}. ``uctrans.data.NativeAugmentation`` lists names, ranges and
             defaults.
@@ -163,7 +162,7 @@ class TrainConfig:
     model_options: dict[str, Any] | str = field(default_factory=dict)
     init_from: str | None = None
     protocol: str = "uctransnet-224"
-    crops_per_image: int | None = None
+    crops_per_image: int | str | None = None
     augmentation: dict[str, Any] | str = field(default_factory=dict)
     channel_order: str | None = None
     palette: str | tuple[Any, ...] | None = None

@@ -97,6 +97,7 @@ class Run:
         self.remarks = check_truth_of_run(config, self.train_data, self.val_data)
         self.scored_classes = classes_of_masks(self.val_data, config)
 
+        self.epoch_images = self.protocol.epoch(self.train_data).to(group.device)
         torch.manual_seed(config.seed)
         model = build_model(config, self.protocol.image_size)
         # Convolutions read this layout without a conversion; feature maps take it over from the weights.
@@ -133,7 +134,7 @@ class Run:
     @property
     def images_per_epoch(self) -> int:
         """Number of training images in an epoch; each crop counts as an image."""
-        return len(self.train_data) * self.protocol.crops_per_image
+        return len(self.epoch_images)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -165,7 +166,7 @@ class Run:
             order = torch.randperm(
                 self.images_per_epoch, generator=self.order_generator, device=self.order_generator.device
             )
-            self.order = order % len(self.train_data)
+            self.order = self.epoch_images[order]
 
     def batch(self, step: int, rank: int | None = None) -> torch.Tensor:
         """Return the positions of the images in a step of a process (by default this one), int64 (B,)."""
