@@ -156,15 +156,28 @@ def test_only_resume_takes_settings_from_the_output_folder(tmp_path, capsys):
         ("epoch: 3", "epoch"),
         ("- 1\n- 2", "config"),
         ("epochs: [", "config"),
+        ("model_options: &all [*all]", "config.yaml: holds the alias *all, in whose place the value belongs; write it"),
+        ("seed: " + "1" * 10_000, "config.yaml: is not YAML"),
         ("epochs: many", "epochs"),
         ("compile: maybe", "--compile: maybe does not fit; give true or false"),
     ],
+    ids=["field", "list", "torn", "alias", "digits", "number", "switch"],
 )
 def test_a_bad_config_file(content, named, tmp_path, capsys):
     file = tmp_path / "config.yaml"
     file.write_text(content)
     assert named in error_of(capsys, "train", "-i", "data", "-o", tmp_path / "run", "--config", file)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["-c{}", "--config={}", "--config {} --config other.yaml"])
+def test_a_config_that_would_block_for_ever(option, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "other.yaml").write_text("epochs: 1\n")
+    words = option.format(tmp_path / "pipe").replace("other.yaml", str(tmp_path / "other.yaml")).split()
+    assert "pipe: is a named pipe, not a file" in error_of(
+        capsys, "train", "-i", "data", "-o", tmp_path / "run", *words
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from types import FrameType, NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .extras import import_extra
+from .reading import UnreadableError, read_yaml
 
 DEBUG_VARIABLE = "UCTRANS_DEBUG"
 USER_ERROR = 2
@@ -286,6 +287,7 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
     try:
         if name == "train":
             rest = _config_of_resumed_run(rest) + rest
+        _check_config_files(rest)
         given = vars(parser.parse_args(rest))
     except argparse.ArgumentError as error:
         hint = _near_flags(rest, settings) or f"uctrans {name} --help lists the settings"
@@ -311,7 +313,7 @@ def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
     """Return ``--config`` with the config.yaml of the run that ``train`` resumes, unless ``words`` name a file."""
     given = _paths_and_resume(words)
-    if given.config is not None or given.output is None or str(given.resume).lower() not in ("true", "yes"):
+    if given.config or given.output is None or str(given.resume).lower() not in ("true", "yes"):
         return []
     file = Path(given.output) / "config.yaml"
     if not file.exists() and given.input is None:
@@ -319,12 +321,22 @@ def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
     return [f"--config={file}"] if file.exists() else []
 
 
+def _check_config_files(words: Sequence[str]) -> None:
+    """Raise CommandLineError if reading a config file that ``words`` name would block or exhaust the memory."""
+    for file in _paths_and_resume(words).config:
+        try:
+            if Path(file).exists():
+                read_yaml(file)
+        except UnreadableError as error:
+            raise CommandLineError(f"{error}; write it like a run's config.yaml") from error
+
+
 def _paths_and_resume(words: Sequence[str]) -> argparse.Namespace:
     """Return ``input``, ``output``, ``config`` and ``resume`` as ``words`` give them, without checks."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-i", "--input", "--data")
     parser.add_argument("-o", "--output")
-    parser.add_argument("-c", "--config")
+    parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--resume", nargs="?", const="true")
     return parser.parse_known_args(words)[0]
 
@@ -334,8 +346,7 @@ def _with_name_of_switch(message: str, words: Sequence[str], settings: type) -> 
     found = re.fullmatch(r"Value not boolean: (.*)\.", message, flags=re.DOTALL)
     if not found:
         return message
-    content = Path(_paths_and_resume(words).config).read_text(encoding="utf-8")
-    values = import_extra("yaml", "training").safe_load(content)
+    values = read_yaml(_paths_and_resume(words).config[-1])
     switches = [field for field, hint in get_type_hints(settings).items() if hint is bool]
     names = [field for field in switches if field in values and str(values[field]) == found[1]]
     return f'Parser key "{names[0]}": Got value: {found[1]}' if names else message

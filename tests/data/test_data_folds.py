@@ -108,7 +108,7 @@ def test_folds_file_of_another_form(tmp_path, content):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00"])
 def test_folds_file_that_is_not_json(tmp_path, content):
     (tmp_path / "folds.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"folds\.json: is not a JSON file"):
+    with pytest.raises(DataError, match=r"folds\.json: is not JSON"):
         load_folds(tmp_path / "folds.json")
 
 

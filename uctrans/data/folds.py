@@ -1,12 +1,12 @@
 """Cross-validation folds: made from names and a seed, kept in a file, checked against a dataset folder."""
 
-import json
 import os
 import random
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..reading import UnreadableError, read_json
 from .find import SPLITS, DataError, Sample, find_all_samples, find_development_samples, find_samples, shorten
 
 FOLDS_FOLDER = Path(__file__).parent / "folds"
@@ -53,9 +53,9 @@ def load_folds(path_or_name: str | os.PathLike, root: str | os.PathLike | None =
     """
     path = _folds_path(path_or_name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: is not a JSON file ({error}); write one with the result of make_folds") from error
+        content = read_json(path)
+    except UnreadableError as error:
+        raise DataError(f"{error}; write one with the result of make_folds") from error
     folds = content.get("folds") if isinstance(content, dict) else None
     if not isinstance(folds, list) or not folds or not all(_is_fold(fold) for fold in folds):
         raise DataError(

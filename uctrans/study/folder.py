@@ -20,6 +20,7 @@ from ..data import find_development_samples, find_samples, get_protocol, load_fo
 from ..data.find import SPLITS
 from ..data.folds import Fold
 from ..data.instances import check_truth, find_instances
+from ..reading import read_json
 from ..training import TrainConfig
 from ..training.config import CHANGEABLE_ON_RESUME
 from ..writing import write_json
@@ -36,7 +37,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         needed = {name: summary[name] for name in ("mean", "count", "images", "scored_at", "model")}
         return needed | {"known_images": summary.get("known_images") or {}}
     except (ValueError, KeyError, TypeError) as error:
@@ -169,7 +170,7 @@ def _digest(content: list[Any]) -> str:
 def _continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     """Return the marker of a study and of this call together; raise StudyError if the call asks for another study."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         version = before.get("version")
     except (ValueError, AttributeError) as error:
         raise StudyError(f"{path}: is damaged ({error}); restore it, or name another output folder") from error

@@ -14,6 +14,7 @@ from ..data.instances import BOUNDARY_CLASSES, BOUNDARY_TARGET
 from ..data.read import IGNORED
 from ..data.tensors import TARGETS
 from ..extras import import_extra
+from ..reading import UnreadableError, read_yaml
 from ..writing import write_bytes
 
 # A resumed run may change these settings; any other change would make it another run.
@@ -276,13 +277,10 @@ class TrainConfig:
     @classmethod
     def load_yaml(cls, path: str | Path) -> "TrainConfig":
         """Read a configuration from a YAML file; ConfigError names the file if it holds none."""
-        yaml = import_extra("yaml", "training")
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read as YAML ({error}); name a file like a run's config.yaml"
-            ) from error
+            values = read_yaml(path)
+        except (OSError, UnreadableError) as error:
+            raise ConfigError(f"{error}; name a file like a run's config.yaml") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds no 'field: value' lines; write it like a run's config.yaml")
         return cls.from_dict(values, source=str(path))

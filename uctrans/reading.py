@@ -1,0 +1,90 @@
+"""Read files that anyone may have written: regular files only, and text of limited size, depth and expansion."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from .extras import import_extra
+
+MAX_JSON_BYTES = 1 << 26  # the folds of a million images
+MAX_YAML_BYTES = 1 << 20
+MAX_YAML_DEPTH = 20
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class UnreadableError(ValueError):
+    """A file cannot be read as what it should be; the message begins with its path and says why, without a remedy."""
+
+
+def check_regular_file(path: str | os.PathLike) -> None:
+    """Check that opening a file cannot block and that reading it comes to an end; follow links.
+
+    Raises:
+        UnreadableError: the path is a folder, named pipe, socket or device.
+        OSError: the file is missing, or cannot be looked at.
+    """
+    mode = Path(path).stat().st_mode
+    for is_kind, name in KINDS:
+        if is_kind(mode):
+            raise UnreadableError(f"{path}: is {name}, not a file")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UnreadableError: the path is no regular file, or the file is not JSON, nested too deeply, or too large.
+        OSError: the file is missing, or cannot be opened.
+    """
+    content = _read_bytes(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise UnreadableError(f"{path}: is nested too deeply to be read") from error
+    except ValueError as error:
+        raise UnreadableError(f"{path}: is not JSON ({error})") from error
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Read a YAML file of plain values, without aliases, which can stand for far more values than the file has.
+
+    Raises:
+        UnreadableError: the path is no regular file, or the file is not YAML, holds tags of Python or aliases, is
+            nested too deeply, or too large.
+        OSError: the file is missing, or cannot be opened.
+        ImportError: PyYAML is not installed.
+    """
+    yaml = import_extra("yaml", "training")
+    content = _read_bytes(path, MAX_YAML_BYTES)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text, depth = content.decode("utf-8"), 0
+        for event in yaml.parse(text, loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UnreadableError(f"{path}: holds the alias *{event.anchor}, in whose place the value belongs")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_YAML_DEPTH:
+                raise UnreadableError(f"{path}: is nested in more than {MAX_YAML_DEPTH} levels")
+        return yaml.load(text, loader)
+    except UnreadableError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, too many digits, a date that does not exist
+        raise UnreadableError(f"{path}: is not YAML ({error})") from error
+
+
+def _read_bytes(path: str | os.PathLike, limit: int) -> bytes:
+    """Return the content of a regular file that has at most ``limit`` bytes."""
+    check_regular_file(path)
+    with Path(path).open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnreadableError(f"{path}: is larger than {limit} bytes")
+    return content
