@@ -17,7 +17,7 @@ from uctrans.inference import Ensemble, EvaluateConfig, InferenceError, evaluate
 from uctrans.writing import FolderError, locked
 
 NAN = math.nan
-INSTANCE_SCORES = ("aji", "pq", "sq", "rq", "f1")
+INSTANCE_SCORES = ("aji", "pq", "sq", "rq", "f1", "ap")
 RGB_IMAGES = {"channels": 3, "intensity_range": None, "ignore_label": None}
 
 
@@ -346,7 +346,7 @@ def test_instance_maps_beside_the_masks_are_scored_at_native_size(brightness_mod
     assert list(result.rows[0]) == ["name", "dice", "iou", "hd95", *INSTANCE_SCORES]
     # "all" predicts both as one square of 64: each has an IoU of 1/2, no match; "half" hits one of two
     for row, expected in zip(
-        result.rows, [(0.5, 0, NAN, 0, 0), (0.5, 2 / 3, 1, 2 / 3, 2 / 3), (NAN,) * 5], strict=True
+        result.rows, [(0.5, 0, NAN, 0, 0, 0), (0.5, 2 / 3, 1, 2 / 3, 2 / 3, 0.5), (NAN,) * 6], strict=True
     ):
         assert [row[key] for key in INSTANCE_SCORES] == pytest.approx(expected, nan_ok=True)
     assert column(result, "dice") == pytest.approx([1, 2 / 3, 0])
@@ -355,9 +355,9 @@ def test_instance_maps_beside_the_masks_are_scored_at_native_size(brightness_mod
     assert [row["pq"] for row in csv_rows(result)[1:]] == ["0.666667", "nan"]
     assert summary(result)["mean"]["pq"] == pytest.approx(1 / 3)
     lines = result.table().splitlines()
-    assert lines[0].split() == ["Dice", "IoU", "HD95", "(px)", "AJI", "PQ", "SQ", "RQ", "=", "F1"]
-    assert lines[2].split() == ["half", "0.6667", "0.5000", "4.00", "0.5000", "0.6667", "1.0000", "0.6667"]
-    assert lines[-2] == "AJI, PQ, SQ and RQ are those of the 2 of 3 images with an instance map"
+    assert lines[0].split() == ["Dice", "IoU", "HD95", "(px)", "AJI", "PQ", "SQ", "RQ", "=", "F1", "AP", "at", "0.5"]
+    assert lines[2].split() == ["half", "0.6667", "0.5000", "4.00", "0.5000", "0.6667", "1.0000", "0.6667", "0.5000"]
+    assert lines[-2] == "AJI, PQ, SQ, RQ and AP are those of the 2 of 3 images with an instance map"
     assert lines[-1] == "SQ is undefined for 1 of 2 images: no nucleus was matched"
     assert (result.output / "instances.png").is_file()
 

@@ -47,7 +47,16 @@ INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
 # Those that a score depends on.
 PROTOCOL_SETTINGS = ("name", "image_size", "channel_order", "channels", "intensity_range", "ignore_label")
 TABLE_ROWS, NAME_WIDTH = 40, 48
-TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "aji": "AJI", "pq": "PQ", "sq": "SQ", "rq": "RQ = F1"}
+TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95": "HD95 (px)",
+    "aji": "AJI",
+    "pq": "PQ",
+    "sq": "SQ",
+    "rq": "RQ = F1",
+    "ap": "AP at 0.5",
+}
 WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
 
 
@@ -123,8 +132,8 @@ class EvaluationResult:
     Attributes:
         rows: One mapping for each image: ``name``, then ``dice``, ``iou`` (0..1) and ``hd95`` (pixels; nan where
             undefined), each the mean over the foreground classes; if instance maps were scored, ``aji``, ``pq``,
-            ``sq``, ``rq`` and ``f1`` (0..1; nan for an image without a map); with several classes ``dice_CLASS`` and so
-            on. The scores of a class that no mask has are nan and in no mean.
+            ``sq``, ``rq``, ``f1`` and ``ap`` (0..1; nan for an image without a map); with several classes
+            ``dice_CLASS`` and so on. The scores of a class that no mask has are nan and in no mean.
         mean: Mean over the images by score, without undefined scores.
         deviation: Sample standard deviation over the images by score.
         count: Number of images with a defined score, by score.
@@ -197,7 +206,7 @@ class EvaluationResult:
             yield f"HD95 is undefined for {undefined} of {images} images: truth or prediction is empty"
         with_map = self.count.get("aji", 0)
         if 0 < with_map < images:
-            yield f"AJI, PQ, SQ and RQ are those of the {with_map} of {images} images with an instance map"
+            yield f"AJI, PQ, SQ, RQ and AP are those of the {with_map} of {images} images with an instance map"
         if unmatched := with_map - self.count.get("sq", 0):
             yield f"SQ is undefined for {unmatched} of {with_map} images: no nucleus was matched"
         if self.unscored_instance_maps:
@@ -226,9 +235,9 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     Writes into ``config.output``: ``metrics.csv`` (one line for each image), ``summary.json`` (mean, sample standard
     deviation and count of every score, the settings, the model's metadata) and ``figure.png`` (image, truth, prediction
     and differences of the best, median and worst images). `uctrans.inference.metrics` defines the scores. At native
-    size, instance maps beside the masks (see `uctrans.data.instances.find_instances`) add AJI, PQ, SQ, RQ and F1 for
-    the images that have one, and ``instances.png``: the outlines of true and predicted nuclei of the images with the
-    best, median and worst AJI. All masks and maps are then read and checked before the first prediction.
+    size, instance maps beside the masks (see `uctrans.data.instances.find_instances`) add AJI, PQ, SQ, RQ, F1 and AP
+    for the images that have one, and ``instances.png``: the outlines of true and predicted nuclei of the images with
+    the best, median and worst AJI. All masks and maps are then read and checked before the first prediction.
 
     Raises:
         DataError: The split, the folds or a mask cannot be used, or an instance map belongs to another image.

@@ -1,4 +1,4 @@
-"""Scores of a prediction against the truth: of label maps (Dice, IoU, HD95) and of instance maps (AJI, PQ, F1).
+"""Scores of a prediction against the truth: of label maps (Dice, IoU, HD95) and of instance maps (AJI, PQ, F1, AP).
 
 Label maps are integers ``(..., height, width)``. With ``classes=1`` they are binary: anything but 0 is foreground. With
 ``classes>=2`` they hold label indices, and 0 is background, which is not scored. `dice`, `iou` and `hd95` return one
@@ -11,13 +11,13 @@ pixels need not touch. Scores do not depend on the numbers of the objects.
 Empty maps score as follows, so that no score depends on a small constant in a denominator; nan is undefined, and means
 leave it out:
 
-========================= ==== === ==== === === === === ===
-truth and prediction      Dice IoU HD95 AJI PQ  SQ  RQ  F1
-========================= ==== === ==== === === === === ===
-both empty                1    1   0    1   1   1   1   1
-one of them empty         0    0   nan  0   0   nan 0   0
-no object matched                       any 0   nan 0   0
-========================= ==== === ==== === === === === ===
+========================= ==== === ==== === === === === === ===
+truth and prediction      Dice IoU HD95 AJI PQ  SQ  RQ  F1  AP
+========================= ==== === ==== === === === === === ===
+both empty                1    1   0    1   1   1   1   1   1
+one of them empty         0    0   nan  0   0   nan 0   0   0
+no object matched                       any 0   nan 0   0   0
+========================= ==== === ==== === === === === === ===
 
 A label to ignore takes pixels of the truth out of both maps before they are compared: what is predicted there counts
 neither as found nor as wrong. Outlines (HD95) then follow the rim of these pixels in both maps, and an object that they
@@ -34,7 +34,7 @@ from torch import Tensor
 from ..extras import import_extra
 
 METRICS = ("dice", "iou", "hd95")
-INSTANCE_METRICS = ("aji", "pq", "sq", "rq", "f1")
+INSTANCE_METRICS = ("aji", "pq", "sq", "rq", "f1", "ap")
 MATCH_IOU = 0.5  # two objects match above this
 
 
@@ -182,6 +182,8 @@ class InstanceScores(NamedTuple):
         sq: Segmentation quality, the mean IoU of matched objects.
         rq: Recognition quality, also called detection quality (DQ): F1 over objects that match.
         f1: Object F1; equal to ``rq``, its name as a factor of ``pq``.
+        ap: Average precision at an IoU of 0.5 as the Data Science Bowl 2018 counts it (Caicedo et al., "Nucleus
+            segmentation across imaging experiments", 2019), ``TP / (TP + FP + FN)`` over objects that match.
     """
 
     aji: float
@@ -189,6 +191,7 @@ class InstanceScores(NamedTuple):
     sq: float
     rq: float
     f1: float
+    ap: float
 
 
 def score_instances(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> InstanceScores:
@@ -203,13 +206,14 @@ def score_instances(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray)
     """
     overlaps = _overlaps(prediction, truth)
     f1 = _f1(overlaps, MATCH_IOU)
+    ap = f1 / (2 - f1)  # f1 is 2 TP / (2 TP + FP + FN)
     matched = overlaps.iou[overlaps.iou > MATCH_IOU]
     if matched.size:
         sq = float(matched.mean())
-        return InstanceScores(_aji(overlaps), sq * f1, sq, f1, f1)
+        return InstanceScores(_aji(overlaps), sq * f1, sq, f1, f1, ap)
     is_empty = not len(overlaps.truth_areas) and not len(overlaps.predicted_areas)
     pq, sq = (1.0, 1.0) if is_empty else (0.0, float("nan"))
-    return InstanceScores(_aji(overlaps), pq, sq, f1, f1)
+    return InstanceScores(_aji(overlaps), pq, sq, f1, f1, ap)
 
 
 def aggregated_jaccard_index(prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
