@@ -40,7 +40,7 @@ def end_of(config):
     folder = Path(config.output)
     checkpoints = {name: load_checkpoint(folder / name) for name in ("last.pt", "best.pt")}
     for checkpoint in checkpoints.values():
-        del checkpoint["train_config"]
+        del checkpoint["train_config"], checkpoint["model"]["metadata"]["run_id"]
     rows = read_metrics(folder / "metrics.csv")
     for row in rows:
         del row["seconds"], row["images_per_second"]
@@ -184,6 +184,81 @@ def test_a_run_of_a_version_with_other_settings_resumes(finished, make_config):
     del checkpoint["train_config"]["checkpointing"]
     save_checkpoint(finished / "last.pt", checkpoint)
     assert train(make_config(epochs=2, resume=True)).epochs == 2
+
+
+@pytest.fixture
+def another(finished, make_config, tmp_path):
+    """The folder of a run of the same settings, which is not that in the folder "run"."""
+    config = make_config(epochs=2, output=str(tmp_path / "another"))
+    train(config)
+    return Path(config.output)
+
+
+def put(source, target):
+    if source.is_dir():
+        shutil.rmtree(target)
+        shutil.copytree(source, target)
+    else:
+        target.unlink()
+        shutil.copy(source, target)
+
+
+@pytest.mark.parametrize("name", ["best", "best.pt", "last.pt"])
+def test_files_of_two_runs_are_not_resumed(name, finished, another, make_config):
+    put(another / name, finished / name)
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    named = "best and best.pt" if name == "last.pt" else name
+    with pytest.raises(CheckpointError, match=rf"last\.pt: is of another run than {named} in .*run; move these away"):
+        train(make_config(resume=True))
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    for moved_away in ("best", "best.pt"):
+        (finished / moved_away).rename(finished.parent / moved_away)
+    assert train(make_config(resume=True)).epochs == 3
+
+
+def test_metrics_of_another_run_are_not_continued(finished, make_config, tmp_path):
+    train(make_config(epochs=2, output=str(tmp_path / "other"), seed=1))
+    put(tmp_path / "other" / "metrics.csv", finished / "metrics.csv")
+    with pytest.raises(CheckpointError, match=r"last\.pt: is of another run than metrics\.csv in .*run; move these"):
+        train(make_config(resume=True))
+    (finished / "metrics.csv").unlink()
+    assert train(make_config(resume=True)).epochs == 3
+
+
+def test_a_run_that_took_the_best_checkpoint_or_lost_files_resumes(finished, make_config, tmp_path):
+    moved = Path(shutil.copytree(finished, tmp_path / "moved"))
+    shutil.copy(moved / "best.pt", moved / "last.pt")
+    assert train(make_config(output=str(moved), resume=True)).epochs == 3
+    (finished / "best.pt").write_bytes(b"damaged")
+    shutil.rmtree(finished / "best")
+    (finished / "metrics.csv").unlink()
+    assert train(make_config(resume=True)).epochs == 3
+
+
+def test_a_run_of_a_version_without_ids_resumes_and_keeps_the_id_it_gets(finished, another, make_config):
+    checkpoint = load_checkpoint(finished / "last.pt")
+    del checkpoint["model"]["metadata"]["run_id"]
+    save_checkpoint(finished / "last.pt", checkpoint)
+    put(another / "best", finished / "best")
+    assert train(make_config(resume=True, save_minutes=0)).epochs == 3
+    run_id = load_checkpoint(finished / "last.pt")["model"]["metadata"]["run_id"]
+    put(another / "best.pt", finished / "best.pt")
+    with pytest.raises(CheckpointError, match="another run than best"):
+        train(make_config(resume=True))
+    put(finished / "last.pt", finished / "best.pt")
+    shutil.rmtree(finished / "best")
+    assert train(make_config(resume=True, epochs=4)).epochs == 4
+    assert load_checkpoint(finished / "last.pt")["model"]["metadata"]["run_id"] == run_id
+
+
+def test_a_run_that_starts_from_the_best_weights_of_another_is_a_run_of_its_own(finished, make_config, tmp_path):
+    config = make_config(epochs=1, output=str(tmp_path / "second"), init_from=str(finished))
+    train(config)
+    assert train(dataclasses.replace(config, epochs=2, resume=True)).epochs == 2
+    ids = {
+        load_checkpoint(folder / "last.pt")["model"]["metadata"]["run_id"] for folder in (finished, tmp_path / "second")
+    }
+    assert len(ids) == 2
 
 
 def test_data_may_move(finished, make_config, tmp_path, image_folder):

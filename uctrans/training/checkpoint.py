@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 from ..models import ModelFileError, read_checkpoint
-from ..models.base import load_state, write_model
+from ..models.base import load_state, read_config, write_model
 from ..models.files import CHECKPOINT_FORMAT, LAST_CHECKPOINT
 from ..writing import written_atomically
 from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
-from .log import failures_named
+from .log import failures_named, read_metrics
 
 VERSION = 1
 KEYS = ("train_config", "epoch", "model", "ema", "optimizer", "scheduler", "best", "generators", "sampler")
@@ -83,7 +83,7 @@ def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     """Return the checkpoint from which to resume, or None for a new run.
 
     Raises:
-        CheckpointError: there is nothing to resume, or the checkpoint cannot be read.
+        CheckpointError: there is nothing to resume, the checkpoint cannot be read, or the files are of several runs.
         ConfigError: the output folder already holds a run, or the run to resume has other settings.
     """
     folder = Path(config.output)
@@ -101,7 +101,33 @@ def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
             f"{folder}: the run has other settings ({'; '.join(changed)}), and resuming may change only "
             f"{', '.join(CHANGEABLE_ON_RESUME)}; give the former values, or train in another folder"
         )
+    if foreign := _files_of_another_run(folder, checkpoint):
+        raise CheckpointError(
+            f"{path}: is of another run than {' and '.join(foreign)} in {folder}; move these away to continue the run "
+            f"of {LAST_CHECKPOINT} without them, restore those of this run, or train in another output folder"
+        )
     return checkpoint
+
+
+def _files_of_another_run(folder: Path, checkpoint: dict[str, Any]) -> list[str]:
+    """Return the names of files that another run than that of ``checkpoint`` wrote, as far as they tell.
+
+    Files of earlier versions have no ``run_id``. A file that cannot be read is not needed to resume.
+    """
+    ids = {}
+    with contextlib.suppress(ModelFileError):
+        ids["best"] = read_config(folder / "best").get("metadata", {}).get("run_id")
+    best_checkpoint = folder / "best.pt"
+    if best_checkpoint.exists() and not best_checkpoint.samefile(folder / LAST_CHECKPOINT):
+        with contextlib.suppress(CheckpointError):
+            ids["best.pt"] = load_checkpoint(best_checkpoint)["model"]["metadata"].get("run_id")
+    own = checkpoint["model"]["metadata"].get("run_id")
+    foreign = [name for name, run_id in ids.items() if None not in (own, run_id) and own != run_id]
+    best = checkpoint["best"]
+    scores = [row["val_dice"] for row in read_metrics(folder / "metrics.csv") if row["epoch"] == best["epoch"]]
+    if any(score != best["dice"] for score in scores):
+        foreign.append("metrics.csv")
+    return foreign
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

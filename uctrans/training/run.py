@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import os
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ class Run:
     """A run before its first epoch, or in the state that ``load_state_dict`` restores.
 
     Attributes:
+        id: Random name of the run, the same in all its files and after every resume.
         epoch: Number of complete epochs.
         best_epoch: Epoch with the best validation Dice, 0 if there is none yet.
         best_dice: Validation Dice of the best epoch, nan if there is none yet.
@@ -82,6 +84,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, group: Processes):
         self.config, self.group = config, group
+        self.id = uuid.uuid4().hex
         check_backend_runs(config, group.device)
         set_threads_and_determinism(config)
         self.protocol = build_protocol(config)
@@ -193,6 +196,7 @@ class Run:
         """Return the metadata that is saved with the best weights."""
         config = self.config
         return {
+            "run_id": self.id,
             "protocol": self.protocol.name,
             "target": config.target,
             "image_size": list(self.protocol.image_size),
@@ -242,6 +246,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Restore the state of a checkpoint; CheckpointError if it does not belong to this run."""
         sampler = state["sampler"]
+        self.id = state["model"]["metadata"].get("run_id", self.id)  # earlier versions saved no run_id and no images
         self.images = state["model"]["metadata"].get("images", self.images)
         for part, data in (("train", self.train_data), ("val", self.val_data)):
             if sampler[f"{part}_names"] != list(data.names):
