@@ -15,7 +15,7 @@ import uctrans
 from uctrans.data import find_samples, load_tensors
 from uctrans.data.instances import write_instances
 from uctrans.inference import Predictor, dice
-from uctrans.study import SkipStudyConfig, run
+from uctrans.study import SkipStudyConfig, run, study_models
 from uctrans.study.folder import begin, check_study
 from uctrans.study.table import Row, Table, count_cost, make_table
 
@@ -36,6 +36,7 @@ def test_the_table_holds_mean_deviation_and_best_of_the_runs(study, over, reques
             mean, deviation = statistics.mean(values), statistics.stdev(values)
             assert float(row[f"{score}_mean"]) == pytest.approx(mean, abs=1e-12)
             assert float(row[f"{score}_deviation"]) == pytest.approx(deviation, abs=1e-12)
+            assert float(row[f"{score}_standard_error"]) == pytest.approx(deviation / 2**0.5, abs=1e-12)
             assert float(row[f"{score}_best"]) == max(values)
             assert f"{mean:.4f} ± {deviation:.4f}" in text
         folders = [planned.folder for planned in config.plan() if planned.variant.name == variant]
@@ -105,9 +106,11 @@ def test_instance_scores_count_the_images_with_a_map(plain, data, tmp_path, do_h
 
 def made_up_row(variant, dice, **record):
     runs = {"variant": variant, "model": variant, "patience": 50, "runs": len(dice), "folds": "", "missing": 0}
-    values = {name: dice for name in ("dice", "iou", "validation_dice") if dice}
+    by_seed = {f"seed {seed}": value for seed, value in enumerate(dice)}
+    values = {name: by_seed for name in ("dice", "iou", "validation_dice") if dice}
     scores = {f"{name}_mean": statistics.mean(dice) for name in values}
     scores |= {f"{name}_deviation": statistics.stdev(dice) if len(dice) > 1 else None for name in values}
+    scores |= {f"{name}_standard_error": statistics.stdev(dice) / len(dice) ** 0.5 for name in values if len(dice) > 1}
     scores |= {f"{name}_best": max(dice) for name in values}
     cost = {"parameters": 66_430_657, "gflop": 77.2, "seconds_an_epoch": 1.2345}
     return Row(runs | scores | cost | record, values, failed={})
@@ -125,10 +128,10 @@ def test_failed_missing_and_single_runs(tmp_path):
     ]
     table = Table(rows, ["A remark."])
     title, _, whole, single, none = cells_of(table)
-    assert title[3:8] == ["Dice", "best Dice", "IoU", "best IoU", "val Dice"]
-    assert whole[:5] == ["whole", "50", "3", "0.8000 ± 0.1000", "0.9000"]
+    assert title[3:10] == ["Dice", "s.e.", "best Dice", "IoU", "s.e.", "best IoU", "val Dice"]
+    assert whole[:6] == ["whole", "50", "3", "0.8000 ± 0.1000", "0.0577", "0.9000"]
     assert whole[-3:] == ["66.431", "77.2", "1.23"]
-    assert single[:5] == ["single", "50", "single run of 3", "0.7000", "0.7000"]
+    assert single[:6] == ["single", "50", "single run of 3", "0.7000", "n/a", "0.7000"]
     assert none[:4] == ["none", "50", "0 of 1", "n/a"]
     text = table.markdown()
     assert len({len(line) for line in text.splitlines()[:5]}) == 1, "columns are not aligned"
@@ -138,6 +141,45 @@ def test_failed_missing_and_single_runs(tmp_path):
     table.write(tmp_path)
     assert (tmp_path / "table.csv").read_text().splitlines()[3].startswith("none,none,50,0,")
     assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_networks_differ_by_the_mean_over_pairs_of_runs_of_one_seed_and_patience(tmp_path):
+    runs = {"plain": [0.70, 0.80, 0.90], "better": [0.72, 0.81, 0.96], "begun": [0.75, 0.80], "single": [0.9]}
+    rows = [made_up_row(name, dice) for name, dice in runs.items()]
+    table = Table([*rows, made_up_row("plain", [0.71, 0.82, 0.91], patience=100)], [])
+    assert [(each.variant, each.other, each.pairs) for each in table.differences] == [
+        ("better", "plain", 3),
+        ("begun", "plain", 2),
+        ("begun", "better", 2),
+    ]
+    difference = table.differences[0]
+    assert difference.mean == pytest.approx(0.03)
+    assert difference.standard_error == pytest.approx(statistics.stdev([0.02, 0.01, 0.06]) / 3**0.5)
+    *_, titles, _, better, begun = cells_of(table)
+    assert titles == ["Dice minus that of, patience 50", "plain", "better"]
+    assert better == ["better", "+0.0300 ± 0.0153 (3)", ""]
+    assert begun == ["begun", "+0.0250 ± 0.0250 (2)", "+0.0100 ± 0.0200 (2)"]
+    table.write(tmp_path)
+    lines = (tmp_path / "differences.csv").read_text().splitlines()
+    assert lines[0] == "variant,other,patience,pairs,mean,standard_error"
+    assert len(lines) == 4
+
+
+def test_the_differences_of_a_study_pair_the_folds(folded):
+    differences = study_models(folded).table.differences
+    assert [each.patience for each in differences] == [1, 2]
+    for difference in differences:
+        scores = [
+            {
+                planned.label: json.loads((planned.at(difference.patience) / "test" / "summary.json").read_text())
+                for planned in folded.plan()
+                if planned.variant.name == name
+            }
+            for name in (difference.variant, difference.other)
+        ]
+        paired = [scores[0][label]["mean"]["dice"] - scores[1][label]["mean"]["dice"] for label in scores[0]]
+        assert difference.pairs == 2
+        assert difference.mean == pytest.approx(statistics.mean(paired))
 
 
 def test_single_runs_have_no_deviation():

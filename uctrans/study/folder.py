@@ -2,7 +2,7 @@
 
 OUTPUT/study.json                 the kind of study, its settings, and digests of its images and folds
 OUTPUT/folds.json                 the folds, if the study makes them
-OUTPUT/table.csv  table.md  chart.png
+OUTPUT/table.csv  differences.csv  table.md  chart.png
 OUTPUT/runs/NETWORK/seed_N/       a run folder of ``uctrans train``, with cross-validation seed_N/fold_K/, and in it
                   patience_P/best/    the best weights when this patience stopped the training
                   patience_P/test/    their evaluation on the test images

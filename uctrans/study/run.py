@@ -80,7 +80,12 @@ class StudyResult:
         """Return the table, and how to continue if runs are left."""
         parts = []
         if self.table is not None:
-            parts += ["", self.table.markdown(), "", f"table.csv, table.md and chart.png are in {self.output}"]
+            parts += [
+                "",
+                self.table.markdown(),
+                "",
+                f"table.csv, differences.csv, table.md and chart.png are in {self.output}",
+            ]
         if self.stopped_by:
             cause = "The time is up" if self.stopped_by == TIME_IS_UP else f"Stopped by {self.stopped_by}"
             failed = f", {self.failed} failed" if self.failed else ""

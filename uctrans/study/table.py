@@ -1,7 +1,9 @@
-"""The table of a study, as CSV and Markdown, and its bar chart."""
+"""The table of a study and the differences between its networks, as CSV and Markdown, and its bar chart."""
 
 import csv
 import dataclasses
+import itertools
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from .plan import PlannedRun, StudyConfig, StudyError
 SCORES = {"dice": "Dice", "iou": "IoU", "aji": "AJI", "pq": "PQ"}
 ENSEMBLES = {"ensemble_dice": "ensemble Dice", "ensemble_iou": "ensemble IoU"}
 TITLES = SCORES | ENSEMBLES | {"validation_dice": "val Dice"}
-WITH_BEST = ("dice", "iou")
+IN_DETAIL = ("dice", "iou")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,20 @@ class Row:
     """A line of the table: a network at a patience."""
 
     record: dict[str, Any]  # what table.csv holds of it, numbers in full
-    values: dict[str, list[float]]  # by score, one number for each run or ensemble
+    values: dict[str, dict[str, float]]  # by score, then by seed and fold of the run, or seed of the ensemble, in words
     failed: dict[str, str]  # by seed and fold in words, why the training of a run diverged
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean over pairs of runs, with the same seed and fold, of the test Dice of one network minus another's."""
+
+    variant: str
+    other: str
+    patience: int
+    pairs: int
+    mean: float
+    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -47,16 +61,43 @@ class Table:
         """The scores of the columns: those of any row."""
         return [name for name in TITLES if any(name in row.values for row in self.rows)]
 
+    @property
+    def differences(self) -> list[Difference]:
+        """The differences in Dice of all networks from those above them, where two pairs of runs or more exist."""
+        found = []
+        for other, row in itertools.combinations(self.rows, 2):
+            patience = row.record["patience"]
+            dice, others = (each.values.get("dice", {}) for each in (row, other))
+            paired = [dice[label] - others[label] for label in dice if label in others]
+            if patience == other.record["patience"] and len(paired) > 1:
+                mean, deviation, pairs = mean_and_deviation(paired)
+                names = row.record["variant"], other.record["variant"]
+                found.append(Difference(*names, patience, pairs, mean, deviation / math.sqrt(pairs)))
+        return found
+
     def markdown(self) -> str:
-        """Return the table in Markdown, followed by notes on its columns."""
+        """Return the table in Markdown, notes on its columns, and a table of the differences for each patience."""
         titles = ["variant", "patience", "runs"]
         for name in self.scores:
-            titles += [TITLES[name]] + [f"best {TITLES[name]}"] * (name in WITH_BEST)
+            titles += [TITLES[name]] + ["s.e.", f"best {TITLES[name]}"] * (name in IN_DETAIL)
         lines = [[*titles, "parameters (M)", "GFLOP", "s/epoch"], *map(self._cells, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        rows = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-        return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *self._notes()])
+        return "\n".join([*_markdown_lines(lines), "", *self._notes(), *self._differences()])
+
+    def _differences(self) -> list[str]:
+        """Return the lines of a table for each patience: networks against those above them."""
+        cells = {
+            (each.patience, each.variant, each.other): f"{each.mean:+.4f} ± {each.standard_error:.4f} ({each.pairs})"
+            for each in self.differences
+        }
+        lines = []
+        for patience in dict.fromkeys(patience for patience, _, _ in cells):
+            others = list(dict.fromkeys(other for each, _, other in cells if each == patience))
+            variants = dict.fromkeys(variant for each, variant, _ in cells if each == patience)
+            table = [[name, *(cells.get((patience, name, other), "") for other in others)] for name in variants]
+            lines += ["", *_markdown_lines([[f"Dice minus that of, patience {patience}", *others], *table])]
+        if lines:
+            lines += ["", "Differences: mean ± standard error over pairs of runs of the same seed and fold (number)."]
+        return lines
 
     def _cells(self, row: Row) -> list[str]:
         record = row.record
@@ -70,7 +111,8 @@ class Table:
         for name in self.scores:
             mean, deviation = record.get(f"{name}_mean"), record.get(f"{name}_deviation")
             cells.append(_number(mean, ".4f") + ("" if deviation is None else f" ± {deviation:.4f}"))
-            cells += [_number(record.get(f"{name}_best"), ".4f")] * (name in WITH_BEST)
+            if name in IN_DETAIL:
+                cells += [_number(record.get(f"{name}_{which}"), ".4f") for which in ("standard_error", "best")]
         gflop = _number(record["gflop"], ".3g" if record["gflop"] < 10 else ".1f")
         return [*cells, f"{record['parameters'] / 1e6:.3f}", gflop, _number(record["seconds_an_epoch"], ".3g")]
 
@@ -93,6 +135,7 @@ class Table:
             notes.append("Ensemble: mean of the folds' probabilities, for each seed with all its folds.")
         return [
             *notes,
+            "s.e.: standard error of the mean, as if the runs were independent; folds share most of their images.",
             "Best: the highest test score of a run; nothing is chosen by it.",
             "val Dice: the best Dice on the validation images during training; choose by it.",
             "GFLOP: forward pass of one image, by PyTorch's FlopCounterMode.",
@@ -100,12 +143,9 @@ class Table:
         ]
 
     def write(self, folder: Path) -> None:
-        """Write table.csv, table.md and chart.png into a folder, each atomically."""
-        records = [row.record for row in self.rows]
-        with written_atomically(folder / "table.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
-            writer.writeheader()
-            writer.writerows(records)
+        """Write table.csv, differences.csv, table.md and chart.png into a folder, each atomically."""
+        _write_records(folder / "table.csv", [row.record for row in self.rows])
+        _write_records(folder / "differences.csv", [dataclasses.asdict(each) for each in self.differences])
         with written_atomically(folder / "table.md") as path:
             path.write_text(f"{self.markdown()}\n", encoding="utf-8")
         with written_atomically(folder / "chart.png") as path:
@@ -124,7 +164,7 @@ class Table:
             axis.bar(range(len(records)), means, color="tab:blue", alpha=0.6)
             axis.errorbar(range(len(records)), means, deviations, fmt="none", ecolor="black", capsize=4)
             for position, row in enumerate(self.rows):
-                values = row.values.get(name, [])
+                values = [*row.values.get(name, {}).values()]
                 axis.plot([position] * len(values), values, ".", color="tab:orange", markersize=5)
             axis.set_xticks(range(len(records)), labels, rotation=45, ha="right")
             axis.set(ylabel=TITLES[name], ylim=(0, None))
@@ -192,20 +232,22 @@ def make_table(config: StudyConfig, plan: list[PlannedRun], costs: dict[str, dic
         runs = [run for run in plan if run.variant.name == name]
         ensembles = [each for each in config.ensembles() if each.needs[0].variant.name == name]
         for patience in config.patience:
-            scored = [found for each in ensembles if (found := read_ensemble(each, patience)) is not None]
-            rows.append(_row(runs, patience, [found["mean"] for found in scored], cost))
+            found = {f"seed {each.needs[0].seed}": read_ensemble(each, patience) for each in ensembles}
+            scored = {seed: summary["mean"] for seed, summary in found.items() if summary is not None}
+            rows.append(_row(runs, patience, scored, cost))
     return Table(rows, remarks)
 
 
-def _row(runs: list[PlannedRun], patience: int, ensembles: list[dict[str, float]], cost: dict[str, float]) -> Row:
+def _row(runs: list[PlannedRun], patience: int, ensembles: dict[str, dict[str, float]], cost: dict[str, float]) -> Row:
     scores = [(run, read_scores(run).get(patience)) for run in runs]
     scored = [(run, score) for run, score in scores if score is not None]
     reasons = {run.label: read_failure(run) for run, score in scores if score is None}
     failed = {label: reason for label, reason in reasons.items() if reason is not None}
-    values = {name: [score["mean"].get(name) for _, score in scored] for name in SCORES}
-    values |= {name: [mean[name.removeprefix("ensemble_")] for mean in ensembles] for name in ENSEMBLES}
-    values["validation_dice"] = [score["model"]["metadata"].get("best_dice") for _, score in scored]
-    values = {name: numbers for name, numbers in values.items() if numbers and None not in numbers}
+    values = {name: {run.label: score["mean"].get(name) for run, score in scored} for name in SCORES}
+    for name in ENSEMBLES:
+        values[name] = {seed: mean[name.removeprefix("ensemble_")] for seed, mean in ensembles.items()}
+    values["validation_dice"] = {run.label: score["model"]["metadata"].get("best_dice") for run, score in scored}
+    values = {name: numbers for name, numbers in values.items() if numbers and None not in numbers.values()}
     record = {
         "variant": runs[0].variant.name,
         "model": runs[0].variant.model,
@@ -217,12 +259,29 @@ def _row(runs: list[PlannedRun], patience: int, ensembles: list[dict[str, float]
         "missing": len(reasons) - len(failed),
     }
     for name, numbers in values.items():
-        mean, deviation, number = mean_and_deviation(numbers)
+        mean, deviation, number = mean_and_deviation([*numbers.values()])
         record |= {f"{name}_mean": mean, f"{name}_deviation": deviation if number > 1 else None}
-        record |= {f"{name}_best": max(numbers)} if name in WITH_BEST else {}
+        if name in IN_DETAIL:
+            record[f"{name}_standard_error"] = deviation / math.sqrt(number) if number > 1 else None
+            record[f"{name}_best"] = max(numbers.values())
     seconds = [row["seconds"] for run in runs for row in read_metrics(run.folder / "metrics.csv")]
     return Row(record | cost | {"seconds_an_epoch": statistics.median(seconds) if seconds else None}, values, failed)
 
 
 def _number(value: float | None, form: str) -> str:
     return "n/a" if value is None else f"{value:{form}}"
+
+
+def _markdown_lines(lines: list[list[str]]) -> list[str]:
+    """Return a Markdown table of lines of cells, the first its titles; columns after the first align right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    titles, *rows = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [f"| {' | '.join(line)} |" for line in (titles, rule, *rows)]
+
+
+def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    with written_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
+        writer.writeheader()
+        writer.writerows(records)
