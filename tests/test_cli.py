@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from torch import OutOfMemoryError
 
 from uctrans import __version__, cli
 from uctrans.data import read_mask, write_demo_dataset
@@ -233,6 +234,7 @@ def test_prepare_replaces_masks_only_when_asked(tmp_path, monkeypatch, capsys):
         (ImportError('pip install "uctrans[training]"'), 'pip install "uctrans[training]"'),
         (ValueError("two\nlines"), "two lines"),
         (NotImplementedError("no second derivative"), "no second derivative"),
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory: free memory, or use a machine with more (Unable to"),
     ],
 )
 def test_errors_the_user_can_mend(error, shown, monkeypatch, capsys):
@@ -242,7 +244,7 @@ def test_errors_the_user_can_mend(error, shown, monkeypatch, capsys):
     stand_in(monkeypatch, "uctrans.inference:export", fail)
     assert shown in error_of(capsys, *EXPORT)
     monkeypatch.setenv("UCTRANS_DEBUG", "1")
-    with pytest.raises(type(error)):
+    with pytest.raises((type(error), OutOfMemoryError)):
         cli.main(EXPORT)
 
 

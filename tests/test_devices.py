@@ -1,9 +1,12 @@
-"""Device names: what auto means, and what a name that is wrong is answered with."""
+"""Device names: what auto means, and what a name that is wrong is answered with; and errors of short memory."""
 
+import errno
+
+import numpy as np
 import pytest
 import torch
 
-from uctrans.devices import find_device
+from uctrans.devices import explaining_short_memory, find_device
 
 
 @pytest.fixture
@@ -38,3 +41,52 @@ def test_a_device_that_is_not_there(name, two_gpus):
 def test_more_processes_than_gpus(two_gpus):
     with pytest.raises(ValueError, match=r"device: cuda:2 is not there; .*start no more processes than GPUs"):
         find_device("auto", default_index=2)
+
+
+def ask_torch():
+    torch.empty(2**58)
+
+
+def ask_numpy():
+    np.empty(2**58, dtype=np.uint8)
+
+
+def ask_python():
+    bytearray(2**60)
+
+
+def fail_with(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        ask_torch,
+        ask_numpy,
+        ask_python,
+        fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        fail_with(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")),
+        fail_with(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")),
+        fail_with(OSError(errno.ENOMEM, "Cannot allocate memory")),
+        fail_with(MemoryError()),
+    ],
+    ids=["torch", "numpy", "python", "cuda", "mps", "cublas", "system", "silent"],
+)
+def test_short_memory_of_any_kind_gets_the_innermost_remedy(work):
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=r"^out of memory: lower batch_size \(.+\)$"),
+        explaining_short_memory("do something else"),
+        explaining_short_memory("lower batch_size"),
+    ):
+        work()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left"), KeyError(1)])
+def test_other_errors_stay_as_they_are(error):
+    with pytest.raises(type(error)) as raised, explaining_short_memory("lower batch_size"):
+        raise error
+    assert raised.value is error

@@ -389,7 +389,10 @@ def _overview() -> str:
 def _run(words: Sequence[str]) -> int:
     name, settings = parse(words)
     function, _ = COMMANDS[name].load()
-    result = function(settings)
+    from .devices import explaining_short_memory
+
+    with explaining_short_memory("free memory, or use a machine with more"):
+        result = function(settings)
     print(COMMANDS[name].report(result))
     stopped_by = getattr(result, "stopped_by", "")
     return 128 + signal.Signals[stopped_by] if stopped_by in STOPPING_SIGNALS else 0

@@ -1,6 +1,14 @@
-"""Device names, as training, inference and studies take them: auto, cpu, cuda, cuda:1 or mps."""
+"""Devices, as training, inference and studies name them (auto, cpu, cuda, cuda:1 or mps), and their memory."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
 
 import torch
+
+OUT_OF_MEMORY = "out of memory: "
+# Parts of the messages of PyTorch's allocators and libraries, some of which raise a plain RuntimeError.
+SIGNS_OF_SHORT_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed")
 
 
 def find_device(name: str, default_index: int | None = None) -> torch.device:
@@ -26,3 +34,30 @@ def find_device(name: str, default_index: int | None = None) -> torch.device:
         fewer_processes = ", or start no more processes than GPUs" if default_index else ""
         raise ValueError(f"device: {device} is not there; give auto or cpu{fewer_processes}")
     return device
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS_OF_SHORT_MEMORY)
+
+
+@contextlib.contextmanager
+def explaining_short_memory(remedy: str) -> Iterator[None]:
+    """Turn an error of this block that says that memory ran out into one that says what to do.
+
+    Of blocks inside each other the innermost explains the error.
+
+    Raises:
+        torch.OutOfMemoryError: memory ran out, on any device; the message has the remedy and the reason.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_short_of_memory(error) or str(error).startswith(OUT_OF_MEMORY):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY}{remedy} ({reason})") from error

@@ -153,6 +153,19 @@ def test_a_damaged_image_does_not_stop_the_others(segment, images, tmp_path):
     assert names(tmp_path / "masks") == sorted(path.name for path in caught.value.written)
 
 
+def test_an_image_that_needs_too_much_memory_does_not_stop_the_others(segment, images, brightness_model):
+    class Greedy(brightness_model):
+        def forward(self, image):
+            if image.shape[-2:] == (20, 30):
+                torch.empty(2**58)
+            return super().forward(image)
+
+    with pytest.raises(PredictionError, match=r"png: out of memory: lower batch_size \(now 4\) or tile") as caught:
+        segment(images, Greedy(), tile=64)
+    assert list(caught.value.failures) == [images / "square.png"]
+    assert sorted(path.stem for path in caught.value.written) == ["dot", "dot_overlay", "wide", "wide_overlay"]
+
+
 def test_existing_files_are_kept(segment, images, tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks/square.png").write_bytes(b"mine")

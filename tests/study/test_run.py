@@ -209,6 +209,17 @@ def test_a_worker_that_dies_stops_no_other_and_the_study_ends_like_in_one_proces
     assert table_of(config) == {place: row for place, row in table_of(folded).items() if place[1] == 2}
 
 
+@pytest.mark.slow
+def test_a_run_that_is_short_of_memory_stops_no_other_and_names_the_settings_to_lower(unet, capfd):
+    config = replace(unet, models=("uctransnet", "unet"), model_options={"mlp_ratio": 10**15})
+    with pytest.raises(StudyError, match=r"1 died \(uctransnet, seed 0 ended with status 1\)"):
+        study_models(config)
+    captured = capfd.readouterr()
+    assert "uctransnet, seed 0: out of memory: set checkpointing" in captured.err
+    assert "Traceback" not in captured.err
+    assert "run 1 of 2: unet, seed 0: Dice" in captured.out
+
+
 @pytest.mark.parametrize("cause", ["SIGINT", pytest.param("time", marks=pytest.mark.slow)])
 def test_a_signal_and_the_end_of_the_time_save_the_run(cause, unet, monkeypatch):
     config = replace(unet, minutes=1000, epochs=100_000, first_best_epoch=100_000)

@@ -298,6 +298,26 @@ def test_a_run_that_fails_later_can_be_resumed(make_config, step_hook):
     assert train(make_config(epochs=2, resume=True)).epochs == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (
+            {},
+            r"set checkpointing, also to continue with resume; or lower batch_size \(now 4\), image_size \(now 16\)",
+        ),
+        (
+            {"checkpointing": True},
+            r"memory: lower batch_size \(now 4\), image_size \(now 16\) or base_channels \(now 2\)",
+        ),
+    ],
+)
+def test_short_memory_on_a_cpu_names_the_settings_to_lower(make_config, monkeypatch, changes, remedy):
+    monkeypatch.setattr(loop, "train_step", lambda *_: torch.empty(2**58))
+    with pytest.raises(torch.OutOfMemoryError, match=rf"{remedy}.*can't allocate memory"):
+        train(make_config(**changes))
+    assert list(Path(make_config().output).parent.iterdir()) == []
+
+
 def test_resume_without_a_run_is_refused(make_config, tmp_path):
     with pytest.raises(CheckpointError, match=r"last\.pt: there is no run to resume"):
         train(make_config(resume=True))

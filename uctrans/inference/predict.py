@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..data import DataError, Sample, find_images, labels_to_colours
 from ..data.instances import write_instances
 from ..data.read import Doubts
+from ..devices import explaining_short_memory
 from ..tiling import OVERLAP
 from ..writing import remove_unfinished, write_png, written_atomically
 from .figures import as_rgb, class_colours, instance_overlay, overlay
@@ -115,7 +117,8 @@ def predict(config: PredictConfig) -> list[Path]:
         The files written, image by image.
 
     Raises:
-        PredictionError: Some images could not be read, or hold more nuclei than 16 bit can number; the others are done.
+        PredictionError: Some images could not be read, hold more nuclei than 16 bit can number, or need more memory
+            than there is; the others are done.
         InferenceError: A setting is out of its range, files exist and ``overwrite`` is not set, two images would write
             the same file, or the output folder holds the images.
         DataError: There is no image at ``config.input``.
@@ -139,10 +142,14 @@ def predict(config: PredictConfig) -> list[Path]:
     pairs = zip(samples, plan, strict=True)
     for sample, files in progress_bar(pairs, len(samples), "predict", config.progress):
         try:
-            image = predictor.protocol.read_image(sample.image, doubts)
-            _write_outputs(predictor, image, files, config)
+            with explaining_short_memory("use a device with more memory, or smaller images"):
+                image = predictor.protocol.read_image(sample.image, doubts)
+                _write_outputs(predictor, image, files, config)
         except DataError as error:
             failures[sample.image] = str(error)
+            continue
+        except torch.OutOfMemoryError as error:
+            failures[sample.image] = f"{sample.image}: {error}"
             continue
         written += files.values()
     doubts.warn()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data import protocol_of
 from ..data.fingerprints import join_records
 from ..data.read import GRAY_WEIGHTS, RGB_CHANNELS
-from ..devices import find_device
+from ..devices import explaining_short_memory, find_device
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
 from ..layers import set_backend
@@ -132,13 +132,18 @@ class Predictor:
 
         Returns:
             float32 ``(B, P, H, W)`` on the predictor's device; P is 1 (sigmoid) or the number of classes (softmax).
+
+        Raises:
+            torch.OutOfMemoryError: Memory ran out, on any device; the message names settings that need less.
         """
-        inputs = self.protocol.to_input(images.to(self.device))
-        inputs = to_model_channels(inputs, self.model.in_channels, self.protocol.channel_order)
         forward = self._forward_tiled if tiled else self._forward
         transforms = TRANSFORMS[self.tta]
-        outputs = (inverse_transform(forward(transform(inputs, *step)), *step) for step in transforms)
-        return sum(outputs) / len(transforms)
+        height, width = self.tile
+        with explaining_short_memory(f"lower batch_size (now {self.batch_size}) or tile (now {height} x {width})"):
+            inputs = self.protocol.to_input(images.to(self.device))
+            inputs = to_model_channels(inputs, self.model.in_channels, self.protocol.channel_order)
+            outputs = (inverse_transform(forward(transform(inputs, *step)), *step) for step in transforms)
+            return sum(outputs) / len(transforms)
 
     @torch.inference_mode()
     def probabilities_of_image(self, image: np.ndarray) -> Tensor:

@@ -280,6 +280,9 @@ def work(errors: int) -> None:
             score_ensemble(job, config)
         else:
             train_and_score(job, config)
+    except torch.OutOfMemoryError as error:  # which need not stop the other runs
+        print(f"{job.name}: {error}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError, ImportError, NotImplementedError, TrainingError) as error:
         os.write(errors, str(error).encode())
         sys.exit(1)

@@ -296,6 +296,17 @@ def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names if before[name] != now[name]]
 
 
+def settings_for_memory(config: TrainConfig) -> str:
+    """Return which settings of a run need less memory if they are changed, in words."""
+    size = "" if config.image_size is None else f" (now {config.image_size})"
+    lower = (
+        f"lower batch_size (now {config.batch_size}), image_size{size} or base_channels (now {config.base_channels})"
+    )
+    if config.checkpointing or config.compile:
+        return f"{lower} in a new run"
+    return f"set checkpointing, also to continue with resume; or {lower} in a new run"
+
+
 def _converted(name: str, value: Any, hint: Any) -> Any:
     """Return ``value`` as the type of ``hint``; ConfigError names the field if it has another type."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

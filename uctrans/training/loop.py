@@ -32,12 +32,13 @@ from typing import Any
 import torch
 
 from ..data.find import describe_draw
+from ..devices import explaining_short_memory
 from ..models.base import probabilities
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import tiled
 from ..writing import FolderError, locked
 from .checkpoint import RUN_FILES, CheckpointError, CheckpointWriter, find_checkpoint, load_checkpoint, write_files
-from .config import TrainConfig
+from .config import TrainConfig, settings_for_memory
 from .distributed import Processes, processes
 from .log import LOG_FILES, RunLog, SilentLog, TrainingError, failures_named
 from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice, ignored_label
@@ -80,10 +81,15 @@ def train(config: TrainConfig) -> RunResult:
         CheckpointError: a checkpoint cannot be read or written.
         TrainingError: the loss or the weights are not finite, or a log cannot be written.
         FolderError: another process trains in the output folder, or it cannot be made or written to.
+        torch.OutOfMemoryError: memory ran out, on any device; the message names settings that need less.
         ImportError: a package of the extra "training" is missing.
     """
     config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
-    with processes(config.device) as group, locked_by_main(Path(config.output), group):
+    with (
+        explaining_short_memory(settings_for_memory(config)),
+        processes(config.device) as group,
+        locked_by_main(Path(config.output), group),
+    ):
         checkpoint = find_checkpoint(config)
         run = Run(config, group)
         if checkpoint is not None:
