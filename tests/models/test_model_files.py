@@ -32,6 +32,22 @@ class TestEveryModel:
             assert torch.equal(loaded(image), model(image))
         assert {path.name for path in (tmp_path / "model").iterdir()} - {CARD_FILE} == {CONFIG_FILE, WEIGHTS_FILE}
 
+    def test_parameters_of_16_bits(self, name, tmp_path):
+        model = randomised(build(name))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.mul_(1e6)  # beyond float16
+        model.save_pretrained(tmp_path / "whole")
+        model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+        sizes = [(tmp_path / folder / WEIGHTS_FILE).stat().st_size for folder in ("half", "whole")]
+        assert sizes[0] < 0.7 * sizes[1]
+        loaded = uctrans.load_model(tmp_path / "half")
+        parameters = dict(model.named_parameters())
+        for key, value in loaded.state_dict().items():
+            before = model.state_dict()[key]
+            assert value.dtype == before.dtype, key
+            assert torch.equal(value, before.half().float() if key in parameters else before), key
+
     def test_run_folder_and_checkpoint(self, name, tmp_path):
         model = randomised(build(name))
         model.save_pretrained(tmp_path / "run" / "best")
@@ -129,6 +145,19 @@ class TestModelCard:
         assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
         with pytest.raises(ImportError, match=r"uctrans\[hub\]"):
             build("unet").push_to_hub("someone/something")
+
+
+def test_parameters_that_another_type_cannot_hold_are_refused(tmp_path):
+    model = build("unet")
+    with pytest.raises(ValueError, match=r"dtype: torch\.int8 is not a floating-point type"):
+        model.save_pretrained(tmp_path, dtype=torch.int8)
+    with torch.no_grad():
+        model.head.bias.fill_(1e5)
+    with pytest.raises(ValueError, match=r"head\.bias is not finite in torch\.float16; save it in torch\.float32"):
+        model.save_pretrained(tmp_path, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert uctrans.load_model(tmp_path).head.bias.item() == 99840  # the bfloat16 next to 1e5
 
 
 class TestUnusableFiles:

@@ -53,12 +53,23 @@ class SegmentationModel(nn.Module):
         super().__init__()
         self.metadata: dict[str, Any] = {}
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``; each file is replaced as a whole.
 
         With huggingface_hub installed, also write a model card (``README.md``) if there is none.
+
+        Args:
+            folder: where the files go.
+            dtype: floating-point type of the parameters in the file, such as ``torch.float16`` for half the size; None
+                keeps theirs. Buffers, such as the running statistics of batch norm, keep theirs in any case. A model
+                that is loaded has float32 again.
+
+        Raises:
+            ValueError: ``dtype`` is not a floating-point type, or a parameter is not finite in it.
         """
         folder, saved = Path(folder), self._saved()
+        if dtype is not None:
+            saved["state"] |= _parameters_as(self, dtype)
         write_model(folder, saved)
         if importlib.util.find_spec("huggingface_hub") is not None:
             write_card(folder, saved)
@@ -138,10 +149,7 @@ class SegmentationModel(nn.Module):
         hub = import_extra("huggingface_hub", "hub")
         hub.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            saved = self._saved()
-            if "images" in self.metadata:
-                nameless = {part: dict.fromkeys(known, "") for part, known in self.metadata["images"].items()}
-                saved["metadata"] = self.metadata | {"images": nameless}
+            saved = self._saved() | {"metadata": without_image_names(self.metadata)}
             write_model(Path(folder), saved)
             if not hub.file_exists(repository, CARD_FILE):
                 write_card(Path(folder), saved)
@@ -149,6 +157,15 @@ class SegmentationModel(nn.Module):
 
     def _saved(self) -> dict[str, Any]:
         return {"name": self.name, "config": self.config, "metadata": self.metadata, "state": self.state_dict()}
+
+
+def _parameters_as(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: {dtype} is not a floating-point type; give torch.float16, for example")
+    parameters = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    if infinite := [name for name, parameter in parameters.items() if not parameter.isfinite().all()]:
+        raise ValueError(f"dtype: {infinite[0]} is not finite in {dtype}; save it in torch.float32")
+    return parameters
 
 
 def write_model(folder: Path, saved: dict[str, Any]) -> None:
@@ -206,6 +223,13 @@ stain or magnification may give much lower ones. Name a licence in the header be
 def without_images(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of a model without the record of its images, which has a line for each."""
     return {key: value for key, value in metadata.items() if key != "images"}
+
+
+def without_image_names(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a model with the fingerprints of its images, by which it knows them, and no names."""
+    if "images" not in metadata:
+        return metadata
+    return metadata | {"images": {part: dict.fromkeys(known, "") for part, known in metadata["images"].items()}}
 
 
 def _list_of(values: dict[str, Any]) -> str:
