@@ -118,14 +118,24 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def written_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
+def written_together(paths: Sequence[Path], removed: Sequence[Path] = ()) -> Iterator[list[Path]]:
     """Yield a temporary path for each of ``paths``; they replace them one after the other when the block ends.
 
-    See :func:`written_atomically`. A process that is killed in between leaves the first ones new and the others old, so
-    the last file should tell whether the others belong to it, or be removed at the end of the block.
+    A process that is killed in between leaves the first ones new and the others old. So the last file should tell
+    whether the others belong to it, or be among those that are removed.
+
+    Args:
+        paths: files to write, as :func:`written_atomically` does.
+        removed: former files to remove when the contents of all new ones are on the disk, before the first gets its
+            name.
     """
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(written_atomically(path)) for path in reversed(paths)][::-1]
+        temporaries = [stack.enter_context(written_atomically(path)) for path in reversed(paths)][::-1]
+        yield temporaries
+        for temporary in temporaries:
+            _sync(temporary, os.O_RDWR)
+        for path in removed:
+            path.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Evaluation on data whose scores are known."""
 
 import csv
+import errno
 import importlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -447,6 +449,43 @@ def test_an_evaluation_is_not_replaced_unasked(brightness_model, score):
         score(brightness_model(image_size=8))
     assert (result.output / "metrics.csv").read_bytes() == written
     assert summary(score(brightness_model(), threshold=0.3, overwrite=True))["settings"]["threshold"] == 0.3
+
+
+@pytest.mark.parametrize("renamed", range(3))
+def test_an_interrupted_replacement_leaves_no_summary_of_other_scores(renamed, brightness_model, score, monkeypatch):
+    folder = score(brightness_model()).output
+    replace = Path.replace
+    targets = []
+
+    def interrupted(path, target):
+        if target.parent == folder and not target.name.startswith("."):
+            if len(targets) == renamed:
+                raise KeyboardInterrupt
+            targets.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(brightness_model(), threshold=0.3, overwrite=True)
+    assert len(targets) == renamed
+    assert not (folder / "summary.json").exists()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_failed_evaluation_keeps_the_former_one(brightness_model, score, monkeypatch):
+    folder = score(brightness_model()).output
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    evaluation = importlib.import_module("uctrans.inference.evaluate")
+    monkeypatch.setattr(evaluation, "write_json", full)
+    inverse = brightness_model()
+    inverse.forward = lambda image: 50 * (0.5 - image.mean(1, keepdim=True))
+    with pytest.raises(OSError, match="No space left"):
+        score(inverse, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_bad_data(brightness_model, score, dataset, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import resource
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import uctrans
 from uctrans.inference import ExportConfig, ExportError, InferenceError, export
 from uctrans.kernels.channel_attention import composed, fewest_tokens_to_correlate
-from uctrans.writing import FolderError, locked
+from uctrans.writing import UNFINISHED, FolderError, locked
 
 TWO_SCALES = {"base_channels": 8, "image_size": 24, "num_layers": 1, "num_heads": 2, "patch_sizes": (4, 2)}
 AXES = ["batch", 3, "height", "width"]
@@ -153,6 +154,29 @@ def test_a_program_that_is_not_the_model_is_not_written(compute, dynamic, messag
     with pytest.raises(ExportError, match=message):
         export(ExportConfig("model", str(tmp_path / "out"), formats=("torch",), dynamic=dynamic))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_former_export(unet_folder, tmp_path):
+    config = ExportConfig(str(unet_folder), str(tmp_path), ("torch",), "none", image_size=16, overwrite=True)
+    (tmp_path / "model.pt2").write_bytes(b"former")
+    (tmp_path / "export.json").write_bytes(b"former")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ["model.pt2", "export.json"], b"former"
+    )
+
+
+def test_replacing_an_export_removes_the_programs_of_the_former_and_of_killed_processes(unet_folder, tmp_path):
+    for name in ("model.onnx", "export.json", f"{UNFINISHED}killed.onnx"):
+        (tmp_path / name).write_bytes(b"of another model")
+    export(ExportConfig(str(unet_folder), str(tmp_path), ("torch",), "none", image_size=16, overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
 
 
 def test_an_export_is_not_replaced_unasked(unet_folder, tmp_path):

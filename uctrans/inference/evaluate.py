@@ -20,7 +20,7 @@ from ..extras import import_extra
 from ..models.base import without_images
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import OVERLAP
-from ..writing import locked, write_json, written_atomically
+from ..writing import locked, write_json, written_together
 from .figures import ComparisonRow, InstanceRow, as_rgb, choose_rows, class_colours, comparison_figure, instance_figure
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
 from .metrics import (
@@ -43,7 +43,8 @@ from .settings import (
     refuse_existing,
 )
 
-INSTANCE_PICTURE, INSTANCE_ROWS = "instances.png", 3
+SCORES, SUMMARY, PICTURE, INSTANCE_PICTURE = "metrics.csv", "summary.json", "figure.png", "instances.png"
+INSTANCE_ROWS = 3
 # Those that a score depends on.
 PROTOCOL_SETTINGS = ("name", "image_size", "channel_order", "channels", "intensity_range", "ignore_label")
 TABLE_ROWS, NAME_WIDTH = 40, 48
@@ -237,7 +238,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     and differences of the best, median and worst images). `uctrans.inference.metrics` defines the scores. At native
     size, instance maps beside the masks (see `uctrans.data.instances.find_instances`) add AJI, PQ, SQ, RQ, F1 and AP
     for the images that have one, and ``instances.png``: the outlines of true and predicted nuclei of the images with
-    the best, median and worst AJI. All masks and maps are then read and checked before the first prediction.
+    the best, median and worst AJI. All masks and maps are then read and checked before the first prediction. New files
+    replace those of an earlier evaluation together, at the end, ``summary.json`` last.
 
     Raises:
         DataError: The split, the folds or a mask cannot be used, or an instance map belongs to another image.
@@ -260,14 +262,13 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         raise InferenceError(
             f"output: {folder} is the folder of a run, which has a metrics.csv too; name another folder"
         )
-    files = {name: folder / name for name in ("metrics.csv", "summary.json", "figure.png", INSTANCE_PICTURE)}
     with locked(folder):
         if not config.overwrite:
-            refuse_existing(list(files.values()), "an evaluation")
-        return _evaluate(config, files)
+            refuse_existing([folder / name for name in (SCORES, SUMMARY, PICTURE, INSTANCE_PICTURE)], "an evaluation")
+        return _evaluate(config, folder)
 
 
-def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResult:
+def _evaluate(config: EvaluateConfig, folder: Path) -> EvaluationResult:
     samples = find_split(config.data, config.split, config.folds, config.fold)
     instance_maps = find_instances(samples)
     comparison = Comparison(config)
@@ -292,8 +293,6 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
     known = None if record is None else find_known(record, names, fingerprints)
 
     comparison.doubts.warn()  # before the images of the figures are read again
-    _draw_figures(files, rows, comparison, samples, instance_maps)
-    _write_csv(files["metrics.csv"], rows)
     statistics = {key: mean_and_deviation([row[key] for row in rows]) for key in rows[0] if key != "name"}
     mean, deviation, count = ({key: values[i] for key, values in statistics.items()} for i in range(3))
     others = [row for row, has in zip(rows, truth.has_class, strict=True) if has.any()]
@@ -301,23 +300,28 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
         "mean_of_others": {key: mean_and_deviation([row[key] for row in others])[0] for key in TITLES if key in mean}
     }
     model = comparison.model
-    write_json(
-        files["summary.json"],
-        {
-            "images": len(rows),
-            "mean": mean,
-            "standard_deviation": deviation,
-            "count": count,
-            "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
-            **found,
-            "settings": dataclasses.asdict(config),
-            "protocol": {name: getattr(comparison.predictor.protocol, name) for name in PROTOCOL_SETTINGS},
-            "scored_at": comparison.scored_at,
-            "model": {"name": model.name, "config": model.config, "metadata": without_images(model.metadata)},
-            "known_images": known,
-            "torch_version": torch.__version__,
-        },
-    )
+    summary = {
+        "images": len(rows),
+        "mean": mean,
+        "standard_deviation": deviation,
+        "count": count,
+        "hd95_undefined": sum(math.isnan(row["hd95"]) for row in rows),
+        **found,
+        "settings": dataclasses.asdict(config),
+        "protocol": {name: getattr(comparison.predictor.protocol, name) for name in PROTOCOL_SETTINGS},
+        "scored_at": comparison.scored_at,
+        "model": {"name": model.name, "config": model.config, "metadata": without_images(model.metadata)},
+        "known_images": known,
+        "torch_version": torch.__version__,
+    }
+    has_instances = any(not math.isnan(row.get("aji", math.nan)) for row in rows)
+    names = [SCORES, PICTURE, *[INSTANCE_PICTURE] * has_instances, SUMMARY]
+    former = [folder / SUMMARY, folder / INSTANCE_PICTURE]  # so that no killed process leaves a summary of other scores
+    with written_together([folder / name for name in names], removed=former) as temporaries:
+        files = dict(zip(names, temporaries, strict=True))
+        _draw_figures(files, rows, comparison, samples, instance_maps)
+        _write_csv(files[SCORES], rows)
+        write_json(files[SUMMARY], summary)
     unscored = 0 if with_instances else len(instance_maps)
     remarks = _remarks(config, rows, record, known)
     return EvaluationResult(
@@ -326,7 +330,7 @@ def _evaluate(config: EvaluateConfig, files: dict[str, Path]) -> EvaluationResul
         deviation,
         count,
         comparison.scored_at,
-        Path(config.output),
+        folder,
         unscored_instance_maps=unscored,
         known=known,
         **found,
@@ -522,7 +526,7 @@ def _instance_scores(compared: Compared, with_instances: bool) -> dict[str, floa
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with written_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         for row in rows:
@@ -556,11 +560,9 @@ def _draw_figures(
     classes, palette = comparison.classes, comparison.palette
     colours = WHITE_ON_BLACK if classes == 1 and palette is None else class_colours(classes, palette)
     names = comparison.class_names if classes > 1 else None
-    comparison_figure(files["figure.png"], mask_rows, colours, names, comparison.ignore_label)
+    comparison_figure(files[PICTURE], mask_rows, colours, names, comparison.ignore_label)
     if instance_rows:
         instance_figure(files[INSTANCE_PICTURE], instance_rows)
-    else:  # a picture of the evaluation that is replaced does not show these scores
-        files[INSTANCE_PICTURE].unlink(missing_ok=True)
 
 
 def _remarks(

@@ -16,9 +16,9 @@ to call:
 import contextlib
 import copy
 import dataclasses
+import io
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from ..layers import ChannelAttention, PatchEmbedding, set_backend
 from ..layers.switching import layers_with_backend
 from ..models import load_model
 from ..models.base import without_images
-from ..writing import locked, write_json
+from ..writing import locked, write_json, written_together
 from .settings import InferenceError, check_choice, output_folder, refuse_existing
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
@@ -126,20 +126,19 @@ def export(config: ExportConfig) -> list[Path]:
     size = _traced_size(config, model, grid)
     shapes = _shapes_to_check(model, config, size, grid)
     description = _description(model, config, size, grid) | {"formats": {}}
-    with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary, _quiet():
+    written = [*files.values(), folder / SUMMARY]
+    former = [folder / name for name in (SUMMARY, *FORMATS.values())]  # programs of another model, killed or not
+    with locked(folder), written_together(written, removed=former) as temporaries, _quiet():
         program = _trace(model, config, size, grid)
-        for name in files:
-            path = Path(temporary) / FORMATS[name]
+        for name, path in zip(files, temporaries[:-1], strict=True):
             details = WRITERS[name](program, path, config)
             description["formats"][name] = details | {
                 "file": FORMATS[name],
                 "torch_version": torch.__version__,
                 "checks": _check_program(RUNNERS[name](path), model, shapes, name, config.dynamic),
             }
-        for name, path in files.items():
-            (Path(temporary) / FORMATS[name]).replace(path)
-        write_json(folder / SUMMARY, description | {"settings": dataclasses.asdict(config)})
-    return [*files.values(), folder / SUMMARY]
+        write_json(temporaries[-1], description | {"settings": dataclasses.asdict(config)})
+    return written
 
 
 def _require_onnx() -> None:
@@ -287,7 +286,9 @@ def _trace(model: nn.Module, config: ExportConfig, size: tuple[int, int], grid: 
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, config: ExportConfig) -> dict[str, Any]:
-    torch.export.save(program, path)
+    content = io.BytesIO()  # PyTorch ends the process if it writes to a full disk itself
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     return {}
 
 
