@@ -3,6 +3,7 @@
 from .activation_checkpointing import set_checkpointing
 from .base import ModelFileError, SegmentationModel, read_checkpoint
 from .dual_branch import DualBranchUCTransNet
+from .external import ExternalModel, NetworkError
 from .files import load_model
 from .published import load_upstream, to_upstream
 from .registry import create_model, list_models, register_model
@@ -11,7 +12,9 @@ from .unet import UNet
 
 __all__ = [
     "DualBranchUCTransNet",
+    "ExternalModel",
     "ModelFileError",
+    "NetworkError",
     "SegmentationModel",
     "UCTransNet",
     "UNet",

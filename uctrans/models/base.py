@@ -92,7 +92,7 @@ class SegmentationModel(nn.Module):
             folder = Path(import_extra("huggingface_hub", "hub").snapshot_download(str(source), revision=revision))
         config = read_config(folder)
         name, metadata = config.pop("name"), config.pop("metadata", {})
-        if name != cls.name:
+        if not is_same_network(name, cls.name):
             raise ModelFileError(
                 f"{folder / CONFIG_FILE} describes a {name!r}, not a {cls.name!r}: use uctrans.load_model"
             )
@@ -185,7 +185,8 @@ def write_card(folder: Path, saved: dict[str, Any]) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     name, config = saved["name"], saved["config"]
-    tags = ["uctrans", name.replace("_", "-"), "medical-imaging", "semantic-segmentation"]
+    tags = ["uctrans", name.rpartition(":")[2].replace("_", "-"), "medical-imaging", "semantic-segmentation"]
+    arguments, flags = (f', network="{name}"', f" --network {name}") if ":" in name else ("", "")
     data = ModelCardData(library_name="uctrans", pipeline_tag="image-segmentation", tags=tags)
     text = f"""---
 {data.to_yaml()}
@@ -198,11 +199,11 @@ A `{name}` of uctrans for image segmentation. FOLDER is the folder that holds th
 ```python
 import uctrans
 
-model = uctrans.load_model("FOLDER")
+model = uctrans.load_model("FOLDER"{arguments})
 logits = model(image)  # image: float (B, {config.get("in_channels", "channels")}, height, width), 0 to 1
 ```
 
-`uctrans predict -i images -o masks --model FOLDER` prepares images as in training.
+`uctrans predict -i images -o masks --model FOLDER{flags}` prepares images as in training.
 
 ## Architecture
 
@@ -235,6 +236,11 @@ def without_image_names(metadata: dict[str, Any]) -> dict[str, Any]:
 def _list_of(values: dict[str, Any]) -> str:
     known = [f"- {key.replace('_', ' ')}: `{value}`" for key, value in values.items() if value is not None]
     return "\n".join(known) or "Nothing was recorded."
+
+
+def is_same_network(one: str, other: str) -> bool:
+    """Compare two names of networks; of ``package.module:Class``, the class counts and the module may have moved."""
+    return (":" in one) == (":" in other) and one.rpartition(":")[2] == other.rpartition(":")[2]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

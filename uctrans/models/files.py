@@ -1,18 +1,35 @@
 """Load a model from any file or folder that holds one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import CONFIG_FILE, ModelFileError, SegmentationModel, load_state, read_checkpoint, read_config
+from torch import Tensor, nn
+
+from .base import (
+    CONFIG_FILE,
+    ModelFileError,
+    SegmentationModel,
+    is_same_network,
+    load_state,
+    read_checkpoint,
+    read_config,
+)
+from .external import find_model_class
 from .published import from_published, is_upstream
 from .registry import model_class
+from .uctransnet import UCTransNet
+
+Network = str | type[nn.Module]
 
 CHECKPOINT_FORMAT = "uctrans-checkpoint"
 BEST_FOLDER = "best"
 LAST_CHECKPOINT = "last.pt"
 
 
-def load_model(path: str | Path, device: str = "cpu") -> SegmentationModel:
+def load_model(
+    path: str | Path, device: str = "cpu", *, network: Network | Sequence[Network] | None = None
+) -> SegmentationModel:
     """Load a model in evaluation mode.
 
     Args:
@@ -20,18 +37,22 @@ def load_model(path: str | Path, device: str = "cpu") -> SegmentationModel:
             a run (``last.pt``, ``best.pt``; the averaged weights if the run kept any), or a published UCTransNet
             checkpoint (``.pth.tar``; see :func:`uctrans.load_upstream` for more options).
         device: where the weights go.
+        network: the network that the file holds, or several of which it holds one: names of
+            :func:`uctrans.list_models`, and ``package.module:Class`` or the class itself for a network of another
+            package. None allows the former alone: no file has code imported that the caller does not name.
 
     Raises:
         ModelFileError: the file is missing, corrupt, or of another kind.
+        ValueError: there is no such ``network``.
     """
     path = Path(path)
     if not path.exists():
         raise ModelFileError(f"{path} does not exist: give a run folder, a saved model or a checkpoint file")
-    model = _load_folder(path) if path.is_dir() else _load_file(path)
+    model = _load_folder(path, network) if path.is_dir() else _load_file(path, network)
     return model.to(device).eval()
 
 
-def _load_folder(folder: Path) -> SegmentationModel:
+def _load_folder(folder: Path, network: Network | Sequence[Network] | None) -> SegmentationModel:
     if not (folder / CONFIG_FILE).exists() and (folder / BEST_FOLDER).is_dir():
         folder = folder / BEST_FOLDER
     elif not (folder / CONFIG_FILE).exists() and (folder / LAST_CHECKPOINT).exists():
@@ -40,7 +61,7 @@ def _load_folder(folder: Path) -> SegmentationModel:
         )
     elif not (folder / CONFIG_FILE).exists() and (inside := _folders_with_a_model(folder)):
         raise ModelFileError(f"{folder} has no {CONFIG_FILE}; did you mean {' or '.join(map(str, inside))}?")
-    return model_class_of(folder).from_pretrained(folder)
+    return _class_of(read_config(folder)["name"], network, folder / CONFIG_FILE).from_pretrained(folder)
 
 
 def _folders_with_a_model(folder: Path) -> list[Path]:
@@ -48,32 +69,73 @@ def _folders_with_a_model(folder: Path) -> list[Path]:
     return [inside for inside in sorted(folder.iterdir()) if any((inside / file).exists() for file in contents)]
 
 
-def model_class_of(folder: Path) -> type[SegmentationModel]:
-    """Return the class that ``config.json`` in ``folder`` names."""
-    try:
-        return model_class(read_config(folder)["name"])
-    except ValueError as error:
-        raise ModelFileError(f"{folder / CONFIG_FILE}: {error}") from None
+def _class_of(name: str, network: Network | Sequence[Network] | None, source: Path) -> type[SegmentationModel]:
+    """Return the class for the name in a file; nothing is imported but what the caller names as ``network``."""
+    if network is None:
+        if ":" in name:
+            raise ModelFileError(
+                f"{source} holds a network of the class {name}, and no name in a file has code imported; if you "
+                f'trust this class, name it yourself: network="{name}" (--network {name})'
+            )
+        try:
+            return model_class(name)
+        except ValueError as error:
+            raise ModelFileError(f"{source}: {error}") from None
+    classes = [find_model_class(each) for each in (network if isinstance(network, list | tuple) else [network])]
+    for candidate in classes:
+        if is_same_network(name, candidate.name):
+            return candidate
+    raise ModelFileError(
+        f"{source} holds a {name}, not a {' or '.join(candidate.name for candidate in classes)}; name that as network, "
+        "or take another file"
+    )
 
 
-def _load_file(path: Path) -> SegmentationModel:
+def _load_file(path: Path, network: Network | Sequence[Network] | None) -> SegmentationModel:
+    if path.suffix == ".safetensors":
+        raise ModelFileError(f"{path} holds weights alone: give its folder, which needs a {CONFIG_FILE} beside it")
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT:
-        return _from_checkpoint(checkpoint, path)
+        return _from_checkpoint(checkpoint, path, network)
     if is_upstream(checkpoint):
+        _class_of(UCTransNet.name, network, path)
         return from_published(checkpoint, path)
-    raise ModelFileError(f"{path} is neither a checkpoint of a training run nor a published UCTransNet checkpoint")
+    raise ModelFileError(
+        f"{path} is neither a checkpoint of a training run nor a published UCTransNet checkpoint, but "
+        f"{_content(checkpoint)}"
+    )
 
 
-def _from_checkpoint(checkpoint: dict[str, Any], path: Path) -> SegmentationModel:
+def _content(checkpoint: Any) -> str:
+    """Return in words what a file holds that no model can be made of, and the remedy."""
+    if not isinstance(checkpoint, dict):
+        return f"a {type(checkpoint).__name__}; save the state dict of a network"
+    places = {"": checkpoint} | {f" under {key!r}": value for key, value in checkpoint.items()}
+    for place, state in places.items():
+        if isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values()):
+            return (
+                f"a state dict of {len(state)} tensors{place} (first: {', '.join(map(str, list(state)[:3]))}): build "
+                "its network and call load_state_dict; to train that network here, name it: uctrans train --model "
+                "package.module:Class"
+            )
+    keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
+    return f"a dict with the keys {keys}; save the state dict of a network"
+
+
+def _from_checkpoint(
+    checkpoint: dict[str, Any], path: Path, network: Network | Sequence[Network] | None
+) -> SegmentationModel:
     try:
         saved = checkpoint["model"]
         state, metadata = checkpoint.get("ema") or saved["state"], dict(saved["metadata"])
-        model = model_class(saved["name"])(**saved["config"])
+        name, config = str(saved["name"]), saved["config"]
     except KeyError as error:
         raise ModelFileError(
             f"{path} lacks the entry {error}: it is not a whole checkpoint of a training run"
         ) from None
+    kind = _class_of(name, network, path)
+    try:
+        model = kind(**config)
     except (TypeError, ValueError) as error:
         raise ModelFileError(f"{path}: {error}") from None
     load_state(model, state, path)

@@ -10,6 +10,7 @@ from .base import SegmentationModel
 
 ModelClass = TypeVar("ModelClass", bound=type[SegmentationModel])
 
+NAMES_SHOWN = 20  # in a message
 _MODELS: dict[str, type[SegmentationModel]] = {}
 
 
@@ -42,7 +43,7 @@ def list_models() -> list[str]:
 def model_class(name: str) -> type[SegmentationModel]:
     """Return the class behind a name; raise ``ValueError`` with the nearest names if there is none."""
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}; {_hint(name, list_models(), 'choose one of ')}")
+        raise ValueError(f"unknown model {name!r}; {hint(name, list_models(), 'choose one of ')}")
     return _MODELS[name]
 
 
@@ -58,7 +59,7 @@ def create_model(name: str, **options: Any) -> SegmentationModel:
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in options:
         if option not in parameters and not takes_any:
-            raise TypeError(f"{name} has no option {option!r}; {_hint(option, list(parameters), 'it takes ')}")
+            raise TypeError(f"{name} has no option {option!r}; {hint(option, list(parameters), 'it takes ')}")
     return kind(**options)
 
 
@@ -69,7 +70,7 @@ def _recording_config(initialise: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: SegmentationModel, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        arguments = {key: _as_json(value) for key, value in bound.arguments.items() if key != "self"}
+        arguments = {key: as_json(value) for key, value in bound.arguments.items() if key != "self"}
         for key, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(key)
@@ -79,16 +80,17 @@ def _recording_config(initialise: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return ``value`` as JSON holds it: sequences and arrays as new lists, NumPy's numbers as Python's."""
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _hint(name: str, known: list[str], otherwise: str) -> str:
+def hint(name: str, known: list[str], otherwise: str) -> str:
+    """Return "did you mean" with the names near ``name``, or ``otherwise`` with the first that are known."""
     by_lower_case = {item.lower(): item for item in known}
     near = [by_lower_case[item] for item in difflib.get_close_matches(name.lower(), by_lower_case)]
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise + ", ".join(known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise + ", ".join(known[:NAMES_SHOWN])
