@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from uctrans import cli
 from uctrans.study import ModelStudyConfig, SkipStudyConfig, StudyError, study_models, study_skips
+from uctrans.study.folder import begin, check_study
 from uctrans.study.table import count_cost
 from uctrans.training import ConfigError, TrainConfig
 
@@ -52,6 +54,16 @@ def test_runs_differ_in_network_and_seed_only(settings):
         config.pop("output")
     assert all(config == configs[0] for config in configs)
     assert configs[0]["epochs"] == settings["epochs"]
+
+
+def test_every_run_starts_from_the_weights_given_and_continues_with_no_others(settings, tmp_path):
+    config = ModelStudyConfig(**settings, output=str(tmp_path / "study"), init_from="run")
+    assert {run.config.init_from for run in config.plan()} == {"run"}
+    begin(config, check_study(config, "models", config.plan()))
+    (tmp_path / "study" / "runs").mkdir()
+    (tmp_path / "study" / "runs" / "file").touch()
+    with pytest.raises(StudyError, match="began with other settings: init_from: 'run' -> 'other'"):
+        check_study(replace(config, init_from="other"), "models", config.plan())
 
 
 def test_a_uctransnet_starts_from_the_unet_of_its_seed_and_fold(settings):
@@ -167,7 +179,7 @@ def test_mistakes_are_reported_before_anything_is_trained(words, message, data, 
 
 
 def test_settings_of_the_study_itself_and_torchrun_are_refused(settings, tmp_path, no_workers, monkeypatch):
-    for name, value in (("model", "unet"), ("seed", 3), ("resume", True), ("init_from", "weights.pt")):
+    for name, value in (("model", "unet"), ("seed", 3), ("resume", True)):
         with pytest.raises(StudyError, match=f"{name}: the study sets it"):
             ModelStudyConfig(**settings, output="study", **{name: value})
     with pytest.raises(StudyError, match="the study varies skips"):
@@ -175,6 +187,8 @@ def test_settings_of_the_study_itself_and_torchrun_are_refused(settings, tmp_pat
     with pytest.raises(StudyError, match="starts from a U-Net with all skips"):
         own = {"models": ("unet", "uctransnet_from_unet"), "model_options": {"skips": [1]}}
         ModelStudyConfig(**settings | own, output="study")
+    with pytest.raises(StudyError, match="init_from: uctransnet_from_unet starts from a U-Net of the study"):
+        ModelStudyConfig(**settings | {"models": ("unet", "uctransnet_from_unet")}, output="study", init_from="run")
     with pytest.raises(StudyError, match="seeds: is empty"):
         ModelStudyConfig(**settings | {"seeds": ()}, output="study")
     with pytest.raises(ConfigError, match="fold: needs folds and folds needs it"):

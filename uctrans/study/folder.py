@@ -28,7 +28,13 @@ from .plan import FOLDS_FILE, Job, PlannedEnsemble, PlannedRun, StudyConfig, Stu
 
 MARKER, FORMAT_VERSION = "study.json", 3
 FAILED = "failed.txt"
-DECISIVE = {"epochs", "learning_rate", "min_learning_rate", "amp"}  # a resumed run may change these, a study may not
+DECISIVE = {
+    "epochs",
+    "learning_rate",
+    "min_learning_rate",
+    "amp",
+    "init_from",
+}  # a resumed run may change these, a study may not
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

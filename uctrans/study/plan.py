@@ -85,7 +85,7 @@ Job = PlannedRun | PlannedEnsemble
 class StudyConfig(TrainConfig):
     """Settings of a study: those of every run, and its own.
 
-    The study sets ``model``, ``seed``, ``init_from`` and ``resume`` in every run.
+    The study sets ``model``, ``seed`` and ``resume`` in every run.
 
     Args:
         output: Folder of the study. It holds a run folder for each network, seed and fold in runs/.
@@ -113,7 +113,7 @@ class StudyConfig(TrainConfig):
         ConfigError: As for ``TrainConfig``.
     """
 
-    not_flags = ("model", "seed", "init_from", "resume")
+    not_flags = ("model", "seed", "resume")
 
     patience: int | tuple[int, ...] = 50
     seeds: int | tuple[int, ...] = 5
@@ -271,6 +271,8 @@ class ModelStudyConfig(StudyConfig):
                 raise StudyError(f"models: {name} starts from the U-Net of its seed and fold; name {UNET} too")
             if "skips" in self.model_options:
                 raise StudyError(f"model_options: {name} starts from a U-Net with all skips; leave out skips")
+            if self.init_from is not None:
+                raise StudyError(f"init_from: {name} starts from a U-Net of the study; leave one of them out")
 
     def variants(self) -> list[Variant]:
         """Return the networks, each with those of the options that it takes."""
