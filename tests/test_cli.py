@@ -5,6 +5,7 @@ import functools
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -413,6 +414,76 @@ def test_full_disk_gets_a_remedy(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "scores/metrics.csv" in message
     assert "free space or choose another output folder" in message
+
+
+def test_a_command_whose_reader_has_gone_ends_as_usual(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = []
+
+    def print_and_work(settings):
+        for number in range(3):
+            print("a line", flush=True)
+            done.append(number)
+        return []
+
+    stand_in(monkeypatch, "uctrans.inference:export", print_and_work)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert cli.main(EXPORT) == 0
+        assert cli.main(["--help"]) == 0
+    assert done == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_training_in_a_pipe_that_is_closed_is_completed(data, tmp_path):
+    words = [sys.executable, "-m", "uctrans", "train", "-i", data, "-o", tmp_path / "run", "--epochs", "2", *TINY[:-1]]
+    command = f"{shlex.join(map(str, words))} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "all epochs done" in (tmp_path / "run" / "log.txt").read_text().splitlines()[-1]
+
+
+FOREIGN = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"train -i {FOREIGN} -o run",
+        f"train -i data -o {FOREIGN}",
+        f"train -o {FOREIGN} --resume",
+        f"evaluate -i data -o scores --model {FOREIGN}",
+        f"predict -i {FOREIGN}/a.png -o masks --model run",
+        f"predict -i data --output={FOREIGN} --model run",
+        f"study models -i data -o {FOREIGN}",
+        f"export -i {FOREIGN} -o exported",
+        f"train --config {FOREIGN}.yaml",
+        f"{FOREIGN}",
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_shown_escaped(words, capsys):
+    assert "caf\\udce9" in error_of(capsys, *words.split())
+
+
+def test_an_image_whose_name_is_not_utf8_is_shown_escaped(data, trained, tmp_path, capsys):
+    copied = Path(shutil.copytree(data, tmp_path / "data"))
+    for kind in ("images", "masks"):
+        for split in ("train", "test"):
+            first = min((copied / split / kind).iterdir())
+            first.rename(first.with_name(f"{FOREIGN}.png"))
+    outputs = [tmp_path / name for name in ("run", "study", "scores", "masks")]
+    commands = [
+        ["train", "-i", copied, "-o", outputs[0], *TINY],
+        ["study", "models", "-i", copied, "-o", outputs[1], "--models", "unet", "--base-channels", "2"],
+        ["evaluate", "-i", copied, "-o", outputs[2], "--model", trained],
+        ["predict", "-i", copied / "test" / "images", "-o", outputs[3], "--model", trained],
+        ["predict", "-i", copied / "test" / "images" / f"{FOREIGN}.png", "-o", outputs[3], "--model", trained],
+    ]
+    for words in commands:
+        assert "caf\\udce9" in error_of(capsys, *words), words
+    assert not any(output.exists() for output in outputs)
 
 
 def test_warnings_are_one_line_of_the_program(monkeypatch, capsys):

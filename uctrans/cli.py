@@ -5,13 +5,13 @@ A command is a function that takes a dataclass of settings. Each field is a flag
 ``uctrans --help`` needs neither PyTorch nor the training extra.
 
 Exit status: 0 success; 2 an error that the user can mend, printed in one line on stderr (``UCTRANS_DEBUG=1`` shows the
-traceback); 130 and 143 stopped by SIGINT and SIGTERM.
+traceback); 130 and 143 stopped by SIGINT and SIGTERM. A command whose reader has gone, as in ``uctrans study | head``,
+goes on in silence and ends as it would with one.
 """
 
 import argparse
 import dataclasses
 import difflib
-import errno
 import os
 import pkgutil
 import re
@@ -26,6 +26,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .extras import import_extra
 from .reading import UnreadableError, read_yaml
+from .system import escaped, explained, is_utf8, lasting_streams
 
 DEBUG_VARIABLE = "UCTRANS_DEBUG"
 USER_ERROR = 2
@@ -276,10 +277,12 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
     ``train --resume`` starts from the settings of the run in the output folder; flags win over them.
 
     Raises:
-        CommandLineError: The command or a flag is unknown, or a value has the wrong type.
+        CommandLineError: The command or a flag is unknown, a value has the wrong type, or a name is not UTF-8.
         ValueError: The settings refuse a value.
         ImportError: See `build_parser`.
     """
+    if foreign := [word for word in words if not is_utf8(word)]:
+        raise CommandLineError(f"{escaped(foreign[0])}: is not UTF-8; rename the file or folder")
     name, rest = _split_command(words)
     parser = build_parser(name)
     _, settings = COMMANDS[name].load()
@@ -410,22 +413,11 @@ def _is_for_user(error: Exception) -> bool:
     return isinstance(error, NotImplementedError | OutOfMemoryError | TrainingError | CaptureError)
 
 
-def _explained(error: Exception) -> str:
-    """Return the message of an error in one line, with a remedy if it comes from the operating system."""
-    remedy = {
-        errno.ENOSPC: ": the disk is full; free space or choose another output folder",
-        errno.EDQUOT: ": the quota is used up; free space or choose another output folder",
-        errno.EROFS: ": the disk is read-only; choose another output folder",
-        errno.EACCES: ": permission is missing; choose a folder that you may read and write",
-    }
-    suffix = remedy.get(error.errno, "") if isinstance(error, OSError) else ""
-    return " ".join(str(error).split()) + suffix
-
-
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+@lasting_streams()
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
@@ -456,7 +448,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE) or not _is_for_user(error):
             raise
-        print(f"uctrans: error: {_explained(error)}", file=sys.stderr)
+        print(f"uctrans: error: {explained(error)}", file=sys.stderr)
         return USER_ERROR
     finally:
         warnings.formatwarning = form_before

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .system import escaped, is_utf8
+
 try:
     import fcntl
 except ImportError:  # on Windows, where folders are not locked
@@ -39,8 +41,10 @@ def locked(folder: Path) -> Iterator[int]:
     system without locks, nothing is locked.
 
     Raises:
-        FolderError: another process holds the folder, or it cannot be made or written to.
+        FolderError: another process holds the folder, it cannot be made or written to, or its name is not UTF-8.
     """
+    if not is_utf8(folder):
+        raise FolderError(f"output: {escaped(folder)}: is not UTF-8; rename it or name another")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK_FILE
     try:

@@ -11,8 +11,8 @@ import pytest
 
 from uctrans.data import DataError
 from uctrans.data.instances import write_instances
-from uctrans.study import SkipStudyConfig, StudyError, study_models, study_skips
-from uctrans.study.folder import check_study
+from uctrans.study import SkipStudyConfig, StudyError, run, study_models, study_skips
+from uctrans.study.folder import check_study, read_ensemble
 from uctrans.training import ConfigError
 from uctrans.writing import FolderError, locked, write_png
 
@@ -137,11 +137,21 @@ def test_a_damaged_configuration_of_an_interrupted_run_is_named(plain_copy, no_w
         study_models(plain_copy)
 
 
-def test_an_ensemble_of_runs_that_were_scored_since_is_scored_again(folded_copy, no_workers):
-    ensemble = folded_copy.ensembles()[0]
-    member = ensemble.needs[0].at(1) / "test" / "summary.json"
-    later = (ensemble.at(1) / "summary.json").stat().st_mtime + 1
-    os.utime(member, (later, later))
+def test_an_ensemble_is_over_whatever_the_clock_said_when_its_runs_were_scored(folded_copy, no_workers):
+    for ensemble in folded_copy.ensembles():
+        for patience in (1, 2):
+            os.utime(ensemble.at(patience) / "summary.json", (0, 0))
+    result = study_models(folded_copy)
+    assert result.finished == result.total
+
+
+def test_an_ensemble_of_a_run_that_is_scored_again_is_scored_again(folded_copy, no_workers):
+    ensemble, other = folded_copy.ensembles()
+    member = ensemble.needs[0]
+    shutil.rmtree(member.at(2) / "test")
+    run.train_and_score(member, folded_copy)
+    assert [read_ensemble(each, 2) is None for each in (ensemble, other)] == [True, False]
+    assert read_ensemble(ensemble, 1) is not None
     with pytest.raises(AssertionError, match="a worker was started"):
         study_models(folded_copy)
 

@@ -224,7 +224,7 @@ def test_a_run_that_is_short_of_memory_stops_no_other_and_names_the_settings_to_
 def test_a_signal_and_the_end_of_the_time_save_the_run(cause, unet, monkeypatch):
     config = replace(unet, minutes=1000, epochs=100_000, first_best_epoch=100_000)
     folder, ahead = config.plan()[0].folder, [0]
-    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: time.time() + ahead[0], sleep=time.sleep))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0], sleep=time.sleep))
 
     def stop():
         until = time.monotonic() + 300
@@ -254,7 +254,7 @@ def test_no_run_begins_that_would_not_fit(seconds_an_epoch, is_begun, plain_copy
             row[header.index("seconds")] = str(seconds_an_epoch)
         file.write_text("\n".join(",".join(line) for line in [header, *rows]) + "\n")
     times = iter([0.0])
-    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: next(times, 540.0), sleep=time.sleep))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(times, 540.0), sleep=time.sleep))
     config = replace(plain_copy, seeds=3, minutes=10)
     if is_begun:
         with pytest.raises(AssertionError, match="a worker was started"):

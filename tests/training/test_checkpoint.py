@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import uctrans
 from uctrans.models import ModelFileError
 from uctrans.training import CheckpointError, TrainingError, checkpoint, load_checkpoint, train
 from uctrans.training.checkpoint import copy_checkpoint, load_weights, save_checkpoint, write_files
+from uctrans.training.log import failures_named
 from uctrans.writing import UNFINISHED
 
 
@@ -33,14 +35,28 @@ def test_load_model_reads_run_folder_and_checkpoints(finished, assert_same):
     assert_same(dict(uctrans.load_model(finished).state_dict()), best)
 
 
-def test_folder_without_permission_is_named(tmp_path, monkeypatch):
-    def forbidden(checkpoint, file):
-        raise OSError(errno.EACCES, "Permission denied")
+@pytest.mark.parametrize(
+    ("number", "cause", "remedy"),
+    [
+        (errno.ENOSPC, "the disk is full", "free space"),
+        (errno.EDQUOT, "the quota is used up", "free space or ask for a larger quota"),
+        (errno.EFBIG, "a file would be larger than is allowed here", r"raise the limit \(ulimit -f unlimited\)"),
+        (errno.EROFS, "the disk is read-only", "make it writable"),
+        (errno.EACCES, "permission is missing", "allow reading and writing there"),
+        (errno.EPERM, "permission is missing", "allow reading and writing there"),
+    ],
+)
+def test_a_write_that_the_system_refuses_gets_its_cause_and_remedy(number, cause, remedy, tmp_path, monkeypatch):
+    def refused(checkpoint, file):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(torch, "save", forbidden)
-    with pytest.raises(CheckpointError, match="make the folder writable"):
+    monkeypatch.setattr(torch, "save", refused)
+    with pytest.raises(CheckpointError, match=rf"last\.pt: cannot be written \({cause}.*; {remedy}.* with resume"):
         save_checkpoint(tmp_path / "last.pt", {})
     assert list(tmp_path.iterdir()) == []
+    message = rf"log: cannot be written \(.*: {cause}\); {remedy}.* with resume"
+    with pytest.raises(TrainingError, match=message), failures_named(Path("log")):
+        refused(None, None)
 
 
 def test_full_disk_keeps_the_previous_checkpoint(finished, make_config, monkeypatch):
@@ -66,8 +82,10 @@ def test_file_size_limit_keeps_the_previous_checkpoint(finished, make_config):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"\.pt: cannot be written .*free space"):
+        with pytest.raises(CheckpointError, match=r"\.pt: cannot be written .*ulimit -f unlimited") as raised:
             train(make_config(resume=True))
+        assert "no space" not in str(raised.value)
+        assert "free space" not in str(raised.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (finished / "last.pt").read_bytes() == before

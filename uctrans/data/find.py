@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..system import escaped, is_utf8
+
 SPLITS = ("train", "val", "test")
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -171,7 +173,8 @@ def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> di
     ``companions``, which belong there.
 
     Raises:
-        DataError: the folder holds no image, or two of one stem, or a link to an image that is not there.
+        DataError: the folder holds no image, two of one stem, a name that is not UTF-8, or a link to an image that is
+            not there.
     """
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     if broken := [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and missing_target(entry)]:
@@ -197,7 +200,12 @@ def stem_of(path: Path) -> str:
     """Return the name of a file without its extension, in the composed form of Unicode.
 
     File systems and archives keep an umlaut as one character or as two, so that equal names may differ in bytes.
+
+    Raises:
+        DataError: the name is not UTF-8.
     """
+    if not is_utf8(path.name):
+        raise DataError(f"{escaped(path)}: the name of this file is not UTF-8; rename it")
     return unicodedata.normalize("NFC", path.stem)
 
 

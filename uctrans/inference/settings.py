@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from ..data.find import shorten
 from ..extras import import_extra
+from ..system import escaped, is_utf8
 
 Item = TypeVar("Item")
 
@@ -40,10 +41,12 @@ def output_folder(path: str | Path) -> Path:
     """Return the folder to write to, without creating it.
 
     Raises:
-        InferenceError: The path is empty, or a file lies there.
+        InferenceError: The path is empty or not UTF-8, or a file lies there.
     """
     if not str(path):
         raise InferenceError("output: no folder is given; name one with output (-o/--output)")
+    if not is_utf8(path):
+        raise InferenceError(f"output: {escaped(path)}: is not UTF-8; rename it or name another folder")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InferenceError(f"output: {folder} is a file; name a folder")

@@ -68,13 +68,9 @@ def read_failure(run: PlannedRun) -> str | None:
 
 
 def read_ensemble(ensemble: PlannedEnsemble, patience: int) -> dict[str, Any] | None:
-    """Return the evaluation of an ensemble, or None if there are none or a member has been scored since."""
+    """Return the evaluation of an ensemble, or None if it or that of a member is missing."""
     paths = [run.at(patience) / "test" / "summary.json" for run in ensemble.needs]
-    own = ensemble.at(patience) / "summary.json"
-    if not own.exists() or not all(path.exists() for path in paths):
-        return None
-    is_stale = own.stat().st_mtime < max(path.stat().st_mtime for path in paths)
-    return None if is_stale else read_summary(ensemble.at(patience))
+    return read_summary(ensemble.at(patience)) if all(path.exists() for path in paths) else None
 
 
 def patiences_to_score(ensemble: PlannedEnsemble) -> list[int]:

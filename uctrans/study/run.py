@@ -30,6 +30,7 @@ from ..extras import import_extra
 from ..inference import EvaluateConfig, evaluate
 from ..models.files import LAST_CHECKPOINT
 from ..models.registry import model_class
+from ..system import explained, lasting_streams
 from ..training import CheckpointError, ConfigError, TrainingError, train
 from ..training.checkpoint import copy_checkpoint
 from ..training.log import read_metrics
@@ -122,7 +123,7 @@ def _study(config: StudyConfig, kind: str) -> StudyResult:
         raise StudyError("torchrun: starts several processes of one training; start a study without it, with processes")
     for package in ("matplotlib", "monai"):  # before the work, not after it
         import_extra(package, "training")
-    deadline = math.inf if config.minutes is None else time.time() + 60 * config.minutes
+    deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     folder, plan = Path(config.output), config.plan()
     with locked(folder) as lock:
         marker = check_study(config, kind, plan)
@@ -182,7 +183,7 @@ class _Jobs:
                             self._note_end(job, worker.returncode, message.read())
                     if self.error:
                         return ""
-                    if stop.name or time.time() >= self.deadline:
+                    if stop.name or time.monotonic() >= self.deadline:
                         return stop.name or TIME_IS_UP
                     while len(workers) < self.config.processes and (job := self._next()) is not None:
                         self._waiting.remove(job)
@@ -212,7 +213,7 @@ class _Jobs:
         seconds = self._seconds_left(job) if isinstance(job, PlannedRun) else None
         if self.config.minutes is None or seconds is None:
             return True
-        return seconds <= self.deadline - time.time() or seconds > 60 * self.config.minutes
+        return seconds <= self.deadline - time.monotonic() or seconds > 60 * self.config.minutes
 
     def _seconds_left(self, run: PlannedRun) -> float | None:
         """Return the expected time of a run, by finished runs of the same network or else of all; None without any."""
@@ -263,6 +264,7 @@ def start_worker(job: Job, config: StudyConfig, lock: int, errors: int) -> subpr
     return worker
 
 
+@lasting_streams()
 def work(errors: int) -> None:
     """Do the job on the standard input; save it and leave when the input is closed.
 
@@ -284,7 +286,7 @@ def work(errors: int) -> None:
         print(f"{job.name}: {error}", file=sys.stderr)
         sys.exit(1)
     except (ValueError, OSError, ImportError, NotImplementedError, TrainingError) as error:
-        os.write(errors, str(error).encode())
+        os.write(errors, explained(error).encode(errors="backslashreplace"))
         sys.exit(1)
 
 
@@ -329,6 +331,11 @@ def train_and_score(run: PlannedRun, config: StudyConfig) -> None:
         shutil.rmtree(kept, ignore_errors=True)  # of a process that was stopped here
         # Training replaces whole files, so a link keeps the content.
         shutil.copytree(run.folder / "best", kept, copy_function=lambda *paths: copy_checkpoint(*map(Path, paths)))
+        for ensemble in config.ensembles():
+            if run.name in [
+                need.name for need in ensemble.needs
+            ]:  # scored with other weights of this run, which has been deleted since
+                (ensemble.at(patience) / "summary.json").unlink(missing_ok=True)
         evaluate(_evaluation(str(run.at(patience)), run, config, run.at(patience) / "test"))
     if not config.keep_checkpoints:
         for name in CHECKPOINTS:

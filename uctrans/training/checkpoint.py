@@ -15,7 +15,6 @@ sums so far, one dict for each process. Between two epochs ``order`` and ``total
 
 import contextlib
 import copy
-import errno
 import os
 import shutil
 import threading
@@ -29,6 +28,7 @@ import torch
 from ..models import ModelFileError, read_checkpoint
 from ..models.base import load_state, read_config, write_model
 from ..models.files import CHECKPOINT_FORMAT, LAST_CHECKPOINT
+from ..system import CAUSES
 from ..writing import written_atomically
 from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
 from .log import failures_named, read_metrics
@@ -186,14 +186,12 @@ def _failed_writes_named(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         number = getattr(error, "errno", None) or getattr(error.__cause__ or error.__context__, "errno", None)
-        is_forbidden = number in (errno.EACCES, errno.EPERM, errno.EROFS)
-        is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cause, remedy = CAUSES.get(number, ("", "free space on the disk"))
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
         raise CheckpointError(
-            f"{path}: cannot be written ({'no space: ' if is_full else ''}{reason}; {free} MiB free on the disk), and "
-            "the previous file is unchanged; "
-            f"{'make the folder writable' if is_forbidden else 'free space on the disk'} and continue with resume"
+            f"{path}: cannot be written ({f'{cause}: ' if cause else ''}{reason}; {free} MiB free on the disk), and "
+            f"the previous file is unchanged; {remedy} and continue with resume"
         ) from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import import_extra
+from ..system import CAUSES
 from ..writing import write_bytes
 from .config import TrainConfig
 
@@ -39,9 +40,9 @@ def failures_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrainingError(
-            f"{path}: cannot be written ({error}); free space or make it writable, and continue with resume"
-        ) from error
+        cause, remedy = CAUSES.get(error.errno, (None, "free space or make it writable"))
+        reason = str(error) if cause is None else f"{error}: {cause}"
+        raise TrainingError(f"{path}: cannot be written ({reason}); {remedy}, and continue with resume") from error
 
 
 class SilentLog:
