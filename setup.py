@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES + KERNEL_PACKAGES,
     package_dir={"uctrans": "uctrans", "uctrans.kernels": "kernels"},
-    package_data={"uctrans.data": ["folds/*.json"]},
+    package_data={"uctrans.data": ["folds/*.json"], "uctrans.models": ["pretrained/*/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -66,8 +66,8 @@ class EvaluateConfig:
     """Settings of `evaluate`.
 
     Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), or a published .pth.tar; several as a,b, whose
-            probabilities are averaged.
+        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, or the name of a model
+            that comes with the package: nuclei. Several as a,b, whose probabilities are averaged.
         data: Folder of the data set, in any layout that uctrans.data.find_samples knows.
         output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
         split: train, val or test; or all, every image of the folder.

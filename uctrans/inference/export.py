@@ -63,7 +63,8 @@ class ExportConfig:
     """Settings of `export`.
 
     Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), or a published .pth.tar.
+        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, or the name of a model
+            that comes with the package: nuclei.
         output: Folder for model.pt2, model.onnx and export.json.
         formats: torch (torch.export program), onnx, or both.
         dynamic: What may vary from call to call: none; batch; size, which is the batch, and height and width in

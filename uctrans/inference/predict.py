@@ -32,8 +32,8 @@ class PredictConfig:
     """Settings of `predict`.
 
     Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), or a published .pth.tar; several as a,b, whose
-            probabilities are averaged.
+        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, or the name of a model
+            that comes with the package: nuclei. Several as a,b, whose probabilities are averaged.
         input: Folder of images, or one image, of any size.
         output: Folder for NAME.png (mask) and NAME_overlay.png (outlines over the image).
         resolution: What the network sees. protocol: the image as the model's protocol resizes it, and the probabilities

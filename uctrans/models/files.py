@@ -25,6 +25,7 @@ Network = str | type[nn.Module]
 CHECKPOINT_FORMAT = "uctrans-checkpoint"
 BEST_FOLDER = "best"
 LAST_CHECKPOINT = "last.pt"
+BUILT_IN_MODELS = Path(__file__).parent / "pretrained"
 
 
 def load_model(
@@ -35,7 +36,8 @@ def load_model(
     Args:
         path: a folder that ``save_pretrained`` wrote, the folder of a training run (its best weights), a checkpoint of
             a run (``last.pt``, ``best.pt``; the averaged weights if the run kept any), or a published UCTransNet
-            checkpoint (``.pth.tar``; see :func:`uctrans.load_upstream` for more options).
+            checkpoint (``.pth.tar``; see :func:`uctrans.load_upstream` for more options). Or the name of a model that
+            comes with the package, ``"nuclei"``; a file of that name, or a folder that holds a model, comes first.
         device: where the weights go.
         network: the network that the file holds, or several of which it holds one: names of
             :func:`uctrans.list_models`, and ``package.module:Class`` or the class itself for a network of another
@@ -45,11 +47,27 @@ def load_model(
         ModelFileError: the file is missing, corrupt, or of another kind.
         ValueError: there is no such ``network``.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ModelFileError(f"{path} does not exist: give a run folder, a saved model or a checkpoint file")
+    path = _find(path)
     model = _load_folder(path, network) if path.is_dir() else _load_file(path, network)
     return model.to(device).eval()
+
+
+def built_in_models() -> list[str]:
+    """Return the names of the models that come with the package, sorted."""
+    return sorted(file.parent.name for file in BUILT_IN_MODELS.glob(f"*/{CONFIG_FILE}"))
+
+
+def _find(path_or_name: str | Path) -> Path:
+    path, names = Path(path_or_name), built_in_models()
+    contents = (CONFIG_FILE, BEST_FOLDER, LAST_CHECKPOINT)
+    if str(path_or_name) in names and not path.is_file() and not any((path / name).exists() for name in contents):
+        return BUILT_IN_MODELS / path
+    if not path.exists():
+        raise ModelFileError(
+            f"{path} does not exist: give a run folder, a saved model, a checkpoint file, or the name of a model that "
+            f"comes with the package ({', '.join(names)})"
+        )
+    return path
 
 
 def _load_folder(folder: Path, network: Network | Sequence[Network] | None) -> SegmentationModel:

@@ -93,7 +93,8 @@ class TrainConfig:
         class_names: Names of the classes, saved with the weights: background,nucleus.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         model_options: Further arguments of the network, as a mapping or as JSON.
-        init_from: Weights to start from; a UCTransNet can start from a U-Net.
+        init_from: Weights to start from, as predict takes them: a run folder, nuclei, ... A UCTransNet can start from a
+            U-Net.
         protocol: uctransnet-224 resizes images; augmented-224 does so with the augmentation of native; native takes
             random crops at full resolution and validates on whole images in tiles (see
             ``uctrans.data.list_protocols()``).
