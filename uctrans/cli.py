@@ -150,7 +150,6 @@ COMMANDS = {
         "segment a folder of images, or one image",
         run="uctrans.inference:predict",
         input="input",
-        report=_report_files,
         examples=("uctrans predict -i images -o masks --model runs/first",),
     ),
     "export": Command(
@@ -413,6 +412,11 @@ def _is_for_user(error: Exception) -> bool:
     return isinstance(error, NotImplementedError | OutOfMemoryError | TrainingError | CaptureError)
 
 
+def _with_notes(text: str, error: BaseException) -> str:
+    """Return the text and the notes that were added to the error, such as how much is done."""
+    return "; ".join([text, *getattr(error, "__notes__", ())])
+
+
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
     raise Terminated
 
@@ -439,16 +443,16 @@ def main(words: Sequence[str] | None = None) -> int:
     form_before, warnings.formatwarning = warnings.formatwarning, format_warning
     try:
         return _run(words)
-    except KeyboardInterrupt:
-        print("uctrans: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(_with_notes("uctrans: interrupted", stop), file=sys.stderr)
         return 128 + signal.SIGINT
-    except Terminated:
-        print("uctrans: terminated", file=sys.stderr)
+    except Terminated as stop:
+        print(_with_notes("uctrans: terminated", stop), file=sys.stderr)
         return 128 + signal.SIGTERM
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE) or not _is_for_user(error):
             raise
-        print(f"uctrans: error: {explained(error)}", file=sys.stderr)
+        print(_with_notes(f"uctrans: error: {explained(error)}", error), file=sys.stderr)
         return USER_ERROR
     finally:
         warnings.formatwarning = form_before

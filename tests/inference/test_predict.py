@@ -1,6 +1,13 @@
 """Prediction on image files: what is written, and what is refused before anything is."""
 
+import contextlib
+import errno
+import itertools
 import pathlib
+import re
+import shutil
+import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,8 +15,9 @@ import torch
 from skimage.io import imread, imsave
 
 import uctrans
-from uctrans.data import DataError
-from uctrans.inference import InferenceError, PredictConfig, PredictionError, predict
+from uctrans.data import DataError, protocols
+from uctrans.inference import InferenceError, PredictConfig, PredictionError, outputs, predict
+from uctrans.writing import FolderError, locked
 
 SQUARE = np.zeros((20, 30, 3), dtype=np.uint8)
 SQUARE[5:15, 10:20] = 255
@@ -38,7 +46,7 @@ def segment(use_model, brightness_model, tmp_path):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def test_masks_and_overlays(segment, images, tmp_path):
@@ -223,14 +231,280 @@ def test_bad_paths(images, tmp_path):
         predict(PredictConfig("model", str(images), str(images / "dot.png")))
 
 
-def test_a_failed_write_leaves_no_part_of_a_file(segment, images, tmp_path, monkeypatch):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """Let ``room`` PNG files be written; of every further one, only half is."""
     write = pathlib.Path.write_bytes
+    left = itertools.count(room, -1)
 
-    def fail(path, content):
-        write(path, content[:4])
-        raise OSError("disk full")
+    def limited(path, content):
+        if path.suffix != ".png" or next(left) > 0:
+            return write(path, content)
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", limited)
+        yield
+
+
+@pytest.mark.parametrize("room", range(6))
+def test_a_full_disk_leaves_whole_files_and_the_same_command_continues(room, segment, images, tmp_path):
+    segment(images, probability="npy")
+    out, journal = tmp_path / "masks", tmp_path / "masks/.uctrans-predict.jsonl"
+    expected, noted = contents(out), journal.read_bytes()
+    shutil.rmtree(out)
+    with full_disk(room), pytest.raises(OSError, match="No space left") as caught:
+        segment(images, probability="npy")
+    found = contents(out)
+    assert found.items() <= expected.items()
+    assert len([name for name in found if name.endswith(".png")]) == room
+    done = [name for name in ("dot", "square", "wide") if f"{name}.png" in found]
+    assert caught.value.__notes__ == [f"{len(done)} of 3 images are done; the same command continues"]
+    written = segment(images, probability="npy")
+    assert (written.images, written.done_before) == (3 - len(done), len(done))
+    assert contents(out) == expected
+    assert journal.read_bytes() == noted
+
+
+def test_a_repeated_command_adds_what_is_missing(segment, images, tmp_path):
+    out = tmp_path / "masks"
+    (images / "dot.png").rename(tmp_path / "dot.png")
+    assert len(segment(images)) == 4
+    expected = contents(out)
+    again = segment(images)
+    assert (list(again), again.done_before) == ([], 2)
+    assert str(again) == f"Nothing to write into {out}. 2 images were done before."
+    (out / "wide_overlay.png").unlink()
+    assert [path.name for path in segment(images)] == ["wide.png", "wide_overlay.png"]
+    assert contents(out) == expected
+    (tmp_path / "dot.png").rename(images / "dot.png")
+    added = segment(images)
+    assert [path.name for path in added] == ["dot.png", "dot_overlay.png"]
+    assert re.fullmatch(
+        r"Wrote 2 files into .*masks: 1 images in [\d.]+ s, [\d.]+ images and [\d.]+ million pixels a second\. "
+        r"2 images were done before\.",
+        str(added),
+    )
+
+
+def test_a_repaired_image_is_added_by_the_same_command(segment, images, tmp_path):
+    (images / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(PredictionError, match="then repeat the command"):
         segment(images)
-    assert names(tmp_path / "masks") == []
+    shutil.copy(images / "square.png", images / "broken.png")
+    assert [path.name for path in segment(images)] == ["broken.png", "broken_overlay.png"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"threshold": 0.4}, "threshold: 0.5 there, 0.4 now"),
+        ({"instances": True}, "instances: False there, True now"),
+        ({"model": {"metadata": {"palette": ["#000000", "#ffffff"]}}}, "weights: [0-9a-f]+ there, [0-9a-f]+ now"),
+    ],
+)
+def test_predictions_of_other_settings_are_not_mixed(changes, named, segment, images, brightness_model, tmp_path):
+    segment(images / "dot.png")
+    if "model" in changes:
+        changes = {"model": brightness_model(**changes["model"])}
+    before = contents(tmp_path / "masks")
+    with pytest.raises(InferenceError, match=f"another model or of other settings .{named}"):
+        segment(images, **changes)
+    assert contents(tmp_path / "masks") == before
+    segment(images, **changes, overwrite=True)
+    for path in (tmp_path / "masks").glob("*.png"):
+        path.unlink()
+    segment(images)  # there is nothing left to mix with
+
+
+def test_other_devices_and_batches_continue(segment, images):
+    segment(images / "dot.png")
+    assert segment(images, batch_size=1, backend="auto", graph=False).done_before == 1
+
+
+def test_files_of_the_prediction_that_is_replaced_go(segment, images, tmp_path):
+    segment(images, instances=True, probability="npy")
+    (tmp_path / "masks/square_mine.png").write_bytes(b"mine")
+    segment(images, probability="png", overwrite=True)
+    kinds = ("", "_overlay", "_probability")
+    assert names(tmp_path / "masks") == sorted(
+        ["square_mine.png", *(f"{name}{kind}.png" for name in ("dot", "square", "wide") for kind in kinds)]
+    )
+
+
+def test_an_overwriting_command_continues_without_the_switch(segment, images, tmp_path):
+    segment(images)
+    with full_disk(3), pytest.raises(OSError, match="No space left") as caught:
+        segment(images, threshold=0.4, overwrite=True)
+    assert caught.value.__notes__ == ["1 of 3 images are done; the same command without --overwrite continues"]
+    assert segment(images, threshold=0.4).done_before == 1
+
+
+def test_the_same_name_from_another_folder_is_another_image(segment, images, tmp_path):
+    segment(images)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy2(images / "square.png", other / "square.png")
+    with pytest.raises(InferenceError, match=r"square\.png.*exist already"):
+        segment(other)
+    imsave(images / "square.png", 255 - SQUARE, check_contrast=False)  # so is another content
+    with pytest.raises(InferenceError, match=r"square\.png.*exist already"):
+        segment(images)
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [b"", b"\xff\n[1]\n", b'{"settings": [1]}\n{"name": "dot", "entry": 3}\n{"name": "dot"}\n{"name": "dot", "ent'],
+)
+def test_a_damaged_journal_is_none(journal, segment, images, tmp_path):
+    segment(images)
+    (tmp_path / "masks/.uctrans-predict.jsonl").write_bytes(journal)
+    with pytest.raises(InferenceError, match="exist already"):
+        segment(images)
+    assert len(segment(images, overwrite=True)) == 6
+
+
+def test_a_forged_journal_removes_no_other_file(segment, images, tmp_path):
+    segment(images)
+    journal = tmp_path / "masks/.uctrans-predict.jsonl"
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    (tmp_path / "masks/mine.png").write_bytes(b"mine")
+    journal.write_text(journal.read_text().replace('"dot_overlay.png"', '"../mine.png", "mine.png"'))
+    segment(images, overwrite=True)
+    assert (tmp_path / "mine.png").exists()
+    assert (tmp_path / "masks/mine.png").exists()
+
+
+def test_two_predictions_into_one_folder(segment, images, tmp_path):
+    with locked(tmp_path / "masks"), pytest.raises(FolderError, match="is in use by process"):
+        segment(images)
+    assert len(segment(images)) == 6
+
+
+@pytest.mark.parametrize("link", [pathlib.Path.symlink_to, pathlib.Path.hardlink_to])
+@pytest.mark.parametrize("linked", ["input", "output"])
+def test_an_original_is_not_replaced_through_a_link(link, linked, segment, images, tmp_path):
+    """The link is in the folder of the images, or in that of the masks."""
+    out = tmp_path / "masks"
+    out.mkdir()
+    original, alias = (out, images) if linked == "input" else (images, out)
+    if linked == "input":
+        (images / "square.png").rename(out / "square.png")
+    link(alias / "square.png", original / "square.png")
+    before = (original / "square.png").read_bytes()
+    with pytest.raises(InferenceError, match=r"holds the images themselves|square\.png itself"):
+        segment(images, overwrite=True)
+    assert (original / "square.png").read_bytes() == before
+    assert (alias / "square.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("data/test/images", "data/test/masks"),
+        ("data/test/images/all.png", "data/test/masks"),
+        ("data/test/images", "data/test/instances"),
+        ("data/test/images", "link"),
+        ("copy", "data/test/masks"),
+        ("copy", "data/test/images"),
+        ("published/Test_Folder/img", "published/Test_Folder/labelcol"),
+    ],
+)
+def test_the_truth_of_a_data_set_is_no_output(source, output, dataset, use_model, brightness_model, tmp_path):
+    use_model(brightness_model())
+    shutil.copytree(dataset / "test/masks", dataset / "test/instances")
+    (dataset / "test/instances/all.png").unlink()
+    shutil.copytree(dataset / "test/images", tmp_path / "copy")
+    shutil.copytree(dataset / "test/images", tmp_path / "published/Test_Folder/img")
+    shutil.copytree(dataset / "test/masks", tmp_path / "published/Test_Folder/labelcol")
+    (tmp_path / "link").symlink_to(dataset / "test/masks")
+    before = contents(tmp_path / output)
+    with pytest.raises(InferenceError, match=r"of a data set; choose another folder|holds the images"):
+        predict(PredictConfig("m", str(tmp_path / source), str(tmp_path / output), device="cpu", overwrite=True))
+    assert contents(tmp_path / output) == before
+
+
+def test_masks_beside_images_may_be_a_prediction(segment, images, tmp_path):
+    segment(images)  # into the folder masks, which is beside the folder images
+    (tmp_path / "masks/.uctrans-predict.jsonl").unlink()  # as earlier versions did not have it
+    assert len(segment(images, overwrite=True)) == 6
+
+
+@pytest.mark.parametrize("name", ["a" * 251, "腺" * 79, "é" * 125], ids=["251 letters", "79 CJK letters", "250 bytes"])
+def test_a_name_too_long_for_its_results_costs_one_image(name, segment, images, tmp_path):
+    shutil.copy(images / "square.png", images / f"{name}.png")
+    too_long = len(f"{name}_overlay.png".encode()) > 255
+    if too_long:
+        with pytest.raises(PredictionError, match=r"1 images .*\n.*_overlay\.png cannot be the name"):
+            segment(images)
+    else:
+        assert len(segment(images)) == 8
+    assert len(names(tmp_path / "masks")) == (6 if too_long else 8)
+
+
+def test_the_next_image_is_read_and_the_last_one_written_while_the_network_runs(
+    brightness_model, segment, tmp_path, monkeypatch
+):
+    (tmp_path / "many").mkdir()
+    for number in range(4):
+        imsave(tmp_path / f"many/{number}.png", SQUARE, check_contrast=False)
+    read, written = ([threading.Event() for _ in range(5)] for _ in range(2))
+    reads, writes, runs = itertools.count(), itertools.count(), itertools.count()
+    decode, write = protocols.decode_image, outputs.overlay
+
+    def decode_image(*arguments):
+        read[next(reads)].set()
+        return decode(*arguments)
+
+    def overlay(*arguments):
+        written[next(writes)].set()
+        return write(*arguments)
+
+    class Waiting(brightness_model):
+        def forward(self, image):
+            number = next(runs)
+            assert number == 3 or read[number + 1].wait(20)
+            assert number == 0 or written[number - 1].wait(20)
+            assert threading.current_thread() is threading.main_thread()
+            return super().forward(image)
+
+    monkeypatch.setattr(protocols, "decode_image", decode_image)
+    monkeypatch.setattr(outputs, "overlay", overlay)
+    written_files = segment(tmp_path / "many", Waiting(), resolution="protocol")
+    assert [path.name for path in written_files][::2] == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_memory_does_not_grow_with_the_folder(segment, tmp_path):
+    peaks = []
+    for count in (4, 24):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            imsave(folder / f"{count}-{number}.png", np.zeros((300, 300, 3), dtype=np.uint8), check_contrast=False)
+        tracemalloc.start()
+        segment(folder, resolution="protocol")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_a_network_that_stops_leaves_whole_files(stop, brightness_model, segment, images, tmp_path):
+    class Stopping(brightness_model):
+        def forward(self, image):
+            if len(self.seen) == 2:
+                raise stop("stopped")
+            return super().forward(image)
+
+    with pytest.raises(stop, match="stopped"):
+        segment(images, Stopping(), resolution="protocol")
+    assert "dot.png" in names(tmp_path / "masks")
+    found = contents(tmp_path / "masks")
+    segment(images, resolution="protocol")
+    assert found.items() <= contents(tmp_path / "masks").items()
+    assert len(names(tmp_path / "masks")) == 6

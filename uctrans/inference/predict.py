@@ -1,19 +1,26 @@
 """Segment image files: a mask and an overlay of its outlines for each, optionally single nuclei and probabilities."""
 
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from ..data import DataError, Sample, find_images, labels_to_colours
-from ..data.instances import write_instances
+from ..data import DataError, find_images
 from ..data.read import Doubts
 from ..devices import explaining_short_memory
+from ..pipeline import in_thread
 from ..tiling import OVERLAP
-from ..writing import remove_unfinished, write_png, written_atomically
-from .figures import as_rgb, class_colours, instance_overlay, overlay
-from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
+from ..writing import locked
+from .instances import SEED_DISTANCE, SMALLEST_OBJECT, mask_probabilities
+from .journal import Journal, weights_digest
+from .outputs import Planned, Segmented, divide_by_names, entry_of, find_missing, plan_files, write_outputs
 from .predictor import Predictor, predictor_of, to_labels
 from .settings import (
     InferenceError,
@@ -21,10 +28,15 @@ from .settings import (
     check_mask_settings,
     output_folder,
     progress_bar,
-    refuse_existing,
+    refuse_inputs,
+    refuse_truth,
 )
 
+Result = TypeVar("Result")
+
 PROBABILITY_FORMATS = ("none", "png", "npy")
+# Settings that change no result beyond rounding, or say where it lies.
+WITHOUT_EFFECT = ("model", "input", "output", "batch_size", "backend", "device", "graph", "overwrite", "progress")
 
 
 @dataclass
@@ -60,7 +72,7 @@ class PredictConfig:
         device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
         graph: Replay the network as a CUDA graph, on CUDA.
-        overwrite: Replace files that exist.
+        overwrite: Replace files that exist, and predict images that are done again.
         progress: Show a progress bar.
     """
 
@@ -88,6 +100,40 @@ class PredictConfig:
     progress: bool = True
 
 
+class WrittenFiles(list[Path]):
+    """The files that a call of `predict` wrote, image by image, and how fast.
+
+    Attributes:
+        folder: Folder of the files.
+        images: Number of images that the call segmented.
+        pixels: Number of their pixels.
+        seconds: Time from the first image that was read to the last file that was written.
+        done_before: Number of images that an earlier call had done.
+    """
+
+    def __init__(self, folder: Path, done_before: int) -> None:
+        super().__init__()
+        self.folder, self.done_before = folder, done_before
+        self.images = self.pixels = 0
+        self.seconds = 0.0
+
+    def add(self, done: "Done") -> None:
+        """Count an image whose files are written."""
+        self += done.files
+        self.images += 1
+        self.pixels += done.pixels
+
+    def __str__(self) -> str:
+        before = f" {self.done_before} images were done before." if self.done_before else ""
+        if not self.images:
+            return f"Nothing to write into {self.folder}.{before}"
+        images, pixels = self.images / self.seconds, self.pixels / self.seconds / 1e6
+        return (
+            f"Wrote {len(self)} files into {self.folder}: {self.images} images in {self.seconds:.1f} s, {images:.2f} "
+            f"images and {pixels:.2f} million pixels a second.{before}"
+        )
+
+
 class PredictionError(InferenceError):
     """Some images could not be segmented; the others were.
 
@@ -101,11 +147,25 @@ class PredictionError(InferenceError):
         listed = "\n".join(f"  {reason}" for reason in failures.values())
         super().__init__(
             f"input: {len(failures)} images were not segmented, {len(written)} files of the others are written; "
-            f"repair or remove:\n{listed}"
+            f"repair or remove, then repeat the command:\n{listed}"
         )
 
 
-def predict(config: PredictConfig) -> list[Path]:
+class Done(NamedTuple):
+    """An image whose files are written: their paths, and the number of its pixels."""
+
+    files: list[Path]
+    pixels: int
+
+
+class Failed(NamedTuple):
+    """An image that could not be segmented, and why."""
+
+    image: Path
+    reason: str
+
+
+def predict(config: PredictConfig) -> WrittenFiles:
     """Segment a folder of images, or one image.
 
     Writes for each image NAME.EXT, at its own size: ``NAME.png``, the mask (0 and 255 for binary models, otherwise the
@@ -113,16 +173,23 @@ def predict(config: PredictConfig) -> list[Path]:
     the image, and on request ``NAME_instances.png`` with its overlay and ``NAME_probability.png`` or ``.npy``. All
     checks that need no prediction come before the first file. An image that cannot be read does not stop the others.
 
+    The next image is read and the last one written while the network runs. A call that was stopped leaves whole files;
+    another call with the same model and settings goes on with the images that are missing, which it knows from the file
+    ``.uctrans-predict.jsonl`` in the output folder.
+
     Returns:
         The files written, image by image.
 
     Raises:
-        PredictionError: Some images could not be read, hold more nuclei than 16 bit can number, or need more memory
-            than there is; the others are done.
-        InferenceError: A setting is out of its range, files exist and ``overwrite`` is not set, two images would write
-            the same file, or the output folder holds the images.
+        PredictionError: Some images could not be read, hold more nuclei than 16 bit can number, need more memory than
+            there is, or have names too long for their files; the others are done.
+        InferenceError: A setting is out of its range, files exist that another model, other settings or another image
+            made and ``overwrite`` is not set, two images would write the same file, or the output folder holds the
+            images or the masks of a data set.
         DataError: There is no image at ``config.input``.
+        FolderError: Another process writes into the output folder, or it cannot be made or written to.
         ModelFileError: There is no model at ``config.model``.
+        OSError: A file could not be written; nothing after it was.
         ValueError: The backend or device is unknown, or a backend is named and the model has none.
         NotImplementedError: The backend cannot run on the device.
         ImportError: MONAI (for tiles) or tqdm (for the progress bar) is not installed.
@@ -131,82 +198,99 @@ def predict(config: PredictConfig) -> list[Path]:
     check_mask_settings(config.threshold, config.smallest_object, config.seed_distance)
     folder = output_folder(config.output)
     samples = find_images(config.input)
-    plan = _plan(samples, folder, config)
-    if not config.overwrite:
-        refuse_existing([path for files in plan for path in files.values()], "this prediction")
-    predictor = predictor_of(config)
-    remove_unfinished(folder)
-    written: list[Path] = []
-    failures: dict[Path, str] = {}
-    doubts = Doubts()
-    pairs = zip(samples, plan, strict=True)
-    for sample, files in progress_bar(pairs, len(samples), "predict", config.progress):
+    plan = plan_files(samples, folder, config)
+    with locked(folder):
+        journal = Journal(folder)
+        if not journal.entries:
+            refuse_truth(folder)
+        plan, failures = divide_by_names(plan)
+        refuse_inputs([path for planned in plan for path in planned.files.values()], [item.image for item in samples])
+        missing = plan if config.overwrite else find_missing(plan, journal)
+        predictor = predictor_of(config)
+        settings = _settings(config, predictor)
+        if not config.overwrite:
+            journal.check(settings)
+        written = WrittenFiles(folder, len(plan) - len(missing))
         try:
-            with explaining_short_memory("use a device with more memory, or smaller images"):
-                image = predictor.protocol.read_image(sample.image, doubts)
-                _write_outputs(predictor, image, files, config)
-        except DataError as error:
-            failures[sample.image] = str(error)
-            continue
-        except torch.OutOfMemoryError as error:
-            failures[sample.image] = f"{sample.image}: {error}"
-            continue
-        written += files.values()
-    doubts.warn()
+            with journal.written(settings, {planned.sample.name: entry_of(planned, journal) for planned in missing}):
+                _segment(missing, predictor, config, journal, written, failures)
+        except BaseException as stop:
+            again = "the same command without --overwrite" if config.overwrite else "the same command"
+            done = journal.count_done(planned.sample.name for planned in plan)
+            stop.add_note(f"{done} of {len(samples)} images are done; {again} continues")
+            raise
     if failures:
         raise PredictionError(failures, written)
     return written
 
 
-def _plan(samples: list[Sample], folder: Path, config: PredictConfig) -> list[dict[str, Path]]:
-    """Return the files to write for each sample; raise InferenceError if they would replace an input or each other."""
-    if folder.resolve() in {sample.image.parent.resolve() for sample in samples}:
-        raise InferenceError(f"output: {folder} holds the images themselves; choose another folder")
-    plan = [_output_files(folder, sample.name, config) for sample in samples]
-    owners: dict[Path, Path] = {}
-    for sample, files in zip(samples, plan, strict=True):
-        for path in files.values():
-            if path in owners:
-                raise InferenceError(
-                    f"input: {owners[path]} and {sample.image} would both write {path.name}; rename one of them, or "
-                    "predict them into different folders"
-                )
-            owners[path] = sample.image
-    return plan
+def _settings(config: PredictConfig, predictor: Predictor) -> dict[str, Any]:
+    """Return what the files depend on besides their images, as JSON gives it back."""
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in WITHOUT_EFFECT}
+    return json.loads(json.dumps({"weights": weights_digest(predictor.model), **settings}))
 
 
-def _output_files(folder: Path, name: str, config: PredictConfig) -> dict[str, Path]:
-    files = {"mask": folder / f"{name}.png", "overlay": folder / f"{name}_overlay.png"}
-    if config.instances:
-        files["instances"] = folder / f"{name}_instances.png"
-        files["instances overlay"] = folder / f"{name}_instances_overlay.png"
-    if config.probability != "none":
-        files["probability"] = folder / f"{name}_probability.{config.probability}"
-    return files
+def _segment(
+    missing: list[Planned],
+    predictor: Predictor,
+    config: PredictConfig,
+    journal: Journal,
+    written: WrittenFiles,
+    failures: dict[Path, str],
+) -> None:
+    """Segment the images; add their files to ``written``, and why some cannot be segmented to ``failures``."""
+    doubts = Doubts()
+
+    def read(planned: Planned) -> tuple[Planned, np.ndarray] | Failed:
+        image = _attempt(planned, predictor.protocol.read_image, planned.sample.image, doubts)
+        return image if isinstance(image, Failed) else (planned, image)
+
+    def write(segmented: Segmented | Failed) -> Done | Failed:
+        if isinstance(segmented, Failed):
+            return segmented
+        planned = segmented.planned
+        failed = _attempt(planned, write_outputs, segmented, predictor.model, config)
+        if failed:
+            return failed
+        journal.note_done(planned.sample.name, planned.files.values())
+        return Done(list(planned.files.values()), segmented.labels.size)
+
+    start = time.perf_counter()
+    with (
+        contextlib.closing(in_thread(read, missing)) as images,
+        contextlib.closing(in_thread(write, _run_network(images, predictor, config))) as results,
+    ):
+        for result in progress_bar(results, len(missing), "predict", config.progress):
+            if isinstance(result, Failed):
+                failures[result.image] = result.reason
+            else:
+                written.add(result)
+    written.seconds = time.perf_counter() - start
+    doubts.warn()
 
 
-def _write_outputs(predictor: Predictor, image: np.ndarray, files: dict[str, Path], config: PredictConfig) -> None:
-    """Write all files of one image; raise DataError before the first if 16 bit cannot number its nuclei."""
-    model = predictor.model
+def _run_network(
+    images: Iterable[tuple[Planned, np.ndarray] | Failed], predictor: Predictor, config: PredictConfig
+) -> Iterator[Segmented | Failed]:
+    """Yield the images with their probabilities and labels."""
+    for item in images:
+        yield item if isinstance(item, Failed) else _attempt(item[0], _segmented, *item, predictor, config)
+        del item  # before the next image is waited for
+
+
+def _segmented(planned: Planned, image: np.ndarray, predictor: Predictor, config: PredictConfig) -> Segmented:
     probabilities = predictor.probabilities_of_image(image)
-    image = as_rgb(image)
-    foreground = mask_probabilities(model, probabilities[None])
-    labels = to_labels(foreground, config.threshold)[0].cpu().numpy()
-    classes, palette = mask_classes(model), model.metadata.get("palette")
-    if config.instances:
-        instances = instances_of(model, probabilities, labels, config)
-        write_instances(files["instances"], instances)
-        write_png(files["instances overlay"], instance_overlay(image, instances))
-    if config.probability == "npy":
-        with written_atomically(files["probability"]) as temporary:
-            np.save(temporary, probabilities.cpu().numpy())
-    elif config.probability == "png":
-        first = foreground[0, 0].cpu().numpy()  # the foreground of binary models, the background of others
-        shown = first if classes == 1 else 1 - first
-        write_png(files["probability"], (shown * 255).round().astype(np.uint8))
-    if palette is not None:
-        mask = labels_to_colours(labels, palette)
-    else:
-        mask = labels * np.uint8(255) if classes == 1 else labels
-    write_png(files["overlay"], overlay(image, labels, class_colours(classes, palette)))
-    write_png(files["mask"], mask)
+    labels = to_labels(mask_probabilities(predictor.model, probabilities[None]), config.threshold)[0]
+    return Segmented(planned, image, probabilities.cpu().numpy(), labels.cpu().numpy())
+
+
+def _attempt(planned: Planned, work: Callable[..., Result], *arguments: Any) -> Result | Failed:
+    """Return the result of ``work(*arguments)``, or why this image cannot be segmented."""
+    image = planned.sample.image
+    try:
+        with explaining_short_memory("use a device with more memory, or smaller images"):
+            return work(*arguments)
+    except DataError as error:
+        return Failed(image, str(error))
+    except torch.OutOfMemoryError as error:
+        return Failed(image, f"{image}: {error}")

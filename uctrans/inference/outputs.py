@@ -1,0 +1,137 @@
+"""The files that a prediction writes for an image: their names, checks of these, and their contents."""
+
+import contextlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from ..data import Sample, labels_to_colours
+from ..data.instances import write_instances
+from ..writing import write_png, written_atomically
+from .figures import as_rgb, class_colours, instance_overlay, overlay
+from .instances import instances_of, mask_classes, mask_probabilities
+from .journal import Entry, Journal, planned_entry
+from .settings import InferenceError, refuse_existing
+
+ENDINGS = {
+    "mask": ".png",
+    "overlay": "_overlay.png",
+    "instances": "_instances.png",
+    "instances overlay": "_instances_overlay.png",
+    "png": "_probability.png",
+    "npy": "_probability.npy",
+}
+
+
+class Planned(NamedTuple):
+    """An image file to segment, and the files to write by what they show, see `ENDINGS`."""
+
+    sample: Sample
+    files: dict[str, Path]
+
+
+class Segmented(NamedTuple):
+    """An image, uint8 ``(H, W, C)``, with its probabilities, float32 ``(P, H, W)``, and labels, uint8 ``(H, W)``."""
+
+    planned: Planned
+    image: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+
+def plan_files(samples: list[Sample], folder: Path, config: Any) -> list[Planned]:
+    """Return the files to write for each image.
+
+    Raises:
+        InferenceError: They would replace an image or each other.
+    """
+    images = [sample.image for sample in samples]
+    parents = {image.parent for image in images} | {image.resolve().parent for image in images if image.is_symlink()}
+    if folder.resolve() in {parent.resolve() for parent in parents}:
+        raise InferenceError(f"output: {folder} holds the images themselves; choose another folder")
+    kinds = ["mask", "overlay"]
+    if config.instances:
+        kinds += ["instances", "instances overlay"]
+    if config.probability != "none":
+        kinds.append(config.probability)
+    owners: dict[Path, Path] = {}
+    plan = []
+    for sample in samples:
+        files = {kind: folder / f"{sample.name}{ENDINGS[kind]}" for kind in kinds}
+        for path in files.values():
+            if path in owners:
+                raise InferenceError(
+                    f"input: {owners[path]} and {sample.image} would both write {path.name}; rename one of them, or "
+                    "predict them into different folders"
+                )
+            owners[path] = sample.image
+        plan.append(Planned(sample, files))
+    return plan
+
+
+def divide_by_names(plan: list[Planned]) -> tuple[list[Planned], dict[Path, str]]:
+    """Return the images whose files the output folder can name, and what is wrong with the others by image file."""
+    possible, failures = [], {}
+    for planned in plan:
+        image = planned.sample.image
+        try:
+            for path in planned.files.values():
+                with contextlib.suppress(FileNotFoundError):
+                    path.lstat()
+        except OSError as error:
+            failures[image] = f"{image}: {path.name} cannot be the name of a file ({error.strerror}); shorten the name"
+        else:
+            possible.append(planned)
+    return possible, failures
+
+
+def find_missing(plan: list[Planned], journal: Journal) -> list[Planned]:
+    """Return the images that are not done.
+
+    Raises:
+        InferenceError: Files exist that this prediction has not made.
+    """
+    missing, foreign = [], []
+    for planned in plan:
+        existing = [path for path in planned.files.values() if path.exists()]
+        entry = journal.find(planned.sample.name, planned.sample.image)
+        if entry is None:
+            foreign += existing
+        if entry is None or not entry.done or len(existing) < len(planned.files):
+            missing.append(planned)
+    refuse_existing(foreign, "this prediction")
+    return missing
+
+
+def entry_of(planned: Planned, journal: Journal) -> Entry:
+    """Return the entry of an image to segment, with its files, those that an earlier prediction made included."""
+    sample, files = planned
+    before = journal.entries[sample.name].files if sample.name in journal.entries else ()
+    names = {path.name for path in files.values()} | (set(before) & {sample.name + end for end in ENDINGS.values()})
+    return planned_entry(sample.image, sorted(names))
+
+
+def write_outputs(segmented: Segmented, model: nn.Module, config: Any) -> None:
+    """Write all files of one image; raise DataError before the first if 16 bit cannot number its nuclei."""
+    (_, files), image, probabilities, labels = segmented
+    image = as_rgb(image)
+    classes, palette = mask_classes(model), model.metadata.get("palette")
+    if "instances" in files:
+        instances = instances_of(model, probabilities, labels, config)
+        write_instances(files["instances"], instances)
+        write_png(files["instances overlay"], instance_overlay(image, instances))
+    if "npy" in files:
+        with written_atomically(files["npy"]) as temporary:
+            np.save(temporary, probabilities)
+    if "png" in files:
+        first = mask_probabilities(model, probabilities[None])[0, 0]  # of the foreground, or of the background
+        shown = first if classes == 1 else 1 - first
+        write_png(files["png"], (shown * 255).round().astype(np.uint8))
+    if palette is not None:
+        mask = labels_to_colours(labels, palette)
+    else:
+        mask = labels * np.uint8(255) if classes == 1 else labels
+    write_png(files["overlay"], overlay(image, labels, class_colours(classes, palette)))
+    write_png(files["mask"], mask)
