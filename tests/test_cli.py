@@ -152,6 +152,17 @@ def test_only_resume_takes_settings_from_the_output_folder(tmp_path, capsys):
     assert "no run to resume" in error_of(capsys, "train", "-o", tmp_path / "nothing", "--resume")
 
 
+def test_a_run_without_its_settings_says_how_to_go_on(trained, data, tmp_path, capsys):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "config.yaml").unlink()
+    message = error_of(capsys, "train", "-o", run, "--resume")
+    assert f"{run}/config.yaml is missing, so {run}/last.pt can only be continued with the settings" in message
+    assert "-i DATA" in message
+    assert "base_channels: 2 -> 64" in error_of(capsys, "train", "-i", data, "-o", run, "--resume")
+    assert cli.main(["train", "-i", str(data), "-o", str(run), "--resume", "--epochs", "1", *TINY]) == 0
+    assert (run / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [

@@ -319,6 +319,11 @@ def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
         return []
     file = Path(given.output) / "config.yaml"
     if not file.exists() and given.input is None:
+        if (last := file.with_name("last.pt")).exists():
+            raise CommandLineError(
+                f"{file} is missing, so {last} can only be continued with the settings of the run: give them again "
+                "(-i DATA and the flags or --config it began with) with --resume; settings that differ are then listed"
+            )
         raise CommandLineError(f"{file} does not exist, so there is no run to resume; name the folder of one")
     return [f"--config={file}"] if file.exists() else []
 

@@ -120,6 +120,41 @@ def test_push_to_hub_uploads_all_files_and_keeps_a_card(has_card, monkeypatch, h
     assert uploaded == {"someone/something": {CONFIG_FILE, WEIGHTS_FILE} | card}
 
 
+class TestFromTheHub:
+    @pytest.fixture
+    def asked(self, monkeypatch, tmp_path, hub):
+        """The repositories that the hub is asked for; it has a U-Net under every name."""
+        asked = []
+        stored = build("unet").save_pretrained(tmp_path / "stored")
+
+        def snapshot_download(repository, revision, allow_patterns):
+            asked.append((repository, revision, sorted(allow_patterns)))
+            return str(stored)
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+        (tmp_path / "here" / "runs").mkdir(parents=True)
+        (tmp_path / "here" / "model.pt").touch()
+        monkeypatch.chdir(tmp_path / "here")
+        return asked
+
+    def test_only_the_files_of_a_model_are_asked_for(self, asked):
+        assert uctrans.UNet.from_pretrained("owner/my.unet-1", revision="v2").name == "unet"
+        assert asked == [("owner/my.unet-1", "v2", [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE])]
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "runs/frist", "first", "./first", "../first/best", "~/first", "/first", "runs/first/best", "model.pt",
+            "model.pt/best", ".hidden/first", "first/", "owner/name/", "owner/na me", "owner//name", "C:\\first/best",
+            "", "owner/größe", "owner/name\n", Path("owner/name"),
+        ],
+    )  # fmt: skip
+    def test_a_folder_that_is_not_there_never_asks_the_hub(self, source, asked):
+        with pytest.raises(uctrans.ModelFileError):
+            uctrans.UNet.from_pretrained(source)
+        assert asked == []
+
+
 class TestModelCard:
     def test_it_says_what_the_model_is_and_what_training_recorded(self, tmp_path, hub):
         model = build("dual_branch_uctransnet", classes=3)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,7 @@ from ..writing import remove_unfinished, write_bytes
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+REPOSITORY = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)  # on the Hugging Face hub
 
 
 class ModelFileError(ValueError):
@@ -80,16 +82,23 @@ class SegmentationModel(nn.Module):
         """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
 
         Args:
-            source: a local folder, or ``owner/name`` on the Hugging Face hub (needs ``uctrans[hub]``).
+            source: a local folder; or text ``owner/name`` for the Hugging Face hub (needs ``uctrans[hub]``), which is
+                asked only if nothing local is called ``owner``.
             revision: branch, tag or commit on the hub.
             device: where the weights go.
 
         Raises:
-            ModelFileError: a file is missing, corrupt, or of another model.
+            ModelFileError: the folder or a file is missing, corrupt, or of another model.
         """
         folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(import_extra("huggingface_hub", "hub").snapshot_download(str(source), revision=revision))
+        if not folder.is_dir() and isinstance(source, str) and is_on_hub(source):
+            hub = import_extra("huggingface_hub", "hub")
+            files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+            folder = Path(hub.snapshot_download(source, revision=revision, allow_patterns=files))
+        elif not folder.is_dir():
+            raise ModelFileError(
+                f"{source} is no folder here: give a folder that save_pretrained wrote, or owner/name on the hub"
+            )
         config = read_config(folder)
         name, metadata = config.pop("name"), config.pop("metadata", {})
         if not is_same_network(name, cls.name):
@@ -175,6 +184,11 @@ def write_model(folder: Path, saved: dict[str, Any]) -> None:
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(state))
     text = json.dumps({"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}, indent=2)
     write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
+
+
+def is_on_hub(source: str) -> bool:
+    """Return whether ``source`` reads like ``owner/name`` on the Hugging Face hub and no local path begins with it."""
+    return REPOSITORY.fullmatch(source) is not None and not Path(source).parent.exists()
 
 
 def write_card(folder: Path, saved: dict[str, Any]) -> None:
