@@ -2,6 +2,7 @@
 
 from .attention import ChannelAttention
 from .blocks import ConvNormAct, ConvNormActPool, DeepestStage, DoubleConv, DoubleConvPool, DownStage, Encoder
+from .folding import fold_batch_norms
 from .gate import ChannelGate
 from .nested import DualBranchDown, DualBranchEncoder, NestedU, U2DownBlock, U2UpBlock
 from .switching import set_backend
@@ -27,5 +28,6 @@ __all__ = [
     "TransformerLayer",
     "U2DownBlock",
     "U2UpBlock",
+    "fold_batch_norms",
     "set_backend",
 ]

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,11 +14,16 @@ from .plain import is_plain, is_plain_batch_norm
 Maps = TypeVar("Maps", Tensor, tuple[Tensor, Tensor])
 
 
+class FoldedNorm(nn.Identity):
+    """Takes the place of a batch norm that is folded into the convolution before it."""
+
+
 class ConvNormAct(nn.Sequential):
     """3x3 convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W).
 
-    On Triton, batch norm and ReLU are one operator if both are as they were made. Any other ``norm`` or ``act``, such
-    as ``nn.SyncBatchNorm``, runs as a module; so do modules with hooks or parametrisations, and added modules.
+    On Triton, batch norm and ReLU are one operator if both are as they were made, and so are convolution and ReLU where
+    the batch norm is folded into the convolution. Any other ``norm`` or ``act``, such as ``nn.SyncBatchNorm``, runs as
+    a module; so do modules with hooks or parametrisations, and added modules.
 
     Args:
         in_channels: width of the feature.
@@ -36,13 +42,16 @@ class ConvNormAct(nn.Sequential):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Convolve, normalise and rectify."""
-        if self._is_one_operator(feature):
-            return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, feature, self.backend)
+        if self._ends_with_relu_on_triton(feature):
+            if is_plain_batch_norm(self.norm):
+                return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, feature, self.backend)
+            if is_plain(self.norm, FoldedNorm) and cudnn_rectifies(self.conv, feature):
+                return convolve_and_rectify(self.conv, feature)
         return super().forward(feature)
 
-    def _is_one_operator(self, feature: Tensor) -> bool:
+    def _ends_with_relu_on_triton(self, feature: Tensor) -> bool:
         is_on_triton = resolve_backend(self.backend, feature.device) == "triton"
-        return is_on_triton and len(self) == 3 and is_plain(self.act, nn.ReLU) and is_plain_batch_norm(self.norm)
+        return is_on_triton and len(self) == 3 and is_plain(self.act, nn.ReLU)
 
 
 class ConvNormActPool(ConvNormAct):
@@ -54,10 +63,35 @@ class ConvNormActPool(ConvNormAct):
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve, normalise, rectify and pool."""
-        if self._is_one_operator(feature):
+        if self._ends_with_relu_on_triton(feature) and is_plain_batch_norm(self.norm):
             return convolve_and_normalise(batch_norm_relu_pool, self.conv, self.norm, feature, self.backend)
-        feature = nn.Sequential.forward(self, feature)
+        feature = super().forward(feature)
         return feature, F.max_pool2d(feature, 2)
+
+
+def cudnn_rectifies(conv: nn.Module, feature: Tensor) -> bool:
+    """Return whether :func:`convolve_and_rectify` takes a convolution and its input."""
+    return (
+        feature.is_cuda
+        and torch.version.hip is None
+        and torch.backends.cudnn.enabled
+        and torch.backends.cudnn.is_available()
+        and feature.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not torch.is_grad_enabled()  # it has no gradient
+        and not torch.compiler.is_compiling()  # the compiler fuses them itself
+        and is_plain(conv, nn.Conv2d)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def convolve_and_rectify(conv: nn.Conv2d, feature: Tensor) -> Tensor:
+    """Return ``relu(conv(feature))`` by one call of cuDNN: (B, in, H, W) -> (B, out, H', W')."""
+    device, dtype = feature.device.type, feature.dtype
+    if torch.is_autocast_enabled(device):  # autocast does not know this function
+        dtype = torch.get_autocast_dtype(device)
+    operands = (None if tensor is None else tensor.to(dtype) for tensor in (feature, conv.weight, conv.bias))
+    return torch.cudnn_convolution_relu(*operands, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def convolve_and_normalise(

@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..kernels import batch_norm_relu, check_backend, resolve_backend
-from .blocks import convolve_and_normalise
+from .blocks import FoldedNorm, convolve_and_normalise, convolve_and_rectify, cudnn_rectifies
 from .plain import is_plain, is_plain_batch_norm
 
 POINTWISE = ((1, 1), (1, 1), (0, 0))  # kernel size, stride and padding
@@ -64,16 +64,18 @@ class Reconstruct(nn.Module):
         if backend == "triton" and is_plain_batch_norm(self.norm):
             copies = self.patch_size**2
             return convolve_and_normalise(batch_norm_relu, self.conv, self.norm, tokens, self.backend, copies=copies)
+        if backend == "triton" and is_plain(self.norm, FoldedNorm) and cudnn_rectifies(self.conv, tokens):
+            return convolve_and_rectify(self.conv, tokens)
         return F.relu(self._norm_as_if_upsampled(self.conv(tokens)))
 
     def _commutes_with_upsampling(self) -> bool:
         conv, norm = self.conv, self.norm
         is_pointwise = is_plain(conv, nn.Conv2d) and (conv.kernel_size, conv.stride, conv.padding) == POINTWISE
-        return is_pointwise and (is_plain(norm, nn.BatchNorm2d) or is_plain(norm, nn.SyncBatchNorm))
+        return is_pointwise and any(is_plain(norm, kind) for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, FoldedNorm))
 
     def _norm_as_if_upsampled(self, tokens: Tensor) -> Tensor:
         norm = self.norm
-        is_updated = norm.training and norm.track_running_stats and norm.running_var is not None
+        is_updated = norm.training and getattr(norm, "track_running_stats", False) and norm.running_var is not None
         if not is_updated or self.patch_size == 1:
             return norm(tokens)
         count = tokens.shape[0] * tokens.shape[2] * tokens.shape[3]
