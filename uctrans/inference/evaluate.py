@@ -66,8 +66,9 @@ class EvaluateConfig:
     """Settings of `evaluate`.
 
     Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, or the name of a model
-            that comes with the package: nuclei. Several as a,b, whose probabilities are averaged.
+        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, a model.onnx of uctrans
+            export, or the name of a model that comes with the package: nuclei. Several as a,b, whose probabilities are
+            averaged.
         data: Folder of the data set, in any layout that uctrans.data.find_samples knows.
         output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
         split: train, val or test; or all, every image of the folder.
@@ -96,6 +97,9 @@ class EvaluateConfig:
         device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
         graph: Replay the network as a CUDA graph, on CUDA.
+        engine: What runs the network. torch. compile: torch.compile, which takes minutes before the first image. onnx:
+            ONNX Runtime, on an export that is made at the first image and cached. auto: torch; on a CPU onnx, if the
+            extra export is installed and an export is cached or pays.
         overwrite: Replace an evaluation that the output folder already holds.
         progress: Show a progress bar.
     """
@@ -122,6 +126,7 @@ class EvaluateConfig:
     device: str = "auto"
     amp: str = "no"
     graph: bool = True
+    engine: str = "auto"
     overwrite: bool = False
     progress: bool = True
 

@@ -36,7 +36,8 @@ Result = TypeVar("Result")
 
 PROBABILITY_FORMATS = ("none", "png", "npy")
 # Settings that change no result beyond rounding, or say where it lies.
-WITHOUT_EFFECT = ("model", "input", "output", "batch_size", "backend", "device", "graph", "overwrite", "progress")
+WITHOUT_EFFECT = ("model", "input", "output", "batch_size", "backend", "device", "graph", "engine", "overwrite")
+WITHOUT_EFFECT += ("progress",)
 
 
 @dataclass
@@ -44,8 +45,9 @@ class PredictConfig:
     """Settings of `predict`.
 
     Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, or the name of a model
-            that comes with the package: nuclei. Several as a,b, whose probabilities are averaged.
+        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, a model.onnx of uctrans
+            export, or the name of a model that comes with the package: nuclei. Several as a,b, whose probabilities are
+            averaged.
         input: Folder of images, or one image, of any size.
         output: Folder for NAME.png (mask) and NAME_overlay.png (outlines over the image).
         resolution: What the network sees. protocol: the image as the model's protocol resizes it, and the probabilities
@@ -72,6 +74,9 @@ class PredictConfig:
         device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
         graph: Replay the network as a CUDA graph, on CUDA.
+        engine: What runs the network. torch. compile: torch.compile, which takes minutes before the first image. onnx:
+            ONNX Runtime, on an export that is made at the first image and cached. auto: torch; on a CPU onnx, if the
+            extra export is installed and an export is cached or pays.
         overwrite: Replace files that exist, and predict images that are done again.
         progress: Show a progress bar.
     """
@@ -96,6 +101,7 @@ class PredictConfig:
     device: str = "auto"
     amp: str = "no"
     graph: bool = True
+    engine: str = "auto"
     overwrite: bool = False
     progress: bool = True
 

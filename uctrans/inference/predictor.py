@@ -20,18 +20,20 @@ from ..data.read import GRAY_WEIGHTS, RGB_CHANNELS
 from ..devices import explaining_short_memory, find_device
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
-from ..layers import set_backend
+from ..layers import fold_batch_norms, set_backend
 from ..layers.switching import layers_with_backend
 from ..models import load_model
 from ..models.base import probabilities
 from ..tiling import OVERLAP, tiled
 from ..weight_casts import keep_weights_cast
+from .engines import forward_of, runs_in_torch
+from .onnx_model import SUFFIX, OnnxModel
 from .settings import InferenceError, check_choice
 
 RESOLUTIONS = ("protocol", "native")
 AMP = ("no", "bf16")
 SETTINGS = ("device", "resolution", "tile", "overlap", "tta", "amp", "batch_size", "channel_order", "graph")
-SETTINGS += ("intensity_range", "scale")
+SETTINGS += ("intensity_range", "scale", "engine")
 SMALLEST_SCALE, LARGEST_SCALE = 0.1, 10
 
 # Each transform flips the columns if its second value is set, then turns counter-clockwise by its first, in quarters.
@@ -67,11 +69,17 @@ class Predictor:
         intensity_range: Lowest and highest value of image files, to replace the range that the metadata name.
         scale: Factor by which `probabilities_of_image` enlarges an image before the network sees it, 0.1..10; the
             probabilities come back at the size of the image. It needs the resolution or the protocol ``"native"``.
-        graph: On CUDA, replay the network as a CUDA graph for every shape of input that comes again. The weights may
-            change in place; a model that is moved or set to another backend needs another predictor.
+        graph: On CUDA, replay the network as a CUDA graph for every shape of input that comes again.
+        engine: What runs the network: ``"torch"``, ``"compile"`` (`torch.compile`), ``"onnx"`` (ONNX Runtime) or
+            ``"auto"``; see `uctrans.inference.engines`.
+
+    Attributes:
+        network: The model as it runs, with its batch norms folded into its convolutions. It has the weights of when the
+            predictor was made: a model that is changed, moved or set to another backend needs another predictor.
 
     Raises:
         InferenceError: A setting is out of its range.
+        ImportError: A package that the engine needs is not installed.
         DataError: The protocol or channel order is unknown, or the intensity range is not two increasing values.
         ValueError: There is no such device.
     """
@@ -91,6 +99,7 @@ class Predictor:
         intensity_range: tuple[int, int] | None = None,
         scale: float = 1.0,
         graph: bool = True,
+        engine: str = "auto",
     ) -> None:
         check_choice("resolution", resolution, RESOLUTIONS)
         check_choice("tta", tta, tuple(TRANSFORMS))
@@ -117,8 +126,11 @@ class Predictor:
                 "whatever its scale; set resolution to native, or leave scale out"
             )
         self.tile = self.protocol.image_size if tile is None else (tile, tile)
-        self._network = _with_probabilities(self.model, amp)
-        if graph and self.device.type == "cuda":
+        self.network = fold_batch_norms(self.model)
+        usual_size = self.protocol.image_size if self._is_resized else self.tile
+        forward = forward_of(engine, self.network, usual_size, self.device, amp)
+        self._network = _with_probabilities(forward, amp)
+        if graph and self.device.type == "cuda" and runs_in_torch(forward):
             with torch.cuda.device(self.device):
                 self._network = CapturedForward(self._network, CudaRecorder())
 
@@ -184,7 +196,8 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
     """Load a model and return its `Predictor`.
 
     Args:
-        path: Anything that `uctrans.load_model` reads; or several as ``a,b``, whose probabilities are averaged.
+        path: Anything that `uctrans.load_model` reads, or a model.onnx that `uctrans.inference.export` wrote; several
+            as ``a,b``, whose probabilities are averaged.
         backend: See `uctrans.set_backend`.
         settings: Keyword arguments of `Predictor`.
 
@@ -196,13 +209,14 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
         NotImplementedError: The backend cannot run on the device.
     """
     device = _device(settings.get("device", "auto"))
-    model = _load_model_or_ensemble(path)
+    model = _load_model_or_ensemble(path, device)
     if backend != "auto" or layers_with_backend(model):
         resolve_backend(backend, device)  # raises here, before the first image
         set_backend(model, backend)
+    predictor = Predictor(model, **settings)
     if settings.get("amp") == "bf16":
-        keep_weights_cast(model, torch.bfloat16)
-    return Predictor(model, **settings)
+        keep_weights_cast(predictor.network, torch.bfloat16)
+    return predictor
 
 
 def predictor_of(config: Any) -> Predictor:
@@ -258,7 +272,7 @@ def to_labels(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
     return probabilities.argmax(1).to(torch.uint8)
 
 
-def _with_probabilities(model: nn.Module, amp: str) -> Callable[[Tensor], Tensor]:
+def _with_probabilities(network: Callable[[Tensor], Tensor], amp: str) -> Callable[[Tensor], Tensor]:
     """Return a function of network inputs ``(B, C, H, W)`` to probabilities, float32 ``(B, P, H, W)``."""
 
     def forward(inputs: Tensor) -> Tensor:
@@ -266,7 +280,7 @@ def _with_probabilities(model: nn.Module, amp: str) -> Callable[[Tensor], Tensor
         if amp == "bf16":  # without the cache of casts, which must not outlive the capture of a CUDA graph
             autocast = torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False)
         with autocast:
-            logits = model(inputs).float()
+            logits = network(inputs).float()
         return probabilities(logits)
 
     return forward
@@ -346,10 +360,14 @@ def _meaning(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _load_model_or_ensemble(path: str | Path) -> nn.Module:
+def _load_model_or_ensemble(path: str | Path, device: torch.device) -> nn.Module:
     names = [part.strip() for part in str(path).split(",")]
     if len(names) == 1 or Path(path).exists():
-        return load_model(path)
+        return _load(path, device)
     if "" in names:
         raise InferenceError(f'model: a name in "{path}" is empty; write an ensemble as runs/a,runs/b')
-    return Ensemble([load_model(name) for name in names], names)
+    return Ensemble([_load(name, device) for name in names], names)
+
+
+def _load(path: str | Path, device: torch.device) -> nn.Module:
+    return OnnxModel(path, device) if Path(path).suffix == SUFFIX else load_model(path)
