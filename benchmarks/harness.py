@@ -381,6 +381,11 @@ def in_turns(
         return seconds[-1]
 
     (repeat or _repeat)(run, lambda: baseline_seconds.append(baseline()), rounds or ROUNDS[device])
+    return compared(seconds, baseline_seconds)
+
+
+def compared(seconds: list[float], baseline_seconds: list[float]) -> dict[str, Any]:
+    """Return what `in_turns` returns for samples that were taken in turns."""
     ratios = [one / other for one, other in zip(seconds, baseline_seconds, strict=True)]
     first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return {

@@ -8,9 +8,11 @@
 
 Every candidate is checked and then takes turns with the project's own network, ``ours``. On a GPU ``ours`` and the
 baselines compute in bfloat16, channels-last, and are captured as CUDA graphs; ``published`` is float32, contiguous and
-eager, as the published script runs it. On a CPU all are float32 and eager, and ``ours`` is the composed form. Training
-is forward, published loss, backward and Adam on one batch. ``torch.compile`` runs in its default mode, because tuning
-takes minutes. cuDNN measures which convolutions are fastest.
+eager, as the published script runs it. On a CPU all are float32 and eager, and ``ours`` is the composed form. In
+inference ``ours`` has its batch norms folded into convolutions, as ``uctrans predict`` runs it; ``unfolded`` has not,
+``onnx`` is the engine of that name, and ``session`` its file in a plain session of ONNX Runtime. Training is forward,
+published loss, backward and Adam on one batch. ``torch.compile`` runs in its default mode, because tuning takes
+minutes. cuDNN measures which convolutions are fastest.
 """
 
 import argparse
@@ -34,6 +36,8 @@ from torch.nn import functional as F
 
 import uctrans
 from uctrans.graphs import CapturedForward, CudaRecorder
+from uctrans.inference.engines import forward_of
+from uctrans.layers import fold_batch_norms
 from uctrans.training import TrainConfig, segmentation_loss
 from uctrans.training.distributed import Processes
 from uctrans.training.loop import train_step
@@ -43,7 +47,7 @@ from uctrans.training.run import training_forward
 from uctrans.training.step_graphs import StepGraphs
 from uctrans.weight_casts import keep_weights_cast
 
-from .harness import in_turns, kernels, operator_backend, relative_error
+from .harness import compared, in_turns, kernels, operator_backend, relative_error
 from .launches import BACKENDS, dispatched_operators, operator_table
 from .records import DEFAULT_RECORD, append_line, environment, table
 
@@ -96,7 +100,9 @@ class Variant:
         half: bfloat16 autocast and channels-last, instead of float32 and contiguous.
         graphed: captured as a CUDA graph, in training the whole step.
         compiled: by ``torch.compile``, in training together with its loss.
-        is_project: trained by the project's own step.
+        is_project: trained by the project's own step; in inference with its batch norms folded.
+        folds: whether the project's batch norms are folded in inference.
+        runtime: what runs the network in inference, ``torch``, the engine ``onnx`` or a ``session`` on its file.
     """
 
     backend: str
@@ -104,6 +110,8 @@ class Variant:
     graphed: bool = True
     compiled: bool = False
     is_project: bool = False
+    folds: bool = True
+    runtime: str = "torch"
 
     def on(self, device: str) -> "Variant":
         """Return this variant as it runs on ``device``: a CPU has no Triton kernels and no graphs."""
@@ -131,6 +139,12 @@ CANDIDATES = {
     "compiled": Variant("reference", compiled=True),
     "ours compiled": Variant("triton", compiled=True, is_project=True),
 }
+OF_INFERENCE = {
+    "unfolded": Variant("triton", is_project=True, folds=False),
+    "onnx": Variant("composed", half=False, graphed=False, is_project=True, runtime="onnx"),
+    "session": Variant("composed", half=False, graphed=False, is_project=True, runtime="session"),
+}
+RACE = ("published", "unfolded", OURS, "ours compiled", "onnx", "session")
 
 
 def network(problem: Problem, variant: Variant, dropout: bool = True) -> nn.Module:
@@ -266,16 +280,24 @@ class Inference:
     """A network in evaluation, from images on the device to logits on the device, one batch a call.
 
     ``ours`` and ``composed`` have their weights cast to bfloat16 once, as ``uctrans predict`` has; the published
-    operations are under plain autocast, which casts them in every call.
+    operations are under plain autocast, which casts them in every call. An engine of ONNX Runtime keeps its export in
+    the cache of ``uctrans predict``.
     """
 
     def __init__(self, problem: Problem, variant: Variant):
         self.problem, self.variant = problem, variant
         model = network(problem, variant).eval()
+        if variant.is_project and variant.folds:
+            model = fold_batch_norms(model)
         if variant.half and variant.backend != "reference":
             keep_weights_cast(model, torch.bfloat16)
         self.images, _ = batch(problem, variant)
         self._network = torch.compile(model, fullgraph=True, dynamic=False) if variant.compiled else model
+        if variant.runtime != "torch":
+            size, device = tuple(self.images.shape[-2:]), torch.device(problem.device)
+            self._network = forward_of("onnx", model, size, device, amp="no")
+        if variant.runtime == "session":
+            self._network = _plain_session(self._network.program_for(self.images).path)
         self._forward = CapturedForward(self._plain, CudaRecorder()) if variant.graphed else self._plain
 
     @torch.no_grad()
@@ -294,6 +316,15 @@ class Inference:
     def _plain(self, images: Tensor) -> Tensor:
         with autocast(self.problem, self.variant):
             return self._network(images)
+
+
+def _plain_session(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy(force=True)})[0]).to(images.device)
 
 
 EXACT = Variant("reference", half=False, graphed=False)
@@ -352,7 +383,7 @@ def one_by_one(run: Callable[[], object], device: str) -> Callable[[], float]:
 
 def candidate_sample(mode: str, problem: Problem, candidate: str) -> tuple[Callable[[], float], dict[str, Any]]:
     """Return a checked candidate's sample and notes: of one image in inference the latency, else the throughput."""
-    variant = CANDIDATES[candidate].on(problem.device)
+    variant = (CANDIDATES | OF_INFERENCE)[candidate].on(problem.device)
     work = (Training if mode == "training" else Inference)(problem, variant)
     notes = work.check() | {"dtype": variant.dtype, "backend": variant.backend}
     for _ in range(WARM_UP_CALLS[problem.device]):
@@ -361,21 +392,47 @@ def candidate_sample(mode: str, problem: Problem, candidate: str) -> tuple[Calla
     return (one_by_one if is_latency else in_a_row)(work, problem.device), notes
 
 
-def compare(mode: str, problem: Problem, candidates: list[str]) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
-    """Yield each candidate with its notes and samples, timed in turns with ours; ours against itself shows the noise.
+def compare(problem: Problem, candidates: list[str]) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
+    """Yield each candidate of training with its notes and samples, timed in turns with ours.
+
+    Ours against itself shows the noise.
 
     Raises:
         AssertionError: a candidate computes something else.
     """
-    ours, _ = candidate_sample(mode, problem, OURS)
+    ours, _ = candidate_sample("training", problem, OURS)
     for candidate in candidates:
-        sample, notes = candidate_sample(mode, problem, candidate)
+        sample, notes = candidate_sample("training", problem, candidate)
         outcome = in_turns(sample, ours, problem.device, rounds=ROUNDS[problem.device])
         seconds = outcome.pop("seconds")
-        notes |= outcome | {"images_per_second": problem.batch / outcome["median_seconds"]}
-        yield candidate, notes, seconds
+        yield candidate, notes | outcome | _throughput(problem, outcome), seconds
         del sample
         release()
+
+
+def race(problem: Problem, candidates: list[str]) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
+    """Yield each candidate of inference with its notes and samples; all take turns in every round.
+
+    Raises:
+        AssertionError: a candidate computes something else.
+    """
+    works = {name: candidate_sample("inference", problem, name) for name in dict.fromkeys([OURS, *candidates])}
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS[problem.device]):
+        for name, (sample, _) in works.items():
+            samples[name].append(sample())
+    for name in candidates:
+        outcome = compared(samples[name], samples[OURS])
+        if "published" in candidates:
+            outcome["times_as_fast_as_published"] = 1 / compared(samples[name], samples["published"])["ratio"]
+        seconds = outcome.pop("seconds")
+        yield name, works[name][1] | outcome | _throughput(problem, outcome), seconds
+    del works
+    release()
+
+
+def _throughput(problem: Problem, outcome: dict[str, Any]) -> dict[str, float]:
+    return {"images_per_second": problem.batch / outcome["median_seconds"]}
 
 
 def release() -> None:
@@ -495,7 +552,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     modes = ("training", "inference", "memory", "profile", "launches")
     parser.add_argument("--mode", default="training", choices=modes)
     parser.add_argument("--model", default=MODELS[0], choices=MODELS)
-    parser.add_argument("--candidates", type=_names, default=list(CANDIDATES), help="separated by commas")
+    parser.add_argument("--candidates", type=_names, help="separated by commas (default: those of the mode)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--base-channels", type=int, default=64)
@@ -504,6 +561,10 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--largest", action="store_true", help="with --mode memory: search the largest batch instead")
     parser.add_argument("--record", type=Path, default=DEFAULT_RECORD, help="JSON lines (default: %(default)s)")
     given = parser.parse_args(words)
+    if given.candidates is None:
+        given.candidates = list(RACE if (given.mode, given.device) == ("inference", "cpu") else CANDIDATES)
+    if given.mode != "inference" and (alien := [name for name in given.candidates if name in OF_INFERENCE]):
+        parser.error(f"--candidates: {alien[0]} takes part in --mode inference only")
     if given.largest and given.device != "cuda":
         parser.error("--largest: fills the memory of a GPU; run it with --device cuda")
     return given
@@ -511,15 +572,16 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 
 def _names(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in CANDIDATES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; choose of {', '.join(CANDIDATES)}")
+    known = CANDIDATES | OF_INFERENCE
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; choose of {', '.join(known)}")
     return names
 
 
 def measurements(given: argparse.Namespace, problem: Problem) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
     """Yield what a command line asks for: each candidate with its notes and samples."""
     if given.mode in ("training", "inference"):
-        yield from compare(given.mode, problem, given.candidates)
+        yield from (race if given.mode == "inference" else compare)(problem, given.candidates)
         return
     if given.mode == "profile":
         measure = partial(profile, problem)
@@ -527,6 +589,12 @@ def measurements(given: argparse.Namespace, problem: Problem) -> Iterator[tuple[
         measure = partial(in_own_process, largest_batch if given.largest else peak_memory, problem)
     for candidate in given.candidates:
         yield candidate, measure(candidate), []
+
+
+def _outcome(info: dict[str, Any]) -> str:
+    if "times_as_fast_as_published" in info:
+        return f"{info['times_as_fast_as_published']:.2f} times as fast as published"
+    return str(info.get("largest_batch", "measured"))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -552,7 +620,7 @@ def main(words: list[str] | None = None) -> int:
             }
         )
         append_line(given.record, lines[-1])
-        print(f"{candidate}: {lines[-1]['info'].get('largest_batch', 'measured')}", flush=True)
+        print(f"{candidate}: {_outcome(lines[-1]['info'])}", flush=True)
         if given.mode == "profile":
             print(profile_table(notes))
     print(table(lines))

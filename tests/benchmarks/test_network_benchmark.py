@@ -12,6 +12,7 @@ from benchmarks.network import (
     CANDIDATES,
     CHECKED_STEPS,
     MODELS,
+    OF_INFERENCE,
     OURS,
     Inference,
     Problem,
@@ -157,7 +158,10 @@ def test_a_sample_is_the_time_of_one_call():
 
 @pytest.mark.parametrize(
     ("mode", "model", "candidates"),
-    [("training", "uctransnet", "ours,published"), ("inference", "dual_branch_uctransnet", "composed")],
+    [
+        ("training", "uctransnet", "ours,published"),
+        ("inference", "dual_branch_uctransnet", "unfolded,published,composed"),
+    ],
 )
 def test_a_race_goes_into_the_record(mode, model, candidates, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -167,10 +171,31 @@ def test_a_race_goes_into_the_record(mode, model, candidates, tmp_path, capsys, 
     assert main([*words, *TINY]) == 0
     _, *lines = read_lines(record)
     assert [line["info"]["candidate"] for line in lines] == candidates.split(",")
+    if mode == "inference":
+        assert lines[1]["info"]["times_as_fast_as_published"] == 1
+        assert lines[0]["info"]["times_as_fast_as_published"] > 0
     for line in lines:
         assert len(line["seconds"]) == len(line["info"]["baseline_seconds"]) == 2
         assert line["info"]["images_per_second"] == pytest.approx(1 / line["info"]["median_seconds"])
     assert f"| {mode}: {model}, 48, 1, float32, cpu | {candidates.split(',')[-1]} |" in capsys.readouterr().out
+
+
+def test_ours_is_folded_in_inference_and_unfolded_is_not():
+    def norms(variant):
+        work = Inference(SMALL, variant.on("cpu"))
+        return sum(isinstance(part, torch.nn.BatchNorm2d) for part in work._network.modules())
+
+    assert norms(CANDIDATES[OURS]) == 0
+    assert norms(OF_INFERENCE["unfolded"]) == norms(CANDIDATES["published"]) > 0
+
+
+@pytest.mark.slow
+def test_the_engine_and_a_plain_session_run_its_export(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("onnx", "session"):
+        assert Inference(SMALL, OF_INFERENCE[name].on("cpu")).check()["relative_error"] <= 1e-4
+    assert len(list(tmp_path.rglob("*.onnx"))) == 1
 
 
 def test_a_profile_names_what_a_step_calls(tmp_path, capsys):
@@ -227,6 +252,7 @@ def test_batches_without_memory_do_not_fit(monkeypatch):
     [
         (["--candidates", "ours,magic"], "'magic' is unknown; choose of ours"),
         (["--mode", "memory", "--largest", "--device", "cpu"], "--largest: fills the memory of a GPU"),
+        (["--candidates", "ours,onnx"], "--candidates: onnx takes part in --mode inference only"),
         (["--mode", "sideways"], "invalid choice: 'sideways'"),
         (["--model", "unet"], "invalid choice: 'unet'"),
     ],
