@@ -1,12 +1,14 @@
 """Folder layouts, pairing by stem, seeded splits, and what is wrong with a folder."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import unicodedata
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -273,3 +275,108 @@ def test_import_is_light():
     code = f"import sys, uctrans.data; print([name for name in '{heavy}'.split() if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def count_calls(function):
+    """Return the number of calls of Python functions and of C that ``function`` makes."""
+    count = 0
+
+    def add(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(add)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def walk(root):
+    """Call everything that lists the files of a dataset."""
+    samples = find_samples(root)
+    find_samples(root, "train")
+    find_development_samples(root)
+    find_images(root / "images")
+    find_instances(samples)
+    describe_draw(root, "val", 1)
+    with pytest.raises(DataError, match="do not pair"):
+        find_samples(root / "unpaired")
+    names = names_of(samples)
+    with pytest.raises(DataError, match="more than once"):
+        make_folds([*names, *names])
+    (root / "folds.json").write_text(json.dumps({"folds": make_folds(names, 2)}))
+    with pytest.raises(DataError, match="test images never belong in a fold"):
+        load_folds(root / "folds.json", root)
+
+
+def touch_files(root, count):
+    for folder in ("images", "masks", "instances", "unpaired/images", "unpaired/masks"):
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            (root / folder / f"{'xy'[folder == 'unpaired/masks']}{number:06}.png").touch()
+            if count < 1000:
+                (root / folder / f"{number:06}.txt").touch()
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:.*ignored files that are not images")
+def test_work_grows_with_the_number_of_files_alone(tmp_path):
+    small, large = (count_calls(partial(walk, touch_files(tmp_path / str(count), count))) for count in (40, 160))
+    assert large < 4.1 * small
+
+
+FIND_IN_CHILD = """
+import resource, time
+from tests.data.test_data_find import walk
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+walk(__import__("pathlib").Path({root!r}))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, time.process_time() - start)
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files(tmp_path):
+    """All of `walk` together, which lists some folders several times, may take what eight lists may."""
+    source = FIND_IN_CHILD.format(root=str(touch_files(tmp_path, 100_000)))
+    output = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout
+    megabytes, seconds = map(float, output.split())
+    assert megabytes < 400
+    assert seconds < 40
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"b\xff.png")
+    for folder in ("images", "masks"):
+        put(tmp_path / folder / "a.png", BLACK)
+    (tmp_path / "images" / os.fsdecode(b"b\xff.txt")).touch()
+    with pytest.warns(UserWarning, match=r"not images: b\\xff\.txt$"):
+        find_samples(tmp_path)
+    put(tmp_path / "images" / "c.png", BLACK).rename(tmp_path / "images" / name)
+    for find in (lambda: find_images(tmp_path / "images"), lambda: find_images(tmp_path / "images" / name)):
+        with pytest.raises(DataError, match=r"b\\xff\.png: the name of this file is not UTF-8; rename it"):
+            find()
+
+
+def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    put_pairs(tmp_path, "a")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list every folder
+    for find in (lambda: find_samples(tmp_path), lambda: find_images(tmp_path / "images")):
+        with pytest.raises(DataError, match=r"images: cannot be listed \(Permission denied\); check the folder and"):
+            find()
+
+
+def test_links_that_lead_in_a_circle(tmp_path):
+    put_pairs(tmp_path, "a")
+    (tmp_path / "images/b.png").symlink_to("b.png")
+    with pytest.raises(DataError, match=r"images/b\.png: is a link to b\.png, which is not there"):
+        find_samples(tmp_path)
+    (tmp_path / "images/b.png").unlink()
+    (tmp_path / "images/b.png").symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match=r"not images: b\.png"):
+        assert names_of(find_samples(tmp_path)) == ["a"]

@@ -173,15 +173,22 @@ def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> di
     ``companions``, which belong there.
 
     Raises:
-        DataError: the folder holds no image, two of one stem, a name that is not UTF-8, or a link to an image that is
-            not there.
+        DataError: the folder cannot be listed, holds no image, two of one stem, a name that is not UTF-8, or a link to
+            an image that is not there.
     """
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    if broken := [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and missing_target(entry)]:
+    files, strays, broken = [], [], []
+    for name, is_file in _list_names(folder):
+        file = folder / name
+        suffix = file.suffix.lower()
+        if suffix in IMAGE_SUFFIXES and is_file:
+            files.append(file)
+        elif suffix in IMAGE_SUFFIXES and missing_target(file):
+            broken.append(file)
+        elif suffix not in companions:
+            strays.append(name)
+    if broken:
         others = f" ({len(broken)} such links in the folder)" if len(broken) > 1 else ""
         raise DataError(f"{broken[0]}: {missing_target(broken[0])}{others}")
-    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES]
-    strays = [entry.name for entry in entries if entry not in files and entry.suffix.lower() not in companions]
     if strays:
         warnings.warn(f"{folder}: ignored files that are not images: {shorten(strays)}", stacklevel=2)
     if not files:
@@ -194,6 +201,22 @@ def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> di
             )
         by_stem[stem] = file
     return dict(sorted(by_stem.items()))
+
+
+def _list_names(folder: Path) -> list[tuple[str, bool]]:
+    """Return the names in a folder that are not hidden, sorted, and whether each is that of a file or a link to one."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [
+                (entry.name, Path(entry).is_file() if entry.is_symlink() else entry.is_file())
+                for entry in entries
+                if not entry.name.startswith(".")
+            ]
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be listed ({error.strerror}); check the folder and its permissions"
+        ) from error
+    return sorted(names)
 
 
 def stem_of(path: Path) -> str:
@@ -221,8 +244,8 @@ def missing_target(path: Path) -> str | None:
 
 def shorten(names: Iterable[Any], limit: int = 5) -> str:
     """Join at most ``limit`` names with commas and say how many more there are."""
-    names = [str(name) for name in names]
-    text = ", ".join(names[:limit])
+    names = list(names)
+    text = ", ".join(escaped(name) for name in names[:limit])
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,7 @@ def make_folds(names: Sequence[str], n: int = 5, seed: int = 0) -> list[Fold]:
     Raises:
         DataError: there are too few names or folds, or a name is given twice.
     """
-    if len(set(names)) != len(names):
-        repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise DataError(f"names: {shorten(repeated)} are given more than once; name each image once")
     if not 2 <= n <= len(names):
         raise DataError(f"folds: {n} cannot be made of {len(names)} images; choose 2 to the number of images")

@@ -45,19 +45,24 @@ def find_instances(samples: Sequence[Sample]) -> dict[str, Path]:
     Raises:
         DataError: a sample has two maps.
     """
-    names = {(sample.mask.parent.parent / INSTANCES, sample.name) for sample in samples if sample.mask is not None}
+    names: dict[Path, set[str]] = {}
+    for sample in samples:
+        if sample.mask is not None:
+            names.setdefault(sample.mask.parent, set()).add(sample.name)
     found: dict[str, Path] = {}
-    others: list[Path] = []
-    for folder in sorted({folder for folder, _ in names}):
+    misnamed: list[Path] = []
+    for masks, stems in sorted(names.items()):
+        folder = masks.parent / INSTANCES
+        others: list[Path] = []
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if (folder, stem := stem_of(file)) not in names or file.suffix.lower() not in IMAGE_SUFFIXES:
+            if (stem := stem_of(file)) not in stems or file.suffix.lower() not in IMAGE_SUFFIXES:
                 others.append(file)
             elif stem in found:
                 raise DataError(f"{file}: is an instance map of the same image as {found[stem]}; remove one")
             else:
                 found[stem] = file
-    without = {(folder, name.casefold()) for folder, name in names if name not in found}
-    misnamed = [file for file in others if (file.parent, stem_of(file).casefold()) in without]
+        without = {stem.casefold() for stem in stems if stem not in found}
+        misnamed += [file for file in others if stem_of(file).casefold() in without]
     if misnamed:
         warnings.warn(
             f"Ignored {shorten(misnamed)}: an instance map is an image file (such as PNG) with the name of its mask, "
