@@ -1,7 +1,9 @@
 """Outlines in XML become masks and instance maps; broken annotations become errors that name the file."""
 
 import json
+import os
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from uctrans.data import (
     read_annotation,
     read_mask,
 )
+from uctrans.data.monuseg import MAX_XML_BYTES
 
 SQUARE = [(2, 3), (5, 3), (5, 8), (2, 8)]
 
@@ -179,12 +182,58 @@ def test_xml_of_another_kind(tmp_path):
         read_annotation(tmp_path / "a.xml")
 
 
-@pytest.mark.parametrize("vertex", ['X="1"', 'X="1" Y="b"', 'X="nan" Y="2"', 'X="1" Y="inf"'])
+@pytest.mark.parametrize("vertex", ['X="1"', 'X="1" Y="b"', 'X="nan" Y="2"', 'X="1" Y="inf"', 'X="1e300" Y="1"'])
 def test_vertex_without_coordinates(tmp_path, vertex):
     path = write_xml(tmp_path / "a.xml", SQUARE)
     path.write_text(path.read_text().replace('X="5" Y="3"', vertex))
     with pytest.raises(DataError, match=r"a\.xml: region 1 has a vertex with X=.*not two numbers"):
         read_annotation(path)
+
+
+@pytest.mark.parametrize("part", ["<a>" * 200, "<Regions>" * 100_000])
+def test_deeply_nested_elements(tmp_path, part):
+    path = tmp_path / "a.xml"
+    path.write_text(f"<Annotations>{part}")
+    with pytest.raises(DataError, match=r"a\.xml: is nested in more than 100 levels"):
+        read_annotation(path)
+
+
+def test_paths_that_are_no_annotation(tmp_path, images):
+    os.mkfifo(tmp_path / "a.xml")
+    for path in (tmp_path / "a.xml", tmp_path):
+        with pytest.raises(DataError, match=r"a\.xml: is a named pipe, not a file; name an XML file"):
+            prepare_monuseg(path, images, tmp_path / "out")
+    with pytest.raises(DataError, match="zero: is a device, not a file"):
+        read_annotation("/dev/zero")
+    (tmp_path / "b.xml").write_bytes(b"<Annotations>")
+    os.truncate(tmp_path / "b.xml", MAX_XML_BYTES + 1)  # a hole, which takes no space
+    with pytest.raises(DataError, match=r"b\.xml: is larger than 536870912 bytes"):
+        read_annotation(tmp_path / "b.xml")
+
+
+def test_elements_without_outlines_take_no_memory(tmp_path):
+    path = write_xml(tmp_path / "a.xml", SQUARE)
+    path.write_text(path.read_text().replace("<Vertices>", "<Vertices>" + "<Attribute Name='x'/>" * 20_000))
+    read_annotation(path)  # what is imported for the first time is not counted
+    tracemalloc.start()
+    try:
+        (polygon,) = read_annotation(path).polygons
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(polygon, SQUARE)
+
+
+def test_outlines_that_would_take_hours_to_fill(tmp_path, images):
+    angles = np.linspace(0, 2 * np.pi, 50_000)
+    ring = np.stack([500 + 480 * np.cos(angles), 500 + 480 * np.sin(angles)], 1)
+    with pytest.raises(DataError, match=r"polygons: their vertices and the pixels in them would take 5e\+10 tests"):
+        fill_polygons([ring], (1000, 1000))
+    assert fill_polygons([ring + 2000], (1000, 1000)).max() == 0  # outside of the image
+    path = write_xml(tmp_path / "a.xml", np.repeat(np.array(SQUARE) * 300, 10**4, axis=0))
+    put(images / "a.png", np.zeros((2000, 2000), np.uint8))
+    with pytest.raises(DataError, match=r"a\.xml: polygons: their vertices"):
+        prepare_monuseg(path, images, tmp_path / "out")
 
 
 def test_missing_folders_and_files(tmp_path, images):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import warnings
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..extras import import_extra
+from ..reading import UnreadableError, check_regular_file
 from ..writing import write_bytes, write_png
 from .find import DataError, find_all_samples, list_images, shorten, stem_of
 from .instances import HIGHEST_NUMBER, INSTANCES, LEAST_AGREEMENT, agreement, find_instances, write_instances
@@ -19,6 +21,10 @@ from .read import Doubts, decode_mask, read_image
 XML_SUFFIX = ".xml"
 MASKS, SUMMARY = "masks", "annotations.json"
 MIN_VERTICES = 3
+MAX_XML_BYTES = 1 << 29
+MAX_XML_DEPTH = 100
+LARGEST_COORDINATE = 1e7
+MAX_TESTS = 2e10  # about a minute
 HIDDEN = "{} outlines lie wholly under others and have no number in the instance map."
 
 
@@ -141,7 +147,7 @@ def prepare_instances(
     files = {sample.name: sample.mask.parent.parent / INSTANCES / f"{sample.name}.png" for sample in annotated}
     if not overwrite:
         _check_free([*files.values(), data / SUMMARY], "set overwrite to replace them; masks stay as they are")
-    if others := [file for file in find_instances(annotated).values() if file not in files.values()]:
+    if others := sorted(set(find_instances(annotated).values()) - set(files.values())):
         raise DataError(f"{data}: has instance maps that are not PNG files ({shorten(others)}); remove them")
     prepared, maps = _fill_outlines(annotation_files, image_files)
     for file in annotation_files:
@@ -164,22 +170,18 @@ def read_annotation(path: str | os.PathLike) -> Annotation:
     Regions with fewer than three vertices are skipped, with one warning that names the file and their number.
 
     Raises:
-        DataError: the file is not XML, declares entities, is no Aperio annotation, or has a vertex without finite
-            coordinates.
+        DataError: the file is no regular file, too large, not XML, nested too deeply, declares entities, is no Aperio
+            annotation, or has a vertex without coordinates of a pixel.
         ImportError: defusedxml is not installed.
     """
     path = Path(path)
-    root = _parse_xml(path)
-    if root.tag != "Annotations":
-        raise DataError(
-            f"{path}: is not an Aperio annotation (its root is <{root.tag}>, not <Annotations>); export it again"
-        )
-    outlines = [_read_vertices(region, path) for region in root.iter("Region")]
+    reader = _parse_xml(path)
+    outlines = [np.array(outline, dtype=np.float64).reshape(-1, 2) for outline in reader.outlines]
     polygons = [outline for outline in outlines if len(outline) >= MIN_VERTICES]
     skipped = len(outlines) - len(polygons)
     if skipped:
         warnings.warn(f"{path}: {skipped} regions with fewer than {MIN_VERTICES} vertices were skipped.", stacklevel=2)
-    return Annotation(polygons, skipped, _read_resolution(root.get("MicronsPerPixel")))
+    return Annotation(polygons, skipped, reader.microns_per_pixel)
 
 
 def fill_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
@@ -195,7 +197,8 @@ def fill_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.
         shape: (H, W).
 
     Raises:
-        DataError: there are more nuclei than 16 bits can number.
+        DataError: there are more nuclei than 16 bits can number, or so many vertices around so many pixels that filling
+            them would take hours.
     """
     instances, hidden = _paint_polygons(polygons, shape)
     if hidden:
@@ -207,20 +210,36 @@ def _paint_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> t
     """Return the instance map, and the number of polygons in the image whose pixels all belong to others."""
     from skimage.draw import polygon as polygon_pixels
 
-    pixels = [polygon_pixels(vertices[:, 1], vertices[:, 0], shape) for vertices in polygons]
-    if len(pixels) > HIGHEST_NUMBER:
+    polygons = list(polygons)
+    if len(polygons) > HIGHEST_NUMBER:
         raise DataError(
-            f"polygons: {len(pixels)} nuclei in one image are more than a 16-bit map can number; annotate tiles of it"
+            f"polygons: {len(polygons)} nuclei in one image are more than a 16-bit map can number; annotate tiles of it"
         )
-    areas = [len(rows) for rows, _ in pixels]
+    if (tests := sum(_count_tests(vertices, shape) for vertices in polygons)) > MAX_TESTS:
+        raise DataError(
+            f"polygons: their vertices and the pixels in them would take {tests:.0e} tests; draw nuclei with fewer "
+            "vertices, and take outlines of whole regions out"
+        )
     painted = np.zeros(shape, dtype=np.uint16)
-    for index in sorted(range(len(pixels)), key=lambda index: (-areas[index], -index)):
-        painted[pixels[index]] = index + 1
+    area_on_top = np.full(shape, painted.size + 1, dtype=np.uint32)
+    in_image = 0
+    for number, vertices in enumerate(polygons, start=1):
+        rows, columns = polygon_pixels(vertices[:, 1], vertices[:, 0], shape)
+        in_image += len(rows) > 0
+        is_on_top = len(rows) < area_on_top[rows, columns]
+        rows, columns = rows[is_on_top], columns[is_on_top]
+        painted[rows, columns], area_on_top[rows, columns] = number, len(is_on_top)
     visible = np.unique(painted)
     visible = visible[visible > 0]
-    numbers = np.zeros(len(pixels) + 1, dtype=np.uint16)
+    numbers = np.zeros(len(polygons) + 1, dtype=np.uint16)
     numbers[visible] = np.arange(1, len(visible) + 1)
-    return numbers[painted], int(np.count_nonzero(areas)) - len(visible)
+    return numbers[painted], in_image - len(visible)
+
+
+def _count_tests(vertices: np.ndarray, shape: tuple[int, int]) -> float:
+    """Return how often filling an outline compares a pixel of its bounding box in the image with a vertex."""
+    low, high = vertices.min(0).clip(0), vertices.max(0).clip(max=shape[::-1])
+    return len(vertices) * float(np.prod((high - low + 1).clip(0)))
 
 
 def _fill_outlines(
@@ -230,7 +249,11 @@ def _fill_outlines(
     prepared, maps = [], {}
     for file in annotation_files:
         annotation = read_annotation(file)
-        instances, hidden = _paint_polygons(annotation.polygons, read_image(image_files[stem_of(file)]).shape[:2])
+        shape = read_image(image_files[stem_of(file)]).shape[:2]
+        try:
+            instances, hidden = _paint_polygons(annotation.polygons, shape)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
         nuclei = int(instances.max())
         if hidden:
             warnings.warn(f"{file}: {HIDDEN.format(hidden)}", stacklevel=3)
@@ -242,10 +265,10 @@ def _fill_outlines(
 
 
 def _list_annotations(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise DataError(f"{path}: does not exist; name an XML file or a folder of them")
+    if not path.is_dir():
+        return [path]
     files = sorted(
         file for file in path.iterdir() if file.suffix.lower() == XML_SUFFIX and not file.name.startswith(".")
     )
@@ -276,11 +299,69 @@ def _write_summary(path: Path, prepared: list[PreparedImage]) -> None:
     write_bytes(path, (json.dumps(by_name, indent=2) + "\n").encode())
 
 
-def _parse_xml(path: Path):
+class _OutlineReader:
+    """Target of a parser of XML that keeps the vertices of regions, and nothing of the other elements."""
+
+    def __init__(self, path: Path):
+        self.path, self.depth, self.region = path, 0, None
+        self.outlines: list[array[float]] = []  # x and y of each vertex, one after the other
+        self.microns_per_pixel: float | None = None
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        """Take in the beginning of an element."""
+        self.depth += 1
+        if self.depth > MAX_XML_DEPTH:
+            raise DataError(f"{self.path}: is nested in more than {MAX_XML_DEPTH} levels; export it again")
+        if self.depth == 1 and tag != "Annotations":
+            raise DataError(
+                f"{self.path}: is not an Aperio annotation (its root is <{tag[:100]}>, not <Annotations>); export it "
+                "again"
+            )
+        if self.depth == 1:
+            self.microns_per_pixel = _read_resolution(attributes.get("MicronsPerPixel"))
+        elif tag == "Region":
+            self.region = attributes.get("Id", "without Id")
+            self.outlines.append(array("d"))
+        elif tag == "Vertex" and self.region is not None:
+            self.outlines[-1].extend(self._read_vertex(attributes))
+
+    def end(self, tag: str) -> None:
+        """Take in the end of an element."""
+        self.depth -= 1
+        if tag == "Region":
+            self.region = None
+
+    def close(self) -> "_OutlineReader":
+        """Return this object, at the end of the file."""
+        return self
+
+    def _read_vertex(self, attributes: dict[str, str]) -> tuple[float, float]:
+        try:
+            x, y = float(attributes.get("X", "")), float(attributes.get("Y", ""))
+        except ValueError:
+            x = y = math.nan
+        if not (abs(x) <= LARGEST_COORDINATE and abs(y) <= LARGEST_COORDINATE):
+            shown = " ".join(f"{name}={str(attributes.get(name))[:50]!r}" for name in "XY")
+            raise DataError(
+                f"{self.path}: region {self.region[:50]} has a vertex with {shown}, not two numbers of pixels; correct "
+                "the file or export it again"
+            )
+        return x, y
+
+
+def _parse_xml(path: Path) -> _OutlineReader:
     defusedxml = import_extra("defusedxml", "training")
     element_tree = import_extra("defusedxml.ElementTree", "training")
+    reader = _OutlineReader(path)
     try:
-        return element_tree.parse(path).getroot()
+        check_regular_file(path)
+        if path.stat().st_size > MAX_XML_BYTES:
+            raise DataError(f"{path}: is larger than {MAX_XML_BYTES} bytes; annotate tiles of the image")
+        element_tree.parse(path, parser=element_tree.DefusedXMLParser(target=reader))
+    except UnreadableError as error:
+        raise DataError(f"{error}; name an XML file") from error
+    except DataError:
+        raise
     except element_tree.ParseError as error:
         raise DataError(f"{path}: is not well-formed XML ({error}); download or export it again") from error
     except defusedxml.DefusedXmlException as error:
@@ -294,22 +375,7 @@ def _parse_xml(path: Path):
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
-
-
-def _read_vertices(region, path: Path) -> np.ndarray:
-    vertices = []
-    for vertex in region.iter("Vertex"):
-        try:
-            x, y = float(vertex.get("X", "")), float(vertex.get("Y", ""))
-        except ValueError:
-            x = y = math.nan
-        if not (math.isfinite(x) and math.isfinite(y)):
-            raise DataError(
-                f"{path}: region {region.get('Id')} has a vertex with X={vertex.get('X')!r} Y={vertex.get('Y')!r}, not "
-                "two numbers; correct the file or export it again"
-            )
-        vertices.append((x, y))
-    return np.array(vertices, dtype=np.float64).reshape(-1, 2)
+    return reader
 
 
 def _read_resolution(text: str | None) -> float | None:
