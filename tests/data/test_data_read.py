@@ -135,7 +135,7 @@ def test_several_pages_or_frames(tmp_path):
     imageio.v3.imwrite(tmp_path / "film.gif", random_pixels(2, 8, 9, 3))
     for name, pages in (("stack", 5), ("narrow", 50), ("three", 3), ("imagej", 50)):
         refuses(tmp_path / f"{name}.tif", rf"holds several pages or frames \({pages}\); save one image")
-    refuses(tmp_path / "film.gif", r"holds several pages or frames \(2\)")
+    refuses(tmp_path / "film.gif", r"holds several pages or frames \(2 or more\)")
 
 
 def test_photograph_with_a_preview_behind_it(tmp_path):
@@ -182,7 +182,7 @@ def test_jpeg_in_tiff(tmp_path):
     content = (tmp_path / "a.tif").read_bytes()
     start = content.index(b"\xff\xd8")
     (tmp_path / "a.tif").write_bytes(content[:start] + bytes(40) + content[start + 40 :])
-    refuses(tmp_path / "a.tif", "cannot be read.*it may be damaged; replace it or save it again; or install")
+    refuses(tmp_path / "a.tif", "cannot be read, it may be damaged.*replace it or save it again; or install")
 
 
 def test_what_only_imagecodecs_decodes_is_refused_rather_than_cut(tmp_path, monkeypatch):

@@ -4,38 +4,43 @@ A picture lies as a viewer shows it, by the orientation tag of EXIF or TIFF. Onl
 alpha. A file that can be read in more than one way, or only with a loss of bits, is refused.
 """
 
-import contextlib
 import os
 import struct
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .find import DataError, missing_target
+from .find import DataError
+from .image_files import (
+    CHANNELS_PER_PIXEL,
+    READ_ERRORS,
+    TIFF_SIGNATURES,
+    check_segments,
+    check_size,
+    open_tiff,
+    open_with_pillow,
+    pillow_size,
+    read_header,
+    tiff_size,
+    unreadable,
+)
+from .strips import join_strips, map_strips
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A PNG file begins with the signature, length and name of the IHDR chunk, width, height, bit depth and colour type.
 PNG_BIT_DEPTH, PNG_COLOUR_TYPE = 24, 25
 PNG_GRAY = 0
-TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BITS = (1, 8, 16)
 TIFF_KINDS = ("MINISBLACK", "RGB", "PALETTE", "YCBCR")
 ASSOCIATED_ALPHA = 1
 ALPHA_SAMPLES = (ASSOCIATED_ALPHA, 2)  # values of the tag ExtraSamples
 LOSSY_TIFF = ("JPEG", "JP2000", "WEBP", "LERC")  # parts of the names of compressions
 UNDECLARED_PAGES = ("IYX", "QYX")  # what tifffile calls pages of which the file does not say what they are
-# Files that stand in the place of images until these programs fetch them.
-POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get"}
 ORIENTATION = 274  # the tag of EXIF and TIFF
 # Whether to exchange left and right, then the quarter turns counter-clockwise.
 UPRIGHT = {2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1)}
 WHITE = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
-# Pillow and tifffile raise these for damaged files, MemoryError for a damaged size.
-READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
-READ_ERRORS += (MemoryError, struct.error, zlib.error)
 
 
 class Picture(NamedTuple):
@@ -70,16 +75,7 @@ def decode_file(path: str | os.PathLike, channels: int | None = None) -> Picture
             16 bits.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: {missing_target(path) or 'is not a file; check the path'}")
-    try:
-        with path.open("rb") as file:
-            header = file.read(PNG_COLOUR_TYPE + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    for beginning, command in POINTERS.items():
-        if header.startswith(beginning):
-            raise DataError(f"{path}: is a pointer to an image that is not here; fetch it with {command}")
+    header = read_header(path)
     is_tiff = header.startswith(TIFF_SIGNATURES)
     picture = _decode_tiff(path, channels) if is_tiff else _decode_with_pillow(path, header)
     if header.startswith(PNG_SIGNATURE) and header[PNG_BIT_DEPTH] == 16 and header[PNG_COLOUR_TYPE] != PNG_GRAY:
@@ -89,7 +85,7 @@ def decode_file(path: str | os.PathLike, channels: int | None = None) -> Picture
             "as 16-bit TIFF, or as 16-bit PNG with one gray channel"
         )
     if picture.channels.size == 0:
-        raise _unreadable(path, ValueError(f"its pixels have the shape {picture.channels.shape}"))
+        raise unreadable(path, ValueError(f"its pixels have the shape {picture.channels.shape}"))
     return picture
 
 
@@ -109,7 +105,7 @@ def _picture(
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3:
-        raise _unreadable(path, ValueError(f"its pixels have the shape {pixels.shape}"))
+        raise unreadable(path, ValueError(f"its pixels have the shape {pixels.shape}"))
     pixels = _turn_upright(pixels, orientation)
     alpha_channel = None
     if alpha is not None:
@@ -129,32 +125,25 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _decode_with_pillow(path: Path, header: bytes) -> Picture:
-    from PIL import Image
-
-    try:
-        with _without_size_limit(), Image.open(path) as image:
-            kind, mode = image.format, image.mode
-            # MPO, a JPEG variant of cameras, keeps previews as further frames.
-            frames = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
-            white = _white(image, header)
-            indexes = np.array(image) if mode == "P" else None
-            if mode in ("P", "PA"):
-                has_alpha = mode == "PA" or "transparency" in image.info
-                pixels = np.array(image.convert("RGBA" if has_alpha else "RGB"))
-            else:
-                has_alpha = mode in ("LA", "La", "RGBA", "RGBa")
-                pixels = np.array(image)
-            orientation = _orientation_by_exif(image)
-    except READ_ERRORS as error:
-        raise _unreadable(path, error) from error
-    if frames > 1:
-        raise _several_pages(path, frames)
-    if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
-        raise DataError(f"{path}: holds {mode} colours; convert it to RGB")
-    if white is not None:
-        if white > 255 and mode == "RGB":
+    with open_with_pillow(path) as image:
+        check_size(path, pillow_size(image))
+        kind, mode = image.format, image.mode
+        # MPO, a JPEG variant of cameras, keeps previews as further frames.
+        if kind != "MPO" and getattr(image, "is_animated", False):
+            raise _several_pages(path, "2 or more")
+        if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
+            raise DataError(f"{path}: holds {mode} colours; convert it to RGB")
+        white = _white(image, header)
+        if white is not None and white > 255 and mode == "RGB":
             raise DataError(f"{path}: is a 16-bit PPM, which cannot be read without loss; save it as 16-bit TIFF")
-        pixels = _as_stored(pixels, white)
+        indexes = _pixels_of(image) if mode == "P" else None
+        if mode in ("P", "PA"):
+            has_alpha = mode == "PA" or "transparency" in image.info
+            pixels = _pixels_of(image, "RGBA" if has_alpha else "RGB")
+        else:
+            has_alpha = mode in ("LA", "La", "RGBA", "RGBa")
+            pixels = _pixels_of(image, white=white)
+        orientation = _orientation_by_exif(image)
     return _picture(
         path,
         pixels,
@@ -166,24 +155,24 @@ def _decode_with_pillow(path: Path, header: bytes) -> Picture:
     )
 
 
+def _pixels_of(image: Any, mode: str | None = None, white: int | None = None) -> np.ndarray:
+    """Return the pixels of a Pillow image in another mode, or with values as stored if Pillow stretches white."""
+
+    def convert(rows: slice) -> np.ndarray:
+        strip = image.crop((0, rows.start, image.width, rows.stop))
+        pixels = np.asarray(strip if mode is None else strip.convert(mode))
+        return pixels if white is None else _as_stored(pixels, white)
+
+    image.load()
+    return join_strips(convert, image.height, image.width * CHANNELS_PER_PIXEL)
+
+
 def _orientation_by_exif(image: Any) -> int:
     """Return the orientation tag of an image that Pillow has loaded, or 1 if it has no tag or its EXIF is damaged."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except READ_ERRORS:
         return 1
-
-
-@contextlib.contextmanager
-def _without_size_limit() -> Iterator[None]:
-    """Let Pillow open images of any size: a scanned slide has more pixels than it takes for an attack."""
-    from PIL import Image
-
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _white(image: Any, header: bytes) -> int | None:
@@ -225,26 +214,23 @@ def _is_lossy(path: Path, kind: str | None) -> bool:
 
 
 def _decode_tiff(path: Path, channels: int | None) -> Picture:
-    from tifffile import TiffFile
-
-    try:
-        with TiffFile(path) as file:
-            page, series = file.pages[0], file.series[0]
-            # A frame is a page of the same kind as the first.
-            pages = 1 + sum(not getattr(other, "is_reduced", False) for other in file.pages[1:])
-            # Some programs store a stack behind a single page.
-            pages = max(pages, series.size // max(page.size, 1))
-            if pages == 1:
-                _check_tiff_page(page, path)
-                return _decode_tiff_page(page, path)
-            are_channels = series.axes == "CYX" or (series.axes in UNDECLARED_PAGES and pages == channels)
-            if are_channels and series.shape[0] == pages:
-                _check_tiff_page(page, path)
-                return _picture(path, np.moveaxis(series.asarray(), 0, -1), _orientation_of(page))
-    except DataError:
-        raise
-    except READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    with open_tiff(path) as file:
+        check_size(path, tiff_size(file, path))
+        page, series = file.pages[0], file.series[0]
+        # A frame is a page of the same kind as the first.
+        pages = 1 + sum(not getattr(other, "is_reduced", False) for other in file.pages[1:])
+        # Some programs store a stack behind a single page.
+        pages = max(pages, series.size // max(page.size, 1))
+        if pages == 1:
+            _check_tiff_page(page, path)
+            check_segments(page, path)
+            return _decode_tiff_page(page, path)
+        are_channels = series.axes == "CYX" or (series.axes in UNDECLARED_PAGES and pages == channels)
+        if are_channels and series.shape[0] == pages:
+            _check_tiff_page(page, path)
+            for other in file.pages:
+                check_segments(other, path)
+            return _picture(path, np.moveaxis(series.asarray(), 0, -1), _orientation_of(page))
     raise _several_pages(path, pages)
 
 
@@ -299,24 +285,27 @@ def _decode_tiff_page(page: Any, path: Path) -> Picture:
 def _tiff_picture(page: Any, path: Path, pixels: np.ndarray, orientation: int, alpha: int | None) -> Picture:
     indexes = None
     if _tiff_kind(page) == "PALETTE":
-        indexes, pixels = pixels, _tiff_colours(page)[pixels.astype(np.uint16)]
+        indexes, colours = pixels, _tiff_colours(page)
+        pixels = map_strips(lambda strip: colours[strip.astype(np.uint16)], indexes)
     is_lossy = any(name in _compression_of(page) for name in LOSSY_TIFF)
     return _picture(path, pixels, orientation, alpha=alpha, indexes=indexes, is_lossy=is_lossy)
 
 
 def _without_association(pixels: np.ndarray, alpha: int) -> np.ndarray:
     """Undo the multiplication of colours by alpha, as Pillow does."""
-    share = pixels[..., alpha : alpha + 1]
     white = WHITE[pixels.dtype]
-    colours = np.minimum(pixels.astype(np.uint64) * white // np.maximum(share, 1), white).astype(pixels.dtype)
-    straight = np.where(share > 0, colours, pixels)
-    straight[..., alpha] = pixels[..., alpha]
-    return straight
+
+    def divide(strip: np.ndarray) -> np.ndarray:
+        share = strip[..., alpha : alpha + 1]
+        colours = np.minimum(strip.astype(np.uint64) * white // np.maximum(share, 1), white).astype(strip.dtype)
+        straight = np.where(share > 0, colours, strip)
+        straight[..., alpha] = strip[..., alpha]
+        return straight
+
+    return map_strips(divide, pixels)
 
 
 def _decode_tiff_page_with_pillow(page: Any, path: Path) -> Picture:
-    from PIL import Image
-
     compression = _compression_of(page)
     remedy = "install the package imagecodecs, or save the file without compression"
     if page.bitspersample == 16 and page.samplesperpixel > 1:
@@ -328,15 +317,12 @@ def _decode_tiff_page_with_pillow(page: Any, path: Path) -> Picture:
             f"{compression}; {remedy}"
         )
     try:
-        with _without_size_limit(), Image.open(path) as image:
-            pixels = np.array(image.convert("RGB") if image.mode == "YCbCr" else image)
+        with open_with_pillow(path) as image:
+            pixels = _pixels_of(image, "RGB" if image.mode == "YCbCr" else None)
             orientation = _orientation_by_exif(image)  # 1 where Pillow has turned the image itself
             alpha = pixels.shape[2] - 1 if image.mode in ("LA", "RGBA") else None
-    except READ_ERRORS as error:
-        raise DataError(
-            f"{path}: cannot be read ({compression} compression, {_reason(error)}), it may be damaged; replace it or "
-            f"save it again; or {remedy}"
-        ) from error
+    except DataError as error:
+        raise DataError(f"{error}; or {remedy}") from error
     return _tiff_picture(page, path, pixels, orientation, alpha)
 
 
@@ -350,7 +336,7 @@ def _tiff_colours(page: Any) -> np.ndarray:
     return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
 
 
-def _several_pages(path: Path, count: int) -> DataError:
+def _several_pages(path: Path, count: int | str) -> DataError:
     return DataError(
         f"{path}: holds several pages or frames ({count}); save one image to a file, or declare pages that are "
         "channels as such (axes CYX)"
@@ -359,12 +345,3 @@ def _several_pages(path: Path, count: int) -> DataError:
 
 def _not_integers(path: Path, kind: Any) -> DataError:
     return DataError(f"{path}: holds {kind} values; save it with 8-bit or 16-bit unsigned integers")
-
-
-def _unreadable(path: Path, error: BaseException) -> DataError:
-    cause = "be too large for the memory" if isinstance(error, MemoryError) else "be damaged"
-    return DataError(f"{path}: cannot be read, it may {cause} ({_reason(error)}); replace it or save it again")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

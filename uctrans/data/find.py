@@ -157,13 +157,13 @@ def find_images(path: str | os.PathLike) -> list[Sample]:
     path = Path(path)
     if problem := missing_target(path):
         raise DataError(f"{path}: {problem}")
-    if path.is_file():
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise DataError(f"{path}: is not an image by its extension; use {_suffixes()}")
-        return [Sample(stem_of(path), path, None)]
-    if not path.is_dir():
+    if path.is_dir():
+        return [Sample(name, image, None) for name, image in list_images(path).items()]
+    if not path.exists():
         raise DataError(f"{path}: does not exist; name an image file or a folder of images")
-    return [Sample(name, image, None) for name, image in list_images(path).items()]
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise DataError(f"{path}: is not an image by its extension; use {_suffixes()}")
+    return [Sample(stem_of(path), path, None)]
 
 
 def list_images(folder: Path, *, companions: frozenset[str] = frozenset()) -> dict[str, Path]:

@@ -1,13 +1,17 @@
 """Palettes of colour-coded masks: the position of a colour in the palette is its class."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from .find import DataError
+from .strips import map_strips, strips
 
 Palette = tuple[str, ...]
+MAX_COLOURS = 256
+MAX_UNKNOWN = 10_000  # colours to count for an error
 _HEX_COLOUR = re.compile(r"#[0-9a-f]{6}")
 
 
@@ -22,8 +26,8 @@ def parse_palette(palette: str | Sequence) -> Palette:
     """
     entries = palette.split(",") if isinstance(palette, str) else list(palette)
     colours = tuple(_parse_colour(entry) for entry in entries)
-    if not 2 <= len(colours) <= 256:
-        raise DataError(f"palette: has {len(colours)} colours; give 2 to 256, background first")
+    if not 2 <= len(colours) <= MAX_COLOURS:
+        raise DataError(f"palette: has {len(colours)} colours; give 2 to {MAX_COLOURS}, background first")
     repeated = sorted({colour for colour in colours if colours.count(colour) > 1})
     if repeated:
         raise DataError(f"palette: names {', '.join(repeated)} more than once; give every class its own colour")
@@ -54,16 +58,22 @@ def colours_to_labels(colours: np.ndarray, palette: str | Sequence) -> np.ndarra
     colours_by_label = parse_palette(palette)
     known = pack_colours(_to_table(colours_by_label))
     order = np.argsort(known)
-    packed = pack_colours(colours)
-    position = np.searchsorted(known[order], packed).clip(max=len(known) - 1)
-    labels = order[position].astype(np.uint8)
-    unknown = known[labels] != packed
-    if unknown.any():
-        values, counts = np.unique(packed[unknown], return_counts=True)
-        most_frequent = np.argsort(-counts)[:5]
-        listed = ", ".join(f"#{_unpack(values[index])} ({counts[index]} pixels)" for index in most_frequent)
+    unknown: Counter[int] = Counter()
+
+    def to_labels(strip: np.ndarray) -> np.ndarray:
+        packed = pack_colours(strip)
+        position = np.searchsorted(known[order], packed).clip(max=len(known) - 1)
+        labels = order[position].astype(np.uint8)
+        values, counts = np.unique(packed[known[labels] != packed], return_counts=True)
+        if len(unknown) < MAX_UNKNOWN:
+            unknown.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        return labels
+
+    labels = map_strips(to_labels, colours)
+    if unknown:
+        listed = ", ".join(f"#{_unpack(colour)} ({count} pixels)" for colour, count in unknown.most_common(5))
         raise DataError(
-            f"{len(values)} colours are not in the palette {','.join(colours_by_label)}: {listed}; add them to the "
+            f"{len(unknown)} colours are not in the palette {','.join(colours_by_label)}: {listed}; add them to the "
             "palette, or save the mask without lossy compression and without smoothed edges"
         )
     return labels
@@ -72,16 +82,21 @@ def colours_to_labels(colours: np.ndarray, palette: str | Sequence) -> np.ndarra
 def list_colours(colours: np.ndarray, indexes: np.ndarray | None = None) -> list[str]:
     """Return the colours of a mask, (H, W, 3) uint8, as "#rrggbb", in an order that a palette may have.
 
+    If there are more than a palette may have, they are not complete.
+
     Args:
         colours: the mask.
         indexes: (H, W) positions of the colours in the palette of the file, which order them; without them black is the
             first one, the others follow by their values.
     """
-    packed = pack_colours(colours).ravel()
-    values, places = np.unique(packed, return_index=True)
-    if indexes is not None:
-        values = values[np.argsort(indexes.ravel()[places])]
-    return [f"#{_unpack(value)}" for value in values]
+    found: dict[int, int] = {}
+    for rows in strips(colours):
+        values, places = np.unique(pack_colours(colours[rows]), return_index=True)
+        order = values if indexes is None else indexes[rows].ravel()[places]
+        found |= dict(zip(values.tolist(), order.tolist(), strict=True))
+        if len(found) > MAX_COLOURS:
+            break
+    return [f"#{_unpack(value)}" for value in sorted(found, key=found.get)]
 
 
 def pack_colours(colours: np.ndarray) -> np.ndarray:

@@ -296,10 +296,11 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     fixed point and drops bits between its two passes, so floating-point interpolation, rounded, differs from it by one
     gray level in one pixel of eight.
     """
-    planes = pixels.reshape(*pixels.shape[:2], -1).astype(np.int32)
+    planes = pixels.reshape(*pixels.shape[:2], -1)
     top, bottom, top_weight, bottom_weight = _neighbours_and_weights(pixels.shape[0], size[0])
     left, right, left_weight, right_weight = _neighbours_and_weights(pixels.shape[1], size[1])
-    rows = planes[:, left] * left_weight[:, None] + planes[:, right] * right_weight[:, None]  # (H, w, C)
+    rows = planes[:, left].astype(np.int32) * left_weight[:, None]  # (H, w, C)
+    rows += planes[:, right].astype(np.int32) * right_weight[:, None]
     rows >>= FIRST_SHIFT
     above = (rows[top] * top_weight[:, None, None]) >> SECOND_SHIFT
     below = (rows[bottom] * bottom_weight[:, None, None]) >> SECOND_SHIFT

@@ -14,12 +14,14 @@ import numpy as np
 from .decode import Picture, decode_file
 from .find import DataError, shorten
 from .palettes import colours_to_labels, list_colours, pack_colours, parse_palette
+from .strips import map_strips, strips
 
 MAX_CLASSES = 256
 IGNORED = 255  # label of the pixels that a mask says to ignore, whatever their value is in its file
 RGB_CHANNELS = 3
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma of red, green and blue
 HIGHEST_VALUE = 65535
+VALUE_BITS = np.uint64(16)
 # Cameras of 8 to 14 bits store their values in files of 16 bits.
 CAMERA_RANGES = tuple((1 << bits) - 1 for bits in (8, 10, 12, 14, 16))
 DARK_SHARE = 4  # images whose highest value is below a quarter of the range are doubtful
@@ -140,7 +142,7 @@ def decode_image(
         doubts.add_highest(path, int(pixels.max()), high)
     pixels = _to_eight_bit(pixels, low, high)
     if channels == 1 and pixels.shape[2] == RGB_CHANNELS:
-        pixels = np.rint(pixels @ np.array(GRAY_WEIGHTS)).astype(np.uint8)[..., None]
+        pixels = map_strips(lambda strip: np.rint(strip @ np.array(GRAY_WEIGHTS)).astype(np.uint8)[..., None], pixels)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], channels)))
 
 
@@ -262,7 +264,8 @@ def _is_constant(pixels: np.ndarray) -> bool:
 def _to_eight_bit(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
     if pixels.dtype == np.uint8 and (low, high) == (0, 255):
         return pixels
-    return _eight_bit_values(low, high)[pixels.astype(np.uint8) if pixels.dtype == bool else pixels]
+    values = _eight_bit_values(low, high)
+    return map_strips(lambda strip: values[strip.astype(np.uint8) if strip.dtype == bool else strip], pixels)
 
 
 @functools.lru_cache(maxsize=4)
@@ -300,9 +303,13 @@ def _label_channels(picture: Picture, path: Path) -> np.ndarray:
 
 def _tells_more(values: np.ndarray, pixels: np.ndarray) -> bool:
     """Return whether ``values``, (H, W), differ between pixels of the same colour."""
-    colours, numbers = np.unique(_packed(pixels), return_inverse=True)
-    pairs = np.unique(numbers.ravel() * (HIGHEST_VALUE + 1) + values.ravel())
-    return len(pairs) > len(colours)
+    pairs = np.empty(0, np.uint64)
+    for rows in strips(pixels):
+        packed = _packed(pixels[rows]).astype(np.uint64)
+        pairs = np.union1d(pairs, (packed << VALUE_BITS) + values[rows].astype(np.uint64))
+        if (np.diff(pairs >> VALUE_BITS) == 0).any():
+            return True
+    return False
 
 
 def _packed(pixels: np.ndarray) -> np.ndarray:
@@ -310,8 +317,14 @@ def _packed(pixels: np.ndarray) -> np.ndarray:
     return pixels[..., 0] if pixels.shape[2] == 1 else pack_colours(pixels)
 
 
-def _to_rgb(pixels: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], RGB_CHANNELS)))
+def _distinct(pixels: np.ndarray) -> np.ndarray:
+    """Return the distinct packed values of (H, W, 1) or (H, W, 3), sorted; some of them if there are very many."""
+    found = np.empty(0, np.int64)
+    for rows in strips(pixels):
+        found = np.union1d(found, np.unique(_packed(pixels[rows])))
+        if len(found) > HIGHEST_VALUE + 1:
+            break
+    return found
 
 
 def _from_colours(
@@ -331,16 +344,17 @@ def _from_colours(
     if pixels.dtype == np.uint16:
         raise DataError(f"{path}: holds 16-bit colours, but a palette has 8-bit ones; save it with 8 bits a channel")
     try:
-        return colours_to_labels(_to_rgb(_to_eight_bit(pixels, 0, picture.white)), colours)
+        shown = _to_eight_bit(pixels, 0, picture.white)
+        return colours_to_labels(np.broadcast_to(shown, (*shown.shape[:2], RGB_CHANNELS)), colours)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
 def _from_any_value(pixels: np.ndarray, picture: Picture) -> tuple[np.ndarray, str | None]:
     """Return where any channel is above 0, uint8 (H, W), and a doubt about it."""
-    packed = _packed(pixels)
-    lowest, *others = np.unique(packed)
-    colours = [] if len(others) == 0 or _is_gray(pixels) else _colours_of(pixels, picture)
+    is_gray = _is_gray(pixels)
+    lowest, *others = _distinct(pixels[..., :1] if is_gray else pixels)
+    colours = [] if is_gray else _colours_of(pixels, picture)
     doubt = None
     if others and lowest > 0 and len(others) == 1:
         hint = f', such as --palette "{",".join(colours)}"' if colours else ""
@@ -350,7 +364,7 @@ def _from_any_value(pixels: np.ndarray, picture: Picture) -> tuple[np.ndarray, s
         doubt = MANY_COLOURS.format(colours=shorten(colours, 8), number=len(colours), palette=listed)
     elif len(others) > 1:
         doubt = MANY_VALUES
-    return (packed > 0).astype(np.uint8), doubt
+    return (pixels > 0).any(-1).astype(np.uint8), doubt
 
 
 def _from_label_values(pixels: np.ndarray, picture: Picture, path: Path, classes: int) -> np.ndarray:
@@ -359,14 +373,14 @@ def _from_label_values(pixels: np.ndarray, picture: Picture, path: Path, classes
         colours = _colours_of(pixels, picture)
         if len(colours) > MAX_CLASSES:
             raise DataError(
-                f"{path}: is a coloured mask of {len(colours)} colours, more than there can be classes; save it "
-                "without lossy compression and without smoothed edges, and give a palette"
+                f"{path}: is a coloured mask of more than {MAX_CLASSES} colours, more than there can be classes; save "
+                "it without lossy compression and without smoothed edges, and give a palette"
             )
         raise DataError(
             f"{path}: is a coloured mask; give a palette of all classes, background first (this mask is read by "
             f'--classes {len(colours)} --palette "{",".join(colours)}"), or save the label index of each pixel in gray'
         )
-    values = np.unique(labels)
+    values = _distinct(labels[..., None])
     beyond = values[values >= classes]
     if beyond.size:
         raise DataError(
@@ -378,8 +392,9 @@ def _from_label_values(pixels: np.ndarray, picture: Picture, path: Path, classes
 
 
 def _is_gray(pixels: np.ndarray) -> bool:
-    return pixels.shape[2] == 1 or bool((pixels == pixels[..., :1]).all())
+    return pixels.shape[2] == 1 or all((pixels[rows] == pixels[rows, :, :1]).all() for rows in strips(pixels))
 
 
 def _colours_of(pixels: np.ndarray, picture: Picture) -> list[str]:
+    """Return the colours of a mask in an order that a palette may have; a few more than `MAX_CLASSES` for many."""
     return list_colours(_to_eight_bit(pixels, 0, picture.white), picture.indexes)
