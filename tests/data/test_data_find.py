@@ -138,6 +138,16 @@ def test_empty_folder(tmp_path):
         find_samples(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["data", "caf\udce9"])
+def test_names_that_are_not_utf8_are_shown_escaped(folder, tmp_path):
+    root = tmp_path / folder
+    put_pairs(root, "a" if folder != "data" else "caf\udce9")
+    for find in (lambda: find_samples(root), lambda: find_images(root / "images")):
+        with pytest.raises(DataError, match=r"caf\\udce9.*: is not UTF-8; rename the file or its folder") as raised:
+            find()
+        str(raised.value).encode()
+
+
 def test_two_images_of_one_stem(tmp_path):
     put_pairs(tmp_path, "a")
     (tmp_path / "images" / "a.jpg").write_bytes(b"")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -205,6 +206,10 @@ class TestUnusableFiles:
             uctrans.load_model(tmp_path / "missing")
         with pytest.raises(uctrans.ModelFileError, match=r"has no config\.json"):
             uctrans.load_model(tmp_path)
+
+    def test_a_name_that_is_not_utf8_is_shown_escaped(self, tmp_path):
+        with pytest.raises(uctrans.ModelFileError, match=r"caf\\udce9: is not UTF-8; rename"):
+            uctrans.load_model(tmp_path / os.fsdecode(b"caf\xe9"))
 
     def test_model_one_folder_further_down(self, tmp_path):
         self.saved(tmp_path / "run" / "best")

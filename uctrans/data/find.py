@@ -227,8 +227,8 @@ def stem_of(path: Path) -> str:
     Raises:
         DataError: the name is not UTF-8.
     """
-    if not is_utf8(path.name):
-        raise DataError(f"{escaped(path)}: the name of this file is not UTF-8; rename it")
+    if not is_utf8(path):
+        raise DataError(f"{escaped(path)}: is not UTF-8; rename the file or its folder")
     return unicodedata.normalize("NFC", path.stem)
 
 

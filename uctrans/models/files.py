@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..system import escaped, is_utf8
 from .base import (
     CONFIG_FILE,
     ModelFileError,
@@ -47,6 +48,8 @@ def load_model(
         ModelFileError: the file is missing, corrupt, or of another kind.
         ValueError: there is no such ``network``.
     """
+    if not is_utf8(path):
+        raise ModelFileError(f"{escaped(path)}: is not UTF-8; rename the file or folder")
     path = _find(path)
     model = _load_folder(path, network) if path.is_dir() else _load_file(path, network)
     return model.to(device).eval()

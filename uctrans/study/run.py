@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..devices import find_device
+from ..devices import explaining_short_memory, find_device
 from ..extras import import_extra
 from ..inference import EvaluateConfig, evaluate
 from ..models.files import LAST_CHECKPOINT
@@ -278,10 +278,11 @@ def work(errors: int) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        if isinstance(job, PlannedEnsemble):
-            score_ensemble(job, config)
-        else:
-            train_and_score(job, config)
+        with explaining_short_memory("start fewer processes"):
+            if isinstance(job, PlannedEnsemble):
+                score_ensemble(job, config)
+            else:
+                train_and_score(job, config)
     except torch.OutOfMemoryError as error:  # which need not stop the other runs
         print(f"{job.name}: {error}", file=sys.stderr)
         sys.exit(1)
