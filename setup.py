@@ -18,7 +18,9 @@ TRAINING = ["monai>=1.4", "jsonargparse[signatures]>=4.35", "PyYAML", "tqdm", "t
 HUB = ["huggingface_hub>=0.24"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 BENCHMARK = ["pytest", "pytest-benchmark"]
-DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pre-commit", "build"]
+# PyTorch's builds for CUDA bring the Triton they work with, and no other; on a CPU only tests run the kernels.
+INTERPRETER = ["triton>=3.6; platform_system == 'Linux'"]
+DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pre-commit", "build", *INTERPRETER]
 
 setup(
     name="uctrans",
@@ -30,10 +32,14 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES + KERNEL_PACKAGES,
     package_dir={"uctrans": "uctrans", "uctrans.kernels": "kernels"},
-    package_data={"uctrans.data": ["folds/*.json"], "uctrans.models": ["pretrained/*/*"]},
+    package_data={
+        "uctrans": ["py.typed"],
+        "uctrans.kernels": ["py.typed"],
+        "uctrans.data": ["folds/*.json"],
+        "uctrans.models": ["pretrained/*/*"],
+    },
     install_requires=[
         "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
         "numpy",
         "einops",
         "safetensors",

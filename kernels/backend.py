@@ -15,6 +15,9 @@ BACKENDS = ("auto", "triton", "composed", "reference")
 ENVIRONMENT_VARIABLE = "UCTRANS_BACKEND"
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
+# The Triton that each PyTorch for CUDA requires, and so brings. A PyTorch for the CPU brings none.
+TRITON_OF_TORCH = {"2.11": "3.6.0", "2.12": "3.7.0", "2.13": "3.7.1"}
+
 # Ampere: the first generation with asynchronous copies and bfloat16, on which the kernels' pipelines rest.
 OLDEST_CUDA_CAPABILITY = (8, 0)
 
@@ -102,7 +105,12 @@ def is_interpreting() -> bool:
 def obstacle_to_triton(device: torch.device) -> str | None:
     """Return why the Triton operators cannot run on ``device``, or ``None`` where they can."""
     if find_spec("triton") is None:
-        return "the Triton operators need the package triton (pip install triton), which is not installed"
+        torch_release = ".".join(torch.__version__.split(".")[:2])
+        version = TRITON_OF_TORCH.get(torch_release)
+        return (
+            f"the Triton operators need the package triton, which is not installed: "
+            f"pip install triton{f'=={version}' if version else ''} (for PyTorch {torch_release}, on Linux)"
+        )
     if is_interpreting():
         return None
     if device.type != "cuda":

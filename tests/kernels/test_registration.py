@@ -96,7 +96,11 @@ class TestBackend:
 
     def test_triton_is_not_installed(self, monkeypatch):
         monkeypatch.setattr(backends, "find_spec", lambda name: None)
-        with pytest.raises(NotImplementedError, match="pip install triton"):
+        monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+        with pytest.raises(NotImplementedError, match=r"pip install triton==3\.7\.1 \(for PyTorch 2\.13, on Linux\)"):
+            resolve_backend("triton", torch.device("cuda"))
+        monkeypatch.setattr(torch, "__version__", "9.1.0")
+        with pytest.raises(NotImplementedError, match=r"pip install triton \(for PyTorch 9\.1, on Linux\)"):
             resolve_backend("triton", torch.device("cuda"))
         assert resolve_backend("auto", torch.device("cuda")) == "composed"
 
