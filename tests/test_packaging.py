@@ -88,7 +88,8 @@ def test_the_wheel_holds_each_module_once(wheel, checkout):
     expected = {path.relative_to(checkout).as_posix() for path in modules}
     expected |= {f"uctrans/{path.relative_to(checkout).as_posix()}" for path in (checkout / "kernels").rglob("*.py")}
     assert {name for name in held if name.endswith(".py")} == expected
-    assert {name for name in held if not name.endswith(".py")} == {"uctrans/data/folds/monuseg.json"}
+    data = {"uctrans/data/folds/monuseg.json", "uctrans/py.typed", "uctrans/kernels/py.typed"}
+    assert {name for name in held if not name.endswith(".py")} == data
 
 
 def test_a_wheel_from_the_source_distribution_is_the_same(wheel, sdist, tmp_path):
@@ -99,6 +100,18 @@ def test_a_wheel_from_the_source_distribution_is_the_same(wheel, sdist, tmp_path
     (source,) = tmp_path.iterdir()
     again = build("build_wheel", source, tmp_path / "wheel")
     assert sorted(names_in(again)) == sorted(names_in(wheel))
+
+
+def test_the_source_distribution_holds_all_files_but_the_largest(checkout, tmp_path):
+    source = shutil.copytree(checkout, tmp_path / "source", symlinks=True)
+    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    made = build("build_sdist", source, tmp_path / "sdist")
+    assert made.stat().st_size < 3e6
+    with tarfile.open(made) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    left_out = {name for name in files - held if not name.startswith(("build/", "uctrans/kernels/"))}
+    assert left_out == {"tests/models/parity/uctransnet_base8_img64.npz"}
 
 
 def test_the_wheel_imports(wheel, tmp_path):
@@ -126,9 +139,11 @@ def test_requirements(wheel):
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     required = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", text, flags=re.MULTILINE)
     core = {name for name, rest in required if "extra" not in rest}
-    assert core == {"torch", "triton", "numpy", "einops", "safetensors", "scikit-image"}
+    assert core == {"torch", "numpy", "einops", "safetensors", "scikit-image"}, "PyTorch for CUDA brings its Triton"
     assert "monai" in {name for name, rest in required if 'extra == "training"' in rest}
-    assert any(name == "triton" and 'platform_system == "Linux"' in rest for name, rest in required)
+    (triton,) = [rest for name, rest in required if name == "triton"]
+    assert 'platform_system == "Linux"' in triton
+    assert 'extra == "dev"' in triton
     assert re.search(r"^Requires-Python: >=3\.11$", text, flags=re.MULTILINE)
     assert re.search(r"^License(-Expression)?: Apache-2\.0$", text, flags=re.MULTILINE)
 
