@@ -196,7 +196,7 @@ def correlate_kernel(
     tl.store(d_weight_ptrs, d_weight.to(sums_ptr.dtype.element_ty), mask=mask)
     if BIAS_START < TOTAL:
         d_bias_ptrs = sums_ptr + BIAS_START + before_scale(OUT_WIDTHS, scale) * HEADS + offs_out
-        mask_bias = mask_out & (pid_in == 0)
+        mask_bias = mask_out & (tl.full([BLOCK_OUT], pid_in, tl.int32) == 0)
         tl.store(d_bias_ptrs, d_bias.to(sums_ptr.dtype.element_ty), mask=mask_bias)
 
 

@@ -68,7 +68,7 @@ def _project(
     BLOCK_IN: tl.constexpr,
 ):
     """Return ``weight @ mean + bias`` for a block of rows; the first program of an image also writes the means."""
-    is_first = tl.program_id(1) == 0
+    is_first = tl.full([BLOCK_IN], tl.program_id(1), tl.int32) == 0
     pooled_ptr += sample * parts.columns
     sums = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
     for first in range(0, linear.in_channels, BLOCK_IN):
@@ -119,7 +119,7 @@ def _through_weight(
     BLOCK_IN: tl.constexpr,
 ):
     """Write ``weight^T @ slope`` for a block of columns; the first program of an image also writes the slopes."""
-    is_first = tl.program_id(1) == 0
+    is_first = tl.full([BLOCK_OUT], tl.program_id(1), tl.int32) == 0
     channels = parts.columns
     offs_in = pid_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
     mask_in = offs_in < linear.in_channels
@@ -201,7 +201,8 @@ def _outer_products(
     mask = mask_out[:, None] & mask_in[None, :]
     tl.store(ptrs, d_weight.to(linear.weight_ptr.dtype.element_ty), mask=mask)
     bias = d_bias.to(linear.bias_ptr.dtype.element_ty)
-    tl.store(linear.bias_ptr + offs_out, bias, mask=mask_out & (pid_in == 0))
+    is_first = tl.full([BLOCK_OUT], pid_in, tl.int32) == 0
+    tl.store(linear.bias_ptr + offs_out, bias, mask=mask_out & is_first)
 
 
 @triton.jit

@@ -30,9 +30,17 @@ def round_to_bfloat16(numbers):
     return TensorHandle(bits.view(BFLOAT16), tl.bfloat16)
 
 
+def bits(handle):
+    """Return a handle of bfloat16, or of pointers to it, as one of 16-bit integers: memory is read and written so."""
+    if handle.dtype.scalar.is_ptr():
+        return TensorHandle(handle.data, tl.pointer_type(tl.uint16))
+    return TensorHandle(handle.data.view(np.uint16), tl.uint16)
+
+
 def make_right_for_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """Change the interpreter until ``patch`` is undone."""
     numpy_dtype, cast, product = interpreter._get_np_dtype, InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def get_np_dtype(dtype):
         return BFLOAT16 if dtype.scalar == tl.bfloat16 else numpy_dtype(dtype)
@@ -41,12 +49,25 @@ def make_right_for_bfloat16(patch: pytest.MonkeyPatch) -> None:
         source = widen(source)
         return round_to_bfloat16(source.data) if destination.scalar == tl.bfloat16 else cast(self, source, destination)
 
+    def create_masked_load(self, pointers, mask, other, *options):
+        if pointers.get_element_ty() != tl.bfloat16:
+            return load(self, pointers, mask, other, *options)
+        loaded = load(self, bits(pointers), mask, None if other is None else bits(other), *options)
+        return TensorHandle(loaded.data.view(BFLOAT16), tl.bfloat16)
+
+    def create_masked_store(self, pointers, value, *others):
+        if value.data.dtype == BFLOAT16:
+            pointers, value = bits(pointers), bits(value)
+        return store(self, pointers, value, *others)
+
     def create_dot(self, left, right, *others):
         return product(self, widen(left), widen(right), *others)
 
     patch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
     patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    patch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+    patch.setattr(InterpreterBuilder, "create_masked_store", create_masked_store)
     patch.setattr(InterpreterBuilder, "get_bf16", lambda self, number: round_to_bfloat16([number]), raising=False)
 
 
