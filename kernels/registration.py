@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backend import INTERPRETER_VARIABLE, is_interpreting
 
 NAMESPACE = "uctrans"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+VMAP_KEYS = ("FuncTorchBatched", "Batched")  # of torch.func, and of torch.autograd.grad(is_grads_batched=True)
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -25,7 +27,9 @@ def register_operator(
     """Register ``uctrans::name``; use as a decorator of its fake.
 
     The fake takes the operator's arguments and returns empty tensors of the shapes, dtypes and strides that the
-    launcher returns. A call launches on the device of its first tensor.
+    launcher returns. A call launches on the device of its first tensor. Backward may meet forward-mode gradients and
+    batches of gradients that the public function could not foresee: tangents, which torch would lose, are refused, and
+    so are batches where an argument or result is a list; over others torch loops.
 
     Args:
         name: name of the operator.
@@ -36,7 +40,13 @@ def register_operator(
     """
     module, _, function = launcher.partition(":")
 
+    function_name = backward_of or name
+
     def launch(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"the Triton operator of {function_name} has no forward-mode gradient; use backend='composed'"
+            )
         first_tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
         with torch.cuda.device_of(first_tensor):
             return getattr(import_module(module), function)(*arguments)
@@ -49,6 +59,11 @@ def register_operator(
             )
         return launch(*arguments)
 
+    def refuse_batch(*arguments: Any) -> Any:
+        raise NotImplementedError(
+            f"the Triton operator of {function_name} takes no batch of gradients (vmap); use backend='composed'"
+        )
+
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(
             f"the Triton operator of {backward_of} has no second derivative; "
@@ -60,6 +75,9 @@ def register_operator(
         LIBRARY.impl(name, launch, "CUDA")
         LIBRARY.impl(name, interpret, "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        if "Tensor[]" in schema:
+            for key in VMAP_KEYS:
+                LIBRARY.impl(name, refuse_batch, key)
         if backward_of is not None:
             register_gradient(name, lambda ctx, inputs, output: None, refuse)
         return fake

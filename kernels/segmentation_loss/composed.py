@@ -44,10 +44,12 @@ class _ImageByImage(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         logits, masks = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # The gradient is to be differentiated again, as that of the plain steps can be.
-            sums, _counts = reference.segmentation_sums(logits, masks, ctx.ignore_label)
-            return *torch.autograd.grad(sums, logits, gradient, create_graph=True), None, None
+        is_differentiated = torch.is_grad_enabled()
+        if is_differentiated or _is_batch(gradient):
+            # The plain steps can be differentiated again, and write nothing in place, which would not hold a batch.
+            with torch.enable_grad():
+                sums, _counts = reference.segmentation_sums(logits, masks, ctx.ignore_label)
+            return *torch.autograd.grad(sums, logits, gradient, create_graph=is_differentiated), None, None
         gradient_of = _binary_gradient if logits.shape[1] == 1 else _class_gradient
         exact = statistics_dtype(logits)
         d_logits = empty_map(logits, *logits.shape[1:], logits.dtype)
@@ -59,6 +61,12 @@ class _ImageByImage(torch.autograd.Function):
             else:
                 d_logits[image] = d_values.new_zeros(logits.shape[1:]).masked_scatter_(scored, d_values)
         return d_logits, None, None
+
+
+def _is_batch(gradient: Tensor) -> bool:
+    """Return whether ``torch.func.vmap`` or ``torch.autograd.grad(is_grads_batched=True)`` gave this gradient."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
 
 
 def _scored_pixels(logits: Tensor, mask: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -210,6 +210,37 @@ def test_forward_mode_gradients_are_not_for_triton(operator, monkeypatch):
     torch.testing.assert_close(forward, backward, rtol=1e-3, atol=1e-3)
 
 
+class TestGradientsThatForwardCannotForesee:
+    """When they reach backward, the operator has been chosen."""
+
+    def leaves_and_output(self, operator, backend):
+        inputs = operator.inputs(torch.float32)
+        leaves = [tensor.requires_grad_() for tensor in inputs[: operator.learning]]
+        return leaves, next(output for output in operator.outputs(inputs, backend) if output.requires_grad)
+
+    @every_form
+    def test_tangents_are_refused(self, operator):
+        leaves, output = self.leaves_and_output(operator, "triton")
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(random_like(output).to(output), torch.ones_like(output))
+            with pytest.raises(NotImplementedError, match=r"no forward-mode gradient; use backend='composed'"):
+                torch.autograd.grad(output, leaves, dual, allow_unused=True)
+
+    @every_operator
+    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+    def test_batches_are_right_or_refused(self, operator):
+        def gradients(backend):
+            leaves, output = self.leaves_and_output(operator, backend)
+            batch = torch.stack([random_like(output).to(output), torch.ones_like(output)])
+            return torch.autograd.grad(output, leaves, batch, is_grads_batched=True, allow_unused=True)
+
+        if operator.name in ("projected_channel_attention", "packed_linear", "packed_mlp", "skip_gate"):
+            with pytest.raises(NotImplementedError, match=r"takes no batch of gradients.*; use backend='composed'"):
+                gradients("triton")
+        else:
+            torch.testing.assert_close(gradients("triton"), gradients("composed"), rtol=1e-4, atol=1e-4)
+
+
 @every_operator
 def test_neither_gpu_nor_interpreter(operator, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
