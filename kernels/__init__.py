@@ -10,7 +10,7 @@ from .channel_attention import channel_attention, projected_attention_maps, proj
 from .packed_layer_norm import cross_layer_norm, packed_layer_norm
 from .packed_linear import packed_linear
 from .packed_mlp import packed_mlp
-from .segmentation_loss import segmentation_scores, segmentation_sums
+from .segmentation_loss import segmentation_loss, segmentation_scores, segmentation_sums, segmentation_totals
 from .skip_gate import skip_gate
 
 __all__ = [
@@ -26,7 +26,9 @@ __all__ = [
     "projected_attention_maps",
     "projected_channel_attention",
     "resolve_backend",
+    "segmentation_loss",
     "segmentation_scores",
     "segmentation_sums",
+    "segmentation_totals",
     "skip_gate",
 ]

@@ -52,6 +52,20 @@ def check_segments_type(segments: Sequence[int]) -> None:
         raise TypeError(f"segments must be a sequence of ints, one width a scale; got {segments!r}")
 
 
+def check_sizes(**values: int) -> None:
+    """Raise unless all are whole numbers of at least 1.
+
+    Raises:
+        TypeError: a value is no whole number.
+        ValueError: a value is below 1.
+    """
+    for name, value in values.items():
+        if not _is_integer(value):
+            raise TypeError(f"{name} must be a whole number; got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
 def check_numbers_type(**values: float) -> None:
     """Raise ``TypeError`` unless all are plain numbers."""
     for name, value in values.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose_form
-from ..checks import check_dtypes_and_devices, check_numbers_type
+from ..checks import check_dtypes_and_devices, check_numbers_type, check_sizes
 from ..formats import empty_map, statistics_dtype
 from ..registration import register_gradient, register_operator
 from . import composed, reference
@@ -193,8 +193,7 @@ def _check(feature: Tensor, norm: _Norm) -> None:
             f"num_batches_tracked must be () of whole numbers on {feature.device}; got {tuple(count.shape)} of "
             f"{count.dtype} on {count.device}"
         )
-    if norm.copies < 1:
-        raise ValueError(f"copies must be at least 1; got {norm.copies}")
+    check_sizes(copies=norm.copies)
     if not 0 <= norm.eps < math.inf or (norm.training and norm.eps == 0):
         raise ValueError(f"eps must be finite and {'above' if norm.training else 'at least'} 0; got {norm.eps}")
     if not 0 <= norm.momentum <= 1:

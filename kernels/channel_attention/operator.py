@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import choose_form, resolve_backend
-from ..checks import check_dtypes_and_devices, check_numbers_type, check_segments_type, check_tensor_lists
+from ..checks import (
+    check_dtypes_and_devices,
+    check_numbers_type,
+    check_segments_type,
+    check_sizes,
+    check_tensor_lists,
+)
 from ..dropout import draw_seed
 from ..formats import empty_heads_inside, key_and_value
 from ..packed_linear import packed_linear
@@ -77,7 +83,7 @@ def channel_attention(
         )
     check_segments_type(segments)
     _check_widths("segments", segments, query.shape[-1], key.shape[3])
-    _check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
+    check_sizes(tokens=query.shape[2], heads=query.shape[1], key_channels=key.shape[3])
     _check_numbers(dropout_p, eps)
     form = choose_form(backend, query, "channel_attention")
     seed = _seed_tensor(seed, query.device)
@@ -233,7 +239,7 @@ def _check_projected(
             raise ValueError(f"query_weights[{scale}] must be (H, C, C) with H = {heads}; got {tuple(weight.shape)}")
     widths = [weight.shape[-1] for weight in query_weights]
     _check_widths("the widths of query_weights", widths, tokens.shape[-1], key_channels)
-    _check_sizes(tokens=tokens.shape[1], heads=heads, key_channels=key_channels)
+    check_sizes(tokens=tokens.shape[1], heads=heads, key_channels=key_channels)
 
 
 def _check_widths(name: str, widths: Sequence[int], channels: int, key_channels: int) -> None:
@@ -243,12 +249,6 @@ def _check_widths(name: str, widths: Sequence[int], channels: int, key_channels:
         raise ValueError(f"{name} {list(widths)} add up to {sum(widths)}, but the packed axis has {channels}")
     if key_channels == 1 and any(width == 1 for width in widths):
         raise ValueError("a scale of one channel needs keys of more than one: a map of one entry has no deviation")
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
 
 
 def _check_numbers(dropout_p: float, eps: float) -> None:

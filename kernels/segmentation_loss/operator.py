@@ -1,4 +1,4 @@
-"""The sums of segmentation losses, and loss and Dice: public functions, checks, choice of the form, registration."""
+"""Segmentation losses and their parts: public functions, checks, choice of the form, registration."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose_form
-from ..checks import check_dtypes_and_devices, check_numbers_type
+from ..checks import check_dtypes_and_devices, check_numbers_type, check_sizes
 from ..formats import empty_map, statistics_dtype
 from ..registration import register_gradient, register_operator
 from . import composed, reference
@@ -15,6 +15,68 @@ from .reference import BINARY_SUMS, CLASS_SUMS, COUNTS
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MOST_CLASSES = 64  # so that a tile still holds several pixels
 MOST_PIXELS = 2**30  # of an image; they are counted in 32 bits
+NO_IMAGE = 1e-12  # divides the loss of images without a labelled pixel, which is 0
+
+
+def segmentation_loss(
+    logits: Tensor,
+    masks: Tensor,
+    *,
+    ignore_index: int | None = None,
+    totals: Tensor | None = None,
+    dice_weight: float = 0.5,
+    cross_entropy_weight: float = 0.5,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute the loss of the published protocol, ``dice_weight * Dice + cross_entropy_weight * cross entropy``.
+
+    :func:`segmentation_scores` has the formulas, and returns the Dice scores too, from the same read of the maps.
+
+    Args:
+        logits: (B, K, H, W), of any strides; see :func:`segmentation_sums`.
+        masks: (B, H, W), bool or integers: {0, 1} for one class, else labels 0 to K - 1.
+        ignore_index: pixels with this number in ``masks`` have no loss and no gradient, whatever their logits are. The
+            loss of masks that hold nothing else is 0.
+        totals: float32 (3,), what the loss is averaged over; by default :func:`segmentation_totals` of ``masks``.
+        dice_weight: weight of the Dice loss.
+        cross_entropy_weight: weight of the cross entropy.
+        backend: see :func:`segmentation_sums`.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits), also under autocast.
+
+    Raises:
+        ValueError: shapes, devices or ``backend`` do not fit, images have no pixels, or masks of this dtype cannot
+            hold ``ignore_index``.
+        TypeError: the logits are not floating point, the masks are, ``ignore_index`` is no whole number, or a weight is
+            no number.
+        NotImplementedError: see :func:`segmentation_sums`.
+    """
+    _check_maps(logits, masks)
+    _check_ignored("ignore_index", ignore_index, masks)
+    sums, counts = segmentation_sums(logits, masks, ignore_label=ignore_index, backend=backend)
+    if totals is None and ignore_index is not None:
+        totals = segmentation_totals(masks, ignore_label=ignore_index)
+    weights = {"dice_weight": dice_weight, "cross_entropy_weight": cross_entropy_weight}
+    pixels = masks.shape[1] * masks.shape[2]
+    loss, _dice = segmentation_scores(sums, counts, pixels, totals=totals, **weights, backend=backend)
+    return loss
+
+
+def segmentation_totals(masks: Tensor, *, ignore_label: int | None = None) -> Tensor:
+    """Count the images, non-zero pixels and zero pixels of ``masks`` (B, H, W): float32 (3,), on their device.
+
+    Pixels of ``ignore_label`` do not count, nor do images of nothing else. Images are at least a tiny number, so that
+    the loss of a batch without any is 0. The mean of the losses of several processes is that of the whole batch if each
+    averages over the mean of their totals.
+    """
+    if ignore_label is None:
+        positives = (masks > 0).sum(dtype=torch.float32)
+        return torch.stack([torch.full_like(positives, len(masks)), positives, masks.numel() - positives])
+    is_labelled = masks != ignore_label
+    positives = (is_labelled & (masks != 0)).sum(dtype=torch.float32)
+    images = is_labelled.flatten(1).any(1).sum(dtype=torch.float32).clamp(min=NO_IMAGE)
+    return torch.stack([images, positives, is_labelled.sum(dtype=torch.float32) - positives])
 
 
 def segmentation_sums(
@@ -43,7 +105,7 @@ def segmentation_sums(
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
     """
     _check_maps(logits, masks)
-    _check_ignore_label(ignore_label, masks)
+    _check_ignored("ignore_label", ignore_label, masks)
     limit = _limit_beyond(logits)
     form = choose_form(backend, logits, "segmentation_sums", fits=limit is None)
     if backend == "triton" and limit is not None:
@@ -68,9 +130,9 @@ def segmentation_scores(
     Args:
         sums: (4, B, 1) or (3, B, K).
         counts: (3, B, K).
-        pixels: pixels of an image.
+        pixels: pixels of an image, at least 1.
         totals: float32 (3,), images, positive and negative pixels that the loss is averaged over; by default those of
-            the counts, all ``pixels`` of each image. Give the totals of sums that ignore a label.
+            the counts, all ``pixels`` of each image. For sums that ignore a label, give :func:`segmentation_totals`.
         dice_weight: weight of the Dice loss.
         cross_entropy_weight: weight of the cross entropy.
         backend: see :func:`segmentation_sums`; ``composed`` and ``reference`` are the same here.
@@ -85,10 +147,11 @@ def segmentation_scores(
         ``-log p(label)`` over positive and negative pixels together.
 
     Raises:
-        ValueError: shapes, devices or ``backend`` do not fit.
-        TypeError: tensors are not floating point, or a weight is no number.
+        ValueError: shapes, devices or ``backend`` do not fit, or ``pixels`` is below 1.
+        TypeError: tensors are not floating point, ``pixels`` is no whole number, or a weight is no number.
         NotImplementedError: see :func:`segmentation_sums`.
     """
+    check_sizes(pixels=pixels)
     _check_sums(sums, counts, totals, dice_weight, cross_entropy_weight)
     arguments = (sums, counts, totals, pixels, dice_weight, cross_entropy_weight)
     if choose_form(backend, sums, "segmentation_scores") == "triton":
@@ -111,16 +174,14 @@ def _check_maps(logits: Tensor, masks: Tensor) -> None:
         raise ValueError(f"all tensors must be on one device; got logits {logits.device}, masks {masks.device}")
 
 
-def _check_ignore_label(ignore_label: int | None, masks: Tensor) -> None:
-    if ignore_label is None:
+def _check_ignored(name: str, label: int | None, masks: Tensor) -> None:
+    if label is None:
         return
-    if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
-        raise TypeError(f"ignore_label must be a whole number or None; got {type(ignore_label).__name__}")
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise TypeError(f"{name} must be a whole number or None; got {type(label).__name__}")
     range_ = None if masks.dtype == torch.bool else torch.iinfo(masks.dtype)
-    if range_ is None or not range_.min <= ignore_label <= range_.max:
-        raise ValueError(
-            f"ignore_label: masks of {masks.dtype} cannot hold {ignore_label}; convert them or leave it out"
-        )
+    if range_ is None or not range_.min <= label <= range_.max:
+        raise ValueError(f"{name}: masks of {masks.dtype} cannot hold {label}; convert them or leave it out")
 
 
 def _check_sums(

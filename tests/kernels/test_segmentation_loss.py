@@ -23,7 +23,7 @@ from tests.kernels.support import (
     sums_results,
     upstream_of_sums,
 )
-from uctrans.kernels import segmentation_scores, segmentation_sums
+from uctrans.kernels import segmentation_loss, segmentation_scores, segmentation_sums, segmentation_totals
 from uctrans.kernels.segmentation_loss import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -126,6 +126,9 @@ class TestByHand:
         torch.testing.assert_close(dice, torch.tensor([2 / 3, 1], device=DEVICE))
 
 
+WEIGHTS = {"dice_weight": 0.3, "cross_entropy_weight": 0.9}
+
+
 def written_out_loss(logits, masks, totals=None):
     """The published formulas in PyTorch's own words: Dice of halved probabilities, mean cross entropies."""
     classes = logits.shape[1]
@@ -149,9 +152,53 @@ def test_loss_is_the_published_formula(classes, given_totals):
     logits, masks = sums_inputs(3, classes, 5, 6)
     totals = torch.tensor([2.5, 31.0, 44.0], device=DEVICE) if given_totals else None
     sums, counts = segmentation_sums(logits, masks)
-    loss, _ = segmentation_scores(sums, counts, 30, totals=totals, dice_weight=0.3, cross_entropy_weight=0.9)
+    loss, _ = segmentation_scores(sums, counts, 30, totals=totals, **WEIGHTS)
     expected = written_out_loss(logits, masks, None if totals is None else totals.double())
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [1, 3])
+class TestLoss:
+    def inputs(self, classes):
+        logits, masks = sums_inputs(3, classes, 4, 5, torch.float32)
+        return logits.requires_grad_(), masks
+
+    def test_is_the_published_formula(self, classes, backend):
+        logits, masks = self.inputs(classes)
+        loss = segmentation_loss(logits, masks, **WEIGHTS, backend=backend)
+        torch.testing.assert_close(loss, written_out_loss(logits, masks))
+        (found,) = torch.autograd.grad(loss, logits)
+        (expected,) = torch.autograd.grad(written_out_loss(logits, masks), logits)
+        torch.testing.assert_close(found, expected)
+
+    def test_leaves_pixels_out(self, classes, backend):
+        """Those of a column in each image, and one image whole."""
+        logits, masks = self.inputs(classes)
+        expected = written_out_loss(logits[:2, ..., 1:], masks[:2, :, 1:])
+        (gradient,) = torch.autograd.grad(expected, logits)
+        masks[2] = masks[..., 0] = IGNORED
+        loss = segmentation_loss(logits, masks, ignore_index=IGNORED, **WEIGHTS, backend=backend)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], gradient)
+        assert segmentation_loss(logits, torch.full_like(masks, IGNORED), ignore_index=IGNORED, backend=backend) == 0
+
+    def test_is_averaged_over_given_totals(self, classes, backend):
+        """The mean of the losses of two shares of a batch is that of the batch."""
+        logits, masks = self.inputs(classes)
+        shares = [slice(0, 1), slice(1, 3)]
+        totals = torch.stack([segmentation_totals(masks[share]) for share in shares]).mean(0)
+        losses = [segmentation_loss(logits[share], masks[share], totals=totals, backend=backend) for share in shares]
+        torch.testing.assert_close(torch.stack(losses).mean(), segmentation_loss(logits, masks, backend=backend))
+
+    def test_compiles_in_one_graph(self, classes, backend):
+        torch.compiler.reset()
+        logits, masks = self.inputs(classes)
+        masks[0] = IGNORED
+        call = partial(segmentation_loss, masks=masks, ignore_index=IGNORED, backend=backend)
+        found, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(logits), call(logits)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
 
 
 class TestDerivatives:
@@ -256,6 +303,23 @@ class TestBadInput:
             segmentation_scores(sums, counts.long(), 12, backend=backend)
         with pytest.raises(TypeError, match="dice_weight must be a number; got str"):
             segmentation_scores(sums, counts, 12, dice_weight="1", backend=backend)
+        for wrong in (12.0, True, None, torch.tensor(12)):
+            with pytest.raises(TypeError, match=f"pixels must be a whole number; got {type(wrong).__name__}"):
+                segmentation_scores(sums, counts, wrong, backend=backend)
+        for wrong in (0, -12):
+            with pytest.raises(ValueError, match=f"pixels must be at least 1; got {wrong}"):
+                segmentation_scores(sums, counts, wrong, backend=backend)
+
+    def test_loss(self, backend):
+        logits, masks = self.inputs()
+        with pytest.raises(ValueError, match=f"ignore_index: masks of {masks.dtype} cannot hold"):
+            segmentation_loss(logits, masks, ignore_index=2**70, backend=backend)
+        with pytest.raises(TypeError, match="ignore_index must be a whole number or None; got float"):
+            segmentation_loss(logits, masks, ignore_index=255.0, backend=backend)
+        with pytest.raises(TypeError, match=r"masks must be a tensor of bool or integers; got torch\.float32"):
+            segmentation_loss(logits, masks.float(), ignore_index=255, backend=backend)
+        with pytest.raises(TypeError, match="cross_entropy_weight must be a number; got str"):
+            segmentation_loss(logits, masks, cross_entropy_weight="1", backend=backend)
 
 
 def test_unknown_backend():

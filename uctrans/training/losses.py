@@ -16,8 +16,6 @@ from ..data.read import IGNORED
 from .config import TrainConfig
 from .distributed import Processes
 
-NO_IMAGE = 1e-12  # divides the loss of images without a labelled pixel, which is 0
-
 
 class BatchCounts(NamedTuple):
     """Numbers of images and pixels over which the losses are averaged: float32 scalars on the device.
@@ -37,13 +35,7 @@ def batch_counts(masks: torch.Tensor, ignore_label: int | None = None) -> BatchC
     Ignored pixels do not count, and neither do images of nothing else. Images are at least a tiny number, so that the
     loss of a batch without any is 0.
     """
-    if ignore_label is None:
-        positives = (masks > 0).sum(dtype=torch.float32)
-        return BatchCounts(torch.full_like(positives, len(masks)), positives, masks.numel() - positives)
-    is_labelled = masks != ignore_label
-    positives = (is_labelled & (masks != 0)).sum(dtype=torch.float32)
-    images = is_labelled.flatten(1).any(1).sum(dtype=torch.float32).clamp(min=NO_IMAGE)
-    return BatchCounts(images, positives, is_labelled.sum(dtype=torch.float32) - positives)
+    return BatchCounts(*kernels.segmentation_totals(masks, ignore_label=ignore_label))
 
 
 def loss_and_dice(
