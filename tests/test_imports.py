@@ -146,6 +146,28 @@ def test_no_module_imports_much(imports):
     assert {name: count for name, count in counts.items() if count > MODULES_BEYOND_TORCH} == {}
 
 
+def test_training_and_prediction_run_without_triton():
+    """As beside PyTorch's build for the CPU, which brings none."""
+    run(
+        "import sys; sys.modules['triton'] = None\n"
+        "import numpy, torch, uctrans\n"
+        "from uctrans.inference import Predictor\n"
+        "from uctrans.training import segmentation_loss\n"
+        "model = uctrans.create_model('uctransnet', base_channels=2, image_size=32)\n"
+        "optimizer = torch.optim.Adam(model.parameters())\n"
+        "masks = torch.ones(2, 32, 32, dtype=torch.uint8)\n"
+        "segmentation_loss(model(torch.rand(2, 3, 32, 32)), masks).backward()\n"
+        "optimizer.step()\n"
+        "Predictor(model, device='cpu').probabilities_of_image(numpy.zeros((32, 32, 3), numpy.uint8))\n"
+        "try:\n"
+        "    uctrans.create_model('uctransnet', base_channels=2, backend='triton')(torch.rand(1, 3, 32, 32))\n"
+        "except NotImplementedError as error:\n"
+        "    assert 'pip install triton' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('triton ran')\n"
+    )
+
+
 @pytest.mark.parametrize("blocked", [("triton",), ("skimage", "monai", "jsonargparse", "yaml", "tqdm", "matplotlib")])
 def test_a_model_runs_without_optional_packages(blocked):
     run(
