@@ -3,13 +3,15 @@
 Three things differ from the paper's steps, none of them in the result (README.md has the identities):
 
 - The instance norm is a temperature: softmax ignores its mean, so it takes one standard deviation a head and scale.
-- All scales are rows of one matrix product, one head at a time, so that the map of a head stays in the cache.
+  Small maps keep the norm.
+- All scales are rows of one matrix product, one head at a time, so that the map of a head stays in the cache. Small
+  maps of all heads are one product.
 - For long token sequences the products associate the other way, ``W_q^T (T^T T) W_k`` instead of ``(T W_q)^T (T W_k)``:
   everything after ``T^T T`` is independent of the number of tokens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from torch.nn import functional as F
 from ..dropout import LEVELS, drop_threshold, keep_mask, keep_scale, row_keys
 from ..formats import statistics_dtype
 
+SMALL_MAP, CACHED_MAP = 2**15, 2**18  # entries of the maps of one head; see _choose_steps
 LANES = 4  # of 16 bits, in a 64-bit draw of dropout
+Softmax = Callable[[Tensor, Sequence[int], float], Tensor]
 
 
 def channel_attention(
@@ -31,18 +35,18 @@ def channel_attention(
     seed: Tensor | None,
 ) -> Tensor:
     """Attend (B, H, N, sum C), (B, H, N, S), (B, H, N, S) -> (B, N, sum C)."""
-    heads = query.shape[1]
+    batch, heads, _, channels = query.shape
     drop = Dropout(dropout_p, seed, heads)
     scale = 1 / math.sqrt(key.shape[-1])
+    at_once, softmax = _choose_steps(heads, batch * channels * key.shape[-1])
+    # split, not an index: its backward writes each head's gradient once, an index pads it with zeros for all heads.
+    parts = (tensor.split(at_once, dim=1) for tensor in (query, key, value))
     mixed: Tensor | None = None
-    # unbind, not an index: its backward writes each head's gradient once, an index pads it with zeros for all heads.
-    for head, (head_query, head_key, head_value) in enumerate(
-        zip(query.unbind(1), key.unbind(1), value.unbind(1), strict=True)
-    ):
-        scores = (head_query * scale).transpose(1, 2) @ head_key  # [B, sum C, S]
-        attention = drop(_tempered_softmax(scores, segments, eps), head)
-        # One head after another lands in the same sum: the products of single heads are never held side by side.
-        contribution = head_value @ attention.transpose(1, 2)  # [B, N, sum C]
+    for place, (part_query, part_key, part_value) in enumerate(zip(*parts, strict=True)):
+        scores = (part_query * scale).transpose(2, 3) @ part_key  # [B, heads at once, sum C, S]
+        attention = drop(softmax(scores, segments, eps), place * at_once)
+        # Products of single heads are never held side by side: a contraction adds up heads at once, a sum the parts.
+        contribution = part_value.transpose(1, 2).flatten(2) @ attention.transpose(2, 3).flatten(1, 2)  # [B, N, sum C]
         mixed = contribution if mixed is None else mixed + contribution
     return mixed * (drop.rescale / heads)
 
@@ -82,16 +86,14 @@ def correlate_then_attend(
 ) -> Tensor:
     """Correlate the tokens first: ``T^T T`` is shared by all heads; only it and the last product see the tokens."""
     heads = key_value_weight.shape[1]
-    segments = _segments(query_weights)
     drop = Dropout(dropout_p, seed, heads)
-    correlation = _correlation(tokens, context)
-    mixing: Tensor | None = None
     key_weight, value_weight = key_value_weight.unbind(0)
-    head_weights = zip(_by_head(query_weights), key_weight.unbind(0), value_weight.unbind(0), strict=True)
-    for head, (head_query_weights, head_key_weight, head_value_weight) in enumerate(head_weights):
-        scores = _scores_from_correlation(correlation, head_query_weights, head_key_weight)
-        attention = drop(_tempered_softmax(scores, segments, eps), head)
-        contribution = attention @ head_value_weight  # [B, sum C, S]
+    at_once, softmax = _choose_steps(heads, tokens.shape[0] * tokens.shape[2] * context.shape[2])
+    scores = _scores_by_correlation(tokens, context, query_weights, key_weight, at_once)
+    mixing: Tensor | None = None
+    for place, (part_scores, part_values) in enumerate(zip(scores, value_weight.split(at_once), strict=True)):
+        attention = drop(softmax(part_scores, _segments(query_weights), eps), place * at_once)
+        contribution = attention.transpose(1, 2).flatten(2) @ part_values.flatten(0, 1)  # [B, sum C, S]
         mixing = contribution if mixing is None else mixing + contribution
     return context @ (mixing * (drop.rescale / heads)).transpose(1, 2)
 
@@ -100,29 +102,51 @@ def projected_attention_maps(
     tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_weight: Tensor, eps: float
 ) -> list[Tensor]:
     """Return the softmax maps of each scale before dropout, mean over heads: a list of (B, C, S)."""
-    heads = key_weight.shape[0]
     segments = _segments(query_weights)
-    correlation = _correlation(tokens, context)
-    total: Tensor | None = None
-    for head_query_weights, head_key_weight in zip(_by_head(query_weights), key_weight.unbind(0), strict=True):
-        scores = _scores_from_correlation(correlation, head_query_weights, head_key_weight)
-        attention = _tempered_softmax(scores, segments, eps)
-        total = attention if total is None else total + attention
-    return list((total / heads).split(segments, dim=1))
+    scores = _scores_by_correlation(tokens, context, query_weights, key_weight, at_once=1)
+    total = sum(_tempered_softmax(part, segments, eps) for part in scores)
+    return list((total.squeeze(1) / key_weight.shape[0]).split(segments, dim=1))
 
 
-def _correlation(tokens: Tensor, context: Tensor) -> Tensor:
-    return (tokens / math.sqrt(context.shape[-1])).transpose(1, 2) @ context  # [B, sum C, S]
-
-
-def _scores_from_correlation(correlation: Tensor, query_weights: Sequence[Tensor], key_weight: Tensor) -> Tensor:
+def _scores_by_correlation(
+    tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_weight: Tensor, at_once: int
+) -> Iterator[Tensor]:
+    """Yield the scores of ``at_once`` heads after the other: (B, at_once, sum C, S)."""
+    correlation = (tokens / math.sqrt(context.shape[-1])).transpose(1, 2) @ context  # [B, sum C, S]
     blocks = correlation.split(_segments(query_weights), dim=1)
-    # bmm reads an expanded weight as it is; a broadcasting matmul would transpose and copy the block instead.
-    queried = [
-        torch.bmm(weight.expand(block.shape[0], -1, -1), block)
-        for weight, block in zip(query_weights, blocks, strict=True)
-    ]
-    return torch.cat(queried, dim=1) @ key_weight.t()  # [B, sum C, S]
+    parts = (weight.split(at_once) for weight in (key_weight, *query_weights))
+    for part_keys, *part_queries in zip(*parts, strict=True):
+        # bmm reads an expanded weight as it is; a broadcasting matmul would transpose and copy the block instead.
+        queried = [
+            torch.bmm(weight.flatten(0, 1).expand(block.shape[0], -1, -1), block).unflatten(1, weight.shape[:2])
+            for weight, block in zip(part_queries, blocks, strict=True)
+        ]
+        yield torch.einsum("bhcs,hts->bhct", torch.cat(queried, dim=2), part_keys)
+
+
+def _choose_steps(heads: int, entries: int) -> tuple[int, Softmax]:
+    """Return how many heads to compute at once, all or one, and the softmax, for maps of ``entries`` a head.
+
+    The products are the same. Each step reads and writes the map, so that on a CPU its place in memory decides, and for
+    small maps the number of calls:
+
+    - Up to ``SMALL_MAP`` a pass over the map takes less time than its call, 5 us: all heads at once take a quarter of
+      the calls.
+    - Up to ``CACHED_MAP``, 1 MiB in float32, the map of a head stays in the cache of a core. The published norm copies
+      the scales there, and has fewer passes in backward.
+    - Beyond, every pass reads memory, and the temperature has the fewest.
+
+    An exported program runs for sizes that are open when it is traced, and takes the last.
+    """
+    if torch.compiler.is_exporting() or entries > CACHED_MAP:
+        return 1, _tempered_softmax
+    return heads if entries <= SMALL_MAP else 1, _published_softmax
+
+
+def _published_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Tensor:
+    """Return the softmax of the instance norm of each head and scale: (B, heads, sum C, S) -> the same."""
+    blocks = scores.split(list(segments), dim=-2)
+    return torch.cat([F.instance_norm(block, eps=eps).softmax(dim=-1) for block in blocks], dim=-2)
 
 
 def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Tensor:
@@ -132,7 +156,7 @@ def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Te
     tensor. It is centred before it is squared: squares of uncentred scores would cancel where their offset is large.
     """
     width = scores.shape[-1]
-    row_means = scores.mean(dim=-1, dtype=statistics_dtype(scores))  # [B, sum C]
+    row_means = scores.mean(dim=-1, dtype=statistics_dtype(scores))  # [..., sum C]
     centred = scores - _segment_means(row_means, segments).to(scores.dtype).unsqueeze(-1)
     row_norms = torch.linalg.vector_norm(centred, dim=-1, dtype=statistics_dtype(scores))
     variance = _segment_means(row_norms.square() / width, segments) + eps
@@ -142,12 +166,13 @@ def _tempered_softmax(scores: Tensor, segments: Sequence[int], eps: float) -> Te
 
 
 def _segment_means(rows: Tensor, segments: Sequence[int]) -> Tensor:
-    """Replace every row's value by the mean over its segment: (B, sum C) -> (B, sum C)."""
-    return torch.cat([block.mean(dim=1, keepdim=True).expand_as(block) for block in rows.split(segments, dim=1)], dim=1)
+    """Replace every row's value by the mean over its segment: (..., sum C) -> the same."""
+    blocks = rows.split(list(segments), dim=-1)
+    return torch.cat([block.mean(dim=-1, keepdim=True).expand_as(block) for block in blocks], dim=-1)
 
 
 class Dropout:
-    """Zeroes entries of maps (B, sum C, S) with probability ``dropout_p``; ``rescale``, not applied, keeps the mean.
+    """Zeroes entries of maps (B, H, sum C, S) with probability ``dropout_p``; ``rescale``, not applied, keeps the mean.
 
     With a seed the mask is that of every other backend. Without one, four 16-bit lanes come out of one 64-bit draw, a
     third of the time of ``torch.nn.functional.dropout`` on a CPU.
@@ -159,21 +184,18 @@ class Dropout:
         self.heads = heads
         self.rescale = keep_scale(dropout_p)
 
-    def __call__(self, attention: Tensor, head: int) -> Tensor:
-        """Apply the mask of a head."""
+    def __call__(self, attention: Tensor, first_head: int) -> Tensor:
+        """Apply the masks of adjacent heads: (B, heads, sum C, S) -> the same."""
         if self.dropout_p == 0.0:
             return attention
         if self.seed is not None:
-            batch, channels, key_channels = attention.shape
+            batch, heads, channels, key_channels = attention.shape
             keys = row_keys(self.seed, batch * self.heads * channels).view(2, batch, self.heads, channels)
-            return attention * keep_mask(keys[:, :, head], key_channels, self.dropout_p)
+            part = keys[:, :, first_head : first_head + heads]
+            return attention * keep_mask(part, key_channels, self.dropout_p)
         draws = torch.randint(-(2**63), 2**63 - 1, (-(-attention.numel() // LANES),), device=attention.device)
         lanes = draws.view(torch.int16)[: attention.numel()].view(attention.shape)
         return attention * (lanes >= drop_threshold(self.dropout_p) - LEVELS // 2)
-
-
-def _by_head(query_weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(weight.unbind(0) for weight in query_weights), strict=True)
 
 
 def _segments(query_weights: Sequence[Tensor]) -> list[int]:
