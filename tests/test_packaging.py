@@ -107,7 +107,6 @@ def test_the_source_distribution_holds_all_files_but_the_largest(checkout, tmp_p
     shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     made = build("build_sdist", source, tmp_path / "sdist")
-    assert made.stat().st_size < 3e6
     with tarfile.open(made) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     left_out = {name for name in files - held if not name.startswith(("build/", "uctrans/kernels/"))}
