@@ -15,6 +15,7 @@ import difflib
 import os
 import pkgutil
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -51,6 +52,7 @@ class Command:
         run: Function that takes a dataclass of settings, as "module:name".
         examples: Command lines for the help.
         input: Field that -i and --input set, if any.
+        network: Field whose value may be package.module:Class, if any.
         report: Function from the result to the text to print.
     """
 
@@ -58,6 +60,7 @@ class Command:
     run: str
     examples: tuple[str, ...]
     input: str | None = None
+    network: str | None = None
     report: Callable[[Any], str] = str
 
     def load(self) -> tuple[Callable[[Any], Any], type]:
@@ -107,7 +110,9 @@ def _report_run(run: Any) -> str:
         if run.best_epoch
         else f"No best weights yet after {run.epochs} epochs"
     )
-    resume = f" Continue with: uctrans train -o {run.run_folder} --resume" if run.stopped_by.startswith("SIG") else ""
+    model = f" --model {run.model}" if ":" in run.model else ""
+    command = f" Continue with: uctrans train -o {run.run_folder} --resume{model}"
+    resume = command if run.stopped_by.startswith("SIG") else ""
     return f"{best} (stopped by: {run.stopped_by}). Everything is in {run.run_folder}.{resume}"
 
 
@@ -131,10 +136,12 @@ COMMANDS = {
         "train a model on a folder of images and masks",
         run="uctrans.training:train",
         input="data",
+        network="model",
         report=_report_run,
         examples=(
             "uctrans train -i data -o runs/first",
             "uctrans train -i data -o runs/unet --model unet --epochs 100",
+            "uctrans train -i data -o runs/mine --model mynet:MyNet --model-options '{\"channels\": 3}'",
             "uctrans train --config runs/first/config.yaml -o runs/second --seed 1",
             "uctrans train -o runs/first --resume",
         ),
@@ -143,6 +150,7 @@ COMMANDS = {
         "score a model on images with masks",
         run="uctrans.inference:evaluate",
         input="data",
+        network="network",
         report=lambda result: f"{result.table()}\nEverything is in {result.output}",
         examples=("uctrans evaluate -i data -o scores --model runs/first",),
     ),
@@ -150,12 +158,14 @@ COMMANDS = {
         "segment a folder of images, or one image",
         run="uctrans.inference:predict",
         input="input",
+        network="network",
         examples=("uctrans predict -i images -o masks --model runs/first",),
     ),
     "export": Command(
         "write a model for use without uctrans",
         run="uctrans.inference:export",
         input="model",
+        network="network",
         report=_report_files,
         examples=("uctrans export -i runs/first -o exported",),
     ),
@@ -163,6 +173,7 @@ COMMANDS = {
         "train several models with the same settings over seeds, and compare them",
         run="uctrans.study:study_models",
         input="data",
+        network="models",
         examples=("uctrans study models -i data -o studies/models --models unet,uctransnet --seeds 0,1,2",),
     ),
     "study skips": Command(
@@ -295,6 +306,7 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
         hint = _near_flags(rest, settings) or f"uctrans {name} --help lists the settings"
         message = _with_name_of_switch(str(error), rest, settings)
         raise CommandLineError(f"{_in_plain_words(message, settings)} ({hint})") from error
+    _check_classes_are_named(words, rest, COMMANDS[name].network, given)
     return name, settings(**{field: value for field, value in given.items() if field != "config"})
 
 
@@ -346,6 +358,30 @@ def _paths_and_resume(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--resume", nargs="?", const="true")
     return parser.parse_known_args(words)[0]
+
+
+def _check_classes_are_named(words: Sequence[str], flags: Sequence[str], field: str | None, given: dict) -> None:
+    """Raise if a package.module:Class comes from a config file alone: importing it runs code, so the user names it.
+
+    Args:
+        words: the words after ``uctrans``.
+        flags: those after the command.
+        field: the field that may name such a class.
+        given: the values of all fields, from flags and files.
+    """
+    if field is None or given[field] is None:
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(_flag(field), default="")
+    flag_value = getattr(parser.parse_known_args(flags)[0], field)
+    named = re.split(r"[^\w.:]+", flag_value)
+    values = [given[field]] if isinstance(given[field], str) else given[field]
+    for value in values:
+        if ":" in value and value not in named:
+            raise CommandLineError(
+                f"{field}: a config file names the class {value}, and no name in a file has code imported; if you "
+                f"trust this class, name it yourself: uctrans {shlex.join(words)} {_flag(field)} {','.join(values)}"
+            )
 
 
 def _with_name_of_switch(message: str, words: Sequence[str], settings: type) -> str:
@@ -412,9 +448,10 @@ def _is_for_user(error: Exception) -> bool:
     from torch import OutOfMemoryError
 
     from .graphs import CaptureError
+    from .models import NetworkError
     from .training import TrainingError
 
-    return isinstance(error, NotImplementedError | OutOfMemoryError | TrainingError | CaptureError)
+    return isinstance(error, NotImplementedError | OutOfMemoryError | TrainingError | CaptureError | NetworkError)
 
 
 def _with_notes(text: str, error: BaseException) -> str:

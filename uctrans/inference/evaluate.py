@@ -93,6 +93,8 @@ class EvaluateConfig:
         scale: Factor by which images are enlarged before the network sees their pixels, 0.1 to 10; masks and scores
             stay at the size of the images. Raise it if small nuclei are merged or missed, lower it if large ones are
             split.
+        network: Networks that the model may hold: package.module:Class for one of another package, which loads only
+            where it is named here; several as a,b. none allows all of uctrans.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
         device: auto, cpu, cuda, cuda:1 or mps.
         amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
@@ -122,6 +124,7 @@ class EvaluateConfig:
     channel_order: str | None = None
     intensity_range: tuple[int, int] | None = None
     scale: float = 1.0
+    network: str | tuple[str, ...] | None = None
     backend: str = "auto"
     device: str = "auto"
     amp: str = "no"

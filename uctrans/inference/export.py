@@ -67,6 +67,8 @@ class ExportConfig:
         batch_size: Images in a call, for exports without a dynamic batch.
         opset: ONNX operator set; none takes that of the installed PyTorch.
         channel_order: Colour order that export.json tells its reader to use: rgb or bgr; none takes the model's.
+        network: Network that the model holds: package.module:Class for one of another package, which loads only where
+            it is named here; none allows all of uctrans.
         overwrite: Replace an export that the output folder already holds.
     """
 
@@ -78,6 +80,7 @@ class ExportConfig:
     batch_size: int = 1
     opset: int | None = None
     channel_order: str | None = None
+    network: str | None = None
     overwrite: bool = False
 
 
@@ -113,7 +116,7 @@ def export(config: ExportConfig) -> list[Path]:
     files = {name: folder / FORMATS[name] for name in dict.fromkeys(config.formats)}
     if not config.overwrite:
         refuse_existing([*files.values(), folder / SUMMARY], "an export")
-    model = load_model(config.model).eval()
+    model = load_model(config.model, network=config.network).eval()
     if layers_with_backend(model):
         set_backend(model, "composed")
     grid = size_multiple(model)

@@ -192,24 +192,28 @@ def _device(name: str | torch.device) -> torch.device:
         raise InferenceError(str(error)) from error
 
 
-def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> Predictor:
+def load_predictor(
+    path: str | Path, backend: str = "auto", network: str | Sequence[str] | None = None, **settings: Any
+) -> Predictor:
     """Load a model and return its `Predictor`.
 
     Args:
         path: Anything that `uctrans.load_model` reads, or a model.onnx that `uctrans.inference.export` wrote; several
             as ``a,b``, whose probabilities are averaged.
         backend: See `uctrans.set_backend`.
+        network: See `uctrans.load_model`.
         settings: Keyword arguments of `Predictor`.
 
     Raises:
         ModelFileError: There is no model at ``path``.
         InferenceError: See `Predictor` and `Ensemble`.
         InferenceError: There is no such device.
-        ValueError: The backend is unknown, or it is named and no layer of the model has one.
+        ValueError: The backend is unknown, or it is named and no layer of the model has one; or there is no such
+            ``network``.
         NotImplementedError: The backend cannot run on the device.
     """
     device = _device(settings.get("device", "auto"))
-    model = _load_model_or_ensemble(path, device)
+    model = _load_model_or_ensemble(path, network, device)
     if backend != "auto" or layers_with_backend(model):
         resolve_backend(backend, device)  # raises here, before the first image
         set_backend(model, backend)
@@ -221,7 +225,9 @@ def load_predictor(path: str | Path, backend: str = "auto", **settings: Any) -> 
 
 def predictor_of(config: Any) -> Predictor:
     """Return the `Predictor` that the settings of an evaluation or prediction name; raise as `load_predictor` does."""
-    return load_predictor(config.model, config.backend, **{name: getattr(config, name) for name in SETTINGS})
+    return load_predictor(
+        config.model, config.backend, config.network, **{name: getattr(config, name) for name in SETTINGS}
+    )
 
 
 def transform(images: Tensor, turns: int, flip: bool) -> Tensor:
@@ -360,14 +366,14 @@ def _meaning(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _load_model_or_ensemble(path: str | Path, device: torch.device) -> nn.Module:
+def _load_model_or_ensemble(path: str | Path, network: str | Sequence[str] | None, device: torch.device) -> nn.Module:
     names = [part.strip() for part in str(path).split(",")]
     if len(names) == 1 or Path(path).exists():
-        return _load(path, device)
+        return _load(path, network, device)
     if "" in names:
         raise InferenceError(f'model: a name in "{path}" is empty; write an ensemble as runs/a,runs/b')
-    return Ensemble([_load(name, device) for name in names], names)
+    return Ensemble([_load(name, network, device) for name in names], names)
 
 
-def _load(path: str | Path, device: torch.device) -> nn.Module:
-    return OnnxModel(path, device) if Path(path).suffix == SUFFIX else load_model(path)
+def _load(path: str | Path, network: str | Sequence[str] | None, device: torch.device) -> nn.Module:
+    return OnnxModel(path, device) if Path(path).suffix == SUFFIX else load_model(path, network=network)

@@ -107,8 +107,8 @@ def _class_of(name: str, network: Network | Sequence[Network] | None, source: Pa
         if is_same_network(name, candidate.name):
             return candidate
     raise ModelFileError(
-        f"{source} holds a {name}, not a {' or '.join(candidate.name for candidate in classes)}; name that as network, "
-        "or take another file"
+        f"{source} holds a {name}, not a {' or '.join(dict.fromkeys(candidate.name for candidate in classes))}; take another file, "
+        "or name its network"
     )
 
 

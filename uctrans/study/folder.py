@@ -209,7 +209,7 @@ def _check_patience(run: PlannedRun) -> None:
     path = run.folder / "config.yaml"
     if not path.exists():
         return
-    trained = TrainConfig.load_yaml(path).patience
+    trained = TrainConfig.load_yaml(path, network=run.config.model).patience
     missing = min(set(run.patiences) - set(read_scores(run)))
     if missing < trained:
         raise StudyError(

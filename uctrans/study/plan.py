@@ -9,7 +9,8 @@ from typing import Any
 from ..data import load_folds
 from ..inference.evaluate import score_sizes
 from ..inference.predictor import RESOLUTIONS, TRANSFORMS
-from ..models.registry import list_models, model_class
+from ..models.external import ExternalModel, find_model_class
+from ..models.registry import list_models
 from ..models.unet import NUM_SCALES
 from ..training import TrainConfig
 
@@ -25,10 +26,15 @@ class StudyError(ValueError):
 class Variant:
     """One of the networks that a study compares."""
 
-    name: str  # in the table, and of the folder of its runs
-    model: str  # registry name of the network
+    name: str  # in the table
+    model: str  # name of the network
     options: dict[str, Any]  # arguments of the network in addition to those that every training sets
     from_unet: bool = False  # whether it starts from the trained U-Net of the same seed and fold
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its runs: package.module.Class for package.module:Class."""
+        return self.name.replace(":", ".")
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ class StudyConfig(TrainConfig):
 
     def run(self, variant: Variant, seed: int, fold: int | None = None) -> PlannedRun:
         """Return the training of one network with one seed, on one fold."""
-        folder = Path(self.output) / "runs" / variant.name / f"seed_{seed}"
+        folder = Path(self.output) / "runs" / variant.folder / f"seed_{seed}"
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
         settings |= {
             "output": str(folder if fold is None else folder / f"fold_{fold}"),
@@ -249,7 +255,9 @@ class ModelStudyConfig(StudyConfig):
     Args:
         models: Names of the networks, see ``uctrans.list_models()``: unet,uctransnet. uctransnet_from_unet is a
             UCTransNet that starts from the best weights of the U-Net of the same seed and fold at the largest patience.
+            package.module:Class is any torch network, see uctrans train.
         model_options: Further arguments of the networks, as a mapping or as JSON; each network gets those it takes.
+            Under the name of a network stand those of this network alone: {"unet": {"skips": [1, 2]}}.
     """
 
     models: tuple[str, ...] = ("unet", "uctransnet", "dual_branch_uctransnet")
@@ -257,19 +265,22 @@ class ModelStudyConfig(StudyConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_list("models", [name for name in self.models if name], "unet,uctransnet")
+        for name in self.models:
+            if not isinstance(own := self.model_options.get(name, {}), dict):
+                raise StudyError(f"model_options: {name} has {own!r}; give a mapping of the options of this network")
         try:
             variants = self.variants()
         except ValueError as error:
             raise StudyError(f"models: {error}") from error
         for option in self.model_options:
-            if not any(option in variant.options for variant in variants):
+            if option not in self.models and not any(option in variant.options for variant in variants):
                 raise StudyError(f"model_options: none of {', '.join(self.models)} takes {option}; leave it out")
         for name, model in [(variant.name, variant.model) for variant in variants if variant.from_unet]:
-            if not model_class(model).can_start_from_unet:
+            if not find_model_class(model).can_start_from_unet:
                 raise StudyError(f"models: {name}: {model} cannot start from a U-Net; leave it out")
             if UNET not in self.models:
                 raise StudyError(f"models: {name} starts from the U-Net of its seed and fold; name {UNET} too")
-            if "skips" in self.model_options:
+            if any("skips" in variant.options for variant in variants if variant.name in (name, UNET)):
                 raise StudyError(f"model_options: {name} starts from a U-Net with all skips; leave out skips")
             if self.init_from is not None:
                 raise StudyError(f"init_from: {name} starts from a U-Net of the study; leave one of them out")
@@ -278,9 +289,11 @@ class ModelStudyConfig(StudyConfig):
         """Return the networks, each with those of the options that it takes."""
         variants = []
         for name in self.models:
-            model = name if name in list_models() else name.removesuffix(FROM_UNET)
-            taken = inspect.signature(model_class(model)).parameters
+            model = name if name in list_models() or ":" in name else name.removesuffix(FROM_UNET)
+            kind = find_model_class(model)
+            taken = inspect.signature(kind.network_class if issubclass(kind, ExternalModel) else kind).parameters
             options = {option: value for option, value in self.model_options.items() if option in taken}
+            options |= self.model_options.get(name, {})
             variants.append(Variant(name, model, options, from_unet=name != model))
         return variants
 

@@ -28,8 +28,8 @@ import torch
 from ..devices import explaining_short_memory, find_device
 from ..extras import import_extra
 from ..inference import EvaluateConfig, evaluate
+from ..models.external import find_model_class
 from ..models.files import LAST_CHECKPOINT
-from ..models.registry import model_class
 from ..system import explained, lasting_streams
 from ..training import CheckpointError, ConfigError, TrainingError, train
 from ..training.checkpoint import copy_checkpoint
@@ -351,9 +351,10 @@ def score_ensemble(ensemble: PlannedEnsemble, config: StudyConfig) -> None:
 
 
 def _evaluation(model: str, run: PlannedRun, config: StudyConfig, folder: Path) -> EvaluateConfig:
-    has_backends = "backend" in inspect.signature(model_class(run.variant.model)).parameters
+    has_backends = "backend" in inspect.signature(find_model_class(run.variant.model)).parameters
     return EvaluateConfig(
         model=model,
+        network=run.variant.model,
         data=config.data,
         output=str(folder),
         size=config.score_size,

@@ -17,7 +17,7 @@ from ..extras import import_extra
 from ..inference import mean_and_deviation
 from ..training import TrainConfig
 from ..training.log import read_metrics
-from ..training.run import build_model
+from ..training.run import build_model, check_external, trial_device
 from ..writing import written_atomically
 from .folder import read_ensemble, read_failure, read_scores
 from .plan import PlannedRun, StudyConfig, StudyError
@@ -176,15 +176,17 @@ class Table:
 def count_cost(config: TrainConfig) -> dict[str, float]:
     """Count the parameters of a network, and the GFLOP of the forward pass of one image by FlopCounterMode.
 
-    Both are those of the published sequence of operations (backend ``reference``). Nothing is computed.
+    Both are those of the published sequence of operations (backend ``reference``). Only networks of other packages
+    compute anything.
 
     Raises:
-        ConfigError: The network cannot be built.
+        ConfigError: The network cannot be built, or is of another package and cannot be trained.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where there is one
 
     height, width = get_protocol(config.protocol, config.image_size).image_size
-    with torch.device("meta"):
+    check_external(config, (height, width), torch.device("cpu"))
+    with trial_device(config):
         model = build_model(dataclasses.replace(config, backend="reference"), (height, width)).eval()
         image = torch.empty(1, model.in_channels, height, width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -79,8 +79,10 @@ class TrainConfig:
     Args:
         data: Data set folder, in any layout that ``uctrans.data.find_samples`` reads.
         output: Run folder for checkpoints, best weights, metrics and logs.
-        model: Network: uctransnet, dual_branch_uctransnet or unet (``uctrans.list_models()``).
-        base_channels: Channels of the first encoder level.
+        model: Network: uctransnet, dual_branch_uctransnet or unet (``uctrans.list_models()``); or package.module:Class
+            for any torch network from images to logits, such as monai.networks.nets:AttentionUnet or one in a file of
+            the current folder, mynet:MyNet. Such a name imports code, so a config file alone cannot give it.
+        base_channels: Channels of the first encoder level; not for package.module:Class.
         in_channels: Channels of the images: 3 for RGB (gray is repeated), 1 for gray, or as many as the files have.
         intensity_range: Lowest and highest value of the image files, which become black and white: 0,4095 for 12 bits
             in files of 16. none takes all that the files can hold. Saved with the weights.
@@ -92,7 +94,9 @@ class TrainConfig:
             Its predicted masks join interior and border, and it separates touching nuclei better.
         class_names: Names of the classes, saved with the weights: background,nucleus.
         backend: Implementation of the network's operators: auto, triton, composed or reference.
-        model_options: Further arguments of the network, as a mapping or as JSON.
+        model_options: Further arguments of the network, as a mapping or as JSON. package.module:Class needs all that
+            its constructor requires, its numbers of input and output channels too; size_multiple 16 pads images to
+            multiples of 16 pixels for it.
         init_from: Weights to start from, as predict takes them: a run folder, nuclei, ... A UCTransNet can start from a
             U-Net.
         protocol: uctransnet-224 resizes images; augmented-224 does so with the augmentation of native; native takes
@@ -276,14 +280,28 @@ class TrainConfig:
         write_bytes(Path(path), text.encode())
 
     @classmethod
-    def load_yaml(cls, path: str | Path) -> "TrainConfig":
-        """Read a configuration from a YAML file; ConfigError names the file if it holds none."""
+    def load_yaml(cls, path: str | Path, network: str | None = None) -> "TrainConfig":
+        """Read a configuration from a YAML file.
+
+        Args:
+            path: the file.
+            network: the ``package.module:Class`` that the file may name as ``model``; it may name no other.
+
+        Raises:
+            ConfigError: the file holds no configuration, or names a class that ``network`` does not.
+        """
         try:
             values = read_yaml(path)
         except (OSError, UnreadableError) as error:
             raise ConfigError(f"{error}; name a file like a run's config.yaml") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds no 'field: value' lines; write it like a run's config.yaml")
+        model = str(values.get("model"))
+        if ":" in model and model != network:
+            raise ConfigError(
+                f"model: {path} names the class {model}, and no name in a file has code imported; if you trust this "
+                f'class, name it yourself: load_yaml(path, network="{model}")'
+            )
         return cls.from_dict(values, source=str(path))
 
 

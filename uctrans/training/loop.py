@@ -60,6 +60,7 @@ class RunResult:
         best_score: Validation Dice of the best epoch, nan if there is none yet.
         epochs: Number of complete epochs.
         stopped_by: "epochs" or "early stopping"; "SIGINT" or "SIGTERM" if the run can be resumed.
+        model: Name of the network.
     """
 
     run_folder: Path
@@ -67,6 +68,7 @@ class RunResult:
     best_score: float
     epochs: int
     stopped_by: str
+    model: str
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -108,7 +110,7 @@ def train(config: TrainConfig) -> RunResult:
                 stopped_by = train_epochs(run, log, stop, writer)
             log.line(_summary(run, stopped_by))
         group.barrier()  # no process returns before the files are complete
-    return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by)
+    return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by, config.model)
 
 
 @contextlib.contextmanager

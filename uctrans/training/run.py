@@ -37,9 +37,9 @@ from ..data.tensors import MASK_TARGET
 from ..extras import import_extra
 from ..graphs import CapturedForward, CudaRecorder
 from ..kernels import resolve_backend
-from ..models import ModelFileError, SegmentationModel, load_model, set_checkpointing
+from ..models import ModelFileError, SegmentationModel, list_models, load_model, set_checkpointing
 from ..models.base import load_state
-from ..models.registry import model_class
+from ..models.external import ExternalModel, find_model_class
 from ..weight_casts import casting_together
 from .checkpoint import CheckpointError, load_weights
 from .config import ConfigError, TrainConfig
@@ -109,6 +109,7 @@ class Run:
         if config.init_from is not None and not config.resume:
             self.start, images = start_from(self.model, config.init_from)
             self.images = join_records([images, self.images])
+        check_external(config, self.protocol.image_size, group.device)
         check_smallest_batch(config, self.protocol, self.images_per_epoch, group.count)
         if config.sync_batch_norm:
             self.model = with_sync_batch_norm(self.model, group.device)
@@ -404,6 +405,8 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
         ConfigError: there is no such network, or it does not take these options.
     """
     kind = _model_class(config)
+    if issubclass(kind, ExternalModel):
+        return _build_external(kind, config)
     options = {
         "in_channels": config.in_channels,
         "classes": config.network_classes,
@@ -426,6 +429,30 @@ def build_model(config: TrainConfig, image_size: tuple[int, int]) -> Segmentatio
         ) from error
 
 
+def _build_external(kind: type[ExternalModel], config: TrainConfig) -> ExternalModel:
+    options = dict(config.model_options)
+    size_multiple = options.pop("size_multiple", 1)
+    try:
+        return kind(config.in_channels, config.network_classes, options, size_multiple)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model_options: {error}") from error
+
+
+def trial_device(config: TrainConfig) -> torch.device:
+    """Return where to try a network before a run: on meta nothing is computed, but other packages' may need values."""
+    return torch.device("cpu" if issubclass(_model_class(config), ExternalModel) else "meta")
+
+
+def check_external(config: TrainConfig, image_size: tuple[int, int], device: torch.device) -> None:
+    """Raise ConfigError if the network is of another package and cannot train on images of this size."""
+    if not issubclass(_model_class(config), ExternalModel):
+        return
+    try:
+        build_model(config, image_size).to(device).check(image_size)  # not the run's, whose batch statistics stay new
+    except ValueError as error:
+        raise ConfigError(f"model_options: {error}") from error
+
+
 def check_smallest_batch(config: TrainConfig, protocol: Protocol, images: int, processes: int) -> None:
     """Raise ConfigError if the network cannot train on the smallest batch of an epoch.
 
@@ -443,7 +470,7 @@ def check_smallest_batch(config: TrainConfig, protocol: Protocol, images: int, p
         return
     height, width = protocol.image_size
     try:
-        with torch.device("meta"):
+        with trial_device(config):
             model = build_model(dataclasses.replace(config, backend="reference"), (height, width)).train()
             model(torch.empty(1, model.in_channels, height, width))
     except ValueError as error:
@@ -469,7 +496,7 @@ def check_backend_runs(config: TrainConfig, device: torch.device) -> None:
 
 def _model_class(config: TrainConfig) -> type[SegmentationModel]:
     try:
-        return model_class(config.model)
+        return find_model_class(config.model)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 
@@ -483,7 +510,7 @@ def start_from(model: SegmentationModel, path: str) -> tuple[str, Record]:
     Raises:
         ModelFileError: the file cannot be read, or its network is of another kind or size.
     """
-    source = load_model(path)
+    source = load_model(path, network=[type(model), *list_models()])
     try:
         kept = model.start_from(source)
     except ModelFileError as error:
