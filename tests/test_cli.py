@@ -142,6 +142,54 @@ def test_resume_continues_with_the_settings_of_the_run(trained, tmp_path, capsys
     assert cli.main(words) == 0
 
 
+def test_a_class_in_a_file_is_imported_only_if_the_command_names_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("hostile.py").write_text("raise AssertionError('imported by a file')")
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("data: data\noutput: run\nmodel: hostile:Net\n")
+    for words in ("train -o run --resume", "train --config run/config.yaml -o other"):
+        assert f"if you trust this class, name it yourself: uctrans {words} --model hostile:Net\n" in error_of(
+            capsys, *words.split()
+        )
+    Path("study.yaml").write_text("models: [unet, 'hostile:Net']\n")
+    words = "study models -i data -o study --config study.yaml"
+    assert f"uctrans {words} --models unet,hostile:Net" in error_of(capsys, *words.split())
+    Path("images.yaml").write_text("network: hostile:Net\n")
+    for name in ("evaluate", "predict", "export"):
+        words = [
+            "--config",
+            "images.yaml",
+            "--model",
+            "run",
+            "-o",
+            "out",
+            *(["-i", "data"] if name != "export" else []),
+        ]
+        assert f"{' '.join(words)} --network hostile:Net" in error_of(capsys, name, *words)
+    both = ["train", "-o", "run", "--resume", "--model", "tests.networks:Halving", "--config", "run/config.yaml"]
+    assert "names the class hostile:Net" in error_of(capsys, *both)  # the file comes last
+    assert "hostile" not in sys.modules
+    named = ["train", "-o", "run", "--resume", "--model=tests.networks:Halving"]
+    assert cli.parse(named)[1].model == "tests.networks:Halving"
+
+
+def test_a_network_in_the_current_folder(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as a console script has it
+    monkeypatch.chdir(tmp_path)
+    Path("mine_alone.py").write_text("from tests.networks import Halving as MyNet")
+    options = ("--model-options", '{"bands": 3, "labels": 1}')
+    words = ("train", "-i", data, "-o", "run", "--epochs", "1", *TINY, "--model", "mine_alone:MyNet")
+    assert "lacks bands, labels; it requires bands, labels" in error_of(capsys, *words)
+    assert cli.main([str(word) for word in (*words, *options)]) == 0
+    assert cli.main(["train", "-o", "run", "--resume", "--epochs", "2", "--model", "mine_alone:MyNet"]) == 0
+    images = ("-i", str(data / "test" / "images"))
+    assert cli.main(["predict", *images, "-o", "masks", "--model", "run", "--network", "mine_alone:MyNet"]) == 0
+    assert "size_multiple" in error_of(
+        capsys, "predict", *images, "-o", "odd", "--model", "run", "--network", "mine_alone:MyNet", "--tile", "33",
+        "--resolution", "native",
+    )  # fmt: skip
+
+
 def test_only_resume_takes_settings_from_the_output_folder(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("data: there\nepochs: 5\n")
     (tmp_path / "other.yaml").write_text("data: here\n")
@@ -277,7 +325,7 @@ def test_without_jsonargparse(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("stopped_by", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("epochs", 0)])
 def test_a_run_that_a_signal_stopped_says_so_in_its_status(stopped_by, status, monkeypatch):
-    run = SimpleNamespace(run_folder="run", best_epoch=1, best_score=0.5, epochs=1, stopped_by=stopped_by)
+    run = SimpleNamespace(run_folder="run", best_epoch=1, best_score=0.5, epochs=1, stopped_by=stopped_by, model="unet")
     stand_in(monkeypatch, "uctrans.training:train", lambda settings: run)
     assert cli.main(["train", "-i", "data", "-o", "run"]) == status
 
@@ -513,6 +561,6 @@ def test_warnings_are_one_line_of_the_program(monkeypatch, capsys):
 def test_report_of_a_run_without_best_weights():
     from uctrans.training import RunResult
 
-    text = cli.COMMANDS["train"].report(RunResult(Path("runs/a"), 0, float("nan"), 2, "SIGINT"))
+    text = cli.COMMANDS["train"].report(RunResult(Path("runs/a"), 0, float("nan"), 2, "SIGINT", "mynet:MyNet"))
     assert text.startswith("No best weights yet after 2 epochs (stopped by: SIGINT)")
-    assert "uctrans train -o runs/a --resume" in text
+    assert text.endswith("uctrans train -o runs/a --resume --model mynet:MyNet")

@@ -141,7 +141,7 @@ COMMANDS = {
         examples=(
             "uctrans train -i data -o runs/first",
             "uctrans train -i data -o runs/unet --model unet --epochs 100",
-            "uctrans train -i data -o runs/mine --model mynet:MyNet --model-options '{\"channels\": 3}'",
+            "uctrans train -i data -o runs/mine --model mynet:MyNet",
             "uctrans train --config runs/first/config.yaml -o runs/second --seed 1",
             "uctrans train -o runs/first --resume",
         ),

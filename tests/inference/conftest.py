@@ -43,7 +43,7 @@ def use_model(monkeypatch):
     def use(model):
         for module in ("predictor", "export"):
             home = importlib.import_module(f"uctrans.inference.{module}")  # the package's ``export`` is the function
-            monkeypatch.setattr(home, "load_model", lambda path: model)
+            monkeypatch.setattr(home, "load_model", lambda path, network: model)
         return model
 
     return use

@@ -106,10 +106,8 @@ def _class_of(name: str, network: Network | Sequence[Network] | None, source: Pa
     for candidate in classes:
         if is_same_network(name, candidate.name):
             return candidate
-    raise ModelFileError(
-        f"{source} holds a {name}, not a {' or '.join(dict.fromkeys(candidate.name for candidate in classes))}; take another file, "
-        "or name its network"
-    )
+    named = " or ".join(dict.fromkeys(candidate.name for candidate in classes))
+    raise ModelFileError(f"{source} holds a {name}, not a {named}; take another file, or name its network")
 
 
 def _load_file(path: Path, network: Network | Sequence[Network] | None) -> SegmentationModel:
