@@ -9,7 +9,7 @@ from torch import nn
 
 import uctrans
 from tests.networks import ATTENTION_UNET, EXTERNAL, HALVING, HALVING_OPTIONS, NESTED_UNET, NESTED_UNET_OPTIONS, Halving
-from uctrans.models import ExternalModel, NetworkError
+from uctrans.models import ExternalModel, NetworkError, registry
 from uctrans.models.base import CARD_FILE, CONFIG_FILE
 from uctrans.models.external import find_model_class
 
@@ -213,6 +213,36 @@ class TestOptions:
 
         with pytest.raises(ValueError, match="Lazy has lazy layers"):
             ExternalModel.of(Lazy)()
+
+
+REGISTERING = """
+import torch
+import uctrans
+
+
+@uctrans.register_model("linear")
+class Linear(uctrans.SegmentationModel):
+    def __init__(self, in_channels=3, classes=1, base_channels=8):
+        super().__init__()
+        self.in_channels, self.classes = in_channels, classes
+        self.layer = torch.nn.Conv2d(in_channels, classes, 1)
+
+    def forward(self, image):
+        return self.layer(image)
+"""
+
+
+def test_a_class_that_its_module_registers_keeps_its_name(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "registering_net.py").write_text(REGISTERING)
+    before = dict(registry._MODELS)
+    monkeypatch.setattr(registry, "_MODELS", dict(before))
+    folder = find_model_class("registering_net:Linear")(classes=2).save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(registry, "_MODELS", before)  # as in another process
+    with pytest.raises(uctrans.ModelFileError, match=r"unknown model 'linear'.* or name the class that registers it"):
+        uctrans.load_model(folder)
+    loaded = uctrans.load_model(folder, network="registering_net:Linear")
+    assert (loaded.name, loaded.classes) == ("linear", 2)
 
 
 class TestFiles:

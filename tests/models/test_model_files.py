@@ -264,7 +264,9 @@ class TestUnusableFiles:
     def test_checkpoint_truncated_foreign_or_executable(self, tmp_path):
         path = tmp_path / "model.pt"
         torch.save({"weights": torch.zeros(3)}, path)
-        with pytest.raises(uctrans.ModelFileError, match="neither a checkpoint of a training run nor"):
+        with pytest.raises(
+            uctrans.ModelFileError, match=r"neither .* a state dict of 1 tensors \(first: weights\): build"
+        ):
             uctrans.load_model(path)
         path.write_bytes(path.read_bytes()[:200])
         with pytest.raises(uctrans.ModelFileError, match="truncated or not a checkpoint"):
@@ -281,3 +283,20 @@ class TestUnusableFiles:
         torch.save(nn.Linear(2, 2), path)
         with pytest.raises(uctrans.ModelFileError, match="never executed here"):
             uctrans.load_model(path)
+
+    def test_what_another_file_holds(self, tmp_path):
+        path = tmp_path / "model.ckpt"
+        state = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()
+        first = r"7 tensors{} \(first: 0\.weight, 0\.bias, 1\.weight\): build its network and call load_state_dict"
+        for content, message in (
+            (state, "a state dict of " + first.format("")),
+            ({"epoch": 3, "state_dict": state}, "a state dict of " + first.format(" under 'state_dict'")),
+            ({"epoch": 3, "loss": 0.5}, "a dict with the keys epoch, loss; save the state dict of a network"),
+            ([1, 2], "a list; save the state dict of a network"),
+        ):
+            torch.save(content, path)
+            with pytest.raises(uctrans.ModelFileError, match=message):
+                uctrans.load_model(path)
+        weights = self.saved(tmp_path / "saved") / WEIGHTS_FILE
+        with pytest.raises(uctrans.ModelFileError, match="holds weights alone: give its folder"):
+            uctrans.load_model(weights)

@@ -101,7 +101,9 @@ def _class_of(name: str, network: Network | Sequence[Network] | None, source: Pa
         try:
             return model_class(name)
         except ValueError as error:
-            raise ModelFileError(f"{source}: {error}") from None
+            raise ModelFileError(
+                f"{source}: {error}; or name the class that registers it: network (--network package.module:Class)"
+            ) from None
     classes = [find_model_class(each) for each in (network if isinstance(network, list | tuple) else [network])]
     for candidate in classes:
         if is_same_network(name, candidate.name):
