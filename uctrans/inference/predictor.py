@@ -6,7 +6,7 @@ model of several.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,18 @@ from ..layers import fold_batch_norms, set_backend
 from ..layers.switching import layers_with_backend
 from ..models import load_model
 from ..models.base import probabilities
-from ..tiling import OVERLAP, tiled
+from ..tiling import OVERLAP, mean_of_rows, tiled, tiled_rows
 from ..weight_casts import keep_weights_cast
 from .engines import forward_of, runs_in_torch
 from .onnx_model import SUFFIX, OnnxModel
 from .settings import InferenceError, check_choice
+from .transforms import TRANSFORMS, enlarge, inverse_transform, resize_smoothly, transform, untransformed_tiles
 
 RESOLUTIONS = ("protocol", "native")
 AMP = ("no", "bf16")
 SETTINGS = ("device", "resolution", "tile", "overlap", "tta", "amp", "batch_size", "channel_order", "graph")
 SETTINGS += ("intensity_range", "scale", "engine")
 SMALLEST_SCALE, LARGEST_SCALE = 0.1, 10
-
-# Each transform flips the columns if its second value is set, then turns counter-clockwise by its first, in quarters.
-TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
-    "none": ((0, False),),
-    "flips": ((0, False), (0, True), (2, False), (2, True)),
-    "d4": tuple((turns, flip) for flip in (False, True) for turns in range(4)),
-}
 
 # Equal in all members of an ensemble.
 SHARED_METADATA = ("target", "intensity_range", "palette", "ignore_label", "class_names")
@@ -152,8 +146,7 @@ class Predictor:
         transforms = TRANSFORMS[self.tta]
         height, width = self.tile
         with explaining_short_memory(f"lower batch_size (now {self.batch_size}) or tile (now {height} x {width})"):
-            inputs = self.protocol.to_input(images.to(self.device))
-            inputs = to_model_channels(inputs, self.model.in_channels, self.protocol.channel_order)
+            inputs = self._to_inputs(images)
             outputs = (inverse_transform(forward(transform(inputs, *step)), *step) for step in transforms)
             return sum(outputs) / len(transforms)
 
@@ -175,6 +168,42 @@ class Predictor:
         scaled_size = tuple(max(round(side * self.scale), 1) for side in size)
         scaled = resize_smoothly(pixels.float(), scaled_size).round().byte()
         return resize_smoothly(self.probabilities(scaled, tiled=True), size)[0]
+
+    @torch.inference_mode()
+    def probabilities_by_rows(self, read: Callable[[int, int], np.ndarray], size: tuple[int, int]) -> Iterator[Tensor]:
+        """Yield what `probabilities_of_image` returns for an image that is seen in tiles, a few rows at a time.
+
+        Args:
+            read: Takes the first row and the one after the last, and returns uint8 ``(rows, W, C)``.
+            size: Height H and width W of the image.
+
+        Yields:
+            float32 ``(P, rows, W)`` on the predictor's device, from top to bottom, H rows in all.
+
+        Raises:
+            InferenceError: The network sees the image resized, by its protocol or by a scale.
+        """
+        if self._is_resized:
+            raise InferenceError("resolution: protocol resizes the image as a whole; set it to native")
+        if self.scale != 1:
+            raise InferenceError(f"scale: {self.scale} resizes the image as a whole; resize the file instead")
+
+        def rows_of(turns: int, flip: bool) -> Iterator[Tensor]:
+            def forward(images: Tensor) -> Tensor:
+                outputs = self._forward(transform(self._to_inputs(images), turns, flip))
+                return inverse_transform(outputs, turns, flip)
+
+            tile, mirrored = untransformed_tiles(self.tile, turns, flip)
+            return tiled_rows(forward, read_tensor, size, tile, self.batch_size, self.overlap, mirrored)
+
+        def read_tensor(top: int, bottom: int) -> Tensor:
+            return torch.from_numpy(np.array(read(top, bottom))).permute(2, 0, 1)
+
+        yield from mean_of_rows([rows_of(*step) for step in TRANSFORMS[self.tta]])
+
+    def _to_inputs(self, images: Tensor) -> Tensor:
+        inputs = self.protocol.to_input(images.to(self.device))
+        return to_model_channels(inputs, self.model.in_channels, self.protocol.channel_order)
 
     def _forward(self, inputs: Tensor) -> Tensor:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -230,17 +259,6 @@ def predictor_of(config: Any) -> Predictor:
     )
 
 
-def transform(images: Tensor, turns: int, flip: bool) -> Tensor:
-    """Flip the columns of ``(..., H, W)`` if ``flip`` is set, then turn counter-clockwise by ``turns`` quarters."""
-    return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
-
-
-def inverse_transform(images: Tensor, turns: int, flip: bool) -> Tensor:
-    """Undo `transform`."""
-    images = torch.rot90(images, -turns, (-2, -1))
-    return images.flip(-1) if flip else images
-
-
 def to_model_channels(images: Tensor, in_channels: int, channel_order: str) -> Tensor:
     """Return images ``(B, C, H, W)`` with the channels of a model: as they are, or the luma of RGB for one channel.
 
@@ -253,18 +271,6 @@ def to_model_channels(images: Tensor, in_channels: int, channel_order: str) -> T
         raise InferenceError(f"images: have {images.shape[1]} channels, but the model takes {in_channels}; give these")
     weights = GRAY_WEIGHTS if channel_order == "rgb" else GRAY_WEIGHTS[::-1]
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(weights)).unsqueeze(1)
-
-
-def enlarge(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize ``(B, P, h, w)`` to ``size`` bilinearly; pixel centres stay in place and nothing is smoothed."""
-    if probabilities.shape[-2:] == size:
-        return probabilities
-    return nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
-
-
-def resize_smoothly(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize ``(B, C, h, w)`` to ``size`` bilinearly, over wider neighbourhoods where it shrinks (anti-aliasing)."""
-    return nn.functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def to_labels(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
