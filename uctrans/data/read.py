@@ -76,7 +76,7 @@ class Doubts:
 
     def add_highest(self, path: str | os.PathLike, highest: int, high: int) -> None:
         """Note the highest value of an image of 16 bits, and the end of the range that it is read in."""
-        self.highest[path] = highest, high
+        self.highest[path] = max(highest, self.highest.get(path, (0, high))[0]), high
 
     def warn(self) -> None:
         """Give one warning for each doubt."""
@@ -130,6 +130,13 @@ def decode_image(
     """Read an image as :func:`read_image` does, but add doubts about it to ``doubts`` instead of warning."""
     path = Path(path)
     picture = decode_file(path, channels if channels != RGB_CHANNELS else None)
+    return image_of(picture, path, channels, intensity_range, doubts)
+
+
+def image_of(
+    picture: Picture, path: Path, channels: int, intensity_range: tuple[int, int] | None, doubts: Doubts
+) -> np.ndarray:
+    """Return a decoded file, or a part of one, as :func:`decode_image` does."""
     pixels = _fit_channels(picture, path, channels, doubts)
     low, high = intensity_range or (0, picture.white)
     if intensity_range is not None:
