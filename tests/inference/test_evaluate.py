@@ -532,3 +532,11 @@ def test_bad_paths(dataset, tmp_path):
         evaluate(EvaluateConfig("model", str(dataset), str(tmp_path / "run"), overwrite=True))
     with locked(tmp_path / "scores"), pytest.raises(FolderError, match="is in use by process"):
         evaluate(EvaluateConfig("model", str(dataset), str(tmp_path / "scores")))
+
+
+def test_the_masks_are_no_output(dataset, use_model, brightness_model):
+    use_model(brightness_model())
+    masks = dataset / "test/masks"
+    with pytest.raises(InferenceError, match="holds the masks of a data set; choose another folder"):
+        evaluate(EvaluateConfig("model", str(dataset), str(masks), device="cpu", progress=False, overwrite=True))
+    assert sorted(path.name for path in masks.iterdir()) == ["all.png", "half.png", "none.png"]

@@ -41,6 +41,7 @@ from .settings import (
     output_folder,
     progress_bar,
     refuse_existing,
+    refuse_truth,
 )
 
 SCORES, SUMMARY, PICTURE, INSTANCE_PICTURE = "metrics.csv", "summary.json", "figure.png", "instances.png"
@@ -251,8 +252,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
 
     Raises:
         DataError: The split, the folds or a mask cannot be used, or an instance map belongs to another image.
-        InferenceError: A setting is out of its range, or the output folder holds a run, or an evaluation and
-            ``overwrite`` is not set.
+        InferenceError: A setting is out of its range, or the output folder holds a run, the images or masks of a data
+            set, or an evaluation and ``overwrite`` is not set.
         FolderError: Another process evaluates into the output folder, or it cannot be made or written to.
         ModelFileError: There is no model at ``config.model``.
         ValueError: The backend or device is unknown, or a backend is named and the model has none.
@@ -270,6 +271,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         raise InferenceError(
             f"output: {folder} is the folder of a run, which has a metrics.csv too; name another folder"
         )
+    refuse_truth(folder)
     with locked(folder):
         if not config.overwrite:
             refuse_existing([folder / name for name in (SCORES, SUMMARY, PICTURE, INSTANCE_PICTURE)], "an evaluation")
