@@ -3,10 +3,15 @@
 import contextlib
 import errno
 import itertools
+import os
 import pathlib
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -508,3 +513,36 @@ def test_a_network_that_stops_leaves_whole_files(stop, brightness_model, segment
     segment(images, resolution="protocol")
     assert found.items() <= contents(tmp_path / "masks").items()
     assert len(names(tmp_path / "masks")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_command_that_is_stopped_at_any_moment_continues(number, unet_folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in range(40):
+        imsave(tmp_path / f"images/{name}.png", np.roll(SQUARE, name, axis=1), check_contrast=False)
+    words = [sys.executable, "-m", "uctrans", "predict", "-i", tmp_path / "images", "--model", unet_folder]
+    words += ["--device", "cpu", "--no-progress", "--probability", "npy", "-o"]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(uctrans.__file__).parents[1])}
+
+    def start(output):
+        return subprocess.Popen([*words, tmp_path / output], env=environment, stderr=subprocess.PIPE, text=True)
+
+    assert start("whole").wait() == 0
+    expected = contents(tmp_path / "whole")
+    for files in (1, 2, 40):
+        process = start("stopped")
+        while process.poll() is None and len(list((tmp_path / "stopped").glob("*.npy"))) < files:
+            time.sleep(0.001)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode in (0, 128 + number, -signal.SIGKILL), errors
+        if process.returncode > 0:
+            assert re.search(r"; \d+ of 40 images are done; the same command continues\n", errors)
+        assert contents(tmp_path / "stopped").items() <= expected.items()
+    assert start("stopped").wait() == 0
+    assert contents(tmp_path / "stopped") == expected
+    assert (tmp_path / "stopped/.uctrans-predict.jsonl").read_bytes() == (
+        tmp_path / "whole/.uctrans-predict.jsonl"
+    ).read_bytes()
+    assert len(list((tmp_path / "stopped").iterdir())) == 121

@@ -23,13 +23,26 @@ ENDINGS = {
     "png": "_probability.png",
     "npy": "_probability.npy",
 }
+LARGE_ENDINGS = ENDINGS | {"mask": ".tif", "png": "_probability.tif"}  # of an image that is segmented in strips
 
 
 class Planned(NamedTuple):
-    """An image file to segment, and the files to write by what they show, see `ENDINGS`."""
+    """An image file to segment.
+
+    Attributes:
+        sample: The image.
+        files: The files to write by what they show, see `ENDINGS`.
+        large_files: Those to write instead if the image is segmented in strips, see `LARGE_ENDINGS`.
+    """
 
     sample: Sample
     files: dict[str, Path]
+    large_files: dict[str, Path]
+
+    @property
+    def possible_files(self) -> list[Path]:
+        """All files that may be written."""
+        return list(dict.fromkeys((*self.files.values(), *self.large_files.values())))
 
 
 class Segmented(NamedTuple):
@@ -59,15 +72,18 @@ def plan_files(samples: list[Sample], folder: Path, config: Any) -> list[Planned
     owners: dict[Path, Path] = {}
     plan = []
     for sample in samples:
-        files = {kind: folder / f"{sample.name}{ENDINGS[kind]}" for kind in kinds}
-        for path in files.values():
+        files, large_files = (
+            {kind: folder / f"{sample.name}{endings[kind]}" for kind in kinds} for endings in (ENDINGS, LARGE_ENDINGS)
+        )
+        planned = Planned(sample, files, large_files)
+        for path in planned.possible_files:
             if path in owners:
                 raise InferenceError(
                     f"input: {owners[path]} and {sample.image} would both write {path.name}; rename one of them, or "
                     "predict them into different folders"
                 )
             owners[path] = sample.image
-        plan.append(Planned(sample, files))
+        plan.append(planned)
     return plan
 
 
@@ -77,7 +93,7 @@ def divide_by_names(plan: list[Planned]) -> tuple[list[Planned], dict[Path, str]
     for planned in plan:
         image = planned.sample.image
         try:
-            for path in planned.files.values():
+            for path in planned.possible_files:
                 with contextlib.suppress(FileNotFoundError):
                     path.lstat()
         except OSError as error:
@@ -95,11 +111,11 @@ def find_missing(plan: list[Planned], journal: Journal) -> list[Planned]:
     """
     missing, foreign = [], []
     for planned in plan:
-        existing = [path for path in planned.files.values() if path.exists()]
+        existing = {path.name: path for path in planned.possible_files if path.exists()}
         entry = journal.find(planned.sample.name, planned.sample.image)
         if entry is None:
-            foreign += existing
-        if entry is None or not entry.done or len(existing) < len(planned.files):
+            foreign += existing.values()
+        if entry is None or not entry.done or not existing.keys() >= set(entry.files):
             missing.append(planned)
     refuse_existing(foreign, "this prediction")
     return missing
@@ -107,16 +123,17 @@ def find_missing(plan: list[Planned], journal: Journal) -> list[Planned]:
 
 def entry_of(planned: Planned, journal: Journal) -> Entry:
     """Return the entry of an image to segment, with its files, those that an earlier prediction made included."""
-    sample, files = planned
+    sample = planned.sample
     before = journal.entries[sample.name].files if sample.name in journal.entries else ()
-    names = {path.name for path in files.values()} | (set(before) & {sample.name + end for end in ENDINGS.values()})
+    known = {f"{sample.name}{ending}" for ending in (*ENDINGS.values(), *LARGE_ENDINGS.values())}
+    names = {path.name for path in planned.possible_files} | (known & set(before))
     return planned_entry(sample.image, sorted(names))
 
 
 def write_outputs(segmented: Segmented, model: nn.Module, config: Any) -> None:
     """Write all files of one image; raise DataError before the first if 16 bit cannot number its nuclei."""
-    (_, files), image, probabilities, labels = segmented
-    image = as_rgb(image)
+    files, image = segmented.planned.files, as_rgb(segmented.image)
+    probabilities, labels = segmented.probabilities, segmented.labels
     classes, palette = mask_classes(model), model.metadata.get("palette")
     if "instances" in files:
         instances = instances_of(model, probabilities, labels, config)
@@ -126,12 +143,20 @@ def write_outputs(segmented: Segmented, model: nn.Module, config: Any) -> None:
         with written_atomically(files["npy"]) as temporary:
             np.save(temporary, probabilities)
     if "png" in files:
-        first = mask_probabilities(model, probabilities[None])[0, 0]  # of the foreground, or of the background
-        shown = first if classes == 1 else 1 - first
-        write_png(files["png"], (shown * 255).round().astype(np.uint8))
-    if palette is not None:
-        mask = labels_to_colours(labels, palette)
-    else:
-        mask = labels * np.uint8(255) if classes == 1 else labels
+        write_png(files["png"], probability_shown(model, probabilities))
     write_png(files["overlay"], overlay(image, labels, class_colours(classes, palette)))
-    write_png(files["mask"], mask)
+    write_png(files["mask"], mask_shown(model, labels))
+
+
+def probability_shown(model: nn.Module, probabilities: np.ndarray) -> np.ndarray:
+    """Return the probability of foreground in 8 bits, uint8 ``(H, W)``, from all probabilities ``(P, H, W)``."""
+    first = mask_probabilities(model, probabilities[None])[0, 0]  # of the foreground, or of the background
+    foreground = first if mask_classes(model) == 1 else 1 - first
+    return (foreground * 255).round().astype(np.uint8)
+
+
+def mask_shown(model: nn.Module, labels: np.ndarray) -> np.ndarray:
+    """Return labels ``(H, W)`` as a mask file holds them: 0 and 255, label indexes, or colours ``(H, W, 3)``."""
+    if (palette := model.metadata.get("palette")) is not None:
+        return labels_to_colours(labels, palette)
+    return labels * np.uint8(255) if mask_classes(model) == 1 else labels

@@ -4,23 +4,26 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from ..data import DataError, find_images
+from ..data import find_images
+from ..data.image_files import ImageSize, read_size
 from ..data.read import Doubts
+from ..data.rows import open_rows
 from ..devices import explaining_short_memory
 from ..pipeline import in_thread
 from ..tiling import OVERLAP
 from ..writing import locked
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, mask_probabilities
 from .journal import Journal, weights_digest
-from .outputs import Planned, Segmented, divide_by_names, entry_of, find_missing, plan_files, write_outputs
+from .large import Strip
+from .outputs import Planned, Segmented, divide_by_names, entry_of, find_missing, plan_files
 from .predictor import Predictor, predictor_of, to_labels
 from .settings import (
     InferenceError,
@@ -31,8 +34,7 @@ from .settings import (
     refuse_inputs,
     refuse_truth,
 )
-
-Result = TypeVar("Result")
+from .writer import MEMORY_REMEDY, PER_IMAGE, Done, Failed, Writer
 
 PROBABILITY_FORMATS = ("none", "png", "npy")
 # Settings that change no result beyond rounding, or say where it lies.
@@ -80,6 +82,9 @@ class PredictConfig:
             ONNX Runtime, on an export that is made at the first image and cached. auto: torch; on a CPU onnx, if the
             extra export is installed and an export is cached or pays.
         overwrite: Replace files that exist, and predict images that are done again.
+        strips_above: Number of pixels above which an image is read, segmented and written in strips of rows, so that it
+            needs little memory. Its mask and its 8-bit probabilities are TIFF files, its overlay is reduced to 4096
+            pixels; it must be seen at native resolution, and single nuclei are not numbered.
         progress: Show a progress bar.
     """
 
@@ -106,6 +111,7 @@ class PredictConfig:
     graph: bool = True
     engine: str = "auto"
     overwrite: bool = False
+    strips_above: int = 64_000_000
     progress: bool = True
 
 
@@ -126,7 +132,7 @@ class WrittenFiles(list[Path]):
         self.images = self.pixels = 0
         self.seconds = 0.0
 
-    def add(self, done: "Done") -> None:
+    def add(self, done: Done) -> None:
         """Count an image whose files are written."""
         self += done.files
         self.images += 1
@@ -160,31 +166,18 @@ class PredictionError(InferenceError):
         )
 
 
-class Done(NamedTuple):
-    """An image whose files are written: their paths, and the number of its pixels."""
-
-    files: list[Path]
-    pixels: int
-
-
-class Failed(NamedTuple):
-    """An image that could not be segmented, and why."""
-
-    image: Path
-    reason: str
-
-
 def predict(config: PredictConfig) -> WrittenFiles:
     """Segment a folder of images, or one image.
 
     Writes for each image NAME.EXT, at its own size: ``NAME.png``, the mask (0 and 255 for binary models, otherwise the
     label index, or the colours of the palette that the model was trained with), ``NAME_overlay.png``, its outlines over
-    the image, and on request ``NAME_instances.png`` with its overlay and ``NAME_probability.png`` or ``.npy``. All
-    checks that need no prediction come before the first file. An image that cannot be read does not stop the others.
+    the image, and on request ``NAME_instances.png`` with its overlay and ``NAME_probability.png`` or ``.npy``. Of an
+    image with more than ``strips_above`` pixels, `uctrans.inference.large` writes the files. All checks that need no
+    prediction come before the first file. An image that cannot be read does not stop the others.
 
     The next image is read and the last one written while the network runs. A call that was stopped leaves whole files;
-    another call with the same model and settings goes on with the images that are missing, which it knows from the file
-    ``.uctrans-predict.jsonl`` in the output folder.
+    another call with the same model and settings continues with the images that are missing, which it knows from the
+    file ``.uctrans-predict.jsonl`` in the output folder.
 
     Returns:
         The files written, image by image.
@@ -205,6 +198,8 @@ def predict(config: PredictConfig) -> WrittenFiles:
     """
     check_choice("probability", config.probability, PROBABILITY_FORMATS)
     check_mask_settings(config.threshold, config.smallest_object, config.seed_distance)
+    if config.strips_above < 1:
+        raise InferenceError(f"strips_above: {config.strips_above} is too small; give 1 pixel or more")
     folder = output_folder(config.output)
     samples = find_images(config.input)
     plan = plan_files(samples, folder, config)
@@ -213,7 +208,9 @@ def predict(config: PredictConfig) -> WrittenFiles:
         if not journal.entries:
             refuse_truth(folder)
         plan, failures = divide_by_names(plan)
-        refuse_inputs([path for planned in plan for path in planned.files.values()], [item.image for item in samples])
+        refuse_inputs(
+            (path for planned in plan for path in planned.possible_files), (sample.image for sample in samples)
+        )
         missing = plan if config.overwrite else find_missing(plan, journal)
         predictor = predictor_of(config)
         settings = _settings(config, predictor)
@@ -249,27 +246,26 @@ def _segment(
 ) -> None:
     """Segment the images; add their files to ``written``, and why some cannot be segmented to ``failures``."""
     doubts = Doubts()
+    writer = Writer(predictor.model, config, journal)
 
-    def read(planned: Planned) -> tuple[Planned, np.ndarray] | Failed:
-        image = _attempt(planned, predictor.protocol.read_image, planned.sample.image, doubts)
-        return image if isinstance(image, Failed) else (planned, image)
-
-    def write(segmented: Segmented | Failed) -> Done | Failed:
-        if isinstance(segmented, Failed):
-            return segmented
-        planned = segmented.planned
-        failed = _attempt(planned, write_outputs, segmented, predictor.model, config)
-        if failed:
-            return failed
-        journal.note_done(planned.sample.name, planned.files.values())
-        return Done(list(planned.files.values()), segmented.labels.size)
+    def read(planned: Planned) -> tuple[Planned, np.ndarray | ImageSize] | Failed:
+        try:
+            with explaining_short_memory(MEMORY_REMEDY):
+                size = read_size(planned.sample.image)
+                is_large = size.height * size.width > config.strips_above
+                return planned, size if is_large else predictor.protocol.read_image(planned.sample.image, doubts)
+        except PER_IMAGE as error:
+            return Failed.of(planned, error)
 
     start = time.perf_counter()
     with (
         contextlib.closing(in_thread(read, missing)) as images,
-        contextlib.closing(in_thread(write, _run_network(images, predictor, config))) as results,
+        contextlib.closing(_run_network(images, predictor, config, doubts)) as segmented,
+        writer,
+        contextlib.closing(in_thread(writer.write, segmented)) as results,
     ):
-        for result in progress_bar(results, len(missing), "predict", config.progress):
+        ends = (result for result in results if result is not None)
+        for result in progress_bar(ends, len(missing), "predict", config.progress):
             if isinstance(result, Failed):
                 failures[result.image] = result.reason
             else:
@@ -279,27 +275,49 @@ def _segment(
 
 
 def _run_network(
-    images: Iterable[tuple[Planned, np.ndarray] | Failed], predictor: Predictor, config: PredictConfig
-) -> Iterator[Segmented | Failed]:
-    """Yield the images with their probabilities and labels."""
+    images: Iterable[tuple[Planned, np.ndarray | ImageSize] | Failed],
+    predictor: Predictor,
+    config: PredictConfig,
+    doubts: Doubts,
+) -> Iterator[Segmented | Strip | Failed]:
+    """Yield the images with their probabilities and labels: large ones in strips."""
     for item in images:
-        yield item if isinstance(item, Failed) else _attempt(item[0], _segmented, *item, predictor, config)
-        del item  # before the next image is waited for
+        if isinstance(item, Failed):
+            yield item
+            continue
+        planned, image = item
+        del item
+        try:
+            with explaining_short_memory(MEMORY_REMEDY):
+                if isinstance(image, ImageSize):
+                    yield from _strips(planned, image, predictor, config, doubts)
+                else:
+                    probabilities = predictor.probabilities_of_image(image)
+                    yield Segmented(planned, image, *_on_cpu(probabilities, predictor, config))
+        except PER_IMAGE as error:
+            yield Failed.of(planned, error)
+        del image  # before the next one is waited for
 
 
-def _segmented(planned: Planned, image: np.ndarray, predictor: Predictor, config: PredictConfig) -> Segmented:
-    probabilities = predictor.probabilities_of_image(image)
-    labels = to_labels(mask_probabilities(predictor.model, probabilities[None]), config.threshold)[0]
-    return Segmented(planned, image, probabilities.cpu().numpy(), labels.cpu().numpy())
-
-
-def _attempt(planned: Planned, work: Callable[..., Result], *arguments: Any) -> Result | Failed:
-    """Return the result of ``work(*arguments)``, or why this image cannot be segmented."""
-    image = planned.sample.image
+def _strips(
+    planned: Planned, size: ImageSize, predictor: Predictor, config: PredictConfig, doubts: Doubts
+) -> Iterator[Strip]:
+    protocol, top = predictor.protocol, 0
     try:
-        with explaining_short_memory("use a device with more memory, or smaller images"):
-            return work(*arguments)
-    except DataError as error:
-        return Failed(image, str(error))
-    except torch.OutOfMemoryError as error:
-        return Failed(image, f"{image}: {error}")
+        if config.instances:
+            raise InferenceError("instances: nuclei are numbered in an image as a whole; cut it into parts")
+        with open_rows(planned.sample.image, protocol.channels, protocol.intensity_range, doubts) as rows:
+            for probabilities in predictor.probabilities_by_rows(rows.read, rows.size):
+                image = rows.read(top, top + probabilities.shape[1])
+                yield Strip(planned, top, rows.size, image, *_on_cpu(probabilities, predictor, config))
+                top += probabilities.shape[1]
+    except InferenceError as error:
+        raise InferenceError(
+            f"{error}, or raise strips_above, which is {config.strips_above}, above {size.height} x {size.width} pixels"
+        ) from error
+
+
+def _on_cpu(probabilities: Tensor, predictor: Predictor, config: PredictConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return probabilities ``(P, H, W)`` and the labels that they give, for the threads without PyTorch."""
+    labels = to_labels(mask_probabilities(predictor.model, probabilities[None]), config.threshold)[0]
+    return probabilities.cpu().numpy(), labels.cpu().numpy()
