@@ -39,11 +39,11 @@ from uctrans.graphs import CapturedForward, CudaRecorder
 from uctrans.inference.engines import forward_of
 from uctrans.layers import fold_batch_norms
 from uctrans.training import TrainConfig, segmentation_loss
+from uctrans.training.build import training_forward
 from uctrans.training.distributed import Processes
 from uctrans.training.loop import train_step
 from uctrans.training.losses import EpochTotals
 from uctrans.training.optimization import build_optimizer
-from uctrans.training.run import training_forward
 from uctrans.training.step_graphs import StepGraphs
 from uctrans.weight_casts import keep_weights_cast
 

@@ -28,6 +28,7 @@ import torch
 import uctrans
 from uctrans.data import find_samples, get_protocol, load_tensors, read_image, read_mask
 from uctrans.training import TrainConfig
+from uctrans.training.build import plain_forward
 from uctrans.training.distributed import processes
 from uctrans.training.log import SilentLog
 from uctrans.training.loop import (
@@ -38,7 +39,7 @@ from uctrans.training.loop import (
     train_epoch,
     validate,
 )
-from uctrans.training.run import Run, plain_forward
+from uctrans.training.run import Run
 from uctrans.writing import write_png
 
 from .network import OURS

@@ -15,8 +15,8 @@ from uctrans.data import get_protocol, load_native, load_tensors, protocol_of
 from uctrans.data.find import Sample
 from uctrans.inference import EvaluateConfig, PredictConfig, evaluate, predict
 from uctrans.training import TrainConfig
+from uctrans.training.build import build_protocol, load_data
 from uctrans.training.distributed import Processes
-from uctrans.training.run import build_protocol, load_data
 
 TRUTH = np.zeros((16, 16), np.uint8)
 TRUTH[4:12, 2:9] = 1  # lies otherwise if it is turned or mirrored

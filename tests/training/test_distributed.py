@@ -13,8 +13,8 @@ import torch
 import uctrans
 from uctrans.data import Protocol
 from uctrans.models import registry
-from uctrans.training import ConfigError, load_checkpoint, loop, train
-from uctrans.training.distributed import Processes, processes, with_sync_batch_norm
+from uctrans.training import ConfigError, load_checkpoint, train
+from uctrans.training.distributed import Processes, locked_by_main, processes, with_sync_batch_norm
 from uctrans.training.log import read_metrics
 from uctrans.writing import FolderError
 
@@ -121,7 +121,7 @@ def test_a_folder_in_use_stops_all_processes(tmp_path, monkeypatch):
     refused = "output: run is in use by process 7"
     monkeypatch.setattr(Processes, "gather", lambda self, value: [refused, value])
     group = Processes(rank=1, count=2, device=torch.device("cpu"))
-    with pytest.raises(FolderError, match=refused), loop.locked_by_main(tmp_path / "run", group):
+    with pytest.raises(FolderError, match=refused), locked_by_main(tmp_path / "run", group):
         pass
     assert not (tmp_path / "run").exists()
 

@@ -12,13 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uctrans.data import NativeImages, SegmentationTensors
-from uctrans.training import TrainConfig
-from uctrans.training import run as run_module
+from uctrans.training import TrainConfig, build
+from uctrans.training.build import build_model, build_protocol
 from uctrans.training.distributed import Processes
 from uctrans.training.loop import train_step, validate
 from uctrans.training.losses import EpochTotals, configured_loss_and_dice, image_dice, segmentation_loss
 from uctrans.training.optimization import WeightAverage, build_optimizer
-from uctrans.training.run import build_model, build_protocol
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 META = torch.device("meta")
@@ -264,9 +263,9 @@ def test_how_the_network_is_called(make_config, monkeypatch, settings, count, ca
         return lambda images: name
 
     group = SimpleNamespace(count=count, wrap=lambda model: model if count == 1 else answers("in two processes"))
-    monkeypatch.setattr(run_module, "casting_together", lambda model, dtype: answers("cast together"))
+    monkeypatch.setattr(build, "casting_together", lambda model, dtype: answers("cast together"))
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: answers("compiled"))
-    forward = run_module.training_forward(answers("the model"), make_config(**settings), group)
+    forward = build.training_forward(answers("the model"), make_config(**settings), group)
     assert forward(torch.zeros(1)) == called
 
 

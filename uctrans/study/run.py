@@ -32,9 +32,9 @@ from ..models.external import find_model_class
 from ..models.files import LAST_CHECKPOINT
 from ..system import explained, lasting_streams
 from ..training import CheckpointError, ConfigError, TrainingError, train
+from ..training.build import check_backend_runs
 from ..training.checkpoint import copy_checkpoint
 from ..training.log import read_metrics
-from ..training.run import check_backend_runs
 from ..training.signals import StopRequest
 from ..writing import format_warning, locked, write_bytes
 from .folder import (

@@ -16,8 +16,8 @@ from ..data.find import shorten
 from ..extras import import_extra
 from ..inference import mean_and_deviation
 from ..training import TrainConfig
+from ..training.build import build_model, check_external, trial_device
 from ..training.log import read_metrics
-from ..training.run import build_model, check_external, trial_device
 from ..writing import written_atomically
 from .folder import read_ensemble, read_failure, read_scores
 from .plan import PlannedRun, StudyConfig, StudyError

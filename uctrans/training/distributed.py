@@ -7,12 +7,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..devices import find_device
+from ..writing import FolderError, locked
 from .config import ConfigError
 
 
@@ -112,6 +114,22 @@ def processes(device_name: str) -> Iterator[Processes]:
     finally:
         if is_owned:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def locked_by_main(folder: Path, group: Processes) -> Iterator[None]:
+    """Let the process that writes the files lock the folder; raise in all processes if it cannot."""
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if group.is_main:
+            try:
+                stack.enter_context(locked(folder))
+            except FolderError as error:
+                refusal = str(error)
+        refusal = group.gather(refusal)[0]
+        if refusal is not None:
+            raise FolderError(refusal)
+        yield
 
 
 def with_sync_batch_norm(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:

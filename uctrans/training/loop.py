@@ -36,14 +36,14 @@ from ..devices import explaining_short_memory
 from ..models.base import probabilities
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import tiled
-from ..writing import FolderError, locked
+from .build import plain_forward
 from .checkpoint import RUN_FILES, CheckpointError, CheckpointWriter, find_checkpoint, load_checkpoint, write_files
 from .config import TrainConfig, settings_for_memory
-from .distributed import Processes, processes
+from .distributed import Processes, locked_by_main, processes
 from .log import LOG_FILES, RunLog, SilentLog, TrainingError, failures_named
 from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice, ignored_label
 from .optimization import learning_rate
-from .run import Run, plain_forward
+from .run import Run
 from .signals import StopRequest
 
 LEAST_PROBABILITY = 1e-6  # keeps the loss of blended probabilities finite
@@ -111,22 +111,6 @@ def train(config: TrainConfig) -> RunResult:
             log.line(_summary(run, stopped_by))
         group.barrier()  # no process returns before the files are complete
     return RunResult(Path(config.output), run.best_epoch, run.best_dice, run.epoch, stopped_by, config.model)
-
-
-@contextlib.contextmanager
-def locked_by_main(folder: Path, group: Processes) -> Iterator[None]:
-    """Let the process that writes the files lock the folder; raise in all processes if it cannot."""
-    with contextlib.ExitStack() as stack:
-        refusal = None
-        if group.is_main:
-            try:
-                stack.enter_context(locked(folder))
-            except FolderError as error:
-                refusal = str(error)
-        refusal = group.gather(refusal)[0]
-        if refusal is not None:
-            raise FolderError(refusal)
-        yield
 
 
 @contextlib.contextmanager
