@@ -41,16 +41,25 @@ def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file.
 
     Raises:
-        UnreadableError: the path is no regular file, or the file is not JSON, nested too deeply, or too large.
+        UnreadableError: the path is no regular file, or the file is not JSON, has a key twice, is nested too deeply, or
+            too large.
         OSError: the file is missing, or cannot be opened.
     """
     content = _read_bytes(path, MAX_JSON_BYTES)
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_without_repetition)
     except RecursionError as error:
         raise UnreadableError(f"{path}: is nested too deeply to be read") from error
     except ValueError as error:
         raise UnreadableError(f"{path}: is not JSON ({error})") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has the key {next(key for key in values if keys.count(key) > 1)!r} twice")
+    return values
 
 
 def read_yaml(path: str | os.PathLike) -> Any:

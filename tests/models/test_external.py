@@ -10,8 +10,9 @@ from torch import nn
 import uctrans
 from tests.networks import ATTENTION_UNET, EXTERNAL, HALVING, HALVING_OPTIONS, NESTED_UNET, NESTED_UNET_OPTIONS, Halving
 from uctrans.models import ExternalModel, NetworkError, registry
-from uctrans.models.base import CARD_FILE, CONFIG_FILE
+from uctrans.models.base import CARD_FILE
 from uctrans.models.external import find_model_class
+from uctrans.models.weights import CONFIG_FILE
 
 
 def halving(**arguments):

@@ -12,7 +12,14 @@ from torch import nn
 
 import uctrans
 from tests.models.support import NAMES, build, randomised
-from uctrans.models.base import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from uctrans.models.base import CARD_FILE
+from uctrans.models.weights import CONFIG_FILE, DIGEST, WEIGHTS_FILE
+
+
+def change_config(folder, **changes):
+    """Change entries of config.json; None removes one."""
+    config = json.loads((folder / CONFIG_FILE).read_text()) | changes
+    (folder / CONFIG_FILE).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 @pytest.fixture
@@ -227,7 +234,7 @@ class TestUnusableFiles:
 
     def test_config_that_is_no_json(self, tmp_path):
         (self.saved(tmp_path) / CONFIG_FILE).write_text("{")
-        with pytest.raises(uctrans.ModelFileError, match=r"config\.json is not JSON"):
+        with pytest.raises(uctrans.ModelFileError, match=r"config\.json: is not JSON"):
             uctrans.load_model(tmp_path)
 
     def test_config_of_an_unknown_model_or_option(self, tmp_path):
@@ -254,6 +261,9 @@ class TestUnusableFiles:
             uctrans.load_model(tmp_path)
         build("unet", base_channels=8).save_pretrained(tmp_path / "wide")
         weights.write_bytes((tmp_path / "wide" / WEIGHTS_FILE).read_bytes())
+        with pytest.raises(uctrans.ModelFileError, match=r"is not the file that config\.json was written with"):
+            uctrans.load_model(tmp_path)
+        change_config(tmp_path, **{DIGEST: None})
         with pytest.raises(uctrans.ModelFileError, match="of another shape"):
             uctrans.load_model(tmp_path)
 
@@ -278,7 +288,7 @@ class TestUnusableFiles:
         with pytest.raises(uctrans.ModelFileError, match="truncated or not a checkpoint"):
             uctrans.load_model(path)
         torch.save({"format": "uctrans-checkpoint", "model": {"name": "unet"}}, path)
-        with pytest.raises(uctrans.ModelFileError, match="lacks the entry 'state'"):
+        with pytest.raises(uctrans.ModelFileError, match="lacks the entry 'config'"):
             uctrans.load_model(path)
         torch.save(nn.Linear(2, 2), path)
         with pytest.raises(uctrans.ModelFileError, match="never executed here"):

@@ -189,8 +189,9 @@ def test_weights_of_another_model_or_size_are_refused(finished):
 
 
 def test_foreign_checkpoint_in_a_run_folder_is_refused(finished, make_config, make_run):
-    known = load_checkpoint(finished / "last.pt")["train_config"]
+    known = load_checkpoint(finished / "last.pt")
     foreign = make_run(base_channels=4).state_dict()
-    save_checkpoint(finished / "last.pt", {**foreign, "train_config": known})
+    foreign["model"]["metadata"]["run_id"] = known["model"]["metadata"]["run_id"]
+    save_checkpoint(finished / "last.pt", foreign | {key: known[key] for key in ("train_config", "best")})
     with pytest.raises(CheckpointError, match=r"last\.pt: holds another unet"):
         train(make_config(resume=True))

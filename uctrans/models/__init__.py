@@ -1,7 +1,7 @@
 """The networks, their registry and their files."""
 
 from .activation_checkpointing import set_checkpointing
-from .base import ModelFileError, SegmentationModel, read_checkpoint
+from .base import SegmentationModel
 from .dual_branch import DualBranchUCTransNet
 from .external import ExternalModel, NetworkError
 from .files import load_model
@@ -9,6 +9,7 @@ from .published import load_upstream, to_upstream
 from .registry import create_model, list_models, register_model
 from .uctransnet import UCTransNet, resize_positions
 from .unet import UNet
+from .weights import ModelFileError, read_checkpoint
 
 __all__ = [
     "DualBranchUCTransNet",

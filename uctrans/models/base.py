@@ -1,15 +1,13 @@
 """The base class of the networks: name, configuration, and files."""
 
+import hashlib
 import importlib.util
 import json
-import pickle
 import re
 import tempfile
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,16 +15,12 @@ from torch.nn import functional as F
 
 from ..extras import import_extra
 from ..kernels.checks import check_dtypes_and_devices
-from ..writing import remove_unfinished, write_bytes
+from ..writing import remove_unfinished, write_bytes, written_together
+from .metadata import check_metadata
+from .weights import CONFIG_FILE, DIGEST, WEIGHTS_FILE, ModelFileError, build, read_model
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 REPOSITORY = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)  # on the Hugging Face hub
-
-
-class ModelFileError(ValueError):
-    """A model file cannot be used; the message names the file and the remedy."""
 
 
 class SegmentationModel(nn.Module):
@@ -99,17 +93,14 @@ class SegmentationModel(nn.Module):
             raise ModelFileError(
                 f"{source} is no folder here: give a folder that save_pretrained wrote, or owner/name on the hub"
             )
-        config = read_config(folder)
+        config, state = read_model(folder)
         name, metadata = config.pop("name"), config.pop("metadata", {})
         if not is_same_network(name, cls.name):
             raise ModelFileError(
                 f"{folder / CONFIG_FILE} describes a {name!r}, not a {cls.name!r}: use uctrans.load_model"
             )
-        try:
-            model = cls(**config)
-        except (TypeError, ValueError) as error:
-            raise ModelFileError(f"{folder / CONFIG_FILE} does not configure a {cls.name!r}: {error}") from None
-        load_safetensors(model, folder / WEIGHTS_FILE)
+        check_metadata(metadata, folder / CONFIG_FILE)
+        model = build(cls, config, state, folder / CONFIG_FILE)
         model.metadata = metadata
         return model.to(device)
 
@@ -178,12 +169,18 @@ def _parameters_as(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def write_model(folder: Path, saved: dict[str, Any]) -> None:
-    """Write ``model.safetensors`` and ``config.json`` of a model, given as its name, config, metadata and state."""
+    """Write ``model.safetensors`` and ``config.json`` of a model, given as its name, config, metadata and state.
+
+    The configuration holds the digest of the weights, so that the two files are only read together.
+    """
     remove_unfinished(folder)
     state = {key: value.detach().contiguous() for key, value in saved["state"].items()}
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(state))
-    text = json.dumps({"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}, indent=2)
-    write_bytes(folder / CONFIG_FILE, f"{text}\n".encode())
+    weights = safetensors.torch.save(state)
+    description = {"name": saved["name"], **saved["config"], "metadata": saved["metadata"]}
+    text = json.dumps(description | {DIGEST: hashlib.sha256(weights).hexdigest()}, indent=2)
+    with written_together([folder / CONFIG_FILE, folder / WEIGHTS_FILE]) as (config_file, weights_file):
+        config_file.write_bytes(f"{text}\n".encode())
+        weights_file.write_bytes(weights)
 
 
 def is_on_hub(source: str) -> bool:
@@ -255,74 +252,6 @@ def _list_of(values: dict[str, Any]) -> str:
 def is_same_network(one: str, other: str) -> bool:
     """Compare two names of networks; of ``package.module:Class``, the class counts and the module may have moved."""
     return (":" in one) == (":" in other) and one.rpartition(":")[2] == other.rpartition(":")[2]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json`` of a saved model; raise :class:`ModelFileError` if it is missing or damaged."""
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"{folder} has no {CONFIG_FILE}: give a folder that save_pretrained wrote") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelFileError(f"{path} is not JSON ({error}): save the model again or restore the file") from None
-    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise ModelFileError(f"{path} does not name a model: it needs the key 'name' that save_pretrained writes")
-    return config
-
-
-def read_checkpoint(path: str | Path) -> Any:
-    """Read a file of ``torch.save`` onto the CPU without executing anything in it.
-
-    Raises:
-        ModelFileError: the file is missing, truncated, not a checkpoint, or holds pickled objects.
-    """
-    # The authors' training code stores its scores as NumPy scalars; these are plain numbers.
-    number_types = [type(np.dtype(name)) for name in ("float32", "float64", "int64")]
-    rebuild_scalar = np.float64(0).__reduce__()[0]
-    try:
-        with torch.serialization.safe_globals([rebuild_scalar, np.dtype, *number_types]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist: check the path") from None
-    except pickle.UnpicklingError:
-        # PyTorch's own message advises loading without weights_only, which would execute what the file holds.
-        raise ModelFileError(
-            f"{path} is not a checkpoint, or holds more than tensors and plain values, which is never executed here: "
-            f"save its state dict alone with torch.save, or download it again"
-        ) from None
-    except Exception as error:  # arbitrary bytes make torch.load fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelFileError(f"{path} is truncated or not a checkpoint ({reason}): copy or download it again") from None
-
-
-def load_safetensors(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file; raise :class:`ModelFileError` if it is missing, damaged or of another model."""
-    try:
-        state = safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist: copy the weights into the folder of {CONFIG_FILE}") from None
-    except safetensors.SafetensorError as error:
-        raise ModelFileError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None
-    load_state(model, state, path)
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load a state dict; raise :class:`ModelFileError` with what differs, and ``source``, if it does not fit."""
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
-    if missing or unexpected or reshaped:
-        differences = [
-            f"{len(keys)} {problem} (first: {keys[0]})"
-            for problem, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", reshaped))
-            if keys
-        ]
-        raise ModelFileError(
-            f"{source} does not fit this model: entries {', '.join(differences)}. It belongs to another model or size; "
-            f"create the model with the configuration it was saved with"
-        )
-    model.load_state_dict(state)
 
 
 def weights_of_other_counts(model: SegmentationModel, source: SegmentationModel) -> list[str]:

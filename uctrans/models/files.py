@@ -7,26 +7,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..system import escaped, is_utf8
-from .base import (
-    CONFIG_FILE,
-    ModelFileError,
-    SegmentationModel,
-    is_same_network,
-    load_state,
-    read_checkpoint,
-    read_config,
-)
+from .base import SegmentationModel, is_same_network
 from .external import find_model_class
+from .metadata import check_metadata
 from .published import from_published, is_upstream
 from .registry import model_class
 from .uctransnet import UCTransNet
+from .weights import CONFIG_FILE, ModelFileError, build, check_finite, read_checkpoint, read_config
 
 Network = str | type[nn.Module]
 
-CHECKPOINT_FORMAT = "uctrans-checkpoint"
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "uctrans-checkpoint", 1
 BEST_FOLDER = "best"
 LAST_CHECKPOINT = "last.pt"
 BUILT_IN_MODELS = Path(__file__).parent / "pretrained"
+MODEL_PARTS = {"name": str, "config": dict, "metadata": dict, "state": dict}
 
 
 def load_model(
@@ -45,13 +40,14 @@ def load_model(
             package. None allows the former alone: no file has code imported that the caller does not name.
 
     Raises:
-        ModelFileError: the file is missing, corrupt, or of another kind.
+        ModelFileError: the file is missing, damaged, or of another kind, or a weight is not finite.
         ValueError: there is no such ``network``.
     """
     if not is_utf8(path):
         raise ModelFileError(f"{escaped(path)}: is not UTF-8; rename the file or folder")
     path = _find(path)
     model = _load_folder(path, network) if path.is_dir() else _load_file(path, network)
+    check_finite(model, path)
     return model.to(device).eval()
 
 
@@ -146,19 +142,26 @@ def _content(checkpoint: Any) -> str:
 def _from_checkpoint(
     checkpoint: dict[str, Any], path: Path, network: Network | Sequence[Network] | None
 ) -> SegmentationModel:
-    try:
-        saved = checkpoint["model"]
-        state, metadata = checkpoint.get("ema") or saved["state"], dict(saved["metadata"])
-        name, config = str(saved["name"]), saved["config"]
-    except KeyError as error:
+    if checkpoint.get("version", CHECKPOINT_VERSION) != CHECKPOINT_VERSION:
         raise ModelFileError(
-            f"{path} lacks the entry {error}: it is not a whole checkpoint of a training run"
-        ) from None
-    kind = _class_of(name, network, path)
-    try:
-        model = kind(**config)
-    except (TypeError, ValueError) as error:
-        raise ModelFileError(f"{path}: {error}") from None
-    load_state(model, state, path)
-    model.metadata = metadata
+            f"{path} has format version {checkpoint['version']}, this uctrans reads {CHECKPOINT_VERSION}: use the "
+            "uctrans that wrote it"
+        )
+    saved, averaged = checkpoint.get("model"), checkpoint.get("ema")
+    check_saved_model(saved, path)
+    kind = _class_of(saved["name"], network, path)
+    model = build(kind, saved["config"], saved["state"] if averaged is None else averaged, path)
+    model.metadata = dict(saved["metadata"])
     return model
+
+
+def check_saved_model(saved: Any, source: object) -> None:
+    """Raise :class:`ModelFileError` unless the entry "model" of a checkpoint has its parts, and metadata are valid."""
+    if not isinstance(saved, dict):
+        raise ModelFileError(f"{source} has no model: it is not a whole checkpoint of a training run")
+    for key, kind in MODEL_PARTS.items():
+        if not isinstance(saved.get(key), kind):
+            raise ModelFileError(
+                f"{source} lacks the entry {key!r}, or it is damaged: it is not a whole checkpoint of a training run"
+            )
+    check_metadata(saved["metadata"], source)

@@ -14,8 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .base import ModelFileError, load_state, read_checkpoint
 from .uctransnet import UCTransNet, resize_positions
+from .weights import ModelFileError, check_state, check_tensors, load_state, read_checkpoint, sketch_of
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 FIRST_CONVOLUTION = "inc.conv.weight"
@@ -53,17 +53,21 @@ def load_upstream(
 def from_published(checkpoint: object, source: object, channel_order: str = "rgb") -> UCTransNet:
     """Build a :class:`UCTransNet` as :func:`load_upstream` does from loaded contents; errors name ``source``."""
     state = _state_of(checkpoint, source)
+    check_tensors(state, source)
     try:
-        model = UCTransNet(**_infer_config(state, source)).to(state[FIRST_CONVOLUTION].dtype)
+        config = _infer_config(state, source)
+        sketch = sketch_of(UCTransNet, config, state, source)
         if channel_order == "bgr":
             state[FIRST_CONVOLUTION] = _reverse_channels(state[FIRST_CONVOLUTION])
-        converted = _converted(state, model, source)
+        converted = _converted(state, sketch, source)
     except ModelFileError:
         raise
-    except (IndexError, RuntimeError, ValueError) as error:  # shapes that contradict each other
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:  # shapes that contradict each other
         raise ModelFileError(
             f"{source} is damaged or not a UCTransNet checkpoint ({error}): download it again"
         ) from None
+    check_state(sketch, converted, source)
+    model = UCTransNet(**config).to(state[FIRST_CONVOLUTION].dtype)
     load_state(model, converted, source)
     return model.eval()
 

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from ..kernels import check_backend
 from ..layers import ChannelGate, ChannelTransformer, DoubleConv, Encoder
 from ..layers.arguments import check_counts, check_probabilities, check_whole_numbers, is_whole_number
-from .base import ModelFileError, SegmentationModel, check_image, pad_to_multiple, weights_of_other_counts
+from .base import SegmentationModel, check_image, pad_to_multiple, weights_of_other_counts
 from .registry import register_model
 from .unet import UNet, scale_widths
+from .weights import ModelFileError
 
 
 class GatedStage(nn.Module):

@@ -26,16 +26,17 @@ from typing import Any
 import torch
 
 from ..models import ModelFileError, read_checkpoint
-from ..models.base import load_state, read_config, write_model
-from ..models.files import CHECKPOINT_FORMAT, LAST_CHECKPOINT
+from ..models.base import write_model
+from ..models.files import CHECKPOINT_FORMAT, CHECKPOINT_VERSION, LAST_CHECKPOINT, check_saved_model
+from ..models.metadata import check_metadata
+from ..models.weights import load_state, read_config
 from ..system import CAUSES
 from ..writing import written_atomically
 from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
 from .log import failures_named, read_metrics
+from .parts import damaged_parts
 
-VERSION = 1
-KEYS = ("train_config", "epoch", "model", "ema", "optimizer", "scheduler", "best", "generators", "sampler")
-MODEL_KEYS = ("name", "config", "metadata", "state")
+REMEDY = "take another checkpoint of the run (best.pt), or train in another output folder"
 RUN_FILES = (LAST_CHECKPOINT, "best.pt", "best", "metrics.csv", "config.yaml")
 
 
@@ -50,7 +51,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         CheckpointError: the file cannot be written. The previous file is still there, whole.
     """
     with _failed_writes_named(path), written_atomically(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT, "version": VERSION, **checkpoint}, file)
+        torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **checkpoint}, file)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -116,7 +117,9 @@ def _files_of_another_run(folder: Path, checkpoint: dict[str, Any]) -> list[str]
     """
     ids = {}
     with contextlib.suppress(ModelFileError):
-        ids["best"] = read_config(folder / "best").get("metadata", {}).get("run_id")
+        metadata = read_config(folder / "best").get("metadata", {})
+        check_metadata(metadata, folder / "best")
+        ids["best"] = metadata.get("run_id")
     best_checkpoint = folder / "best.pt"
     if best_checkpoint.exists() and not best_checkpoint.samefile(folder / LAST_CHECKPOINT):
         with contextlib.suppress(CheckpointError):
@@ -137,25 +140,38 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged, holds pickled objects, or is no checkpoint of this format.
     """
     path = Path(path)
-    remedy = "take another checkpoint of the run (best.pt), or train in another output folder"
     try:
         checkpoint = read_checkpoint(path)
     except ModelFileError as error:
-        raise CheckpointError(f"{error}; or {remedy}") from error
+        raise CheckpointError(f"{error}; or {REMEDY}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: is not a checkpoint of a training run; name a last.pt or best.pt, or use init_from for weights"
         )
-    if checkpoint.get("version") != VERSION:
+    if checkpoint.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(
-            f"{path}: has format version {checkpoint.get('version')}, this uctrans reads {VERSION}; "
+            f"{path}: has format version {checkpoint.get('version')}, this uctrans reads {CHECKPOINT_VERSION}; "
             "use the uctrans that wrote it"
         )
-    missing = [key for key in KEYS if key not in checkpoint]
-    missing += [f"model.{key}" for key in MODEL_KEYS if key not in (checkpoint.get("model") or ())]
-    if missing:
-        raise CheckpointError(f"{path}: lacks {', '.join(missing)}; {remedy}")
+    if damaged := damaged_parts(checkpoint):
+        raise CheckpointError(f"{path}: lacks {', '.join(damaged)}, or they are damaged; {REMEDY}")
+    try:
+        check_saved_model(checkpoint.get("model"), path)
+    except ModelFileError as error:
+        raise CheckpointError(f"{error}; {REMEDY}") from error
     return checkpoint
+
+
+@contextlib.contextmanager
+def foreign_parts_named(path: Path) -> Iterator[None]:
+    """Turn the errors of restoring a run from parts that are not its own into a CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, ModelFileError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{path}: its parts are damaged or not those of this run ({reason}); {REMEDY}") from error
 
 
 def load_weights(model: torch.nn.Module, saved: dict[str, Any], path: str | Path) -> None:

@@ -37,7 +37,15 @@ from ..models.base import probabilities
 from ..models.files import LAST_CHECKPOINT
 from ..tiling import tiled
 from .build import plain_forward
-from .checkpoint import RUN_FILES, CheckpointError, CheckpointWriter, find_checkpoint, load_checkpoint, write_files
+from .checkpoint import (
+    RUN_FILES,
+    CheckpointError,
+    CheckpointWriter,
+    find_checkpoint,
+    foreign_parts_named,
+    load_checkpoint,
+    write_files,
+)
 from .config import TrainConfig, settings_for_memory
 from .distributed import Processes, locked_by_main, processes
 from .log import LOG_FILES, RunLog, SilentLog, TrainingError, failures_named
@@ -95,7 +103,9 @@ def train(config: TrainConfig) -> RunResult:
         checkpoint = find_checkpoint(config)
         run = Run(config, group)
         if checkpoint is not None:
-            run.load_state_dict(checkpoint, Path(config.output) / LAST_CHECKPOINT)
+            path = Path(config.output) / LAST_CHECKPOINT
+            with foreign_parts_named(path):
+                run.load_state_dict(checkpoint, path)
             del checkpoint
         group.barrier()  # no process writes before all have looked for a checkpoint
         with _emptied_if_nothing_was_learned(run), _open_log(run) as log, StopRequest() as stop:

@@ -21,7 +21,7 @@ from ..data.fingerprints import join_records
 from ..extras import import_extra
 from ..graphs import CapturedForward, CudaRecorder
 from ..models import set_checkpointing
-from ..models.base import load_state
+from ..models.weights import load_state
 from .build import (
     build_model,
     build_protocol,
@@ -39,6 +39,7 @@ from .config import TrainConfig
 from .distributed import Processes, with_sync_batch_norm
 from .losses import EpochTotals
 from .optimization import WeightAverage, build_optimizer, fit_to_device, learning_rate, set_learning_rate
+from .parts import check_order, load_optimizer
 from .step_graphs import StepGraphs, obstacle_to_graphs
 from .truth import check_truth_of_run, classes_of_masks
 
@@ -265,7 +266,7 @@ class Run:
         load_weights(self.model, state["model"], path)
         if self.average:
             load_state(self.average.model, state["ema"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         fit_to_device(self.optimizer, self.group.device)
         self.epoch = state["epoch"]
         if state["best"]["epoch"] >= self.first_best_epoch:  # otherwise it was the last epoch of a shorter run
@@ -273,6 +274,7 @@ class Run:
         self._load_generator_states(state["generators"][self.group.rank], sampler["generator"])
         self.steps_done = sampler["step"]
         if sampler["order"] is not None:
+            check_order(sampler["order"], len(self.train_data), self.images_per_epoch)
             self.order = sampler["order"].to(self.group.device)
             self.totals.load_state_dict(sampler["totals"][self.group.rank])
 
