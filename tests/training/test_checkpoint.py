@@ -195,3 +195,70 @@ def test_foreign_checkpoint_in_a_run_folder_is_refused(finished, make_config, ma
     save_checkpoint(finished / "last.pt", foreign | {key: known[key] for key in ("train_config", "best")})
     with pytest.raises(CheckpointError, match=r"last\.pt: holds another unet"):
         train(make_config(resume=True))
+
+
+DAMAGED = [
+    ("epoch", "2"),
+    ("epoch", -1),
+    ("train_config", None),
+    ("optimizer", None),
+    ("optimizer", {}),
+    ("optimizer.param_groups", "groups"),
+    ("optimizer.param_groups.0.betas", ("0.9", "0.99")),
+    ("optimizer.param_groups.0.params", [0]),
+    ("optimizer.state.0", {}),
+    ("optimizer.state.0.exp_avg", torch.zeros(3)),
+    ("optimizer.state.0.step", "3"),
+    ("optimizer.state.x", {}),
+    ("scheduler", 4),
+    ("best", []),
+    ("best.dice", "high"),
+    ("best.epoch", None),
+    ("generators", {}),
+    ("generators", [None]),
+    ("generators.0.cpu", torch.zeros(3, dtype=torch.uint8)),
+    ("generators.0.augment", "state"),
+    ("sampler", None),
+    ("sampler.generator", torch.zeros(4)),
+    ("sampler.train_names", 3),
+    ("sampler.train_fingerprints", ["a"]),
+    ("sampler.order", torch.arange(7) + 1),
+    ("sampler.order", torch.zeros(7)),
+    ("sampler.step", -1),
+    ("sampler.step", 1),
+    ("sampler.step", 1.5),
+    ("ema", "none"),
+    ("model.metadata.images", ["a.png"]),
+    ("model.state", {"head.weight": 1}),
+    ("model.config", [1]),
+]
+
+
+@pytest.mark.parametrize(("part", "value"), DAMAGED, ids=lambda value: value if isinstance(value, str) else "")
+def test_damaged_parts_are_refused(part, value, finished, make_config):
+    checkpoint = torch.load(finished / "last.pt", weights_only=True)
+    *outer, last = [int(key) if key.isdecimal() else key for key in part.split(".")]
+    inner = checkpoint
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    torch.save(checkpoint, finished / "last.pt")
+    config = make_config(resume=True)
+    with pytest.raises((CheckpointError, ModelFileError), match=r"last\.pt"):
+        train(config)
+
+
+def test_a_flipped_bit_is_noticed(finished, make_config):
+    content = bytearray((finished / "last.pt").read_bytes())
+    weight = load_checkpoint(finished / "last.pt")["model"]["state"]["head.weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    (finished / "last.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.pt .*the checksum of its record .* is wrong.*best\.pt"):
+        train(make_config(resume=True))
+
+
+def test_a_pipe_in_place_of_a_checkpoint_is_refused(finished, make_config):
+    (finished / "last.pt").unlink()
+    os.mkfifo(finished / "last.pt")
+    with pytest.raises(CheckpointError, match=r"last\.pt: is a named pipe"):
+        train(make_config(resume=True))

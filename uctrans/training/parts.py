@@ -33,7 +33,8 @@ def damaged_parts(checkpoint: dict[str, Any]) -> list[str]:
         outer, _, inner = name.partition(".")
         part = checkpoint if not inner else checkpoint.get(outer)
         key = inner or outer
-        if not isinstance(part, dict) or key not in part or not isinstance(part[key], kind):
+        is_whole = isinstance(part, dict) and key in part and isinstance(part[key], kind)
+        if not is_whole or (kind is int and part[key] < 0):
             damaged.append(name)
     return damaged
 
@@ -58,8 +59,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
 
 
-def check_order(order: torch.Tensor, images: int, images_per_epoch: int) -> None:
-    """Raise ValueError unless ``order`` has positions of all images of an epoch: int64 (images_per_epoch,)."""
+def check_progress(sampler: dict[str, Any], images: int, images_per_epoch: int, steps_per_epoch: int) -> None:
+    """Raise ValueError unless the order of the images and the number of steps done are those of an epoch."""
+    order = sampler["order"]
+    if sampler["step"] > (0 if order is None else steps_per_epoch):
+        raise ValueError(f"step {sampler['step']} is beyond the epoch")
+    if order is None:
+        return
     if order.dtype != torch.int64 or order.shape != (images_per_epoch,) or not 0 <= order.min() <= order.max() < images:
         raise ValueError("the order of the images is not that of an epoch")
 

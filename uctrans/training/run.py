@@ -39,7 +39,7 @@ from .config import TrainConfig
 from .distributed import Processes, with_sync_batch_norm
 from .losses import EpochTotals
 from .optimization import WeightAverage, build_optimizer, fit_to_device, learning_rate, set_learning_rate
-from .parts import check_order, load_optimizer
+from .parts import check_progress, load_optimizer
 from .step_graphs import StepGraphs, obstacle_to_graphs
 from .truth import check_truth_of_run, classes_of_masks
 
@@ -272,9 +272,9 @@ class Run:
         if state["best"]["epoch"] >= self.first_best_epoch:  # otherwise it was the last epoch of a shorter run
             self.best_epoch, self.best_dice = state["best"]["epoch"], state["best"]["dice"]
         self._load_generator_states(state["generators"][self.group.rank], sampler["generator"])
+        check_progress(sampler, len(self.train_data), self.images_per_epoch, self.steps_per_epoch)
         self.steps_done = sampler["step"]
         if sampler["order"] is not None:
-            check_order(sampler["order"], len(self.train_data), self.images_per_epoch)
             self.order = sampler["order"].to(self.group.device)
             self.totals.load_state_dict(sampler["totals"][self.group.rank])
 
