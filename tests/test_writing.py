@@ -22,6 +22,7 @@ from uctrans.writing import (
     UNFINISHED,
     FolderError,
     locked,
+    open_to_append,
     remove_unfinished,
     write_bytes,
     write_json,
@@ -218,6 +219,16 @@ def test_a_locked_folder_names_its_holder(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]
     with locked(tmp_path / "run"):
         pass
+
+
+def test_nothing_is_appended_through_a_link(tmp_path):
+    for text in ("first\n", "second\n"):
+        with open_to_append(tmp_path / "log.txt") as file:
+            file.write(text)
+    (tmp_path / "planted.txt").symlink_to(tmp_path / "log.txt")
+    with pytest.raises(OSError, match=r"planted\.txt"):
+        open_to_append(tmp_path / "planted.txt")
+    assert (tmp_path / "log.txt").read_text() == "first\nsecond\n"
 
 
 def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):

@@ -10,7 +10,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -179,6 +179,12 @@ def _open_temporary(folder: Path, extension: str) -> tuple[Path, int]:
         if os.fstat(descriptor).st_nlink:
             return path, descriptor
         os.close(descriptor)  # another process has removed it as abandoned before it was locked
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a UTF-8 text file to append to, which may be new; raise OSError for a link, which leads to another file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOT_FOLLOWED, 0o666)
+    return os.fdopen(descriptor, "a", encoding="utf-8", newline="")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """From an image to probabilities: sizes, tiles, test-time transforms, channels, devices, ensembles."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -11,10 +12,12 @@ import uctrans
 from uctrans.inference import (
     Ensemble,
     EvaluateConfig,
+    ExportConfig,
     InferenceError,
     PredictConfig,
     Predictor,
     evaluate,
+    export,
     load_predictor,
     predict,
 )
@@ -278,3 +281,19 @@ def test_an_empty_name_and_a_single_model_are_refused(unet_folder, brightness_mo
 def test_a_comma_in_the_name_of_a_folder_is_no_list(tmp_path):
     (tmp_path / "a,b").mkdir()
     assert load_predictor(saved(tmp_path / "a,b", 0), device="cpu").model.name == "unet"
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export"])
+def test_weights_that_are_not_finite_are_refused(command, dataset, tmp_path):
+    model = uctrans.create_model("unet", base_channels=4)
+    model.decoder[0].convs[0].norm.running_mean[1] = math.nan
+    folder = str(model.save_pretrained(tmp_path / "model"))
+    output = str(tmp_path / "output")
+    run = {
+        "predict": lambda: predict(PredictConfig(folder, str(dataset / "test/images"), output, progress=False)),
+        "evaluate": lambda: evaluate(EvaluateConfig(folder, str(dataset), output, progress=False)),
+        "export": lambda: export(ExportConfig(folder, output, formats=("torch",))),
+    }[command]
+    with pytest.raises(uctrans.ModelFileError, match=r"model: decoder\.0\..*running_mean has values that"):
+        run()
+    assert not (tmp_path / "output").exists()

@@ -6,6 +6,7 @@ import os
 import resource
 import struct
 import threading
+import time
 import zipfile
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import uctrans
 from tests.models.support import build
 from uctrans.models.weights import CONFIG_FILE, DIGEST, WEIGHTS_FILE
+from uctrans.writing import UNFINISHED
 
 
 def refused(match):
@@ -385,6 +387,28 @@ def test_loading_while_another_process_replaces_the_model(folder):
     finally:
         stop.set()
         process.join()
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_model_or_a_clear_error(folder):
+    context = multiprocessing.get_context("spawn")
+    for milliseconds in (0, 1, 3, 7, 15):
+        process = context.Process(target=replace_for_ever, args=(folder, context.Event()))
+        before = (folder / WEIGHTS_FILE).stat().st_ino
+        process.start()
+        while (folder / WEIGHTS_FILE).stat().st_ino == before:
+            assert process.is_alive()
+        time.sleep(milliseconds / 1000)
+        process.kill()
+        process.join()
+        try:
+            model = uctrans.load_model(folder)
+            assert model.head.bias[0].item() == model.metadata["best_epoch"]
+        except uctrans.ModelFileError as error:
+            assert "a process was stopped between the two" in str(error)
+        build("uctransnet", num_layers=1, patch_sizes=(4, 2)).save_pretrained(folder)
+        assert uctrans.load_model(folder).metadata == {}
+        assert not list(folder.glob(f"{UNFINISHED}*"))
 
 
 def test_other_threads_may_build_networks(folder):

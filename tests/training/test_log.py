@@ -118,3 +118,19 @@ def test_the_log_says_from_where_validation_images_are_drawn(make_config, image_
     text = (result.run_folder / "log.txt").read_text()
     assert "6 images, validating on 1" in text
     assert re.search("without a folder for val: 1 of the 7 images in .* are drawn for val by a fixed seed", text)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[]" + b"," * 9 + b"\n"], ids=["not UTF-8", "no number"])
+def test_a_damaged_file_is_named(content, tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(f"{','.join(COLUMNS)}\n".encode() + content)
+    with pytest.raises(TrainingError, match=r"metrics\.csv: is damaged .*; restore it, or delete it"):
+        read_metrics(tmp_path / "metrics.csv")
+
+
+def test_a_planted_log_is_not_written_through(make_config, tmp_path):
+    (tmp_path / "target").write_text("keep")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").symlink_to(tmp_path / "target")
+    with pytest.raises(TrainingError, match=r"log\.txt: cannot be written"):
+        train(make_config())
+    assert (tmp_path / "target").read_text() == "keep"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import import_extra
+from ..reading import check_regular_file
 from ..system import CAUSES
-from ..writing import write_bytes
+from ..writing import open_to_append, write_bytes
 from .config import TrainConfig
 
 COLUMNS = (
@@ -109,7 +110,7 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """Write a line to log.txt, and show it if progress is shown."""
-        with failures_named(self.folder / "log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with failures_named(self.folder / "log.txt"), open_to_append(self.folder / "log.txt") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self.show:
             self.bar.write(text)
@@ -120,7 +121,7 @@ class RunLog:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Write the metrics of an epoch, one value (or None) for each of ``COLUMNS``."""
-        with failures_named(self.folder / "metrics.csv"), (self.folder / "metrics.csv").open("a", newline="") as file:
+        with failures_named(self.folder / "metrics.csv"), open_to_append(self.folder / "metrics.csv") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if file.tell() == 0:
                 writer.writeheader()
@@ -141,13 +142,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.csv, with numbers as int or float and empty cells as None.
 
     An incomplete last line is left out. A missing file has no rows.
+
+    Raises:
+        TrainingError: the file is damaged.
     """
     path = Path(path)
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if set(row) == set(COLUMNS) and None not in row.values()]
-    return [{name: _number(name, row[name]) for name in COLUMNS} for row in rows]
+    try:
+        check_regular_file(path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if set(row) == set(COLUMNS) and None not in row.values()]
+        return [{name: _number(name, row[name]) for name in COLUMNS} for row in rows]
+    except (csv.Error, ValueError) as error:
+        raise TrainingError(f"{path}: is damaged ({error}); restore it, or delete it to go on without it") from error
 
 
 def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:
