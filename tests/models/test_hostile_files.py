@@ -392,8 +392,9 @@ def test_loading_while_another_process_replaces_the_model(folder):
 @pytest.mark.slow
 def test_a_killed_process_leaves_a_model_or_a_clear_error(folder):
     context = multiprocessing.get_context("spawn")
+    never = context.Event()
     for milliseconds in (0, 1, 3, 7, 15):
-        process = context.Process(target=replace_for_ever, args=(folder, context.Event()))
+        process = context.Process(target=replace_for_ever, args=(folder, never))
         before = (folder / WEIGHTS_FILE).stat().st_ino
         process.start()
         while (folder / WEIGHTS_FILE).stat().st_ino == before:
