@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.support import assert_as_exact_as, drawn
@@ -14,6 +15,8 @@ from uctrans.kernels.testing import ATTENTION_SHAPES, AttentionShape, attention_
 
 EPS = 1e-5
 SMALL = AttentionShape(2, 2, 9, (4, 8), 12)
+LARGE = AttentionShape(1, 2, 3, (1, 5, 394), 660)  # a head's map is no longer in a cache
+SHAPES = (*ATTENTION_SHAPES, LARGE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDERS = (composed.project_then_attend, composed.correlate_then_attend)
 
@@ -32,7 +35,7 @@ def projected_inputs(shape, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_composed_stays_within_the_error_budget(shape, dtype):
     def run(implementation):
         return lambda *inputs: implementation.channel_attention(*inputs, shape.segments, 0.0, EPS, None)
@@ -42,7 +45,7 @@ def test_composed_stays_within_the_error_budget(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
-@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_orders_stay_within_the_error_budget(shape, order, dtype):
     # The gradient by the query weight of a one-channel scale vanishes (instance norm takes its size out again), so its
     # rounding noise says nothing by itself: the query weights of all scales are one tensor here.
@@ -63,6 +66,45 @@ def test_both_orders_stay_within_the_error_budget(shape, order, dtype):
     tokens, context, query_weights, key_value_weight = projected_inputs(shape, dtype)
     inputs = [tokens, context, key_value_weight, torch.cat([weight.flatten() for weight in query_weights])]
     assert_as_exact_as(run(reference.projected_channel_attention), run(order), inputs)
+
+
+@pytest.mark.parametrize("shape", [SMALL, AttentionShape(1, 2, 3, (1, 50, 149), 200), LARGE], ids=str)
+def test_a_seed_drops_the_same_entries_in_maps_of_any_size(shape):
+    query, key, value = (tensor.detach() for tensor in attention_inputs(shape, torch.float64))
+    found, expected = (
+        channel_attention(query, key, value, shape.segments, dropout_p=0.4, seed=5, backend=backend)
+        for backend in ("composed", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+class Calls(TorchDispatchMode):
+    """Count the operations that are dispatched; views cost next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += not function.is_view
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("segments", [(4, 4, 4, 4), (16, 32)], ids=str)
+@pytest.mark.parametrize("tokens", [4, 16, 196])
+def test_small_maps_take_no_more_calls_than_the_published_steps(tokens, segments):
+    """Their time is that of the calls, forward and backward."""
+    inputs = projected_inputs(AttentionShape(1, 4, tokens, segments, sum(segments)), torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (*inputs[:2], *inputs[2], inputs[3])]
+    counts = {}
+    for backend in ("composed", "reference"):
+        with Calls() as forward:
+            output = projected_channel_attention(*inputs, backend=backend)
+        with Calls() as backward:
+            torch.autograd.grad(output.sum(), leaves)
+        counts[backend] = (forward.count, backward.count)
+    for composed_count, reference_count in zip(counts["composed"], counts["reference"], strict=True):
+        assert composed_count <= reference_count
 
 
 @drawn(
