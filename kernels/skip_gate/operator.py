@@ -16,6 +16,10 @@ from ..formats import empty_map, output_dtype
 from ..registration import register_gradient, register_operator
 from . import composed, reference
 
+# Entries of the encoder's map, 256 KiB in float32, up to which the published steps are as fast as those of composed or
+# up to 1.8 times as fast on a CPU: composed saves passes over maps, and takes more calls and autograd functions for it.
+SMALL_MAP = 2**16
+
 
 def skip_gate(
     encoder_feature: Tensor,
@@ -72,7 +76,8 @@ def skip_gate(
     )
     form = choose_form(backend, encoder_feature, "skip_gate")
     if form != "triton":
-        return (reference if form == "reference" else composed).skip_gate(*arguments)
+        is_small = not torch.compiler.is_compiling() and encoder_feature.numel() <= SMALL_MAP
+        return (reference if form == "reference" or is_small else composed).skip_gate(*arguments)
     # As in the published steps: under autocast the gate comes in autocast's dtype, and meets maps in theirs.
     maps = [feature for feature in (encoder_feature, tokens, decoder_feature) if feature is not None]
     dtype = reduce(torch.promote_types, (feature.dtype for feature in maps), output_dtype(encoder_feature))

@@ -24,13 +24,9 @@ from tests.kernels.support import (
     upstream_of_sums,
 )
 from uctrans.kernels import segmentation_loss, segmentation_scores, segmentation_sums, segmentation_totals
-from uctrans.kernels.segmentation_loss import reference
+from uctrans.kernels.segmentation_loss import composed, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def composed_sums(logits, masks, **options):
-    return segmentation_sums(logits, masks, backend="composed", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,7 +34,7 @@ def composed_sums(logits, masks, **options):
 @pytest.mark.parametrize("shape", SUMS_SHAPES.values(), ids=SUMS_SHAPES.keys())
 def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
     draws = [sums_inputs(*shape, dtype, memory_format, seed) for seed in range(4)]
-    assert_sums_as_exact_as_the_reference(composed_sums, draws)
+    assert_sums_as_exact_as_the_reference(composed.sums_by_image, draws)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -46,7 +42,7 @@ def test_composed_stays_within_the_error_budget(shape, memory_format, dtype):
 def test_composed_ignores_a_label_within_the_error_budget(classes, memory_format):
     for dtype in DTYPES:
         draws = [partly_ignored(*sums_inputs(3, classes, 9, 14, dtype, memory_format, seed)) for seed in range(2)]
-        assert_sums_as_exact_as_the_reference(composed_sums, draws, ignore_label=IGNORED)
+        assert_sums_as_exact_as_the_reference(composed.sums_by_image, draws, ignore_label=IGNORED)
 
 
 @drawn(
@@ -59,7 +55,9 @@ def test_composed_ignores_a_label_within_the_error_budget(classes, memory_format
 )
 def test_any_shape_agrees_with_the_reference(shape, channels_last, seed):
     inputs = sums_inputs(*shape, torch.float64, FORMATS[channels_last], seed)
-    torch.testing.assert_close(sums_results(composed_sums, *inputs), sums_results(reference.segmentation_sums, *inputs))
+    torch.testing.assert_close(
+        sums_results(composed.sums_by_image, *inputs), sums_results(reference.segmentation_sums, *inputs)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,7 +206,7 @@ class TestDerivatives:
         masks[0, 0] = 7  # no label
         logits.requires_grad_()
         for ignore_label in (None, 7):
-            sums = partial(composed_sums, masks=masks, ignore_label=ignore_label)
+            sums = partial(composed.sums_by_image, masks=masks, ignore_label=ignore_label)
             assert torch.autograd.gradcheck(lambda z, sums=sums: sums(z)[0], (logits,))
             assert torch.autograd.gradgradcheck(lambda z, sums=sums: sums(z)[0], (logits,))
 
@@ -220,7 +218,7 @@ class TestDerivatives:
         def weighted(z):
             return (segmentation_sums(z, masks)[0] * gradient).sum()
 
-        _, (expected, _) = None, sums_results(composed_sums, logits, masks, gradient)
+        _, (expected, _) = None, sums_results(composed.sums_by_image, logits, masks, gradient)
         expected = expected[-1]
         torch.testing.assert_close(torch.func.grad(weighted)(logits), expected)
         _, slope = torch.func.jvp(weighted, (logits,), (torch.ones_like(logits),))
@@ -236,15 +234,16 @@ class TestDerivatives:
             assert not counts.requires_grad
 
 
-@pytest.mark.parametrize("classes", [1, 3])
-def test_composed_runs_image_by_image_on_a_cpu_only(classes, monkeypatch):
-    published = reference.segmentation_sums
-    logits, masks = (tensor.cpu() for tensor in sums_inputs(2, classes, 4, 5, torch.float32))
-    plain = []
-    monkeypatch.setattr(reference, "segmentation_sums", lambda *inputs: plain.append(inputs) or published(*inputs))
-    composed_sums(logits, masks)
-    assert plain == []
-    assert composed_sums(logits.to("meta"), masks.to("meta"))[0].shape == (4 if classes == 1 else 3, 2, classes)
+@pytest.mark.parametrize(("classes", "small", "large"), [(1, 150, 190), (3, 30, 40)])
+def test_composed_runs_image_by_image_on_large_images_and_a_cpu_only(classes, small, large, monkeypatch):
+    by_image = []
+    monkeypatch.setattr(composed, "sums_by_image", lambda *inputs: by_image.append(inputs) or (None, None))
+    for side in (small, large):
+        maps = [tensor.cpu() for tensor in sums_inputs(1, classes, side, side, torch.float32)]
+        segmentation_sums(*maps, backend="composed")
+        assert len(by_image) == (side == large)
+        sums, _ = segmentation_sums(*(tensor.to("meta") for tensor in maps), backend="composed")
+        assert sums.shape == (4 if classes == 1 else 3, 1, classes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -78,9 +78,7 @@ def test_any_shape_agrees_with_the_reference(
     batch, channels, decoder_channels, grid, patch, has_tokens, concatenate, seed
 ):
     inputs = gate_inputs(batch, channels, decoder_channels, grid, patch, seed=seed, has_tokens=has_tokens)
-    output, expected = (
-        skip_gate(*inputs, concatenate=concatenate, backend=backend) for backend in ("composed", "reference")
-    )
+    output, expected = (form.skip_gate(*inputs, concatenate=concatenate) for form in (composed, reference))
     torch.testing.assert_close(output, expected)
 
 
@@ -117,43 +115,55 @@ def test_gradcheck(has_tokens, decoder_channels, concatenate, memory_format):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize(("side", "is_small"), [(8, True), (128, False)])
+def test_small_maps_take_the_published_steps(side, is_small):
+    """Their time is that of the calls, of which composed makes more; the bits tell which steps ran."""
+    inputs = gate_inputs(1, 5, 3, (2, 2), (side // 2, side // 2), dtype=torch.float32)
+    found, published, fewer_maps = (
+        skip_gate(*inputs, backend="composed"),
+        *(form.skip_gate(*inputs) for form in (reference, composed)),
+    )
+    assert not torch.equal(published, fewer_maps)
+    assert torch.equal(found, published if is_small else fewer_maps)
+
+
 class TestWhatPlainPyTorchAllows:
     """``composed`` is no black box to PyTorch: what works on the paper's steps works on it."""
 
     @staticmethod
-    def loss(backend, inputs):
+    def loss(form, inputs):
         def of_feature(feature):
-            return skip_gate(feature, *inputs[1:], backend=backend).square().sum()
+            return form.skip_gate(feature, *inputs[1:]).square().sum()
 
         return of_feature
 
     def test_functional_transforms(self):
         inputs = gate_inputs()
         for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
-            ours, published = (transform(self.loss(name, inputs))(inputs[0]) for name in ("composed", "reference"))
+            ours, published = (transform(self.loss(form, inputs))(inputs[0]) for form in (composed, reference))
             torch.testing.assert_close(ours, published)
 
     def test_vmap(self):
         inputs = gate_inputs()
         many = torch.stack([inputs[0], 2 * inputs[0]])
-        ours, published = (torch.vmap(self.loss(name, inputs))(many) for name in ("composed", "reference"))
+        ours, published = (torch.vmap(self.loss(form, inputs))(many) for form in (composed, reference))
         torch.testing.assert_close(ours, published)
 
     def test_forward_mode(self):
         inputs = gate_inputs()
         tangents = []
-        for name in ("composed", "reference"):
+        for form in (composed, reference):
             with torch.autograd.forward_ad.dual_level():
                 dual = torch.autograd.forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
-                tangents.append(torch.autograd.forward_ad.unpack_dual(self.loss(name, inputs)(dual)).tangent)
+                tangents.append(torch.autograd.forward_ad.unpack_dual(self.loss(form, inputs)(dual)).tangent)
         torch.testing.assert_close(*tangents)
 
     def test_output_and_feature_may_be_overwritten(self):
         gradients = []
-        for name in ("composed", "reference"):
+        for form in (composed, reference):
             inputs = [tensor.requires_grad_() for tensor in gate_inputs()]
             feature = inputs[0] * 1
-            output = skip_gate(feature, *inputs[1:], backend=name)
+            output = form.skip_gate(feature, *inputs[1:])
             output.mul_(2)
             feature.zero_()
             gradients.append(torch.autograd.grad(output.sum(), inputs[1:]))
