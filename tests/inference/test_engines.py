@@ -10,8 +10,20 @@ import torch
 from torch import nn
 
 import uctrans
-from uctrans.inference import ExportConfig, ExportError, InferenceError, Predictor, export, load_predictor
+from uctrans.inference import (
+    EvaluateConfig,
+    ExportConfig,
+    ExportError,
+    InferenceError,
+    PredictConfig,
+    Predictor,
+    evaluate,
+    export,
+    load_predictor,
+    predict,
+)
 from uctrans.inference.engines import CACHED_FILES, AutomaticForward, ExportedForward, cache_folder
+from uctrans.inference.journal import weights_digest
 from uctrans.inference.onnx_model import OnnxModel
 
 CPU = torch.device("cpu")
@@ -323,3 +335,17 @@ def test_bad_files(export_of_tiny, tmp_path):
         onnx.save(foreign, tmp_path / "foreign.onnx")
         with pytest.raises(uctrans.ModelFileError, match=r"foreign\.onnx was not written by uctrans export"):
             load_predictor(tmp_path / "foreign.onnx", device="cpu")
+
+
+def test_predict_and_evaluate_take_files_and_engines(exported, dataset, tmp_path):
+    path = str(exported(tiny(protocol="uctransnet-224")))
+    masks = {"output": str(tmp_path / "masks"), "device": "cpu", "progress": False}
+    assert len(predict(PredictConfig(path, str(dataset / "test/images"), engine="onnx", **masks))) == 6
+    scores = {"data": str(dataset), "output": str(tmp_path / "scores"), "device": "cpu", "progress": False}
+    assert len(evaluate(EvaluateConfig(path, engine="auto", **scores)).rows) == 3
+
+
+def test_two_files_are_two_models_to_a_folder_of_predictions(export_of_tiny):
+    first, second = (weights_digest(OnnxModel(path)) for path in export_of_tiny)
+    assert first != second
+    assert first == weights_digest(OnnxModel(export_of_tiny[0]))
