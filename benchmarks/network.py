@@ -19,6 +19,7 @@ import argparse
 import gc
 import math
 import multiprocessing
+import random
 import statistics
 import sys
 import time
@@ -413,14 +414,18 @@ def compare(problem: Problem, candidates: list[str]) -> Iterator[tuple[str, dict
 def race(problem: Problem, candidates: list[str]) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
     """Yield each candidate of inference with its notes and samples; all take turns in every round.
 
+    The order is drawn for each round, because a candidate starts with the caches and the heap that another leaves.
+
     Raises:
         AssertionError: a candidate computes something else.
     """
     works = {name: candidate_sample("inference", problem, name) for name in dict.fromkeys([OURS, *candidates])}
     samples: dict[str, list[float]] = {name: [] for name in works}
+    order, shuffle = list(works), random.Random(0).shuffle
     for _ in range(ROUNDS[problem.device]):
-        for name, (sample, _) in works.items():
-            samples[name].append(sample())
+        shuffle(order)
+        for name in order:
+            samples[name].append(works[name][0]())
     for name in candidates:
         outcome = compared(samples[name], samples[OURS])
         if "published" in candidates:
