@@ -50,7 +50,7 @@ from .settings import InferenceError, check_choice
 
 ENGINES = ("auto", "torch", "compile", "onnx")
 # Parameters times pixels that PyTorch computes before an export is made. UCTransNet at full width, on two cores: an
-# export takes about 30 s, and saves 0.2 s of an image of 224 pixels, whose product is 3.3e12; narrower ones save less.
+# export takes about 35 s, and saves 0.2 s of an image of 224 pixels, whose product is 3.3e12; narrower ones save less.
 EXPORT_PAYS_AFTER = 5e14
 CACHED_FILES = 8
 KNOWN_PACKAGES = ("torch", "uctrans")  # whose modules' code does not change between two versions
