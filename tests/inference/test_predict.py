@@ -364,7 +364,13 @@ def test_the_same_name_from_another_folder_is_another_image(segment, images, tmp
 
 @pytest.mark.parametrize(
     "journal",
-    [b"", b"\xff\n[1]\n", b'{"settings": [1]}\n{"name": "dot", "entry": 3}\n{"name": "dot"}\n{"name": "dot", "ent'],
+    [
+        b"",
+        b"\xff\n[1]\n",
+        b'{"settings": [1]}\n{"name": "dot", "entry": 3}\n{"name": "dot"}\n{"name": "dot", "ent',
+        b"[" * 100_000,
+    ],
+    ids=["empty", "foreign", "torn", "deep"],
 )
 def test_a_damaged_journal_is_none(journal, segment, images, tmp_path):
     segment(images)

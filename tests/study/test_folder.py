@@ -12,7 +12,7 @@ import pytest
 from uctrans.data import DataError
 from uctrans.data.instances import write_instances
 from uctrans.study import SkipStudyConfig, StudyError, run, study_models, study_skips
-from uctrans.study.folder import check_study, read_ensemble
+from uctrans.study.folder import FORMAT_VERSION, check_study, read_ensemble
 from uctrans.training import ConfigError
 from uctrans.writing import FolderError, locked, write_png
 
@@ -122,7 +122,11 @@ def test_damaged_scores_are_named(content, plain_copy, no_workers):
         study_models(plain_copy)
 
 
-@pytest.mark.parametrize("content", ['{"version"', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    ['{"version"', "[]", "[" * 100_000, f'{{"version": {FORMAT_VERSION}}}'],
+    ids=["torn", "list", "deep", "lacking"],
+)
 def test_a_damaged_marker_is_named(content, plain_copy, no_workers):
     (Path(plain_copy.output) / "study.json").write_text(content)
     with pytest.raises(StudyError, match=r"study\.json: is damaged"):

@@ -41,6 +41,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     assert TrainConfig.load_yaml(path).learning_rate == 0.002
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000, "{"], ids=["deep", "digits", "torn"])
+def test_model_options_that_are_not_json(text):
+    with pytest.raises(ConfigError, match=r"model_options: '.* is not JSON"):
+        TrainConfig(data="d", output="o", model_options=text)
+
+
 def test_model_options_may_be_json():
     assert TrainConfig(data="d", output="o", model_options='{"num_layers": 2}').model_options == {"num_layers": 2}
 

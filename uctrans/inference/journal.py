@@ -62,9 +62,8 @@ class Journal:
         if not self._path.is_file():
             return
         for line in self._path.read_bytes().splitlines():
-            with contextlib.suppress(
-                ValueError, TypeError, AttributeError, KeyError
-            ):  # a foreign or an unfinished line
+            # A foreign or an unfinished line.
+            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
                 content = json.loads(line)
                 self.settings = content.get("settings", self.settings)
                 if "name" in content:

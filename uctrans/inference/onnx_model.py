@@ -117,7 +117,7 @@ def _open_session(path: Path, device: torch.device) -> Any:
 
 def _read_record(path: Path, session: Any) -> dict[str, Any]:
     text = session.get_modelmeta().custom_metadata_map.get(RECORD, "{}")
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(text)
         if isinstance(record, dict) and set(FIELDS) <= record.keys():
             return record

@@ -182,6 +182,8 @@ def _continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
             f"output: another version of uctrans began the study in {folder}, and this one cannot continue it; "
             "name another output folder"
         )
+    if now.keys() - before.keys() or not isinstance(before["settings"], dict):
+        raise StudyError(f"{path}: is damaged (it lacks entries); restore it, or name another output folder")
     if before["study"] != now["study"]:
         raise StudyError(f"output: {folder} holds a study of {before['study']}; name another folder")
     if before["images"] != now["images"]:

@@ -368,5 +368,7 @@ def _fits(items: list | tuple, kinds: tuple) -> bool:
 def _parsed_json(name: str, text: str) -> Any:
     try:
         return json.loads(text) if text.strip() else {}
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: {text!r} is not JSON ({error}); write it like '{{\"num_layers\": 2}}'") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{name}: {text[:200]!r} is not JSON ({error}); write it like '{{\"num_layers\": 2}}'"
+        ) from error
