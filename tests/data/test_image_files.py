@@ -5,8 +5,13 @@ import lzma
 import os
 import re
 import struct
+import subprocess
+import sys
 import threading
+import tracemalloc
+import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +217,56 @@ def test_text_of_a_png_that_unpacks_to_much(tmp_path, name):
     content = path.read_bytes()
     path.write_bytes(content[:33] + chunk + content[33:])  # behind the header
     refuses(path, "cannot be read, it may be damaged .Decompressed data too large")
+
+
+def test_jpeg_of_very_many_scans(tmp_path):
+    Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(tmp_path / "a.jpg", progressive=True)
+    assert not read_image(tmp_path / "a.jpg", 1).any()
+    content = (tmp_path / "a.jpg").read_bytes()
+    start, end = content.rindex(b"\xff\xda"), content.rindex(b"\xff\xd9")
+    (tmp_path / "a.jpg").write_bytes(content[:start] + content[start:end] * 1300 + content[end:])
+    refuses(tmp_path / "a.jpg", r"cannot be read, it may be damaged .it passes 13\d\d times over its pixels")
+
+
+@pytest.mark.parametrize(
+    ("mode", "read"),
+    [
+        ("RGB", partial(read_image, channels=1)),
+        ("RGB", read_mask),
+        ("P", partial(read_mask, classes=4, palette="#000000,#010101,#020202,#030303")),
+    ],
+    ids=["luma", "coloured mask", "palette"],
+)
+def test_large_images_take_little_more_memory_than_their_pixels(tmp_path, mode, read):
+    """64-bit numbers for all pixels would take 216 MB, for one strip 32 MB; the memory of Pillow is not counted."""
+    pixels = np.arange(3000 * 3000, dtype=np.uint8).reshape(3000, 3000) % 4
+    image = Image.fromarray(np.dstack([pixels * 50, pixels, pixels]) if mode == "RGB" else pixels)
+    if mode == "P":
+        image.putpalette(np.repeat(np.arange(4), 3).tolist())
+    image.save(tmp_path / "a.png", compress_level=1)
+    tracemalloc.start()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            read(tmp_path / "a.png")
+        assert tracemalloc.get_traced_memory()[1] < 200_000_000
+    finally:
+        tracemalloc.stop()
+
+
+READ_IN_CHILD = """
+import resource
+from uctrans.data import read_image
+assert read_image({path!r}).shape == (13000, 13000, 3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_png_of_13000_pixels_within_two_gigabytes(tmp_path):
+    Image.fromarray(np.tile(random_pixels(500, 500, 3), (26, 26, 1))).save(tmp_path / "a.png", compress_level=1)
+    source = READ_IN_CHILD.format(path=str(tmp_path / "a.png"))
+    output = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout
+    assert int(output) < 2000
 
 
 def test_pictures_without_pixels(tmp_path):

@@ -37,6 +37,8 @@ ASSOCIATED_ALPHA = 1
 ALPHA_SAMPLES = (ASSOCIATED_ALPHA, 2)  # values of the tag ExtraSamples
 LOSSY_TIFF = ("JPEG", "JP2000", "WEBP", "LERC")  # parts of the names of compressions
 UNDECLARED_PAGES = ("IYX", "QYX")  # what tifffile calls pages of which the file does not say what they are
+JPEG_SCAN = b"\xff\xda"
+MAX_SCANNED = 2e10  # pixels in all scans of a JPEG file, about a minute; encoders write up to about ten scans
 ORIENTATION = 274  # the tag of EXIF and TIFF
 # Whether to exchange left and right, then the quarter turns counter-clockwise.
 UPRIGHT = {2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1)}
@@ -133,6 +135,10 @@ def _decode_with_pillow(path: Path, header: bytes) -> Picture:
             raise _several_pages(path, "2 or more")
         if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
             raise DataError(f"{path}: holds {mode} colours; convert it to RGB")
+        if kind in ("JPEG", "MPO"):
+            scans = path.read_bytes().count(JPEG_SCAN)
+            if scans * image.width * image.height > MAX_SCANNED:
+                raise unreadable(path, ValueError(f"it passes {scans} times over its pixels"))
         white = _white(image, header)
         if white is not None and white > 255 and mode == "RGB":
             raise DataError(f"{path}: is a 16-bit PPM, which cannot be read without loss; save it as 16-bit TIFF")
