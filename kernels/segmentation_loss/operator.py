@@ -69,7 +69,15 @@ def segmentation_totals(masks: Tensor, *, ignore_label: int | None = None) -> Te
     Pixels of ``ignore_label`` do not count, nor do images of nothing else. Images are at least a tiny number, so that
     the loss of a batch without any is 0. The mean of the losses of several processes is that of the whole batch if each
     averages over the mean of their totals.
+
+    Raises:
+        ValueError: ``masks`` are not (B, H, W), or cannot hold ``ignore_label``.
+        TypeError: ``masks`` are no bool or integers, or ``ignore_label`` is no whole number.
     """
+    _check_masks_dtype(masks)
+    if masks.ndim != 3:
+        raise ValueError(f"masks must be (B, H, W); got {tuple(masks.shape)}")
+    _check_ignored("ignore_label", ignore_label, masks)
     if ignore_label is None:
         positives = (masks > 0).sum(dtype=torch.float32)
         return torch.stack([torch.full_like(positives, len(masks)), positives, masks.numel() - positives])
@@ -162,9 +170,7 @@ def segmentation_scores(
 
 def _check_maps(logits: Tensor, masks: Tensor) -> None:
     check_dtypes_and_devices(logits=logits)
-    if not isinstance(masks, Tensor) or masks.dtype not in MASK_DTYPES:
-        given = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
-        raise TypeError(f"masks must be a tensor of bool or integers; got {given}: convert it with .to(torch.uint8)")
+    _check_masks_dtype(masks)
     if logits.ndim != 4 or logits.shape[1] == 0:
         raise ValueError(f"logits must be (B, classes, H, W), with at least one class; got {tuple(logits.shape)}")
     expected = (logits.shape[0], *logits.shape[2:])
@@ -172,6 +178,12 @@ def _check_maps(logits: Tensor, masks: Tensor) -> None:
         raise ValueError(f"masks must be {expected} for logits {tuple(logits.shape)}, not {tuple(masks.shape)}")
     if masks.device != logits.device:
         raise ValueError(f"all tensors must be on one device; got logits {logits.device}, masks {masks.device}")
+
+
+def _check_masks_dtype(masks: Tensor) -> None:
+    if not isinstance(masks, Tensor) or masks.dtype not in MASK_DTYPES:
+        given = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+        raise TypeError(f"masks must be a tensor of bool or integers; got {given}: convert it with .to(torch.uint8)")
 
 
 def _check_ignored(name: str, label: int | None, masks: Tensor) -> None:

@@ -321,6 +321,16 @@ class TestBadInput:
             segmentation_loss(logits, masks, cross_entropy_weight="1", backend=backend)
 
 
+def test_totals_of_bad_input():
+    masks = torch.zeros(2, 3, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"masks must be \(B, H, W\); got \(3, 4\)"):
+        segmentation_totals(masks[0])
+    with pytest.raises(TypeError, match=r"masks must be a tensor of bool or integers; got torch\.float32"):
+        segmentation_totals(masks.float())
+    with pytest.raises(ValueError, match=r"ignore_label: masks of torch\.uint8 cannot hold 256"):
+        segmentation_totals(masks, ignore_label=256)
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="unknown backend 'fastest'"):
         segmentation_sums(*sums_inputs(2, 1, 3, 4), backend="fastest")
