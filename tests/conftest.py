@@ -30,9 +30,10 @@ def interpreter_for_tests():
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return
-    from tests.kernels.interpreter import make_right_for_bfloat16, wrap_once
+    from tests.kernels.interpreter import make_right_for_bfloat16, refuse_integers_as_masks, wrap_once
 
     with pytest.MonkeyPatch.context() as patch:
         make_right_for_bfloat16(patch)
+        refuse_integers_as_masks(patch)
         wrap_once(patch)
         yield

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests run it: right for bfloat16, and faster.
+"""Triton's interpreter as the tests run it: right for bfloat16, of one mind on masks, and faster.
 
 The interpreter keeps a bfloat16 number as the 16-bit integer of its bits and computes with these integers: products,
 sums and comparisons are wrong, and nothing says so. Here each integer is the field of a structure, which numpy moves
@@ -69,6 +69,19 @@ def make_right_for_bfloat16(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
     patch.setattr(InterpreterBuilder, "create_masked_store", create_masked_store)
     patch.setattr(InterpreterBuilder, "get_bf16", lambda self, number: round_to_bfloat16([number]), raising=False)
+
+
+def refuse_integers_as_masks(patch: pytest.MonkeyPatch) -> None:
+    """Let every version of the interpreter refuse masks that are no booleans, as Triton 3.9 does."""
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        original = getattr(InterpreterBuilder, name)
+
+        def checked(self, *arguments, original=original, place=place):
+            if arguments[place].data.dtype != bool:
+                raise TypeError(f"mask has unsupported dtype {arguments[place].data.dtype}")
+            return original(self, *arguments)
+
+        patch.setattr(InterpreterBuilder, name, checked)
 
 
 def wrap_once(patch: pytest.MonkeyPatch) -> None:

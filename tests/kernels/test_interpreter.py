@@ -180,3 +180,16 @@ def test_arithmetic_in_bfloat16_is_refused(operation):
     numbers = normal(SIZE, dtype=torch.bfloat16)
     with pytest.raises(Exception, match=r"UFuncTypeError|Unsupported data type"):
         arithmetic_kernel[(1,)](numbers, torch.empty_like(numbers), operation, SIZE)
+
+
+@triton.jit
+def scalar_mask_kernel(results, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)
+    tl.store(results + places, 1.0, mask=(places < SIZE) & (tl.program_id(0) == 0))
+
+
+@pytest.mark.skipif(not is_interpreting(), reason="a GPU takes any mask")
+def test_masks_that_the_newest_interpreter_refuses_are_refused_by_all():
+    """There, the comparison of a scalar is an integer where it meets a block."""
+    with pytest.raises(Exception, match="mask has unsupported dtype"):
+        scalar_mask_kernel[(1,)](torch.zeros(SIZE, device=DEVICE), SIZE)
