@@ -97,7 +97,7 @@ def test_file_that_cannot_be_written_is_named(log_config, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "open", full)
+            patch.setattr("uctrans.training.log.open_to_append", full)
             with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be written .*No space.*resume"):
                 log.epoch(row(1))
 
