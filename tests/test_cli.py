@@ -464,6 +464,30 @@ def test_near_names_of_commands_and_flags(words, hint, capsys):
     assert hint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "masks/a.png"),
+            2,
+            "'masks/a.png': the disk is full; free space",
+        ),
+        (KeyboardInterrupt(), 130, "uctrans: interrupted"),
+        (cli.Terminated(), 143, "uctrans: terminated"),
+    ],
+)
+def test_a_stopped_prediction_says_how_much_is_done(error, status, message, monkeypatch, capsys):
+    def stop(config):
+        error.add_note("3 of 9 images are done; the same command continues")
+        raise error
+
+    stand_in(monkeypatch, "uctrans.inference:predict", stop)
+    assert cli.main(["predict", "-i", "images", "-o", "masks", "--model", "run"]) == status
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.endswith("; 3 of 9 images are done; the same command continues\n")
+
+
 def test_full_disk_gets_a_remedy(monkeypatch, capsys):
     def full(settings):
         raise OSError(errno.ENOSPC, "No space left on device", "scores/metrics.csv")

@@ -131,6 +131,15 @@ def test_what_needs_the_whole_image_costs_the_large_ones(settings, named, segmen
     assert not any(name.startswith("slide") for name in names(tmp_path / "strips"))
 
 
+def test_a_raised_limit_continues(segment, slide, tmp_path):
+    imsave(slide.parent / "small.png", picture((30, 30)), check_contrast=False)
+    with pytest.raises(PredictionError, match="raise strips_above"):
+        segment(source=slide.parent, instances=True)
+    written = segment(source=slide.parent, instances=True, strips_above=10**6)
+    assert (written.images, written.done_before) == (1, 1)
+    assert "slide_instances.png" in names(tmp_path / "strips")
+
+
 def test_a_limit_below_a_pixel(segment):
     with pytest.raises(InferenceError, match="strips_above: 0 is too small; give 1 pixel or more"):
         segment(strips_above=0)

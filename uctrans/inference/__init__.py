@@ -4,7 +4,7 @@ from .evaluate import EvaluateConfig, EvaluationResult, evaluate
 from .export import ExportConfig, ExportError, export
 from .figures import comparison_figure, overlay
 from .metrics import dice, hd95, iou, mean_and_deviation, mean_over_classes
-from .predict import PredictConfig, PredictionError, predict
+from .predict import PredictConfig, PredictionError, WrittenFiles, predict
 from .predictor import Ensemble, Predictor, load_predictor
 from .settings import InferenceError
 
@@ -18,6 +18,7 @@ __all__ = [
     "PredictConfig",
     "PredictionError",
     "Predictor",
+    "WrittenFiles",
     "comparison_figure",
     "dice",
     "evaluate",

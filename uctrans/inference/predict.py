@@ -39,7 +39,7 @@ from .writer import MEMORY_REMEDY, PER_IMAGE, Done, Failed, Writer
 PROBABILITY_FORMATS = ("none", "png", "npy")
 # Settings that change no result beyond rounding, or say where it lies.
 WITHOUT_EFFECT = ("model", "input", "output", "batch_size", "backend", "device", "graph", "engine", "overwrite")
-WITHOUT_EFFECT += ("progress",)
+WITHOUT_EFFECT += ("progress", "strips_above")
 
 
 @dataclass
