@@ -50,6 +50,10 @@ def test_paths_that_are_no_files(tmp_path, kind):
     for read in (check_regular_file, read_json, read_yaml):
         with pytest.raises(UnreadableError, match=rf"x\.y: {IRREGULAR[kind]}, not a file"):
             read(path)
+    with pytest.raises(
+        DataError, match=r"x\.y: is neither a file" if kind == "folder" else rf"x\.y: {IRREGULAR[kind]}"
+    ):
+        load_folds(path)
 
 
 def test_files_that_are_missing(tmp_path):

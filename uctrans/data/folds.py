@@ -109,7 +109,7 @@ def find_split(root: str | os.PathLike, split: str, folds: str | None = None, fo
 
 def _folds_path(path_or_name: str | os.PathLike) -> Path:
     path = Path(path_or_name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     shipped = {file.stem: file for file in sorted(FOLDS_FOLDER.glob("*.json"))}
     if str(path_or_name) in shipped:
