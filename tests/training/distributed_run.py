@@ -1,6 +1,7 @@
 """Train under torchrun; a program that test_distributed.py starts.
 
-Usage: distributed_run.py CONFIG.yaml FOLDER [STEPS]. Each process leaves its weights as FOLDER/RANK.pt. After STEPS
+Usage: distributed_run.py CONFIG.yaml FOLDER [STEPS]. Each process leaves its number in
+FOLDER/RANK.pid and its weights in FOLDER/RANK.pt. After STEPS
 steps the first process sends SIGTERM to torchrun. The model "plain" has no batch norm and is trained without
 augmentation, so that two processes see what one with twice the batch sees.
 """
@@ -69,6 +70,7 @@ def keep_weights(kept: dict[str, torch.Tensor]) -> None:
 
 def main(config_file: str, folder: str, steps: str = "0") -> None:
     config = TrainConfig.load_yaml(config_file)
+    (Path(folder) / f"{os.environ.get('RANK', 0)}.pid").write_text(str(os.getpid()))
     if config.model == "plain":
         Protocol.augment = unchanged
     stop_torchrun_after(int(steps))

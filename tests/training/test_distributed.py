@@ -3,8 +3,12 @@
 import dataclasses
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,8 @@ from uctrans.models import registry
 from uctrans.training import ConfigError, load_checkpoint, train
 from uctrans.training.distributed import Processes, locked_by_main, processes, with_sync_batch_norm
 from uctrans.training.log import read_metrics
-from uctrans.writing import FolderError
+from uctrans.training.signals import ending_with_parent
+from uctrans.writing import FolderError, locked
 
 ROOT = Path(uctrans.__file__).parents[1]
 PROGRAM = Path(__file__).with_name("distributed_run.py")
@@ -100,6 +105,95 @@ def test_torchrun_stopped_in_the_middle_of_an_epoch_and_resumed_ends_with_the_sa
         del row["seconds"], row["images_per_second"]
     assert_same(*ends)
     assert_same(*rows)
+
+
+def fork(work):
+    """Return the number of a child process that does ``work``."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_a_process_ends_with_its_parent(is_stuck):
+    reader, writer = os.pipe()
+
+    def wait_in_the_block():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if is_stuck else signal.SIG_DFL)
+        with ending_with_parent(seconds_to_save=0.2):
+            os.write(writer, b"begun")
+            time.sleep(60)
+
+    parent = fork(lambda: os.waitpid(fork(wait_in_the_block), 0))
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read(5) == b"begun"
+        os.kill(parent, signal.SIGKILL)
+        killed = time.monotonic()
+        assert pipe.read() == b""  # returns when the process has ended
+        assert time.monotonic() - killed < 10
+    os.waitpid(parent, 0)
+
+
+def test_after_the_block_the_parent_is_not_watched():
+    with ending_with_parent():
+        watching = threading.active_count()
+    while threading.active_count() >= watching:
+        time.sleep(0.01)
+
+
+def test_torchrun_that_has_ended_before_its_processes_have_begun_is_named(monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, value in {**environment, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"torchrun: nothing answers at localhost:{port}"), processes("cpu"):
+        pass
+
+
+def is_running(process):
+    """Return whether a thread of a process runs; a zombie that nobody waits for has none."""
+    try:
+        threads = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # it ends just now
+        return True
+    return any(thread.rpartition(")")[2].split()[0] != "Z" for thread in threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_the_processes_of_a_killed_torchrun_end_and_save(make_config, tmp_path, even_folder, is_stuck):
+    config = make_config(data=str(even_folder), batch_size=2, epochs=100_000, first_best_epoch=100_000, save_minutes=60)
+    config.save_yaml(tmp_path / "settings.yaml")
+    words = [sys.executable, *TORCHRUN, str(PROGRAM), str(tmp_path / "settings.yaml"), str(tmp_path)]
+    torchrun = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    folder, deadline = Path(config.output), time.monotonic() + 200
+    while not read_metrics(folder / "metrics.csv") and torchrun.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    first, second = ranks = [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]
+    if is_stuck:
+        os.kill(second, signal.SIGSTOP)
+    torchrun.kill()
+    torchrun.wait()
+    killed = time.monotonic()
+    while any(map(is_running, [first] if is_stuck else ranks)) and time.monotonic() < killed + 10:
+        time.sleep(0.1)
+    print(f"after {time.monotonic() - killed:.1f} s")
+    still_running = [is_running(process) for process in ranks]
+    for process, runs in zip(ranks, still_running, strict=True):
+        if runs:
+            os.kill(process, signal.SIGKILL)
+    assert still_running == [False, is_stuck]
+    if not is_stuck:
+        assert "stopped by SIGTERM" in (folder / "log.txt").read_text().splitlines()[-1]
+        assert load_checkpoint(folder / "last.pt")["epoch"] >= 1
+    with locked(folder):
+        pass
 
 
 def test_without_torchrun_this_is_the_only_process():

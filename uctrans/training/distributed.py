@@ -5,6 +5,7 @@ DistributedDataParallel averages the gradients. In a single process all function
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from ..devices import find_device
 from ..writing import FolderError, locked
 from .config import ConfigError
+from .signals import ending_with_parent
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,11 @@ def processes(device_name: str) -> Iterator[Processes]:
     """Join the processes that ``torchrun`` started (NCCL between GPUs, otherwise gloo) and leave them at the end.
 
     Without ``torchrun`` this process is the only one. An existing process group is used and stays as it is. The device
-    "cuda" means a different GPU in each process.
+    "cuda" means a different GPU in each process. When ``torchrun`` is killed, its processes get SIGTERM, and end within
+    ten seconds.
 
     Raises:
-        ConfigError: There is no such device.
+        ConfigError: There is no such device, or ``torchrun`` has ended already.
     """
     try:
         device = find_device(device_name, default_index=int(os.environ.get("LOCAL_RANK", 0)))
@@ -104,16 +107,29 @@ def processes(device_name: str) -> Iterator[Processes]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     is_owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if is_owned:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
+    with contextlib.ExitStack() as stack:
+        if is_owned:
+            stack.enter_context(ending_with_parent())
+            _check_torchrun_is_there()
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            stack.callback(dist.destroy_process_group)
         if dist.is_initialized():
             yield Processes(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
         else:
             yield Processes(0, 1, device)
-    finally:
-        if is_owned:
-            dist.destroy_process_group()
+
+
+def _check_torchrun_is_there() -> None:
+    """Raise ConfigError if ``torchrun`` was killed while this process was starting, whose store is then closed."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(address).close()
+    except ConnectionRefusedError as error:
+        raise ConfigError(
+            f"torchrun: nothing answers at {address[0]}:{address[1]}, it has ended; start it again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
-"""SIGINT and SIGTERM as requests to stop after the current step."""
+"""SIGINT and SIGTERM as requests to stop after the current step, and the death of the parent as a SIGTERM."""
 
+import contextlib
+import os
 import signal
 import threading
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class StopRequest:
@@ -35,3 +39,26 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+@contextlib.contextmanager
+def ending_with_parent(seconds_to_save: float = 7.0) -> Iterator[None]:
+    """Send SIGTERM to this process when its parent dies during the block.
+
+    A process that still runs after ``seconds_to_save``, because it waits for another one, ends without saving.
+    """
+    parent, is_over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if is_over.wait(SECONDS_BETWEEN_LOOKS):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not is_over.wait(seconds_to_save):
+            os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch over the parent", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
