@@ -518,6 +518,14 @@ def test_a_command_whose_reader_has_gone_ends_as_usual(monkeypatch):
     assert done == [0, 1, 2]
 
 
+def test_a_report_that_finds_a_full_disk_is_an_error(monkeypatch, capsys):
+    stand_in(monkeypatch, "uctrans.inference:export", lambda settings: [])
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert cli.main(EXPORT) == cli.USER_ERROR
+    assert "the disk is full" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_training_in_a_pipe_that_is_closed_is_completed(data, tmp_path):
     words = [sys.executable, "-m", "uctrans", "train", "-i", data, "-o", tmp_path / "run", "--epochs", "2", *TINY[:-1]]

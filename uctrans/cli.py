@@ -436,7 +436,7 @@ def _run(words: Sequence[str]) -> int:
 
     with explaining_short_memory("free memory, or use a machine with more"):
         result = function(settings)
-    print(COMMANDS[name].report(result))
+    print(COMMANDS[name].report(result), flush=True)
     stopped_by = getattr(result, "stopped_by", "")
     return 128 + signal.Signals[stopped_by] if stopped_by in STOPPING_SIGNALS else 0
 

@@ -75,7 +75,8 @@ def lasting_streams() -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError):  # which the block has raised already
+                stream.flush()
         sys.stdout, sys.stderr = before
 
 
