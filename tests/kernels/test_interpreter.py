@@ -126,9 +126,13 @@ def extremes_kernel(numbers, results, SIZE: tl.constexpr):
 
 
 def test_extremes():
-    """``tl`` widens what it compares."""
+    """``tl`` widens what it compares; that of Triton 3.9 does not, and is refused."""
     numbers = normal(SIZE, dtype=torch.bfloat16)
     results = torch.empty(4, SIZE, dtype=torch.bfloat16, device=DEVICE)
+    if is_interpreting() and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+        with pytest.raises(Exception, match="UFuncTypeError"):
+            extremes_kernel[(1,)](numbers, results, SIZE)
+        return
     extremes_kernel[(1,)](numbers, results, SIZE)
     flipped = numbers.flip(0)
     expected = [torch.maximum(numbers, flipped), torch.minimum(numbers, flipped)]
@@ -178,7 +182,7 @@ def arithmetic_kernel(numbers, results, OPERATION: tl.constexpr, SIZE: tl.conste
 )
 def test_arithmetic_in_bfloat16_is_refused(operation):
     numbers = normal(SIZE, dtype=torch.bfloat16)
-    with pytest.raises(Exception, match=r"UFuncTypeError|Unsupported data type"):
+    with pytest.raises(Exception, match=r"UFuncTypeError|Unsupported data type|bad_cast"):
         arithmetic_kernel[(1,)](numbers, torch.empty_like(numbers), operation, SIZE)
 
 
