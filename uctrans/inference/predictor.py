@@ -6,6 +6,7 @@ model of several.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ..tiling import OVERLAP, mean_of_rows, tiled, tiled_rows
 from ..weight_casts import keep_weights_cast
 from .engines import forward_of, runs_in_torch
 from .onnx_model import SUFFIX, OnnxModel
+from .programs import size_multiple
 from .settings import InferenceError, check_choice
 from .transforms import TRANSFORMS, enlarge, inverse_transform, resize_smoothly, transform, untransformed_tiles
 
@@ -307,6 +309,7 @@ class Ensemble(nn.Module):
         models: The members.
         name: "ensemble".
         in_channels, classes: Those of every member.
+        size_multiple: Pixels that images of every member are padded to a multiple of.
         config: The configurations of the members, under "members".
         metadata: What the members have in common; "members", their names; and "images", those of all members.
 
@@ -335,6 +338,7 @@ class Ensemble(nn.Module):
                 )
         self.models = nn.ModuleList(models)
         self.in_channels, self.classes = first["in_channels"], first["classes"]
+        self.size_multiple = math.lcm(*(size_multiple(model) for model in models))
         self.config: dict[str, Any] = {
             "members": [{"name": model.name, **model.config} for model in models],
             "image_size": first["image_size"],
