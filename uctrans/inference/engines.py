@@ -30,6 +30,7 @@ from ..layers import set_backend
 from ..layers.plain import is_plain
 from ..layers.switching import layers_with_backend
 from ..models import ModelFileError
+from ..models.base import probabilities
 from ..writing import written_atomically
 from .journal import weights_digest
 from .onnx_model import OnnxModel, require_onnxruntime
@@ -181,7 +182,8 @@ class ExportedForward:
                 set_backend(network, "composed")
             with quiet():
                 write_onnx(trace(network, taken), path, network, taken, digest=self._digest(taken))
-                check_program(OnnxModel(path), network, [(1, *taken.size)], "onnx", taken.dynamic)
+                runs = _Probabilities(OnnxModel(path)), _Probabilities(network)
+                check_program(*runs, [(1, *taken.size)], "onnx", taken.dynamic)
             return OnnxModel(self._kept(path, taken), self.device)
 
     def _from_cache(self, taken: ProgramInput) -> OnnxModel | None:
@@ -227,6 +229,17 @@ class ExportedForward:
                 return None
         versions = [__version__, torch.__version__, *(version(package) for package in ONNX_PACKAGES)]
         return f"{weights_digest(self.network)} {versions} {self.network}"
+
+
+class _Probabilities(nn.Module):
+    """The probabilities of a network: the logits of an ensemble that is certain differ by rounding of its mean."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.in_channels = network, network.in_channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        return probabilities(self.network(image))
 
 
 class AutomaticForward:
