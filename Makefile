@@ -35,7 +35,7 @@ format: $(VENV)/.dev ## apply what ruff can correct
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/.dev ## time the operators against the published operations on this CPU, two minutes
+benchmark: $(VENV)/.dev ## time the operators against the published operations on this CPU
 	$(BIN)/python -m pytest benchmarks -k "cpu and batch_4 and both and reference" --benchmark-only
 
 gpu: ## run the first call of the plan for a CUDA GPU, seven minutes: make gpu PYTHON=python
