@@ -365,7 +365,7 @@ def test_names_that_are_not_utf8(tmp_path):
         find_samples(tmp_path)
     put(tmp_path / "images" / "c.png", BLACK).rename(tmp_path / "images" / name)
     for find in (lambda: find_images(tmp_path / "images"), lambda: find_images(tmp_path / "images" / name)):
-        with pytest.raises(DataError, match=r"b\\udcff\.png: the name of this file is not UTF-8; rename it"):
+        with pytest.raises(DataError, match=r"b\\udcff\.png: is not UTF-8; rename the file or its folder"):
             find()
 
 

@@ -71,6 +71,7 @@ def test_run_folder_holds_what_it_should(make_config):
     assert list((folder / "tensorboard").iterdir())
     metadata = json.loads((folder / "best" / "config.json").read_text())["metadata"]
     images = metadata.pop("images")
+    assert len(metadata.pop("run_id")) == 32
     assert list(images["train"].values()) == [f"train{number}" for number in range(7)]
     assert list(images["val"].values()) == [f"val{number}" for number in range(3)]
     assert list(images["val"]) == [

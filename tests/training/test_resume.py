@@ -40,7 +40,7 @@ def end_of(config):
     folder = Path(config.output)
     checkpoints = {name: load_checkpoint(folder / name) for name in ("last.pt", "best.pt")}
     for checkpoint in checkpoints.values():
-        del checkpoint["train_config"], checkpoint["model"]["metadata"]["run_id"]
+        del checkpoint["train_config"]
     rows = read_metrics(folder / "metrics.csv")
     for row in rows:
         del row["seconds"], row["images_per_second"]
