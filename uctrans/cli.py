@@ -5,8 +5,8 @@ A command is a function that takes a dataclass of settings. Each field is a flag
 ``uctrans --help`` needs neither PyTorch nor the training extra.
 
 Exit status: 0 success; 2 an error that the user can mend, printed in one line on stderr (``UCTRANS_DEBUG=1`` shows the
-traceback); 130 and 143 stopped by SIGINT and SIGTERM. A command whose reader has gone, as in ``uctrans study | head``,
-goes on in silence and ends as it would with one.
+traceback); 130 and 143 stopped by SIGINT and SIGTERM. A command whose reader has closed the pipe, as in
+``uctrans study | head``, continues without output and keeps its exit status.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the operating system hands over and refuses: error numbers, names that are not UTF-8, closed output streams."""
+"""Handle what the operating system reports: error numbers, names that are not UTF-8, closed output streams."""
 
 import contextlib
 import errno

@@ -24,7 +24,7 @@ DIGITS = 16
 
 
 class Entry(NamedTuple):
-    """What the journal says about an image.
+    """The record of an image in the journal.
 
     Attributes:
         image: Absolute path of the image file.

@@ -44,7 +44,7 @@ class ExportError(InferenceError):
 
 @dataclass(frozen=True)
 class ProgramInput:
-    """What a program takes.
+    """The shapes that an exported program accepts.
 
     Attributes:
         size: Height and width in pixels that are traced.

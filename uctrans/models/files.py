@@ -110,7 +110,7 @@ def _class_of(name: str, network: Network | Sequence[Network] | None, source: Pa
 
 def _load_file(path: Path, network: Network | Sequence[Network] | None) -> SegmentationModel:
     if path.suffix == ".safetensors":
-        raise ModelFileError(f"{path} holds weights alone: give its folder, which needs a {CONFIG_FILE} beside it")
+        raise ModelFileError(f"{path} holds weights alone: give its folder, which must also hold a {CONFIG_FILE}")
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT:
         return _from_checkpoint(checkpoint, path, network)
