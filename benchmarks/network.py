@@ -45,6 +45,7 @@ from uctrans.training.distributed import Processes
 from uctrans.training.loop import train_step
 from uctrans.training.losses import EpochTotals
 from uctrans.training.optimization import build_optimizer
+from uctrans.training.own import NOTHING
 from uctrans.training.step_graphs import StepGraphs
 from uctrans.weight_casts import keep_weights_cast
 
@@ -221,6 +222,7 @@ class Training:
             augment_generator=generator,
             totals=EpochTotals(device),
             forward=training_forward(model, config, group),
+            own=NOTHING,
         )
         self.index = torch.arange(problem.batch, device=device)
         self._step = partial(train_step, self.run) if variant.is_project else self._baseline_step

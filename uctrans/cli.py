@@ -271,6 +271,8 @@ def build_parser(name: str) -> Any:
             del keywords["type"]
         elif any(get_origin(option) is tuple for option in _options(hints[field.name])):
             keywords |= {"type": CommaList(hints[field.name]), "metavar": "LIST"}
+        if field.metadata.get("is_recorded"):
+            keywords["help"] = argparse.SUPPRESS
         if field.default_factory is not MISSING:
             keywords["default"] = field.default_factory()
         elif field.default in (MISSING, ""):

@@ -18,9 +18,10 @@ from uctrans.inference.instances import is_boundary_aware
 from uctrans.inference.predictor import load_predictor
 from uctrans.training import ConfigError, load_checkpoint, train
 from uctrans.training.distributed import Processes
-from uctrans.training.loop import predict_logits, train_step, validate
+from uctrans.training.loop import train_step
 from uctrans.training.losses import scored_logits
 from uctrans.training.run import Run
+from uctrans.training.validation import predict_logits, validate
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 SIZES = {"train": [(40, 36), (20, 50), (12, 14)], "val": [(24, 40), (16, 16)], "test": [(30, 28)]}

@@ -15,9 +15,11 @@ from uctrans.data import NativeImages, SegmentationTensors
 from uctrans.training import TrainConfig, build
 from uctrans.training.build import build_model, build_protocol
 from uctrans.training.distributed import Processes
-from uctrans.training.loop import train_step, validate
+from uctrans.training.loop import train_step
 from uctrans.training.losses import EpochTotals, configured_loss_and_dice, image_dice, segmentation_loss
 from uctrans.training.optimization import WeightAverage, build_optimizer
+from uctrans.training.own import NOTHING
+from uctrans.training.validation import validate
 
 CPU = Processes(rank=0, count=1, device=torch.device("cpu"))
 META = torch.device("meta")
@@ -97,6 +99,7 @@ def step_on_meta(images=6, side=32, **changes):
         totals=EpochTotals(META),
         group=Processes(rank=0, count=1, device=META),
         config=config,
+        own=NOTHING,
     )
     return functools.partial(train_step, run)
 

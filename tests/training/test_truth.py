@@ -14,8 +14,8 @@ from uctrans.data.read import IGNORED
 from uctrans.inference.metrics import dice
 from uctrans.models import load_model
 from uctrans.training import ConfigError, train
-from uctrans.training.loop import predict_logits, validate
 from uctrans.training.run import Run
+from uctrans.training.validation import predict_logits, validate
 
 
 @pytest.fixture

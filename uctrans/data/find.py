@@ -45,6 +45,17 @@ class Sample:
     image: Path
     mask: Path | None
 
+    def read(self, protocol: Any, classes: int, palette: Any, doubts: Any) -> tuple[Any, Any]:
+        """Read image and mask, (H, W, C) and (H, W) uint8, as a :class:`uctrans.data.Protocol` does.
+
+        Raises:
+            DataError: there is no mask, or a file cannot be used.
+        """
+        if self.mask is None:
+            raise DataError(f"{self.image}: has no mask; training and scores need one for each image")
+        image = protocol.read_image(self.image, doubts)
+        return image, protocol.read_mask(self.mask, classes, palette, image.shape[:2], doubts)
+
 
 def find_samples(
     root: str | os.PathLike,

@@ -15,12 +15,18 @@ DIGITS = 16
 Record = dict[str, dict[str, str]]
 
 
+def eight_bit(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels as uint8: those in 0..1 times 255 and rounded, uint8 as they are."""
+    return pixels if pixels.dtype == np.uint8 else np.rint(pixels * 255).astype(np.uint8)
+
+
 def fingerprint(pixels: np.ndarray) -> str:
-    """Return 16 hexadecimal digits that identify an image, (H, W, ...) uint8, by its size and pixels.
+    """Return 16 hexadecimal digits that identify an image, (H, W, ...), by its size and pixels of 8 bits.
 
     At most 256 rows at equal distances count byte by byte, and all pixels by their sum as 64-bit words, so that the
     digits of a large image take little of the time to read it.
     """
+    pixels = eight_bit(pixels)
     digest = hashlib.sha256(str(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels[:: -(-len(pixels) // ROWS)]))
     flat = np.ascontiguousarray(pixels).reshape(-1)

@@ -10,6 +10,7 @@ import numpy as np
 from ..writing import write_png
 from .decode import decode_file
 from .find import IMAGE_SUFFIXES, DataError, Sample, shorten, stem_of
+from .pairs import Samples
 from .protocols import DEFAULT_PROTOCOL, PROTOCOLS, Protocol
 from .read import Doubts, check_shape
 
@@ -112,7 +113,7 @@ def read_instances(
 
 
 def check_truth(
-    samples: Sequence[Sample],
+    samples: Samples,
     instance_maps: Mapping[str, Path],
     classes: int = 1,
     palette: str | Sequence | None = None,
@@ -132,8 +133,7 @@ def check_truth(
     """
     doubts = Doubts()
     for sample in samples:
-        image = protocol.read_image(sample.image, Doubts())
-        mask = protocol.read_mask(sample.mask, classes, palette, image.shape[:2], Doubts())
+        _image, mask = sample.read(protocol, classes, palette, Doubts())
         if path := instance_maps.get(sample.name):
             ignored = protocol.ignored(mask)
             doubts.add(find_doubt(read_instances(path, mask, ignored), mask, ignored), path)

@@ -3,9 +3,10 @@
 A protocol is part of the meaning of a score, so its name is stored with the weights.
 """
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -37,6 +38,8 @@ class Protocol:
         channels: number of channels of the images; 3 are RGB.
         intensity_range: values of the files that become 0 and 255, see :func:`uctrans.data.read_image`.
         ignore_label: value of pixels to ignore in mask files, see :func:`uctrans.data.read_mask`.
+        transform: takes the place of the augmentation: a function from a batch of images, (B, C, h, w) float32 in 0..1
+            (three channels are RGB), and masks, (B, h, w) uint8, to another. It may draw from PyTorch's generators.
         keeps_resolution: whether the network sees the pixels of the files. Then ``image_size`` is the size of the crops
             and tiles that it sees at once, and scores are taken at the size of the files.
         resizes_as: name of the protocol that resizes images and masks in the same way, so that scores compare.
@@ -48,6 +51,7 @@ class Protocol:
     channels: int = RGB_CHANNELS
     intensity_range: tuple[int, int] | None = None
     ignore_label: int | None = None
+    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     resizes_as: ClassVar[str] = DEFAULT_PROTOCOL
     keeps_resolution: ClassVar[bool] = False
 
@@ -86,8 +90,11 @@ class Protocol:
         return None if self.ignore_label is None else mask == IGNORED
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """Resize (H, W, C) uint8 to (h, w, C) uint8: bilinear, half-pixel centres, no anti-aliasing."""
-        return resize_bilinear(image, self.image_size)
+        """Resize (H, W, C), uint8 or float32, to (h, w, C): bilinear, half-pixel centres, no anti-aliasing."""
+        if image.dtype == np.uint8:
+            return resize_bilinear(image, self.image_size)
+        planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+        return interpolate(planes, self.image_size, mode="bilinear")[0].permute(1, 2, 0).numpy()
 
     def resize_mask(self, mask: np.ndarray, classes: int) -> np.ndarray:
         """Resize (H, W) uint8 label indexes to (h, w) uint8.
@@ -114,8 +121,8 @@ class Protocol:
         return resize_bilinear(black_and_white, self.image_size) > 0
 
     def to_input(self, images: Tensor) -> Tensor:
-        """Convert (B, C, h, w) uint8, on any device, to float32 0..1 in the protocol's channel order."""
-        return self._in_order(images).float() / 255
+        """Convert (B, C, h, w), uint8 or float32 in 0..1, to float32 in 0..1 in the protocol's channel order."""
+        return self._in_order(_to_unit(images))
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augment a batch, (B, C, h, w) and (B, h, w); see :func:`uctrans.data.augmentation.turn_flip_rotate`."""
@@ -129,15 +136,21 @@ class Protocol:
         """Return augmented network input and masks.
 
         Args:
-            data: a :class:`uctrans.data.SegmentationTensors`.
+            data: a :class:`uctrans.data.SegmentationTensors`, or :class:`uctrans.data.NativeImages` for crops.
             index: (B,) int64 positions of images.
             generator: source of randomness, on the device of the data.
 
         Returns:
             float32 (B, C, h, w) and uint8 (B, h, w).
         """
-        images, masks = data.batch(index)
-        return self.augment(self.to_input(images), masks, generator)
+        images, masks = self.cut(data, index, generator)
+        change = self.transform or functools.partial(self.augment, generator=generator)
+        images, masks = change(_to_unit(images), masks)
+        return self._in_order(images), masks
+
+    def cut(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the images and masks of a batch as they are before augmentation, see `training_batch`."""
+        return data.batch(index)
 
     def _in_order(self, images: Tensor) -> Tensor:
         return images.flip(1) if self.channel_order == "bgr" else images
@@ -152,12 +165,6 @@ class AugmentedProtocol(Protocol):
     """
 
     augmentation: NativeAugmentation = field(default_factory=NativeAugmentation)
-
-    def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return augmented network input and masks, see :meth:`Protocol.training_batch`."""
-        images, masks = data.batch(index)
-        images, masks = self.augment(images.float() / 255, masks, generator)
-        return self._in_order(images), masks
 
     def augment(self, images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Warp images, (B, C, H, W) in 0..1, and masks, (B, H, W), to ``image_size``; change the colours.
@@ -202,18 +209,16 @@ class NativeProtocol(AugmentedProtocol):
         """Return the mask unchanged."""
         return mask
 
-    def training_batch(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return augmented random crops of a :class:`uctrans.data.NativeImages`, see :meth:`Protocol.training_batch`.
+    def cut(self, data: Any, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return random crops of a :class:`uctrans.data.NativeImages`.
 
-        A rotated crop shows pixels beyond its corners, so crops are cut out with a margin.
+        The augmentation rotates them and shows pixels beyond their corners, so it gets a margin.
         """
         size = self.image_size
         top, left = data.random_corners(index, size, generator)
-        margin = self.augmentation.margin(size)
+        margin = self.augmentation.margin(size) if self.transform is None else (0, 0)
         wide = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
-        crops, labels = data.crops(index, top - margin[0], left - margin[1], wide)
-        images, labels = self.augment(crops.float() / 255, labels, generator)
-        return self._in_order(images), labels
+        return data.crops(index, top - margin[0], left - margin[1], wide)
 
 
 PROTOCOLS = {
@@ -287,6 +292,10 @@ def protocol_of(
         intensity_range=None if intensity_range is None else tuple(intensity_range),
         ignore_label=model.metadata.get("ignore_label"),
     )
+
+
+def _to_unit(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from .find import DataError, Sample, shorten
 from .fingerprints import fingerprint
 from .instances import BOUNDARY_TARGET, INSTANCES, boundary_target, find_doubt, find_instances, read_instances
+from .pairs import Samples
 from .protocols import PROTOCOLS, Protocol
 from .read import Doubts
 
@@ -29,7 +30,7 @@ class SegmentationTensors:
 
     Attributes:
         names: n sample names.
-        images: (n, C, h, w) uint8; three channels are RGB.
+        images: (n, C, h, w) uint8, or float32 in 0..1; three channels are RGB.
         masks: (n, h, w) uint8 label indexes.
         original_sizes: n (height, width) of the files in pixels.
         fingerprints: n fingerprints of the images as they were read, see :func:`uctrans.data.fingerprint`.
@@ -54,7 +55,7 @@ class SegmentationTensors:
         return _digest(self.images, self.masks)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and masks at ``index``, int64 (B,): (B, C, h, w) and (B, h, w) uint8."""
+        """Return the images and masks at ``index``, int64 (B,): (B, C, h, w) and (B, h, w)."""
         return self.images.index_select(0, index), self.masks.index_select(0, index)
 
 
@@ -64,7 +65,7 @@ class NativeImages:
 
     Attributes:
         names: n sample names.
-        pixels: (C, P) uint8, the rows of all images one after the other.
+        pixels: (C, P) uint8, or float32 in 0..1, the rows of all images one after the other.
         labels: (P,) uint8 label indexes, in the same order.
         starts: (n,) int64, position in P where each image begins.
         sizes: (2, n) int64, heights and widths.
@@ -98,7 +99,7 @@ class NativeImages:
         Whole images, unlike crops, wait for the device, which holds their sizes.
 
         Returns:
-            (B, C, H, W) and (B, H, W), uint8.
+            (B, C, H, W) and (B, H, W).
 
         Raises:
             DataError: the images differ in size.
@@ -126,7 +127,7 @@ class NativeImages:
             size: (h, w) of the crops.
 
         Returns:
-            (B, C, h, w) and (B, h, w), uint8.
+            (B, C, h, w) and (B, h, w).
         """
         heights, widths = self.sizes.index_select(1, index)
         steps = [torch.arange(length, device=index.device) for length in size]
@@ -160,7 +161,7 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def load_tensors(
-    samples: Sequence[Sample],
+    samples: Samples,
     protocol: Protocol,
     classes: int,
     palette: str | Sequence | None = None,
@@ -182,12 +183,16 @@ def load_tensors(
             :func:`uctrans.data.read_mask` refuses a file.
     """
     _check_samples(samples)
-    images = torch.empty(len(samples), protocol.channels, *protocol.image_size, dtype=torch.uint8)
     masks = torch.empty(len(samples), *protocol.image_size, dtype=torch.uint8)
     original_sizes, fingerprints = [], []
     collected = Doubts() if doubts is None else doubts
-    for index, (image, mask) in enumerate(_read_pairs(samples, protocol, classes, palette, collected)):
-        images[index] = torch.from_numpy(protocol.resize_image(image)).permute(2, 0, 1)
+    for index, sample in enumerate(samples):
+        image, mask = sample.read(protocol, classes, palette, collected)
+        resized = torch.from_numpy(protocol.resize_image(image)).permute(2, 0, 1)
+        if index == 0:
+            images = torch.empty(len(samples), *resized.shape, dtype=resized.dtype)
+        _check_dtype(sample.name, resized, images)
+        images[index] = resized
         masks[index] = torch.from_numpy(protocol.resize_mask(mask, classes))
         original_sizes.append(image.shape[:2])
         fingerprints.append(fingerprint(image))
@@ -198,7 +203,7 @@ def load_tensors(
 
 
 def load_native(
-    samples: Sequence[Sample],
+    samples: Samples,
     classes: int,
     palette: str | Sequence | None = None,
     device: torch.device | str = "cpu",
@@ -229,8 +234,8 @@ def load_native(
     instance_maps = _find_all_instances(samples) if target == BOUNDARY_TARGET else {}
     pixels, labels, sizes, fingerprints = [], [], [], []
     collected = Doubts() if doubts is None else doubts
-    pairs = _read_pairs(samples, protocol, classes, palette, collected)
-    for sample, (image, label) in zip(samples, pairs, strict=True):
+    for sample in samples:
+        image, label = sample.read(protocol, classes, palette, collected)
         if path := instance_maps.get(sample.name):
             ignored = protocol.ignored(label)
             instances = read_instances(path, label, ignored)
@@ -239,6 +244,7 @@ def load_native(
             target_labels = boundary_target(instances)
             label = target_labels if ignored is None else np.where(ignored, label, target_labels)
         pixels.append(torch.from_numpy(np.array(image)).flatten(0, 1).T)
+        _check_dtype(sample.name, pixels[-1], pixels[0])
         labels.append(torch.from_numpy(label).flatten())
         sizes.append(image.shape[:2])
         fingerprints.append(fingerprint(image))
@@ -262,12 +268,14 @@ def reflect(positions: Tensor, length: Tensor) -> Tensor:
     return torch.minimum(inside, period - inside).minimum(length - 1)
 
 
-def _check_samples(samples: Sequence[Sample]) -> None:
+def _check_samples(samples: Samples) -> None:
     if not samples:
         raise DataError("samples: there are none to load; check the dataset folder and the split")
-    unmasked = [sample.image for sample in samples if sample.mask is None]
-    if unmasked:
-        raise DataError(f"{shorten(unmasked)}: has no mask; training and scores need one for each image")
+
+
+def _check_dtype(name: str, image: Tensor, first: Tensor) -> None:
+    if image.dtype != first.dtype:
+        raise DataError(f"{name}: is {image.dtype}, and the first image is {first.dtype}; give all images one dtype")
 
 
 def _find_all_instances(samples: Sequence[Sample]) -> dict[str, Path]:
@@ -281,11 +289,3 @@ def _find_all_instances(samples: Sequence[Sample]) -> dict[str, Path]:
             "(uctrans prepare monuseg makes them from outlines in XML), or train with target mask"
         )
     return instance_maps
-
-
-def _read_pairs(
-    samples: Sequence[Sample], protocol: Protocol, classes: int, palette: str | Sequence | None, doubts: Doubts
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for sample in samples:
-        image = protocol.read_image(sample.image, doubts)
-        yield image, protocol.read_mask(sample.mask, classes, palette, image.shape[:2], doubts)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import Protocol, Sample, find_split, get_protocol, list_protocols, load_tensors
+from ..data import Protocol, find_split, get_protocol, list_protocols, load_tensors
 from ..data.find import describe_draw, shorten
 from ..data.fingerprints import Record, find_known, fingerprint
 from ..data.instances import check_truth, find_instances, read_instances
+from ..data.pairs import Samples, pairs_of
 from ..data.read import IGNORED, Doubts
 from ..extras import import_extra
 from ..models.base import without_images
@@ -70,7 +71,8 @@ class EvaluateConfig:
         model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, a model.onnx of uctrans
             export, or the name of a model that comes with the package: nuclei. Several as a,b, whose probabilities are
             averaged.
-        data: Folder of the data set, in any layout that uctrans.data.find_samples knows.
+        data: Folder of the data set, in any layout that uctrans.data.find_samples knows. Empty if evaluate is given
+            images and masks in Python.
         output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
         split: train, val or test; or all, every image of the folder.
         folds: Cross-validation folds, a shipped name or a JSON file; train and val are then those of the fold.
@@ -108,8 +110,8 @@ class EvaluateConfig:
     """
 
     model: str
-    data: str
-    output: str
+    data: str = ""
+    output: str = ""
     split: str = "test"
     folds: str | None = None
     fold: int | None = None
@@ -239,8 +241,8 @@ def _listed(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{TITLES[key]} {_number(key, score)}" for key, score in scores.items())
 
 
-def evaluate(config: EvaluateConfig) -> EvaluationResult:
-    """Score a model on a split of a data set.
+def evaluate(config: EvaluateConfig, *, data: Any = None) -> EvaluationResult:
+    """Score a model on a split of a data set, or on images and masks in memory.
 
     Writes into ``config.output``: ``metrics.csv`` (one line for each image), ``summary.json`` (mean, sample standard
     deviation and count of every score, the settings, the model's metadata) and ``figure.png`` (image, truth, prediction
@@ -250,8 +252,14 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     the best, median and worst AJI. All masks and maps are then read and checked before the first prediction. New files
     replace those of an earlier evaluation together, at the end, ``summary.json`` last.
 
+    Args:
+        config: Settings of the evaluation.
+        data: Images and masks in place of a split of ``config.data``: two tensors, (n, C, H, W) and (n, H, W), or a
+            ``torch.utils.data.Dataset`` of pairs, see :func:`uctrans.data.pairs.pairs_of`. An item may be read several
+            times.
+
     Raises:
-        DataError: The split, the folds or a mask cannot be used, or an instance map belongs to another image.
+        DataError: The split, the folds, a mask or ``data`` cannot be used, or an instance map belongs to another image.
         InferenceError: A setting is out of its range, or the output folder holds a run, the images or masks of a data
             set, or an evaluation and ``overwrite`` is not set.
         FolderError: Another process evaluates into the output folder, or it cannot be made or written to.
@@ -275,12 +283,21 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     with locked(folder):
         if not config.overwrite:
             refuse_existing([folder / name for name in (SCORES, SUMMARY, PICTURE, INSTANCE_PICTURE)], "an evaluation")
-        return _evaluate(config, folder)
+        return _evaluate(config, folder, _samples(config, data))
 
 
-def _evaluate(config: EvaluateConfig, folder: Path) -> EvaluationResult:
-    samples = find_split(config.data, config.split, config.folds, config.fold)
-    instance_maps = find_instances(samples)
+def _samples(config: EvaluateConfig, data: Any) -> Samples:
+    if data is None:
+        if not config.data:
+            raise InferenceError("data: is empty; name a folder, or give evaluate images and masks as data in Python")
+        return find_split(config.data, config.split, config.folds, config.fold)
+    if given := [name for name in ("data", "folds", "fold") if getattr(config, name) not in ("", None)]:
+        raise InferenceError(f"{given[0]}: is of a folder, and evaluate is given data; leave one of them out")
+    return pairs_of(data, "data")
+
+
+def _evaluate(config: EvaluateConfig, folder: Path, samples: Samples) -> EvaluationResult:
+    instance_maps = find_instances(samples) if config.data else {}
     comparison = Comparison(config)
     with_instances = bool(instance_maps) and comparison.is_native
     comparison.check(samples, instance_maps)
@@ -422,7 +439,7 @@ class Comparison:
         labels = np.arange(1, max(self.classes, 2))
         return torch.from_numpy(np.isin(labels, truth))
 
-    def check(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> None:
+    def check(self, samples: Samples, instance_maps: Mapping[str, Path]) -> None:
         """Raise DataError if a mask or map cannot be used.
 
         Masks at the size of the network are not read here, because `images` reads a batch before it predicts.
@@ -431,13 +448,13 @@ class Comparison:
             maps = instance_maps if self.is_native else {}
             check_truth(samples, maps, self.classes, self.palette, self.predictor.protocol)
 
-    def images(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
+    def images(self, samples: Samples, instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
         """Predict the images in their order, and read their truth and the instance maps that are given."""
         if self._is_at_network_size:
             return self._at_network_size(samples)
         return self._at_native_size(samples, instance_maps) if self.is_native else self._resized(samples)
 
-    def _at_network_size(self, samples: Sequence[Sample]) -> Iterator[Compared]:
+    def _at_network_size(self, samples: Samples) -> Iterator[Compared]:
         protocol = self.predictor.protocol
         for start in range(0, len(samples), self._config.batch_size):
             batch = samples[start : start + self._config.batch_size]
@@ -447,11 +464,10 @@ class Comparison:
             images = tensors.images.permute(0, 2, 3, 1).numpy()
             yield from map(Compared, tensors.names, images, tensors.masks.numpy(), labels, tensors.fingerprints)
 
-    def _at_native_size(self, samples: Sequence[Sample], instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
+    def _at_native_size(self, samples: Samples, instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
         for sample in samples:
-            image = self.predictor.protocol.read_image(sample.image, self.doubts)
             protocol = self.predictor.protocol
-            truth = protocol.read_mask(sample.mask, self.classes, self.palette, image.shape[:2], self.doubts)
+            image, truth = sample.read(protocol, self.classes, self.palette, self.doubts)
             ignored = protocol.ignored(truth)
             maps = instance_maps.get(sample.name)
             true = None if maps is None else read_instances(maps, truth, ignored)
@@ -463,7 +479,7 @@ class Comparison:
                 true, predicted = np.where(ignored, 0, true), np.where(ignored, 0, predicted)
             yield Compared(sample.name, image, truth, labels, fingerprint(image), true, predicted)
 
-    def _resized(self, samples: Sequence[Sample]) -> Iterator[Compared]:
+    def _resized(self, samples: Samples) -> Iterator[Compared]:
         """Yield truth and prediction at native size, both resized as the protocol of the scores resizes masks."""
         for whole in self._at_native_size(samples, {}):
             resize = dataclasses.replace(self.scored_as, ignore_label=self.predictor.protocol.ignore_label).resize_mask
@@ -547,7 +563,7 @@ def _draw_figures(
     files: dict[str, Path],
     rows: list[dict[str, Any]],
     comparison: Comparison,
-    samples: Sequence[Sample],
+    samples: Samples,
     instance_maps: Mapping[str, Path],
 ) -> None:
     """Predict the images to show once more, which saves the memory of keeping all predictions, and draw them."""
@@ -589,7 +605,8 @@ def _remarks(
         if config.split != "test" and known["train"] and config.folds is None:
             remarks.append("Of a model that was trained on a fold, score val with its folds and fold")
     is_folds_own = config.folds is not None and config.split != "test"
-    drawn = None if config.split == "all" or is_folds_own else describe_draw(config.data, config.split, len(rows))
+    is_whole = config.split == "all" or not config.data
+    drawn = None if is_whole or is_folds_own else describe_draw(config.data, config.split, len(rows))
     if drawn is not None:
         if record is None:
             drawn += ", and the model does not record whether it was trained on them"

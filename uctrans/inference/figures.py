@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data import labels_to_colours
+from ..data.fingerprints import eight_bit
 from ..data.instances import BORDER, boundary_target
 from ..extras import import_extra
 from ..writing import written_atomically
@@ -68,8 +69,8 @@ def class_colours(classes: int, palette: Sequence | str | None = None) -> np.nda
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """Return an image ``(H, W, C)`` as ``(H, W, 3)`` to look at: gray, red and green, or the first three channels."""
-    channels = image.shape[2]
+    """Return an image ``(H, W, C)`` as uint8 ``(H, W, 3)`` to look at: gray, red and green, or three channels."""
+    image, channels = eight_bit(image), image.shape[2]
     if channels == 1:
         return np.repeat(image, 3, axis=2)
     return np.dstack([image, np.zeros_like(image[..., :1])]) if channels == 2 else image[..., :3]

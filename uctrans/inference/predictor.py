@@ -135,7 +135,8 @@ class Predictor:
         """Return class probabilities of a batch at the size that the network sees.
 
         Args:
-            images: uint8 ``(B, in_channels, H, W)``; or RGB, of which a model of one channel sees the luma.
+            images: uint8, or float32 in 0..1, ``(B, in_channels, H, W)``; or RGB, of which a model of one channel sees
+                the luma.
             tiled: Cut images larger than the tile into tiles (needs MONAI).
 
         Returns:
@@ -157,7 +158,8 @@ class Predictor:
         """Return class probabilities of one image of any size.
 
         Args:
-            image: uint8 ``(H, W, C)``, channels as for `probabilities`; ``protocol.read_image`` reads it.
+            image: uint8, or float32 in 0..1, ``(H, W, C)``, channels as for `probabilities`; ``protocol.read_image``
+                reads it.
 
         Returns:
             float32 ``(P, H, W)`` on the predictor's device.
@@ -168,7 +170,8 @@ class Predictor:
         if self.scale == 1:
             return enlarge(self.probabilities(pixels, tiled=not self._is_resized), size)[0]
         scaled_size = tuple(max(round(side * self.scale), 1) for side in size)
-        scaled = resize_smoothly(pixels.float(), scaled_size).round().byte()
+        scaled = resize_smoothly(pixels.float(), scaled_size)
+        scaled = scaled if pixels.is_floating_point() else scaled.round().byte()
         return resize_smoothly(self.probabilities(scaled, tiled=True), size)[0]
 
     @torch.inference_mode()

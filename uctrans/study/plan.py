@@ -139,6 +139,8 @@ class StudyConfig(TrainConfig):
             self.cross_validation, self.folds = self.folds, None
         self.patience = min(patiences)  # a training has one
         super().__post_init__()
+        if not self.data:
+            raise StudyError("data: is empty; name a folder")
         self.patience = tuple(sorted(patiences))
         if isinstance(self.cross_validation, str) and self.cross_validation.isdecimal():
             self.cross_validation = int(self.cross_validation)

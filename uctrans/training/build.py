@@ -22,6 +22,7 @@ from ..data import (
 )
 from ..data.find import shorten
 from ..data.fingerprints import Record
+from ..data.pairs import pairs_of
 from ..data.read import Doubts
 from ..data.tensors import MASK_TARGET
 from ..kernels import resolve_backend
@@ -30,6 +31,8 @@ from ..models.external import ExternalModel, find_model_class
 from ..weight_casts import casting_together
 from .config import ConfigError, TrainConfig
 from .distributed import Processes
+from .own import NOTHING, Own
+from .truth import PARTS
 
 # Options of a network that follow from the run, and what to do instead of giving them.
 OPTIONS_OF_THE_RUN = {
@@ -38,8 +41,8 @@ OPTIONS_OF_THE_RUN = {
 }
 
 
-def build_protocol(config: TrainConfig) -> Protocol:
-    """Return the protocol of the configuration, with its settings.
+def build_protocol(config: TrainConfig, own: Own = NOTHING) -> Protocol:
+    """Return the protocol of the configuration, with its settings and the caller's transform.
 
     Raises:
         DataError: there is no such protocol, or it does not take these settings.
@@ -51,6 +54,7 @@ def build_protocol(config: TrainConfig) -> Protocol:
         "intensity_range": config.intensity_range,
         "ignore_label": config.ignore_label,
         "crops_per_image": config.crops_per_image,
+        "transform": own.checked_transform(config.network_classes),
     }
     options = {name: value for name, value in options.items() if value is not None}
     if config.augmentation:
@@ -65,19 +69,23 @@ def build_protocol(config: TrainConfig) -> Protocol:
 
 
 def load_data(
-    config: TrainConfig, protocol: Protocol, group: Processes
+    config: TrainConfig, protocol: Protocol, group: Processes, own: Own
 ) -> tuple[SegmentationTensors, SegmentationTensors] | tuple[NativeImages, NativeImages]:
-    """Return training and validation images on the device.
+    """Return training and validation images on the device, those of the caller or else of the folder.
 
     Raises:
-        DataError: the folder, one of its files or the folds cannot be used, or there are too few images.
+        DataError: the folder, one of its files, the folds or the caller's data cannot be used, there are too few
+            images, or the processes have different ones.
     """
-    parts = [find_split(config.data, split, config.folds, config.fold) for split in ("train", "val")]
-    for name, samples in zip(("training", "validation"), parts, strict=True):
+    if config.data:
+        parts = [find_split(config.data, split, config.folds, config.fold) for split in ("train", "val")]
+    else:
+        parts = [pairs_of(own.train_data, "train_data"), pairs_of(own.val_data, "val_data")]
+    for part, samples in zip(PARTS, parts, strict=True):
         if len(samples) < group.count:
             raise DataError(
-                f"{config.data}: there are {len(samples)} {name} images for {group.count} processes; "
-                "add images, or start fewer processes"
+                f"{config.data or f'{part}_data'}: there are {len(samples)} {PARTS[part]} images for {group.count} "
+                "processes; add images, or start fewer processes"
             )
     read = functools.partial(load_native, target=config.target) if protocol.keeps_resolution else load_tensors
     doubts = Doubts()
@@ -85,6 +93,11 @@ def load_data(
     train, val = (read(part, doubts=doubts, **settings) for part in parts)
     if group.is_main:
         doubts.warn()
+    if not config.data and len(set(group.gather((train.digest, val.digest)))) > 1:
+        raise DataError(
+            "train_data, val_data: differ between the processes; give each process all images, in the same order (draw "
+            "random splits with a seeded generator)"
+        )
     return train, val
 
 

@@ -38,6 +38,8 @@ CHANGEABLE_ON_RESUME = (
     "init_from",  # only read when a run begins
 )
 
+RECORDED = {"is_recorded": True}  # metadata of a field that is no setting: no flag shows it
+
 _CHOICES = {
     "optimizer": ("adam", "adamw"),
     "amp": ("no", "bf16"),
@@ -77,7 +79,8 @@ class TrainConfig:
     """Settings of a training run. The defaults are the published protocol ``uctransnet-224``.
 
     Args:
-        data: Data set folder, in any layout that ``uctrans.data.find_samples`` reads.
+        data: Data set folder, in any layout that ``uctrans.data.find_samples`` reads. Empty if ``train`` is given
+            train_data and val_data in Python.
         output: Run folder for checkpoints, best weights, metrics and logs.
         model: Network: uctransnet, dual_branch_uctransnet or unet (``uctrans.list_models()``); or package.module:Class
             for any torch network from images to logits, such as monai.networks.nets:AttentionUnet or one in a file of
@@ -149,13 +152,15 @@ class TrainConfig:
             in Python give all of them (``replace(TrainConfig.load_yaml(file), resume=True)``). Only epochs, patience,
             device, threads, progress, save_minutes, learning_rate, min_learning_rate, amp, graph, compile and
             checkpointing may differ from those of the run, and folds and init_from if only their place has changed.
+        transform: Name of the transform that ``train`` is given in Python, which records it here.
+        loss: Name of the loss that ``train`` is given in Python, which records it here.
 
     Raises:
         ConfigError: A value has the wrong type or range; the message names the field and the remedy.
     """
 
-    data: str
-    output: str
+    data: str = ""
+    output: str = ""
     model: str = "uctransnet"
     base_channels: int = 64
     in_channels: int = 3
@@ -201,6 +206,8 @@ class TrainConfig:
     sync_batch_norm: bool = False
     progress: bool = True
     resume: bool = False
+    transform: str | None = field(default=None, metadata=RECORDED)
+    loss: str | None = field(default=None, metadata=RECORDED)
 
     def __post_init__(self):
         for name, hint in typing.get_type_hints(type(self)).items():
@@ -211,8 +218,8 @@ class TrainConfig:
         for name, least in _AT_LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{name}: {value} is too small; give at least {least}")
-        if not self.data or not self.output:
-            raise ConfigError(f"{'output' if self.data else 'data'}: is empty; name a folder")
+        if not self.output:
+            raise ConfigError("output: is empty; name a folder")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         if self.image_size is not None and min(sizes) < 1:
             raise ConfigError(f"image_size: {self.image_size} has no pixels; give a positive size such as 224")
@@ -263,15 +270,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> "TrainConfig":
-        """Build a configuration from named values; ConfigError names ``source`` if a name is unknown or missing."""
+        """Build a configuration from named values; ConfigError names ``source`` if a name is unknown."""
         names = [item.name for item in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
                 raise ConfigError(f"{name}: there is no such field ({source}); {hint}")
-        if missing := [name for name in ("data", "output") if name not in values]:
-            raise ConfigError(f"{missing[0]}: is missing ({source}); name a folder")
         return cls(**values)
 
     def save_yaml(self, path: str | Path) -> None:
@@ -310,7 +315,7 @@ def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     A field that ``before`` lacks has its default: the run is older than the field.
     """
-    before = TrainConfig(data=now["data"], output=now["output"]).to_dict() | before
+    before = TrainConfig(output=now["output"]).to_dict() | before
     names = [name for name in now if name not in CHANGEABLE_ON_RESUME]
     return [f"{name}: {before[name]!r} -> {now[name]!r}" for name in names if before[name] != now[name]]
 

@@ -24,7 +24,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,7 @@ import torch
 
 from ..data.find import describe_draw
 from ..devices import explaining_short_memory
-from ..models.base import probabilities
 from ..models.files import LAST_CHECKPOINT
-from ..tiling import tiled
-from .build import plain_forward
 from .checkpoint import (
     RUN_FILES,
     CheckpointError,
@@ -47,14 +44,15 @@ from .checkpoint import (
     write_files,
 )
 from .config import TrainConfig, settings_for_memory
-from .distributed import Processes, locked_by_main, processes
+from .distributed import locked_by_main, processes
 from .log import LOG_FILES, RunLog, SilentLog, TrainingError, failures_named
-from .losses import BatchCounts, EpochTotals, batch_counts, configured_loss_and_dice, ignored_label
+from .losses import BatchCounts, batch_counts, configured_loss_and_dice, ignored_label
 from .optimization import learning_rate
+from .own import Own
 from .run import Run
 from .signals import StopRequest
+from .validation import validate, validation_batch_size
 
-LEAST_PROBABILITY = 1e-6  # keeps the loss of blended probabilities finite
 NAMES_SHOWN = 16
 
 
@@ -79,10 +77,28 @@ class RunResult:
     model: str
 
 
-def train(config: TrainConfig) -> RunResult:
+def train(
+    config: TrainConfig,
+    *,
+    train_data: Any = None,
+    val_data: Any = None,
+    transform: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> RunResult:
     """Train a network with the settings of ``config``, or resume the run in its output folder.
 
     Under ``torchrun`` every process calls this; the first one writes the files.
+
+    Args:
+        config: settings of the run.
+        train_data: images and masks to train on, in place of ``config.data``: two tensors, (n, C, H, W) and (n, H, W),
+            or a ``torch.utils.data.Dataset`` of pairs, see :func:`uctrans.data.pairs.pairs_of`. Each item is read
+            once, and all of them stay on the device.
+        val_data: the same to validate on, which goes with ``train_data``.
+        transform: takes the place of the augmentation: a function from images, float32 (B, C, H, W) in 0..1, and
+            masks, uint8 (B, H, W), to another batch. A resumed run draws the same numbers from PyTorch's generators.
+        loss: takes the place of Dice and cross entropy: a function from logits, float32 (B, classes, H, W), and masks,
+            int64 (B, H, W) with 255 where pixels are ignored, to a scalar.
 
     Raises:
         ConfigError: a setting cannot be used here, or a resumed run has other settings.
@@ -94,14 +110,17 @@ def train(config: TrainConfig) -> RunResult:
         torch.OutOfMemoryError: memory ran out, on any device; the message names settings that need less.
         ImportError: a package of the extra "training" is missing.
     """
-    config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
+    own = Own(train_data, val_data, transform, loss)
+    config = own.recorded_in(config)
+    if config.data:
+        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
     with (
         explaining_short_memory(settings_for_memory(config)),
         processes(config.device) as group,
         locked_by_main(Path(config.output), group),
     ):
         checkpoint = find_checkpoint(config)
-        run = Run(config, group)
+        run = Run(config, group, own)
         if checkpoint is not None:
             path = Path(config.output) / LAST_CHECKPOINT
             with foreign_parts_named(path):
@@ -185,11 +204,16 @@ def train_epoch(run: Run, log: RunLog | SilentLog, stop: StopRequest) -> bool:
 
 
 def replay_or_run_step(run: Run, index: torch.Tensor) -> None:
-    """Replay :func:`train_step` as a CUDA graph if the run records its steps; run it otherwise."""
+    """Replay :func:`train_step` as a CUDA graph if the run records its steps; run it otherwise.
+
+    A transform of the caller may wait for the device or draw numbers on the host, so it runs before the recorded part.
+    """
     if run.step_graphs is None:
         train_step(run, index)
-    else:
+    elif run.own.transform is None:
         run.step_graphs.run(functools.partial(train_step, run), index)
+    else:
+        run.step_graphs.run(functools.partial(train_on_batch, run), *training_batch(run, index))
 
 
 def train_step(run: Run, index: torch.Tensor) -> None:
@@ -198,14 +222,23 @@ def train_step(run: Run, index: torch.Tensor) -> None:
     All shapes are static and nothing waits for the device: images and sums stay there, so the step can be recorded as a
     CUDA graph.
     """
-    images, masks = run.protocol.training_batch(run.train_data, index, run.augment_generator)
+    train_on_batch(run, *training_batch(run, index))
+
+
+def training_batch(run: Run, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images at ``index``, changed for training, and their masks."""
+    return run.protocol.training_batch(run.train_data, index, run.augment_generator)
+
+
+def train_on_batch(run: Run, images: torch.Tensor, masks: torch.Tensor) -> None:
+    """Train on network input, (B, C, H, W), and masks, (B, H, W)."""
     counts = None  # a single process counts its pixels while it computes the loss
     if run.group.count > 1:
         counts = BatchCounts(*run.group.mean_(torch.stack(batch_counts(masks, ignored_label(run.config)))))
 
     run.optimizer.zero_grad(set_to_none=True)
     logits = run.forward(images)
-    loss, dice = configured_loss_and_dice(logits, masks, run.config, counts)
+    loss, dice = configured_loss_and_dice(logits, masks, run.config, counts, own=run.own)
     loss.backward()
     run.optimizer.step()
     if run.average is not None:
@@ -257,6 +290,7 @@ def validate_epoch(run: Run) -> tuple[float, float]:
         run.group,
         forward=run.validation_forward,
         scored_classes=run.scored_classes,
+        own=run.own,
     )
     for rank, step in enumerate(run.group.gather(totals.first_bad.item())):
         if step >= 0:
@@ -267,50 +301,6 @@ def validate_epoch(run: Run) -> tuple[float, float]:
                 f"resume with a lower learning_rate or with amp no. {_kept(run)}"
             )
     return totals.read(run.group)
-
-
-@torch.no_grad()
-def validate(
-    model: torch.nn.Module,
-    data: Any,
-    protocol: Any,
-    config: TrainConfig,
-    group: Processes,
-    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    scored_classes: Sequence[int] | None = None,
-) -> EpochTotals:
-    """Return the sums of loss and Dice over this process's share of ``data``: every ``group.count``-th image.
-
-    A protocol that keeps the resolution predicts whole images in tiles, one after the other. ``forward`` is the way to
-    call ``model``, by default :func:`plain_forward`. The Dice is the mean over ``scored_classes``, by default
-    all foreground classes.
-    """
-    forward = forward or plain_forward(model, config)
-    was_training = model.training
-    model.eval()
-    totals = EpochTotals(group.device, ignores=config.ignore_label is not None)
-    positions = torch.arange(group.rank, len(data), group.count, device=group.device)
-    for index in positions.split(validation_batch_size(protocol, config)):
-        images, masks = data.batch(index)
-        logits = predict_logits(forward, protocol.to_input(images), protocol, config)
-        totals.add(*configured_loss_and_dice(logits, masks, config, scored_classes=scored_classes))
-    model.train(was_training)
-    return totals
-
-
-def validation_batch_size(protocol: Any, config: TrainConfig) -> int:
-    """Return the number of images in a validation step: one if images keep their own sizes."""
-    return 1 if protocol.keeps_resolution else config.batch_size
-
-
-def predict_logits(
-    forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, protocol: Any, config: TrainConfig
-) -> torch.Tensor:
-    """Return logits of network input (B, C, H, W); at full resolution those of probabilities blended from tiles."""
-    if not protocol.keeps_resolution:
-        return forward(images)
-    blended = tiled(lambda tiles: probabilities(forward(tiles).float()), images, protocol.image_size, config.batch_size)
-    return torch.logit(blended, LEAST_PROBABILITY) if blended.shape[1] == 1 else blended.clamp(LEAST_PROBABILITY).log()
 
 
 def check_training_was_finite(run: Run) -> None:
@@ -363,7 +353,7 @@ def _open_log(run: Run) -> RunLog | SilentLog:
         f"{len(run.train_data)} images, validating on {len(run.val_data)}, {devices}, "
         f"epoch {run.epoch + 1} to at most {config.epochs}, in {folder}"
     )
-    drawn = None if config.folds else describe_draw(config.data, "val", len(run.val_data))
+    drawn = None if config.folds or not config.data else describe_draw(config.data, "val", len(run.val_data))
     if drawn is not None:
         log.line(f"{drawn} by a fixed seed")
     if not config.resume:

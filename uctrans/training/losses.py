@@ -15,6 +15,7 @@ from ..data.instances import BOUNDARY_CLASSES, BOUNDARY_TARGET
 from ..data.read import IGNORED
 from .config import TrainConfig
 from .distributed import Processes
+from .own import NOTHING, Own
 
 
 class BatchCounts(NamedTuple):
@@ -159,22 +160,16 @@ def configured_loss_and_dice(
     config: TrainConfig,
     counts: BatchCounts | None = None,
     scored_classes: Sequence[int] | None = None,
+    own: Own = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss with the weights and target of ``config``, a scalar, and the Dice of each image, (B,)."""
-    ignore_label = ignored_label(config)
-    loss, dice = loss_and_dice(
-        logits,
-        masks,
-        dice_weight=config.dice_weight,
-        cross_entropy_weight=config.cross_entropy_weight,
-        counts=counts,
-        ignore_label=ignore_label,
-        scored_classes=scored_classes,
-        backend=config.backend,
-    )
+    """Return the caller's loss, or that with the weights of ``config``, a scalar, and the Dice of each image, (B,)."""
+    options = {"ignore_label": ignored_label(config), "scored_classes": scored_classes, "backend": config.backend}
+    if own.loss is not None:
+        return own.loss_of(logits, masks), image_dice(scored_logits(logits.detach(), config), masks, **options)
+    weights = {"dice_weight": config.dice_weight, "cross_entropy_weight": config.cross_entropy_weight}
+    loss, dice = loss_and_dice(logits, masks, **weights, counts=counts, **options)
     if config.target == BOUNDARY_TARGET:
-        nucleus = scored_logits(logits.detach(), config)
-        dice = image_dice(nucleus, masks, ignore_label=ignore_label, backend=config.backend)
+        dice = image_dice(scored_logits(logits.detach(), config), masks, **options)
     return loss, dice
 
 

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..data import (
-    parse_palette,
-)
+from ..data import parse_palette
 from ..data.find import shorten
 from ..data.fingerprints import join_records
 from ..extras import import_extra
@@ -39,6 +37,7 @@ from .config import TrainConfig
 from .distributed import Processes, with_sync_batch_norm
 from .losses import EpochTotals
 from .optimization import WeightAverage, build_optimizer, fit_to_device, learning_rate, set_learning_rate
+from .own import NOTHING, Own
 from .parts import check_progress, load_optimizer
 from .step_graphs import StepGraphs, obstacle_to_graphs
 from .truth import check_truth_of_run, classes_of_masks
@@ -48,6 +47,7 @@ class Run:
     """A run before its first epoch, or in the state that ``load_state_dict`` restores.
 
     Attributes:
+        own: Data and functions of the caller.
         id: Random name of the run, the same in all its files and after every resume.
         epoch: Number of complete epochs.
         best_epoch: Epoch with the best validation Dice, 0 if there is none yet.
@@ -70,15 +70,15 @@ class Run:
             ``uctrans.data.fingerprints``.
     """
 
-    def __init__(self, config: TrainConfig, group: Processes):
-        self.config, self.group = config, group
+    def __init__(self, config: TrainConfig, group: Processes, own: Own = NOTHING):
+        self.config, self.group, self.own = config, group, own
         self.id = uuid.uuid4().hex
         check_backend_runs(config, group.device)
         set_threads_and_determinism(config)
-        self.protocol = build_protocol(config)
+        self.protocol = build_protocol(config, own)
         if self.protocol.keeps_resolution:
             import_extra("monai", "training")  # which the first validation would miss
-        self.train_data, self.val_data = load_data(config, self.protocol, group)
+        self.train_data, self.val_data = load_data(config, self.protocol, group, own)
         self.images = {
             part: dict(zip(data.fingerprints, data.names, strict=True))
             for part, data in (("train", self.train_data), ("val", self.val_data))
@@ -238,6 +238,7 @@ class Run:
         self.id = state["model"]["metadata"].get("run_id", self.id)  # earlier versions saved no run_id and no images
         self.images = state["model"]["metadata"].get("images", self.images)
         for part, data in (("train", self.train_data), ("val", self.val_data)):
+            source = self.config.data or f"{part}_data"
             if sampler[f"{part}_names"] != list(data.names):
                 changed = sorted(set(sampler[f"{part}_names"]) ^ set(data.names))[:5]
                 raise CheckpointError(
@@ -250,7 +251,7 @@ class Run:
             if changed or sampler.get(f"{part}_digest", data.digest) != data.digest:
                 which = f" ({shorten(changed)})" if changed else ""
                 raise CheckpointError(
-                    f"{path}: pixels or labels of the {part} images in {self.config.data}{which} have changed since "
+                    f"{path}: pixels or labels of the {part} images in {source}{which} have changed since "
                     "the run began; restore them, or train in another output folder"
                 )
         if "train_digest" not in sampler and state["train_config"]["data"] != self.config.data:

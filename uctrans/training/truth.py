@@ -11,6 +11,7 @@ from ..data.read import IGNORED
 from .config import TrainConfig
 
 LABELS = 256
+PARTS = {"train": "training", "val": "validation"}
 
 
 def count_labels(data: SegmentationTensors | NativeImages) -> Tensor:
@@ -32,7 +33,8 @@ def check_truth_of_run(
             predicts one label everywhere would score 1.
     """
     remarks = []
-    for part, data in (("training", train), ("validation", val)):
+    for (split, part), data in zip(PARTS.items(), (train, val), strict=True):
+        source = config.data or f"{split}_data"
         counts = count_labels(data)
         if config.ignore_label is not None:
             share = counts[:, IGNORED].sum().item() / counts.sum().item()
@@ -47,13 +49,13 @@ def check_truth_of_run(
         if has_none.all():
             ignoring = "" if config.ignore_label is None else ", or is all of it ignored (ignore_label)"
             raise DataError(
-                f"{config.data}: none of the {len(counts)} {part} masks has any foreground{ignoring}, so a network "
+                f"{source}: none of the {len(counts)} {part} masks has any foreground{ignoring}, so a network "
                 "that predicts none would score 1; check that these are the masks and that their values fit classes "
                 "and palette, or choose the images of both parts yourself, in folders train and val or as folds"
             )
         if config.classes == 1 and not counts[:, 0].any():
             raise DataError(
-                f"{config.data}: every pixel of the {len(counts)} {part} masks is foreground, so a network that "
+                f"{source}: every pixel of the {len(counts)} {part} masks is foreground, so a network that "
                 "predicts it everywhere would score 1; save the background as 0, or give a palette, background first"
             )
         if is_empty.any():
