@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from skimage.io import imread, imsave
 
 import uctrans
@@ -43,6 +44,52 @@ def two_nuclei(dataset):
     for name in ("all", "half"):
         write_instances(dataset / f"test/instances/{name}.png", instances)
     return instances
+
+
+@pytest.mark.parametrize(
+    ("settings", "divisor"),
+    [({}, 1), ({"size": "native"}, 255), ({"size": "native", "resolution": "native", "scale": 2}, 255)],
+    ids=["bytes", "floats", "scaled"],
+)
+def test_scores_of_tensors_are_those_of_their_folder(settings, divisor, unet_folder, dataset, tmp_path):
+    settings = {"model": str(unet_folder), "device": "cpu", "progress": False, **settings}
+    names = ["all", "half", "none"]
+    images = torch.stack([torch.from_numpy(imread(dataset / f"test/images/{name}.png")) for name in names])
+    masks = torch.stack([torch.from_numpy(imread(dataset / f"test/masks/{name}.png")) for name in names]) > 0
+    images = images.permute(0, 3, 1, 2) if divisor == 1 else images.permute(0, 3, 1, 2) / divisor
+    of_folder = evaluate(EvaluateConfig(data=str(dataset), output=str(tmp_path / "folder"), **settings))
+    config = EvaluateConfig(output=str(tmp_path / "own"), **settings)
+    own = evaluate(config, data=(images, masks) if divisor == 1 else list(zip(images, masks, strict=True)))
+    assert column(own, "name") == ["data[0]", "data[1]", "data[2]"]
+    tolerance = 0 if divisor == 1 else 0.03  # bytes are resized in fixed point
+    for key in ("mean", "deviation", "mean_where_present"):
+        expected = getattr(of_folder, key)
+        assert flat(getattr(own, key)) == pytest.approx(flat(expected), abs=tolerance, nan_ok=True)
+    left_out = {"mean", "standard_deviation", "settings", "mean_where_present", "mean_of_others"}
+    written, expected = ({k: v for k, v in summary(each).items() if k not in left_out} for each in (own, of_folder))
+    assert written == expected
+    assert {path.name for path in own.output.iterdir()} == {"metrics.csv", "summary.json", "figure.png"}
+
+
+def flat(scores):
+    return {
+        f"{name}.{key}" if isinstance(value, dict) else name: score
+        for name, value in scores.items()
+        for key, score in (value.items() if isinstance(value, dict) else [(name, value)])
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({}, {}, "data: is empty; name a folder, or give evaluate images and masks"),
+        ({"data": "d"}, {"data": []}, "data: is of a folder, and evaluate is given data; leave one"),
+        ({"folds": "monuseg", "fold": 0}, {"data": []}, "folds: is of a folder"),
+    ],
+)
+def test_data_that_is_missing_or_given_twice(changes, given, message, tmp_path):
+    with pytest.raises(InferenceError, match=f"^{message}"):
+        evaluate(EvaluateConfig("model", output=str(tmp_path / "scores"), **changes), **given)
 
 
 @pytest.mark.parametrize("size", ["protocol", "native"])

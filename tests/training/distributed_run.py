@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 import uctrans
-from uctrans.data import Protocol
 from uctrans.training import TrainConfig, loop, train
 
 LONGEST_WAIT = 20  # seconds for torchrun to pass the signal on
@@ -36,7 +35,7 @@ class Plain(uctrans.SegmentationModel):
         return self.layers(image)
 
 
-def unchanged(protocol, images, masks, generator):
+def unchanged(images, masks):
     return images, masks
 
 
@@ -71,12 +70,10 @@ def keep_weights(kept: dict[str, torch.Tensor]) -> None:
 def main(config_file: str, folder: str, steps: str = "0") -> None:
     config = TrainConfig.load_yaml(config_file)
     (Path(folder) / f"{os.environ.get('RANK', 0)}.pid").write_text(str(os.getpid()))
-    if config.model == "plain":
-        Protocol.augment = unchanged
     stop_torchrun_after(int(steps))
     kept = {}
     keep_weights(kept)
-    train(config)
+    train(config, transform=unchanged if config.model == "plain" else None)
     torch.save(kept, Path(folder) / f"{os.environ.get('RANK', 0)}.pt")
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import uctrans
-from uctrans.data import Protocol
 from uctrans.models import registry
 from uctrans.training import ConfigError, load_checkpoint, train
 from uctrans.training.distributed import Processes, locked_by_main, processes, with_sync_batch_norm
@@ -46,9 +45,9 @@ def test_two_processes_are_one_with_twice_the_batch(make_config, tmp_path, even_
     double = make_config(batch_size=2, output=str(tmp_path / "double" / "run"), progress=True, **settings)
     result = run_program(double, tmp_path / "double")
     monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
-    runpy.run_path(str(PROGRAM))  # registers the network
-    monkeypatch.setattr(Protocol, "augment", lambda self, images, masks, generator: (images, masks))
-    train(make_config(batch_size=4, output=str(tmp_path / "single" / "run"), **settings))
+    program = runpy.run_path(str(PROGRAM))  # registers the network
+    single = make_config(batch_size=4, output=str(tmp_path / "single" / "run"), **settings)
+    train(single, transform=program["unchanged"])
 
     weights = [torch.load(tmp_path / "double" / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(*weights)

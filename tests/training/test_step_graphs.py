@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from uctrans.training import run as run_module
 from uctrans.training.distributed import Processes
 from uctrans.training.log import read_metrics
 from uctrans.training.loop import replay_or_run_step, train_step
+from uctrans.training.own import Own
 from uctrans.training.run import Run
 from uctrans.training.step_graphs import PLAIN_STEPS, StepGraphs, obstacle_to_graphs
 
@@ -126,6 +128,26 @@ def test_a_captured_run_ends_like_a_plain_one_also_where_it_is_resumed(
 def scores(folder):
     kept = ("epoch", "learning_rate", "train_loss", "train_dice", "val_loss", "val_dice", "best_epoch")
     return [[row[name] for name in kept] for row in read_metrics(folder / "metrics.csv")]
+
+
+@pytest.mark.parametrize("changes", [{}, NATIVE], ids=["resized", "native"])
+def test_a_transform_decides_on_the_host_before_each_recorded_step(make_config, recorders, changes):
+    def losses(graph):
+        random_numbers, decisions = random.Random(0), set()
+
+        def flip(images, masks):
+            is_flipped = random_numbers.random() < 0.5
+            decisions.add((is_flipped, masks.sum().item() > 0))
+            return (images.flip(-1), masks.flip(-1)) if is_flipped else (images, masks)
+
+        own = Own(transform=flip, loss=lambda logits, masks: (logits[:, 0] - masks).square().mean())
+        run = with_rate_in_a_tensor(Run(make_config(graph=graph, **changes), CPU, own))
+        found = losses_of(run)
+        assert {decision for decision, _ in decisions} == {True, False}
+        return found
+
+    assert losses(True) == losses(False)
+    assert recorders[0].replays > 0
 
 
 def test_early_stopping_ends_a_captured_run(make_config, recorders):

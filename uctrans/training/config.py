@@ -270,13 +270,15 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> "TrainConfig":
-        """Build a configuration from named values; ConfigError names ``source`` if a name is unknown."""
+        """Build a configuration from named values; ConfigError names ``source`` if a name is unknown or missing."""
         names = [item.name for item in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
                 raise ConfigError(f"{name}: there is no such field ({source}); {hint}")
+        if "output" not in values:
+            raise ConfigError(f"output: is missing ({source}); name a folder")
         return cls(**values)
 
     def save_yaml(self, path: str | Path) -> None:
