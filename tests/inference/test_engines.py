@@ -1,5 +1,6 @@
 """Engines: the same probabilities from PyTorch, a compiled network and ONNX Runtime, and what a cache holds."""
 
+import json
 import os
 import shutil
 import sys
@@ -334,13 +335,36 @@ def test_bad_files(export_of_tiny, tmp_path):
         with pytest.raises(uctrans.ModelFileError, match=r"damaged\.onnx is damaged or not ONNX .*export it again"):
             load_predictor(damaged, device="cpu")
     foreign = onnx.load(path)
-    for record in (None, "no JSON", "[]", '{"name": "tiny"}'):
-        del foreign.metadata_props[:]
-        if record is not None:
-            onnx.helper.set_model_props(foreign, {"uctrans": record})
+    record = json.loads(foreign.metadata_props[0].value)
+    unknown = "was not written by uctrans export"
+    for text, message in (
+        ("no JSON", unknown),
+        ("[" * 100_000, unknown),
+        ("[]", unknown),
+        ('{"name": "tiny"}', unknown),
+        (json.dumps(record | {"classes": "many"}), unknown),
+        (json.dumps(record | {"metadata": {"image_size": "32"}}), "metadata: image_size is '32', not height and width"),
+    ):
+        onnx.helper.set_model_props(foreign, {"uctrans": text})
         onnx.save(foreign, tmp_path / "foreign.onnx")
-        with pytest.raises(uctrans.ModelFileError, match=r"foreign\.onnx was not written by uctrans export"):
+        with pytest.raises(uctrans.ModelFileError, match=rf"foreign\.onnx:? {message}"):
             load_predictor(tmp_path / "foreign.onnx", device="cpu")
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(uctrans.ModelFileError, match=rf"foreign\.onnx {unknown}"):
+        load_predictor(tmp_path / "foreign.onnx", device="cpu")
+
+
+def test_a_file_whose_weights_are_not_finite_is_refused(export_of_tiny, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    damaged = onnx.load(export_of_tiny[0])
+    for weight in damaged.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT:
+            nan = np.full(tuple(weight.dims), np.nan, np.float32)
+            weight.CopyFrom(onnx.numpy_helper.from_array(nan, weight.name))
+    onnx.save(damaged, tmp_path / "damaged.onnx")
+    with pytest.raises(uctrans.ModelFileError, match=r"damaged\.onnx: gives logits that are not finite"):
+        load_predictor(tmp_path / "damaged.onnx", device="cpu").probabilities(inputs(*SIZE))
 
 
 def test_predict_and_evaluate_take_files_and_engines(exported, dataset, tmp_path):

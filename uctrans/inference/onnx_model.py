@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from ..extras import import_extra, require_extra
 from ..models import ModelFileError
 from ..models.base import pad_to_multiple
+from ..models.metadata import check_metadata
 from .settings import InferenceError
 
 SUFFIX = ".onnx"
 RECORD = "uctrans"  # key of the file's own metadata
-FIELDS = ("name", "config", "metadata", "in_channels", "classes", "batch_size", "size", "size_multiple", "digest")
+FIELDS = {
+    "name": str,
+    "config": dict,
+    "metadata": dict,
+    "in_channels": int,
+    "classes": int,
+    "batch_size": int | None,
+    "size": list | None,
+    "size_multiple": int,
+    "digest": str,
+}
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
 
@@ -48,7 +59,7 @@ class OnnxModel(nn.Module):
         record = _read_record(self.path, self._session)
         self.name, self.config, self.metadata = record["name"], record["config"], record["metadata"]
         self.in_channels, self.classes = record["in_channels"], record["classes"]
-        self.digest = str(record["digest"])
+        self.digest = record["digest"]
         self.register_buffer("digest_bytes", torch.tensor(list(self.digest.encode()), dtype=torch.uint8))
         self._batch_size, self._size, self._multiple = record["batch_size"], record["size"], record["size_multiple"]
 
@@ -79,7 +90,12 @@ class OnnxModel(nn.Module):
         if self._batch_size and len(image) < self._batch_size:
             image = torch.cat([image, image[:1].expand(self._batch_size - len(image), -1, -1, -1)])
         pixels = image.float().contiguous().cpu().numpy()
-        return torch.from_numpy(self._session.run(["logits"], {"image": pixels})[0])
+        logits = torch.from_numpy(self._session.run(["logits"], {"image": pixels})[0])
+        if not logits.isfinite().all():
+            raise ModelFileError(
+                f"{self.path}: gives logits that are not finite: it is damaged; export the model again"
+            )
+        return logits
 
 
 def require_onnxruntime(device: torch.device) -> None:
@@ -116,12 +132,16 @@ def _open_session(path: Path, device: torch.device) -> Any:
 
 
 def _read_record(path: Path, session: Any) -> dict[str, Any]:
-    text = session.get_modelmeta().custom_metadata_map.get(RECORD, "{}")
+    text = session.get_modelmeta().custom_metadata_map.get(RECORD, "null")
+    record = None
     with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(text)
-        if isinstance(record, dict) and set(FIELDS) <= record.keys():
-            return record
-    raise ModelFileError(
-        f"{path} was not written by uctrans export, or by another version of it, and does not say how to prepare an "
-        "image: export the model again"
-    )
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name, ...), kind) for name, kind in FIELDS.items()
+    ):
+        raise ModelFileError(
+            f"{path} was not written by uctrans export, or by another version of it, and does not say how to prepare "
+            "an image: export the model again"
+        )
+    check_metadata(record["metadata"], path)
+    return record
