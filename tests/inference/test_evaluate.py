@@ -3,6 +3,7 @@
 import csv
 import errno
 import importlib
+import itertools
 import json
 import math
 import shutil
@@ -517,6 +518,24 @@ def test_an_interrupted_replacement_leaves_no_summary_of_other_scores(renamed, b
     assert len(targets) == renamed
     assert not (folder / "summary.json").exists()
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_leaves_no_summary_of_other_scores(brightness_model, score, is_killed_at):
+    inverse = brightness_model()
+    inverse.forward = lambda image: 50 * (0.5 - image.mean(1, keepdim=True))
+    result = score(brightness_model())
+    folder, before = result.output, summary(result)["mean"]["dice"]
+    for number in itertools.count():
+        if not is_killed_at(number, lambda: score(inverse, overwrite=True)):
+            break
+        if (folder / "summary.json").exists():
+            scores = [float(row["dice"]) for row in csv_rows(result)]
+            assert summary(result)["mean"]["dice"] == pytest.approx(np.mean(scores))
+        result = score(brightness_model(), overwrite=True)
+        assert {path.name for path in folder.iterdir()} == {"metrics.csv", "summary.json", "figure.png"}
+    assert number > 3
+    assert summary(result)["mean"]["dice"] < before
 
 
 def test_a_failed_evaluation_keeps_the_former_one(brightness_model, score, monkeypatch):

@@ -172,9 +172,31 @@ def test_a_full_disk_is_an_error_and_keeps_the_former_export(unet_folder, tmp_pa
     )
 
 
+@pytest.mark.slow
+def test_an_export_that_is_killed_leaves_no_description_of_another_program(use_model, is_killed_at, tmp_path):
+    config = ExportConfig("model", str(tmp_path), ("torch",), "none", image_size=16, overwrite=True)
+
+    def export_times(factor):
+        model = use_model(Stub(lambda image, call: factor * image[:, :1]))
+        model.metadata = {"factor": factor}
+        export(config)
+
+    export_times(1)
+    for number in itertools.count():
+        if not is_killed_at(number, lambda: export_times(2)):
+            break
+        if (tmp_path / "export.json").exists():
+            factor = json.loads((tmp_path / "export.json").read_text())["model"]["metadata"]["factor"]
+            assert torch_run(tmp_path / "model.pt2")(torch.ones(1, 3, 16, 16)).mean() == factor
+        export_times(1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
+    assert number > 3
+
+
 def test_replacing_an_export_removes_the_programs_of_the_former_and_of_killed_processes(unet_folder, tmp_path):
     for name in ("model.onnx", "export.json", f"{UNFINISHED}killed.onnx"):
         (tmp_path / name).write_bytes(b"of another model")
+    (tmp_path / ".export-abc" / "inner").mkdir(parents=True)  # as earlier versions left it
     export(ExportConfig(str(unet_folder), str(tmp_path), ("torch",), "none", image_size=16, overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
 

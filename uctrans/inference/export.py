@@ -14,6 +14,7 @@ convolutions. ``dynamic`` says what may vary from call to call:
 """
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,8 @@ def export(config: ExportConfig) -> list[Path]:
     written = [*files.values(), folder / SUMMARY]
     former = [folder / name for name in (SUMMARY, *FORMATS.values())]  # programs of another model, killed or not
     with locked(folder), written_together(written, removed=former) as temporaries, quiet():
+        for abandoned in folder.glob(".export-*"):  # by an export of an earlier version that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
         program = trace(model, taken)
         for name, path in zip(files, temporaries[:-1], strict=True):
             details = writers[name](program, path)
