@@ -215,14 +215,16 @@ def test_a_run_without_its_settings_says_how_to_go_on(trained, data, tmp_path, c
     ("content", "named"),
     [
         ("epoch: 3", "epoch"),
-        ("- 1\n- 2", "config"),
+        ("- 1\n- 2", "config.yaml: holds no 'field: value' lines; write it like a run's config.yaml"),
+        ("", "config.yaml: holds no 'field: value' lines"),
+        ("# epochs: 3", "config.yaml: holds no 'field: value' lines"),
         ("epochs: [", "config"),
         ("model_options: &all [*all]", "config.yaml: holds the alias *all, in whose place the value belongs; write it"),
         ("seed: " + "1" * 10_000, "config.yaml: is not YAML"),
         ("epochs: many", "epochs"),
         ("compile: maybe", "--compile: maybe does not fit; give true or false"),
     ],
-    ids=["field", "list", "torn", "alias", "digits", "number", "switch"],
+    ids=["field", "list", "empty", "comment", "torn", "alias", "digits", "number", "switch"],
 )
 def test_a_bad_config_file(content, named, tmp_path, capsys):
     file = tmp_path / "config.yaml"
