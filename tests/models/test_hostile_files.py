@@ -12,10 +12,11 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import uctrans
 from tests.models.support import build
-from uctrans.models.weights import CONFIG_FILE, DIGEST, WEIGHTS_FILE
+from uctrans.models.weights import CONFIG_FILE, DIGEST, WEIGHTS_FILE, sketch_of
 from uctrans.writing import UNFINISHED
 
 
@@ -410,6 +411,22 @@ def test_a_killed_process_leaves_a_model_or_a_clear_error(folder):
         build("uctransnet", num_layers=1, patch_sizes=(4, 2)).save_pretrained(folder)
         assert uctrans.load_model(folder).metadata == {}
         assert not list(folder.glob(f"{UNFINISHED}*"))
+
+
+class Refuse(TorchDispatchMode):
+    """Let operators fail that draw normal numbers."""
+
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+        assert "normal" not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_sketch_draws_no_normal_numbers(folder):
+    """PyTorch loads hundreds of modules for those of a tensor on the meta device, which takes two seconds."""
+    model = uctrans.load_model(folder)
+    with Refuse():
+        sketch = sketch_of(type(model), model.config, model.state_dict(), folder)
+    assert sketch.head.weight.is_meta
 
 
 def test_other_threads_may_build_networks(folder):

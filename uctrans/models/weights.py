@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.overrides import TorchFunctionMode
 
 from ..reading import UnreadableError, check_regular_file, read_json
 
@@ -187,12 +188,23 @@ def sketch_of(kind: Callable[..., Model], config: Any, state: Any, source: objec
     """
     most = FEWEST_PARTS + MORE_THAN_WEIGHTS * (len(state) if isinstance(state, Mapping) else 0)
     try:
-        with _failing_as_configuration(kind, source), torch.device("meta"), _counted(most, source):
+        with _failing_as_configuration(kind, source), torch.device("meta"), _Undrawn(), _counted(most, source):
             return kind(**config)
     except ModelFileError as error:
         if "meta" in str(error.__cause__):  # as PyTorch says where a value is asked for
             return None
         raise
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draw no normal numbers, for which PyTorch loads modules for seconds if the tensor is on the meta device."""
+
+    def __torch_function__(self, function: Any, _: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Call ``function``, or return the tensor that it would fill."""
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
