@@ -228,7 +228,11 @@ def test_nothing_is_appended_through_a_link(tmp_path):
     (tmp_path / "planted.txt").symlink_to(tmp_path / "log.txt")
     with pytest.raises(OSError, match=r"planted\.txt"):
         open_to_append(tmp_path / "planted.txt")
-    assert (tmp_path / "log.txt").read_text() == "first\nsecond\n"
+    (tmp_path / "copy.txt").hardlink_to(tmp_path / "log.txt")
+    with open_to_append(tmp_path / "log.txt") as file:
+        file.write(os.fsdecode(b"caf\xe9\n"))
+    assert (tmp_path / "copy.txt").read_text() == "first\nsecond\n"
+    assert (tmp_path / "log.txt").read_text() == "first\nsecond\ncaf\\udce9\n"
 
 
 def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):

@@ -182,9 +182,17 @@ def _open_temporary(folder: Path, extension: str) -> tuple[Path, int]:
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Open a UTF-8 text file to append to, which may be new; raise OSError for a link, which leads to another file."""
+    """Open a text file to append to, which may be new, as UTF-8; bytes of names that are not UTF-8 are escaped.
+
+    A file with further names, as a copy of its folder by hard links has them, is copied first, and they keep theirs.
+
+    Raises:
+        OSError: the file cannot be written to, or is a symbolic link.
+    """
+    if path.is_file() and path.lstat().st_nlink > 1:
+        write_bytes(path, path.read_bytes())
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOT_FOLLOWED, 0o666)
-    return os.fdopen(descriptor, "a", encoding="utf-8", newline="")
+    return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
