@@ -202,6 +202,19 @@ def test_colours_multiplied_by_alpha_are_divided_again(tmp_path):
         assert read_image(tmp_path / "a.tif").tolist() == [[[199, 99, 0], [10, 20, 30]]]
 
 
+def test_a_compression_that_this_python_has_no_module_for(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ModuleNotFoundError("No module named 'compression'")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", refuse)
+    pixels = random_pixels(6, 7)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, compression="zlib")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif", 1)[..., 0], pixels)  # Pillow decodes it
+    tifffile.imwrite(tmp_path / "b.tif", random_pixels(6, 7, 3, dtype=np.uint16), photometric="rgb", compression="zlib")
+    with pytest.raises(DataError, match=r"b\.tif: holds 16-bit colours compressed by \w+; install .*imagecodecs"):
+        read_image(tmp_path / "b.tif")
+
+
 def test_undeclared_channels_that_only_imagecodecs_decodes(tmp_path, monkeypatch):
     def refuse(page):
         raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")

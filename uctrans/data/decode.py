@@ -18,6 +18,7 @@ from .image_files import (
     TIFF_SIGNATURES,
     check_segments,
     check_size,
+    needs_imagecodecs,
     open_tiff,
     open_with_pillow,
     pillow_size,
@@ -273,8 +274,8 @@ def _decode_tiff_page(page: Any, path: Path) -> Picture:
         if kind == "YCBCR":
             return _decode_tiff_page_with_pillow(page, path)
         pixels = page.asarray()
-    except ValueError as error:
-        if "imagecodecs" not in str(error):
+    except (ImportError, ValueError) as error:
+        if not needs_imagecodecs(error):
             raise
         return _decode_tiff_page_with_pillow(page, path)
     if page.axes == "SYX":

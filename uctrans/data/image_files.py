@@ -32,7 +32,7 @@ HEADER_BYTES = 26
 POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get"}
 # Pillow and tifffile raise these for damaged files, MemoryError for a damaged size.
 READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
-READ_ERRORS += (MemoryError, AttributeError, AssertionError, struct.error, zlib.error, lzma.LZMAError)
+READ_ERRORS += (MemoryError, AttributeError, AssertionError, ImportError, struct.error, zlib.error, lzma.LZMAError)
 # Numbers of OME metadata that tifffile makes lists of this length for, and a range that it makes an array of.
 OME_COUNTS = re.compile(r"""\b(Size[A-Z]|IFD|NumPlanes|PlaneCount|First[A-Z])\s*=\s*["']\s*([^"']*)""")
 OME_RANGE = re.compile("Along[A-Z]")
@@ -214,6 +214,11 @@ def check_segments(page: Any, path: Path) -> None:
             file.seek(offset)
             if count > 2 * most or (unpacker and len(unpacker().decompress(file.read(count), most + 1)) > most):
                 raise unreadable(path, ValueError("a strip or tile unpacks to more than its pixels"))
+
+
+def needs_imagecodecs(error: Exception) -> bool:
+    """Return whether tifffile raised this because a compression needs the package imagecodecs, which is missing."""
+    return isinstance(error, ImportError) or "imagecodecs" in str(error)
 
 
 def unreadable(path: Path, error: BaseException) -> DataError:

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .decode import ORIENTATION, WHITE, Picture
-from .image_files import HARMLESS_BYTES, READ_ERRORS, TIFF_SIGNATURES, UNPACKERS, open_tiff, read_header, unreadable
+from .image_files import (
+    HARMLESS_BYTES,
+    READ_ERRORS,
+    TIFF_SIGNATURES,
+    UNPACKERS,
+    needs_imagecodecs,
+    open_tiff,
+    read_header,
+    unreadable,
+)
 from .read import RGB_CHANNELS, Doubts, decode_image, image_of
 
 BAND_ROWS = 256  # decoded at once, or as many as a row of tiles has
@@ -117,8 +126,8 @@ def _decodes(page: Any) -> bool:
     """Return whether tifffile can decode the compression without imagecodecs."""
     try:
         _segment_rows(page, 0, 1)
-    except ValueError as error:
-        return "imagecodecs" not in str(error)
+    except (ImportError, ValueError) as error:
+        return not needs_imagecodecs(error)
     return True
 
 
