@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uctrans
+from uctrans.kernels import segmentation_loss
 from uctrans.kernels.backend import INTERPRETER_VARIABLE
-from uctrans.training.losses import segmentation_loss
 
 BACKENDS = ("reference", "composed", "triton")
 SHOWN_OPERATORS = 12

@@ -9,7 +9,7 @@ import torch
 import uctrans
 from benchmarks.launches import Launched
 from uctrans import weight_casts
-from uctrans.training.losses import segmentation_loss
+from uctrans.kernels import segmentation_loss
 from uctrans.weight_casts import casting_together, keep_weights_cast, weights_cast_by_autocast
 
 ROOT = Path(__file__).parents[1]

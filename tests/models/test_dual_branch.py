@@ -11,9 +11,9 @@ from tests.models.support import FEW_SCALES, randomised
 from uctrans.data import find_samples, load_native
 from uctrans.inference import ExportConfig, export
 from uctrans.layers import NestedU
+from uctrans.training import image_dice, segmentation_loss
 from uctrans.training.build import build_model
 from uctrans.training.config import ConfigError, TrainConfig
-from uctrans.training.losses import image_dice, segmentation_loss
 
 MONUSEG = "UCTRANS_MONUSEG"
 

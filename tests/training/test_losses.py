@@ -5,14 +5,8 @@ import math
 import pytest
 import torch
 
-from uctrans.training.losses import (
-    BatchCounts,
-    EpochTotals,
-    batch_counts,
-    image_dice,
-    loss_and_dice,
-    segmentation_loss,
-)
+from uctrans.kernels import segmentation_loss, segmentation_totals
+from uctrans.training.losses import EpochTotals, image_dice, loss_and_dice
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -160,8 +154,8 @@ def test_mean_over_shares_on_every_backend(classes, backend):
     logits, masks = random_case(batch=4, classes=classes, dtype=torch.float32)
     logits, masks = logits.to(DEVICE), masks.to(DEVICE)
     shares = [slice(0, 1), slice(1, 4)]
-    mean = BatchCounts(*torch.stack([torch.stack(batch_counts(masks[share])) for share in shares]).mean(0))
-    losses = [segmentation_loss(logits[share], masks[share], counts=mean, backend=backend) for share in shares]
+    mean = torch.stack([segmentation_totals(masks[share]) for share in shares]).mean(0)
+    losses = [segmentation_loss(logits[share], masks[share], totals=mean, backend=backend) for share in shares]
     torch.testing.assert_close(torch.stack(losses).mean(), segmentation_loss(logits, masks, backend="reference"))
 
 
@@ -172,7 +166,7 @@ def test_ignored_pixels_have_no_loss_and_no_score(classes):
     dice = image_dice(logits[..., 1:], masks[..., 1:])
     masks[..., 0] = 255
     logits[..., 0] = math.nan
-    torch.testing.assert_close(segmentation_loss(logits, masks, ignore_label=255), expected)
+    torch.testing.assert_close(segmentation_loss(logits, masks, ignore_index=255), expected)
     torch.testing.assert_close(image_dice(logits, masks, ignore_label=255), dice)
 
 
@@ -181,7 +175,7 @@ def test_images_of_ignored_pixels_count_in_no_mean(classes):
     logits, masks = random_case(batch=3, classes=classes)
     expected = segmentation_loss(logits[:2], masks[:2])
     masks[2] = 255
-    torch.testing.assert_close(segmentation_loss(logits, masks, ignore_label=255), expected)
+    torch.testing.assert_close(segmentation_loss(logits, masks, ignore_index=255), expected)
     dice = image_dice(logits, masks, ignore_label=255)
     assert dice.isnan().tolist() == [False, False, True]
     totals = EpochTotals(torch.device("cpu"), ignores=True)
@@ -189,7 +183,7 @@ def test_images_of_ignored_pixels_count_in_no_mean(classes):
     assert totals.images.item() == 2
     assert totals.dice.item() == pytest.approx(dice[:2].sum().item())
     logits.requires_grad_()
-    loss = segmentation_loss(logits, masks.fill_(255), ignore_label=255)
+    loss = segmentation_loss(logits, masks.fill_(255), ignore_index=255)
     loss.backward()
     assert (loss.item(), logits.grad.abs().max().item()) == (0, 0)
 

@@ -97,6 +97,7 @@ def test_a_run_on_tensors_is_the_run_on_their_folder(
     records = [uctrans.load_model(folder).metadata["images"] for folder in (own, in_folder)]
     assert [set(record["train"]) for record in records] == [set(records[0]["train"])] * 2
     assert "train_data[0]" in records[0]["train"].values()
+    assert ("images are resized to 16 x 16 pixels" in (own / "log.txt").read_text()) != bool(changes)
 
 
 def test_a_run_on_a_dataset_in_two_parts_is_the_run_in_one(own_config, image_folder, tmp_path, assert_same):
@@ -188,7 +189,7 @@ IMAGES, MASKS = torch.zeros(2, 3, 4, 5), torch.ones(2, 4, 5, dtype=torch.uint8)
         ((IMAGES[:1], MASKS), r"returned images \(1, 3, 4, 5\) float32 .*return floating-point images \(2, 3, H, W\)"),
         ((IMAGES.byte(), MASKS), r"returned images \(2, 3, 4, 5\) uint8"),
         ((IMAGES, MASKS.float()), r"returned images .* and masks \(2, 4, 5\) float32; .* whole labels"),
-        ((IMAGES[..., :4], MASKS), r"returned masks .* for images \(2, 3, 4, 4\) .* one label a pixel"),
+        ((IMAGES[..., :4], MASKS), r"returned images \(2, 3, 4, 4\) float32 and masks \(2, 4, 5\) uint8; return"),
         ((IMAGES, MASKS * 2), "returned the label 2; keep the labels"),
         ((IMAGES, MASKS.long() - 101), "returned the label -100; keep the labels"),
     ],

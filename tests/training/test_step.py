@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uctrans.data import NativeImages, SegmentationTensors
+from uctrans.kernels import segmentation_loss
 from uctrans.training import TrainConfig, build
 from uctrans.training.build import build_model, build_protocol
 from uctrans.training.distributed import Processes
 from uctrans.training.loop import train_step
-from uctrans.training.losses import EpochTotals, configured_loss_and_dice, image_dice, segmentation_loss
+from uctrans.training.losses import EpochTotals, configured_loss_and_dice, image_dice
 from uctrans.training.optimization import WeightAverage, build_optimizer
 from uctrans.training.own import NOTHING
 from uctrans.training.validation import validate

@@ -1,6 +1,7 @@
 """Scores, prediction on image files, and export of trained models."""
 
-from .evaluate import EvaluateConfig, EvaluationResult, evaluate
+from .comparison import EvaluateConfig
+from .evaluate import EvaluationResult, evaluate
 from .export import ExportConfig, ExportError, export
 from .figures import comparison_figure, overlay
 from .metrics import dice, hd95, iou, mean_and_deviation, mean_over_classes

@@ -11,30 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import Protocol, find_split, get_protocol, list_protocols, load_tensors
+from ..data import find_split
 from ..data.find import describe_draw, shorten
-from ..data.fingerprints import Record, find_known, fingerprint
-from ..data.instances import check_truth, find_instances, read_instances
+from ..data.fingerprints import Record, find_known
+from ..data.instances import find_instances
 from ..data.pairs import Samples, pairs_of
-from ..data.read import IGNORED, Doubts
 from ..extras import import_extra
 from ..models.base import without_images
 from ..models.files import LAST_CHECKPOINT
-from ..tiling import OVERLAP
 from ..writing import locked, write_json, written_together
+from .comparison import Compared, Comparison, EvaluateConfig, Truth, score_sizes
 from .figures import ComparisonRow, InstanceRow, as_rgb, choose_rows, class_colours, comparison_figure, instance_figure
-from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
 from .metrics import (
     INSTANCE_METRICS,
     METRICS,
-    dice,
-    hd95,
-    iou,
     mean_and_deviation,
-    mean_over_classes,
     score_instances,
 )
-from .predictor import TRANSFORMS, predictor_of, to_labels
 from .settings import (
     InferenceError,
     check_choice,
@@ -44,6 +37,7 @@ from .settings import (
     refuse_existing,
     refuse_truth,
 )
+from .transforms import TRANSFORMS
 
 SCORES, SUMMARY, PICTURE, INSTANCE_PICTURE = "metrics.csv", "summary.json", "figure.png", "instances.png"
 INSTANCE_ROWS = 3
@@ -61,80 +55,6 @@ TITLES = {
     "ap": "AP at 0.5",
 }
 WHITE_ON_BLACK = np.array([[0, 0, 0], [255, 255, 255]], dtype=np.uint8)
-
-
-@dataclass
-class EvaluateConfig:
-    """Settings of `evaluate`.
-
-    Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, a model.onnx of uctrans
-            export, or the name of a model that comes with the package: nuclei. Several as a,b, whose probabilities are
-            averaged.
-        data: Folder of the data set, in any layout that uctrans.data.find_samples knows. Empty if evaluate is given
-            images and masks in Python.
-        output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
-        split: train, val or test; or all, every image of the folder.
-        folds: Cross-validation folds, a shipped name or a JSON file; train and val are then those of the fold.
-        fold: Number of the fold, counted from 0.
-        size: Where scores are taken. protocol: at the protocol's size, image and mask resized its way (the published
-            convention). native: at the mask's own size, against the mask as it is, with the probabilities enlarged;
-            models of the protocol native are always scored so. The name of a protocol that resizes, uctransnet-224:
-            models of any other protocol are scored as its own, truth and prediction resized alike from the mask's size.
-        resolution: What the network sees if size is native. protocol: the image as the model's protocol prepares it.
-            native: tiles of its pixels.
-        threshold: Probability above which a pixel is foreground, for binary models.
-        smallest_object: Predicted nuclei of fewer pixels are left out of AJI and PQ, which are scored if size is native
-            and a folder "instances" lies beside the masks.
-        seed_distance: Pixels between the seeds of nuclei that touch, for AJI and PQ: about a third of a diameter.
-        tta: Test-time transforms over which probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
-        tile: Side of the tiles in pixels; none takes the model's image size.
-        overlap: Share of a tile that overlaps with the next.
-        batch_size: Images, or tiles, in one forward pass.
-        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
-        intensity_range: Lowest and highest value of the image files: 0,4095; none takes the model's.
-        scale: Factor by which images are enlarged before the network sees their pixels, 0.1 to 10; masks and scores
-            stay at the size of the images. Raise it if small nuclei are merged or missed, lower it if large ones are
-            split.
-        network: Networks that the model may hold: package.module:Class for one of another package, which loads only
-            where it is named here; several as a,b. none allows all of uctrans.
-        backend: Implementation of the network's operators: auto, triton, composed or reference.
-        device: auto, cpu, cuda, cuda:1 or mps.
-        amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
-        graph: Replay the network as a CUDA graph, on CUDA.
-        engine: What runs the network. torch. compile: torch.compile, which takes minutes before the first image. onnx:
-            ONNX Runtime, on an export that is made at the first image and cached. auto: torch; on a CPU onnx, if the
-            extra export is installed and an export is cached or pays.
-        overwrite: Replace an evaluation that the output folder already holds.
-        progress: Show a progress bar.
-    """
-
-    model: str
-    data: str = ""
-    output: str = ""
-    split: str = "test"
-    folds: str | None = None
-    fold: int | None = None
-    size: str = "protocol"
-    resolution: str = "protocol"
-    threshold: float = 0.5
-    smallest_object: int = SMALLEST_OBJECT
-    seed_distance: int = SEED_DISTANCE
-    tta: str = "none"
-    tile: int | None = None
-    overlap: float = OVERLAP
-    batch_size: int = 4
-    channel_order: str | None = None
-    intensity_range: tuple[int, int] | None = None
-    scale: float = 1.0
-    network: str | tuple[str, ...] | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    amp: str = "no"
-    graph: bool = True
-    engine: str = "auto"
-    overwrite: bool = False
-    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -363,186 +283,6 @@ def _evaluate(config: EvaluateConfig, folder: Path, samples: Samples) -> Evaluat
         **found,
         remarks=remarks,
     )
-
-
-def score_sizes() -> list[str]:
-    """Return the values that ``size`` may have: protocol, native, and the protocols that resize."""
-    resizing = [name for name in list_protocols() if not get_protocol(name).keeps_resolution]
-    return ["protocol", "native", *resizing]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One image with truth and prediction at the size that is scored; instance maps if there is a true one."""
-
-    name: str
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
-    fingerprint: str  # of the image at its own size
-    true_instances: np.ndarray | None = None
-    predicted_instances: np.ndarray | None = None
-
-
-class Comparison:
-    """A model and the size at which its predictions are compared with the truth.
-
-    Attributes:
-        predictor: The predictor of the model.
-        model: The model.
-        classes: Number of classes of the masks.
-        palette: Colours of colour-coded masks; None if masks hold labels.
-        ignore_label: Label of the pixels to ignore in truth that was read, or None.
-        scored_as: Protocol at whose size scores are taken.
-        is_native: Whether scores are taken at the size of the masks.
-        doubts: Doubts about the images and masks that were read.
-
-    Raises:
-        ModelFileError, InferenceError, ValueError, NotImplementedError: See
-            `uctrans.inference.predictor.load_predictor`.
-    """
-
-    def __init__(self, config: EvaluateConfig):
-        self._config = config
-        self.predictor = predictor_of(config)
-        self.model = self.predictor.model
-        self.classes, self.palette = mask_classes(self.model), self.model.metadata.get("palette")
-        self.ignore_label = None if self.predictor.protocol.ignore_label is None else IGNORED
-        self.scored_as = _protocol_of_scores(self.predictor.protocol, config.size)
-        self.is_native = self.scored_as.keeps_resolution
-        self.doubts = Doubts()
-        self._is_at_network_size = not self.is_native and self.scored_as is self.predictor.protocol
-
-    @property
-    def scored_at(self) -> str:
-        """The pixels that are counted, in words."""
-        height, width = self.scored_as.image_size
-        resized = f"{height} x {width} pixels, as {self.scored_as.resizes_as} resizes them"
-        return "the size of their masks" if self.is_native else resized
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the foreground classes; those in the metadata may include the background."""
-        foreground = max(self.classes - 1, 1)
-        names = [str(name) for name in self.model.metadata.get("class_names") or ()]
-        if len(names) == foreground + 1:
-            names = names[1:]
-        return names if len(set(names)) == foreground else [str(label) for label in range(1, foreground + 1)]
-
-    def scores(self, compared: "Compared") -> dict[str, torch.Tensor]:
-        """Return the scores of each foreground class of an image, float64 (foreground,) by score."""
-        maps = compared.prediction, compared.truth, self.classes, self.ignore_label
-        return {key: score(*maps) for key, score in zip(METRICS, (dice, iou, hd95), strict=True)}
-
-    def classes_of(self, truth: np.ndarray) -> torch.Tensor:
-        """Return whether a mask has each foreground class, bool (foreground,)."""
-        labels = np.arange(1, max(self.classes, 2))
-        return torch.from_numpy(np.isin(labels, truth))
-
-    def check(self, samples: Samples, instance_maps: Mapping[str, Path]) -> None:
-        """Raise DataError if a mask or map cannot be used.
-
-        Masks at the size of the network are not read here, because `images` reads a batch before it predicts.
-        """
-        if not self._is_at_network_size:
-            maps = instance_maps if self.is_native else {}
-            check_truth(samples, maps, self.classes, self.palette, self.predictor.protocol)
-
-    def images(self, samples: Samples, instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
-        """Predict the images in their order, and read their truth and the instance maps that are given."""
-        if self._is_at_network_size:
-            return self._at_network_size(samples)
-        return self._at_native_size(samples, instance_maps) if self.is_native else self._resized(samples)
-
-    def _at_network_size(self, samples: Samples) -> Iterator[Compared]:
-        protocol = self.predictor.protocol
-        for start in range(0, len(samples), self._config.batch_size):
-            batch = samples[start : start + self._config.batch_size]
-            tensors = load_tensors(batch, protocol, self.classes, self.palette, doubts=self.doubts)
-            probabilities = mask_probabilities(self.model, self.predictor.probabilities(tensors.images))
-            labels = to_labels(probabilities, self._config.threshold).cpu().numpy()
-            images = tensors.images.permute(0, 2, 3, 1).numpy()
-            yield from map(Compared, tensors.names, images, tensors.masks.numpy(), labels, tensors.fingerprints)
-
-    def _at_native_size(self, samples: Samples, instance_maps: Mapping[str, Path]) -> Iterator[Compared]:
-        for sample in samples:
-            protocol = self.predictor.protocol
-            image, truth = sample.read(protocol, self.classes, self.palette, self.doubts)
-            ignored = protocol.ignored(truth)
-            maps = instance_maps.get(sample.name)
-            true = None if maps is None else read_instances(maps, truth, ignored)
-            probabilities = self.predictor.probabilities_of_image(image)[None]
-            foreground = mask_probabilities(self.model, probabilities)
-            labels = to_labels(foreground, self._config.threshold)[0].cpu().numpy()
-            predicted = None if true is None else instances_of(self.model, probabilities[0], labels, self._config)
-            if true is not None and ignored is not None:  # what is left of objects is compared
-                true, predicted = np.where(ignored, 0, true), np.where(ignored, 0, predicted)
-            yield Compared(sample.name, image, truth, labels, fingerprint(image), true, predicted)
-
-    def _resized(self, samples: Samples) -> Iterator[Compared]:
-        """Yield truth and prediction at native size, both resized as the protocol of the scores resizes masks."""
-        for whole in self._at_native_size(samples, {}):
-            resize = dataclasses.replace(self.scored_as, ignore_label=self.predictor.protocol.ignore_label).resize_mask
-            truth, prediction = (resize(mask, self.classes) for mask in (whole.truth, whole.prediction))
-            image = self.scored_as.resize_image(whole.image)
-            yield Compared(whole.name, image, truth, prediction, whole.fingerprint)
-
-
-def _protocol_of_scores(trained_under: Protocol, size: str) -> Protocol:
-    """Return the protocol at whose size scores are taken; the model's own object if both prepare images alike."""
-    if size == "native":
-        return get_protocol("native")
-    if size == "protocol":
-        return trained_under
-    named = get_protocol(size)
-    is_alike = not trained_under.keeps_resolution and trained_under.image_size == named.image_size
-    return trained_under if is_alike else named
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The scores of all images, and which classes their masks have.
-
-    Attributes:
-        has_class: bool (images, foreground classes).
-        is_scored: Whether an image has a pixel that is not ignored, bool (images,).
-        scores: float64 (images, foreground classes) by score, undefined where nothing is scored.
-    """
-
-    has_class: torch.Tensor
-    is_scored: torch.Tensor
-    scores: dict[str, torch.Tensor]
-
-    def __post_init__(self):
-        for scores in self.scores.values():  # 1 or 0 would be a score of nothing
-            scores[:, ~self.has_class.any(0)] = math.nan
-
-    def means(self) -> Iterator[dict[str, float]]:
-        """Yield the means over the classes that some mask has, for each image."""
-        for image in range(len(self.has_class)):
-            yield {key: mean_over_classes(scores[image]).item() for key, scores in self.scores.items()}
-
-    def by_class(self, names: Sequence[str]) -> Iterator[dict[str, float]]:
-        """Yield the scores of each class for each image; nothing for a single class."""
-        columns = [(key, place, name) for key in METRICS for place, name in enumerate(names) if len(names) > 1]
-        for image in range(len(self.has_class)):
-            yield {f"{key}_{name}": self.scores[key][image, place].item() for key, place, name in columns}
-
-    def summary(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return ``present``, ``mean_where_present``, ``empty`` and ``ignored`` of `EvaluationResult`."""
-        names = names if len(names) > 1 else ["foreground"]
-        return {
-            "present": dict(zip(names, self.has_class.sum(0).tolist(), strict=True)),
-            "mean_where_present": {
-                name: {
-                    key: mean_and_deviation(scores[self.has_class[:, place], place])[0]
-                    for key, scores in self.scores.items()
-                }
-                for place, name in enumerate(names)
-            },
-            "empty": int((self.is_scored & ~self.has_class.any(1)).sum()),
-            "ignored": int((~self.is_scored).sum()),
-        }
 
 
 def _instance_scores(compared: Compared, with_instances: bool) -> dict[str, float]:

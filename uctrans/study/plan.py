@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import load_folds
-from ..inference.evaluate import score_sizes
+from ..inference.comparison import score_sizes
 from ..inference.predictor import RESOLUTIONS, TRANSFORMS
 from ..models.external import ExternalModel, find_model_class
 from ..models.registry import list_models

@@ -33,6 +33,7 @@ import torch
 
 from ..data.find import describe_draw
 from ..devices import explaining_short_memory
+from ..kernels import segmentation_totals
 from ..models.files import LAST_CHECKPOINT
 from .checkpoint import (
     RUN_FILES,
@@ -46,7 +47,7 @@ from .checkpoint import (
 from .config import TrainConfig, settings_for_memory
 from .distributed import locked_by_main, processes
 from .log import LOG_FILES, RunLog, SilentLog, TrainingError, failures_named
-from .losses import BatchCounts, batch_counts, configured_loss_and_dice, ignored_label
+from .losses import configured_loss_and_dice, ignored_label
 from .optimization import learning_rate
 from .own import Own
 from .run import Run
@@ -232,13 +233,13 @@ def training_batch(run: Run, index: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def train_on_batch(run: Run, images: torch.Tensor, masks: torch.Tensor) -> None:
     """Train on network input, (B, C, H, W), and masks, (B, H, W)."""
-    counts = None  # a single process counts its pixels while it computes the loss
+    totals = None  # a single process counts its pixels while it computes the loss
     if run.group.count > 1:
-        counts = BatchCounts(*run.group.mean_(torch.stack(batch_counts(masks, ignored_label(run.config)))))
+        totals = run.group.mean_(segmentation_totals(masks, ignore_label=ignored_label(run.config)))
 
     run.optimizer.zero_grad(set_to_none=True)
     logits = run.forward(images)
-    loss, dice = configured_loss_and_dice(logits, masks, run.config, counts, own=run.own)
+    loss, dice = configured_loss_and_dice(logits, masks, run.config, totals, own=run.own)
     loss.backward()
     run.optimizer.step()
     if run.average is not None:

@@ -1,12 +1,10 @@
-"""Dice and cross-entropy losses of the published protocol, the Dice score of validation, and their sums in an epoch.
+"""The loss of a run and the Dice score of validation, and their sums in an epoch.
 
-The losses equal the published formulas for probabilities, but take logits and stay finite for any logit. They are
-float32 (float64 for float64 logits) under autocast too, and never wait for the device. Loss and score come from the
-same sums over pixels (:func:`uctrans.kernels.segmentation_sums`), so logits and masks are read once.
+Loss and score come from the same sums over pixels (:func:`uctrans.kernels.segmentation_sums`), so logits and masks are
+read once. They are float32 (float64 for float64 logits) under autocast too, and never wait for the device.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -18,93 +16,37 @@ from .distributed import Processes
 from .own import NOTHING, Own
 
 
-class BatchCounts(NamedTuple):
-    """Numbers of images and pixels over which the losses are averaged: float32 scalars on the device.
-
-    With several processes these are means over the processes, so that the mean of the processes' losses is the loss of
-    the whole batch.
-    """
-
-    images: torch.Tensor
-    positives: torch.Tensor
-    negatives: torch.Tensor
-
-
-def batch_counts(masks: torch.Tensor, ignore_label: int | None = None) -> BatchCounts:
-    """Count images, non-zero pixels and zero pixels of ``masks`` (B, height, width).
-
-    Ignored pixels do not count, and neither do images of nothing else. Images are at least a tiny number, so that the
-    loss of a batch without any is 0.
-    """
-    return BatchCounts(*kernels.segmentation_totals(masks, ignore_label=ignore_label))
-
-
 def loss_and_dice(
     logits: torch.Tensor,
     masks: torch.Tensor,
     *,
     dice_weight: float = 0.5,
     cross_entropy_weight: float = 0.5,
-    counts: BatchCounts | None = None,
+    totals: torch.Tensor | None = None,
     ignore_label: int | None = None,
     scored_classes: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the results of :func:`segmentation_loss` and :func:`image_dice` from one read of logits and masks."""
-    sums, pixel_counts = kernels.segmentation_sums(logits, masks, ignore_label=ignore_label, backend=backend)
-    if counts is None and ignore_label is not None:
-        counts = batch_counts(masks, ignore_label)
+    """Return :func:`uctrans.kernels.segmentation_loss` and :func:`image_dice` from one read of logits and masks."""
+    sums, counts = kernels.segmentation_sums(logits, masks, ignore_label=ignore_label, backend=backend)
+    if totals is None and ignore_label is not None:
+        totals = kernels.segmentation_totals(masks, ignore_label=ignore_label)
     loss, dice = kernels.segmentation_scores(
         sums,
-        pixel_counts,
+        counts,
         masks.shape[1] * masks.shape[2],
-        totals=None if counts is None else torch.stack(counts),
+        totals=totals,
         dice_weight=dice_weight,
         cross_entropy_weight=cross_entropy_weight,
         backend=backend,
     )
     if scored_classes is not None:
-        hits, predicted, actual = pixel_counts[:, :, list(scored_classes)]
+        hits, predicted, actual = counts[:, :, list(scored_classes)]
         area = predicted + actual
         dice = torch.where(area > 0, 2 * hits / area, 1.0).mean(1)
     if ignore_label is not None:
         dice = dice.masked_fill((masks == ignore_label).flatten(1).all(1), torch.nan)
     return loss, dice
-
-
-def segmentation_loss(
-    logits: torch.Tensor,
-    masks: torch.Tensor,
-    *,
-    dice_weight: float = 0.5,
-    cross_entropy_weight: float = 0.5,
-    counts: BatchCounts | None = None,
-    ignore_label: int | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """Return ``dice_weight * Dice + cross_entropy_weight * cross entropy``, a scalar.
-
-    Args:
-        logits: (B, classes, height, width). One class means a sigmoid and binary masks, more mean a softmax.
-        masks: bool or integer (B, height, width), {0, 1} for one class, otherwise labels 0 .. classes - 1.
-        dice_weight: weight of the Dice loss.
-        cross_entropy_weight: weight of the cross entropy.
-        counts: numbers to average over; by default those of ``masks``.
-        ignore_label: pixels with this number in ``masks`` have no loss and no gradient.
-        backend: implementation, see :func:`uctrans.kernels.segmentation_sums`.
-
-    One class, with p = sigmoid(logit) and mask t (the published code's loss):
-        Dice = mean over images of 1 - (2 sum pt/4 + 1e-5) / (sum p^2/4 + sum t^2/4 + 1e-5)
-        cross entropy = 0.5 * mean over positives of -log p + 0.5 * mean over negatives of -log(1 - p), over the batch
-    More classes: the same Dice for each class of the softmax, averaged over the classes, and the mean of -log p(label).
-
-    Raises:
-        ValueError: the shapes do not belong together.
-        TypeError: the logits are not floating point, or the masks are floating point.
-    """
-    weights = {"dice_weight": dice_weight, "cross_entropy_weight": cross_entropy_weight}
-    loss, _dice = loss_and_dice(logits, masks, **weights, counts=counts, ignore_label=ignore_label, backend=backend)
-    return loss
 
 
 @torch.no_grad()
@@ -158,7 +100,7 @@ def configured_loss_and_dice(
     logits: torch.Tensor,
     masks: torch.Tensor,
     config: TrainConfig,
-    counts: BatchCounts | None = None,
+    totals: torch.Tensor | None = None,
     scored_classes: Sequence[int] | None = None,
     own: Own = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +109,7 @@ def configured_loss_and_dice(
     if own.loss is not None:
         return own.loss_of(logits, masks), image_dice(scored_logits(logits.detach(), config), masks, **options)
     weights = {"dice_weight": config.dice_weight, "cross_entropy_weight": config.cross_entropy_weight}
-    loss, dice = loss_and_dice(logits, masks, **weights, counts=counts, **options)
+    loss, dice = loss_and_dice(logits, masks, **weights, totals=totals, **options)
     if config.target == BOUNDARY_TARGET:
         dice = image_dice(scored_logits(logits.detach(), config), masks, **options)
     return loss, dice

@@ -85,16 +85,13 @@ class Own:
             if not (isinstance(result, tuple | list) and [*map(torch.is_tensor, result)] == [True, True]):
                 raise ConfigError(f"transform: returned a {type(result).__name__}; return two tensors, (images, masks)")
             new_images, new_masks = result
+            batch, channels = images.shape[:2]
             are_of_kind = new_images.is_floating_point() and not new_masks.is_floating_point()
-            if not are_of_kind or new_images.ndim != 4 or new_images.shape[:2] != images.shape[:2]:
+            size = new_images.shape[2:]
+            if not are_of_kind or new_images.shape != (batch, channels, *size) or new_masks.shape != (batch, *size):
                 raise ConfigError(
                     f"transform: returned images {_described(new_images)} and masks {_described(new_masks)}; return "
-                    f"floating-point images ({len(images)}, {images.shape[1]}, H, W) and whole labels"
-                )
-            if new_masks.shape != (len(images), *new_images.shape[2:]):
-                raise ConfigError(
-                    f"transform: returned masks {_described(new_masks)} for images {_described(new_images)}; return "
-                    "one label a pixel, (B, H, W)"
+                    f"floating-point images ({batch}, {channels}, H, W) and whole labels ({batch}, H, W)"
                 )
             is_label = (new_masks >= 0) & (new_masks < max(classes, 2)) | (new_masks == IGNORED)
             if not is_label.all():

@@ -64,7 +64,7 @@ class Run:
         step_graphs: Recordings of the training step, or None if steps run plainly.
         obstacle_to_graphs: Why steps run plainly, or None if they are recorded.
         start: The weights with which a new run starts, in words.
-        remarks: Sentences about the masks, for the log.
+        remarks: Sentences about images and masks, for the log.
         scored_classes: Classes that the validation Dice is averaged over, or None for all foreground classes.
         images: Record of the images that form the weights, with those of ``init_from``; see
             ``uctrans.data.fingerprints``.
@@ -86,6 +86,10 @@ class Run:
         if group.is_main:
             warn_of_shared_images(self.images)
         self.remarks = check_truth_of_run(config, self.train_data, self.val_data)
+        height, width = self.protocol.image_size
+        is_resized = not self.protocol.keeps_resolution and {*self.train_data.original_sizes} != {(height, width)}
+        if is_resized and not config.data:  # one may not expect it of tensors
+            self.remarks += (f"images are resized to {height} x {width} pixels, which image_size sets",)
         self.scored_classes = classes_of_masks(self.val_data, config)
 
         self.epoch_images = self.protocol.epoch(self.train_data).to(group.device)
