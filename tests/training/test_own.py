@@ -192,11 +192,20 @@ IMAGES, MASKS = torch.zeros(2, 3, 4, 5), torch.ones(2, 4, 5, dtype=torch.uint8)
         ((IMAGES[..., :4], MASKS), r"returned images \(2, 3, 4, 4\) float32 and masks \(2, 4, 5\) uint8; return"),
         ((IMAGES, MASKS * 2), "returned the label 2; keep the labels"),
         ((IMAGES, MASKS.long() - 101), "returned the label -100; keep the labels"),
+        ((IMAGES, MASKS * 255), "returned the label 255; keep .* mark pixels without one with 255 and ignore_label"),
     ],
 )
 def test_what_a_transform_may_not_return(result, message):
     with pytest.raises(ConfigError, match=f"^transform: {message}"):
-        Own(transform=lambda images, masks: result).checked_transform(classes=1)(IMAGES, MASKS)
+        Own(transform=lambda images, masks: result).checked_transform(TrainConfig(output="run"))(IMAGES, MASKS)
+
+
+def test_a_transform_may_ignore_pixels_where_the_run_does():
+    own, config = (
+        Own(transform=lambda images, masks: (images, masks.long() * 255)),
+        TrainConfig(output="run", ignore_label=7),
+    )
+    assert own.checked_transform(config)(IMAGES, MASKS)[1].unique().tolist() == [255]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def build_protocol(config: TrainConfig, own: Own = NOTHING) -> Protocol:
         "intensity_range": config.intensity_range,
         "ignore_label": config.ignore_label,
         "crops_per_image": config.crops_per_image,
-        "transform": own.checked_transform(config.network_classes),
+        "transform": own.checked_transform(config),
     }
     options = {name: value for name, value in options.items() if value is not None}
     if config.augmentation:

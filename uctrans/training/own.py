@@ -71,8 +71,8 @@ class Own:
             names[name] = None if function is None else _name_of(function)
         return dataclasses.replace(config, **names)
 
-    def checked_transform(self, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-        """Return ``transform`` with a check of what it returns, or None; masks have ``classes`` classes.
+    def checked_transform(self, config: TrainConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """Return ``transform`` with a check of what it returns, or None.
 
         Raises in a call:
             ConfigError: it returns no images and masks that belong together.
@@ -93,11 +93,13 @@ class Own:
                     f"transform: returned images {_described(new_images)} and masks {_described(new_masks)}; return "
                     f"floating-point images ({batch}, {channels}, H, W) and whole labels ({batch}, H, W)"
                 )
-            is_label = (new_masks >= 0) & (new_masks < max(classes, 2)) | (new_masks == IGNORED)
+            is_label = (new_masks >= 0) & (new_masks < max(config.network_classes, 2))
+            if config.ignore_label is not None:
+                is_label |= new_masks == IGNORED
             if not is_label.all():
                 raise ConfigError(
                     f"transform: returned the label {new_masks[~is_label][0].item()}; keep the labels of the masks, as "
-                    "nearest-neighbour sampling does"
+                    f"nearest-neighbour sampling does, and mark pixels without one with {IGNORED} and ignore_label"
                 )
             return new_images.float(), new_masks.to(torch.uint8)
 
