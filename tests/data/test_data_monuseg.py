@@ -383,6 +383,14 @@ def test_a_flat_dataset_with_masks(tmp_path):
     mask = (tmp_path / "masks/a.png").read_bytes()
     prepare_instances(tmp_path / "a.xml", tmp_path)
     assert imread(tmp_path / "instances/a.png").max() == 4
+    (tmp_path / "instances/a.png").unlink()
+    (tmp_path / "instances").rmdir()
+    (tmp_path / "instances").symlink_to("masks")
+    message = "instances: is the folder of the masks, which the results would replace; .*remove the link"
+    with pytest.raises(DataError, match=message):
+        prepare_instances(tmp_path / "a.xml", tmp_path, overwrite=True)
+    with pytest.raises(DataError, match=message):
+        prepare_monuseg(tmp_path / "a.xml", tmp_path / "images", tmp_path, overwrite=True)
     assert (tmp_path / "masks/a.png").read_bytes() == mask
 
 

@@ -97,11 +97,8 @@ def prepare_monuseg(
         "images",
     )
     output = Path(output)
-    for folder in (output / MASKS, output / INSTANCES):
-        if folder.is_dir() and folder.samefile(images):
-            raise DataError(
-                f"{folder}: is the folder of the images, which the results would replace; choose another output folder"
-            )
+    _check_folder(output / MASKS, {Path(images): "images"})
+    _check_folder(output / INSTANCES, {Path(images): "images", output / MASKS: "masks"})
     names = [stem_of(file) for file in annotation_files]
     files = [output / folder / f"{name}.png" for folder in (MASKS, INSTANCES) for name in names]
     if not overwrite:
@@ -145,6 +142,8 @@ def prepare_instances(
     _check_images(annotation_files, image_files, data)
     annotated = [samples[stem_of(file)] for file in annotation_files]
     files = {sample.name: sample.mask.parent.parent / INSTANCES / f"{sample.name}.png" for sample in annotated}
+    for image_folder, mask_folder in {(sample.image.parent, sample.mask.parent) for sample in annotated}:
+        _check_folder(mask_folder.parent / INSTANCES, {image_folder: "images", mask_folder: "masks"})
     if not overwrite:
         _check_free([*files.values(), data / SUMMARY], "set overwrite to replace them; masks stay as they are")
     if others := sorted(set(find_instances(annotated).values()) - set(files.values())):
@@ -286,6 +285,16 @@ def _check_images(
             f"{folder}: has no image of the same stem for the annotations {shorten(without_image)}; add the images, or "
             f"take these files out of the annotations folder{further_remedy}"
         )
+
+
+def _check_folder(folder: Path, taken: Mapping[Path, str]) -> None:
+    """Raise DataError if a folder to write to is one of those that are taken, by a link or not."""
+    for other, content in taken.items():
+        if folder.resolve() == other.resolve():
+            raise DataError(
+                f"{folder}: is the folder of the {content}, which the results would replace; choose another output "
+                "folder, or remove the link"
+            )
 
 
 def _check_free(files: list[Path], remedy: str) -> None:
