@@ -78,8 +78,23 @@ def test_files_that_are_missing(tmp_path):
         ("a: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("a: \x00", "is not YAML"),
         ("a: " + "x" * MAX_YAML_BYTES, "is larger than"),
+        ("", "holds no 'field: value' lines"),
+        ("- a", "holds no 'field: value' lines"),
     ],
-    ids=["aliases", "circle", "brackets", "very deep", "dashes", "digits", "date", "tag", "null", "large"],
+    ids=[
+        "aliases",
+        "circle",
+        "brackets",
+        "very deep",
+        "dashes",
+        "digits",
+        "date",
+        "tag",
+        "null",
+        "large",
+        "empty",
+        "list",
+    ],
 )
 def test_yaml_that_is_refused(tmp_path, text, problem):
     path = tmp_path / "config.yaml"

@@ -344,13 +344,12 @@ def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
 
 def _check_config_files(words: Sequence[str]) -> None:
     """Raise CommandLineError if a config file that ``words`` name would block, exhaust the memory, or has no fields."""
-    for file in filter(os.path.exists, _paths_and_resume(words).config):
+    for file in _paths_and_resume(words).config:
         try:
-            has_fields = isinstance(read_yaml(file), dict)
+            if Path(file).exists():
+                read_yaml(file)
         except UnreadableError as error:
             raise CommandLineError(f"{error}; write it like a run's config.yaml") from error
-        if not has_fields:
-            raise CommandLineError(f"{file}: holds no 'field: value' lines; write it like a run's config.yaml")
 
 
 def _paths_and_resume(words: Sequence[str]) -> argparse.Namespace:

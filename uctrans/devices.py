@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .system import first_line
+
 OUT_OF_MEMORY = "out of memory: "
 # Parts of the messages of PyTorch's allocators and libraries, some of which raise a plain RuntimeError.
 SIGNS_OF_SHORT_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed")
@@ -59,5 +61,4 @@ def explaining_short_memory(remedy: str) -> Iterator[None]:
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_short_of_memory(error) or str(error).startswith(OUT_OF_MEMORY):
             raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY}{remedy} ({reason})") from error
+        raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY}{remedy} ({first_line(error)})") from error

@@ -63,12 +63,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: str | os.PathLike) -> Any:
-    """Read a YAML file of plain values, without aliases, which can stand for far more values than the file has.
+def read_yaml(path: str | os.PathLike) -> dict[Any, Any]:
+    """Read a YAML file of fields and plain values, without aliases, which can stand for more values than the file has.
 
     Raises:
-        UnreadableError: the path is no regular file, or the file is not YAML, holds tags of Python or aliases, is
-            nested too deeply, or too large.
+        UnreadableError: the path is no regular file, or the file is not YAML, has no fields, holds tags of Python or
+            aliases, is nested too deeply, or too large.
         OSError: the file is missing, or cannot be opened.
         ImportError: PyYAML is not installed.
     """
@@ -83,11 +83,14 @@ def read_yaml(path: str | os.PathLike) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
                 raise UnreadableError(f"{path}: is nested in more than {MAX_YAML_DEPTH} levels")
-        return yaml.load(text, loader)
+        values = yaml.load(text, loader)
     except UnreadableError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, too many digits, a date that does not exist
         raise UnreadableError(f"{path}: is not YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise UnreadableError(f"{path}: holds no 'field: value' lines")
+    return values
 
 
 def _read_bytes(path: str | os.PathLike, limit: int) -> bytes:

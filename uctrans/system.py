@@ -37,6 +37,11 @@ def explained(error: Exception) -> str:
     return f"{text}: {cause}; {remedy} or choose another output folder"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error, or its type if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def is_utf8(name: str | Path) -> bool:
     """Return whether the bytes of a file name are UTF-8; otherwise Python keeps some of them as lone surrogates."""
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..reading import UnreadableError, check_regular_file
+from ..system import first_line
 from .find import DataError, missing_target
 
 MAX_PIXELS = 180_000_000  # such as 13,000 x 13,000
@@ -224,12 +225,7 @@ def needs_imagecodecs(error: Exception) -> bool:
 def unreadable(path: Path, error: BaseException) -> DataError:
     """Return the error of a file that cannot be decoded."""
     cause = "be too large for the memory" if isinstance(error, MemoryError) else "be damaged"
-    return DataError(f"{path}: cannot be read, it may {cause} ({reason(error)}); replace it or save it again")
-
-
-def reason(error: BaseException) -> str:
-    """Return the first line of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"{path}: cannot be read, it may {cause} ({first_line(error)}); replace it or save it again")
 
 
 def _check_pages(file: Any, path: Path) -> None:

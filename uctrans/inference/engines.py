@@ -31,6 +31,7 @@ from ..layers.plain import is_plain
 from ..layers.switching import layers_with_backend
 from ..models import ModelFileError
 from ..models.base import probabilities
+from ..system import first_line
 from ..writing import written_atomically
 from .journal import weights_digest
 from .onnx_model import OnnxModel, require_onnxruntime
@@ -123,10 +124,9 @@ def _call_compiled(compiled: Forward, inputs: Tensor) -> Tensor:
     try:
         return compiled(inputs)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().partition("\n")[0]
         raise InferenceError(
-            f"engine: torch.compile cannot compile the network ({reason}); install what it needs, a C++ compiler on a "
-            "CPU and Triton on a GPU, or set engine to torch"
+            f"engine: torch.compile cannot compile the network ({first_line(error)}); install what it needs, a C++ "
+            "compiler on a CPU and Triton on a GPU, or set engine to torch"
         ) from error
 
 

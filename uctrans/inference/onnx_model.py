@@ -12,6 +12,7 @@ from ..extras import import_extra, require_extra
 from ..models import ModelFileError
 from ..models.base import pad_to_multiple
 from ..models.metadata import check_metadata
+from ..system import first_line
 from .settings import InferenceError
 
 SUFFIX = ".onnx"
@@ -127,8 +128,7 @@ def _open_session(path: Path, device: torch.device) -> Any:
     try:
         return runtime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors have no base class of their own
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelFileError(f"{path} is damaged or not ONNX ({reason}): copy or export it again") from error
+        raise ModelFileError(f"{path} is damaged or not ONNX ({first_line(error)}): copy or export it again") from error
 
 
 def _read_record(path: Path, session: Any) -> dict[str, Any]:

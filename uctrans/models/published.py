@@ -53,7 +53,6 @@ def load_upstream(
 def from_published(checkpoint: object, source: object, channel_order: str = "rgb") -> UCTransNet:
     """Build a :class:`UCTransNet` as :func:`load_upstream` does from loaded contents; errors name ``source``."""
     state = _state_of(checkpoint, source)
-    check_tensors(state, source)
     try:
         config = _infer_config(state, source)
         sketch = sketch_of(UCTransNet, config, state, source)
@@ -204,10 +203,7 @@ def _converted(state: dict[str, Tensor], model: UCTransNet, source: object) -> d
 def _state_of(checkpoint: object, source: object) -> dict[str, Tensor]:
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint.items()
-    ):
-        raise ModelFileError(f"{source} holds no state dict: give the authors' .pth.tar file or its 'state_dict'")
+    check_tensors(checkpoint, source)
     return {name.removeprefix("module."): value for name, value in checkpoint.items()}
 
 

@@ -24,6 +24,7 @@ from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
 from ..reading import UnreadableError, check_regular_file, read_json
+from ..system import first_line
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -123,8 +124,9 @@ def read_checkpoint(path: str | Path) -> Any:
             f"save its state dict alone with torch.save, or download it again"
         ) from None
     except Exception as error:  # arbitrary bytes make torch.load fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelFileError(f"{path} is truncated or not a checkpoint ({reason}): copy or download it again") from None
+        raise ModelFileError(
+            f"{path} is truncated or not a checkpoint ({first_line(error)}): copy or download it again"
+        ) from None
     return checkpoint
 
 
@@ -215,9 +217,9 @@ def _failing_as_configuration(kind: Callable[..., nn.Module], source: object) ->
     except ModelFileError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ModelFileError(
-            f"{source} does not configure a {kind.name!r} ({reason}): restore the file, or save the model again"
+            f"{source} does not configure a {kind.name!r} ({first_line(error)}): restore the file, or save the model "
+            "again"
         ) from error
 
 

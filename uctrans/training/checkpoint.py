@@ -30,7 +30,7 @@ from ..models.base import write_model
 from ..models.files import CHECKPOINT_FORMAT, CHECKPOINT_VERSION, LAST_CHECKPOINT, check_saved_model
 from ..models.metadata import check_metadata
 from ..models.weights import load_state, read_config
-from ..system import CAUSES
+from ..system import CAUSES, first_line
 from ..writing import written_atomically
 from .config import CHANGEABLE_ON_RESUME, ConfigError, TrainConfig, changed_fields
 from .log import failures_named, read_metrics
@@ -170,8 +170,9 @@ def foreign_parts_named(path: Path) -> Iterator[None]:
     except (CheckpointError, ModelFileError, torch.OutOfMemoryError):
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"{path}: its parts are damaged or not those of this run ({reason}); {REMEDY}") from error
+        raise CheckpointError(
+            f"{path}: its parts are damaged or not those of this run ({first_line(error)}); {REMEDY}"
+        ) from error
 
 
 def load_weights(model: torch.nn.Module, saved: dict[str, Any], path: str | Path) -> None:
@@ -202,12 +203,10 @@ def _failed_writes_named(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         number = getattr(error, "errno", None) or getattr(error.__cause__ or error.__context__, "errno", None)
-        cause, remedy = CAUSES.get(number, ("", "free space on the disk"))
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
+        cause, remedy = CAUSES.get(number, ("writing failed", "free space on the disk"))
         raise CheckpointError(
-            f"{path}: cannot be written ({f'{cause}: ' if cause else ''}{reason}; {free} MiB free on the disk), and "
-            f"the previous file is unchanged; {remedy} and continue with resume"
+            f"{path}: cannot be written ({cause}: {first_line(error)}), and the previous file is unchanged; {remedy} "
+            "and continue with resume"
         ) from error
 
 

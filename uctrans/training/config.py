@@ -301,8 +301,6 @@ class TrainConfig:
             values = read_yaml(path)
         except (OSError, UnreadableError) as error:
             raise ConfigError(f"{error}; name a file like a run's config.yaml") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: holds no 'field: value' lines; write it like a run's config.yaml")
         model = str(values.get("model"))
         if ":" in model and model != network:
             raise ConfigError(
