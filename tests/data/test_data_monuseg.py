@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import tracemalloc
 
 import numpy as np
@@ -222,6 +223,17 @@ def test_elements_without_outlines_take_no_memory(tmp_path):
     finally:
         tracemalloc.stop()
     np.testing.assert_array_equal(polygon, SQUARE)
+
+
+@pytest.mark.slow
+def test_time_grows_with_the_length_of_an_attribute_alone(tmp_path):
+    seconds = []
+    for megabytes in (16, 64):
+        (tmp_path / "a.xml").write_text(f'<Annotations a="{"x" * (megabytes << 20)}"/>')
+        start = time.process_time()
+        assert read_annotation(tmp_path / "a.xml").polygons == []
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 9 * seconds[0]  # 16 times if it grew with the square
 
 
 def test_outlines_that_would_take_hours_to_fill(tmp_path, images):

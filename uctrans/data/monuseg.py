@@ -22,6 +22,7 @@ XML_SUFFIX = ".xml"
 MASKS, SUMMARY = "masks", "annotations.json"
 MIN_VERTICES = 3
 MAX_XML_BYTES = 1 << 29
+XML_PART_BYTES = 1 << 25  # the parser begins an element that goes beyond a part once more with each further part
 MAX_XML_DEPTH = 100
 LARGEST_COORDINATE = 1e7
 MAX_TESTS = 2e10  # about a minute
@@ -366,7 +367,11 @@ def _parse_xml(path: Path) -> _OutlineReader:
         check_regular_file(path)
         if path.stat().st_size > MAX_XML_BYTES:
             raise DataError(f"{path}: is larger than {MAX_XML_BYTES} bytes; annotate tiles of the image")
-        element_tree.parse(path, parser=element_tree.DefusedXMLParser(target=reader))
+        parser = element_tree.DefusedXMLParser(target=reader)
+        with path.open("rb") as file:
+            while part := file.read(XML_PART_BYTES):
+                parser.feed(part)
+        parser.close()
     except UnreadableError as error:
         raise DataError(f"{error}; name an XML file") from error
     except DataError:
