@@ -26,7 +26,7 @@ from ..dropout import draw_seed
 from ..formats import empty_heads_inside, key_and_value
 from ..packed_linear import packed_linear
 from ..registration import cast_under_autocast, register_gradient, register_operator
-from . import composed, reference
+from . import composed, exported, reference
 
 
 def channel_attention(
@@ -139,7 +139,11 @@ def projected_channel_attention(
         return reference.projected_channel_attention(*operands)
     segments = [weight.shape[-1] for weight in query_weights]
     token_count, heads = tokens.shape[1], key_value_weight.shape[1]
-    if _is_open(token_count) or correlating_is_cheaper(token_count, heads, segments, context.shape[-1]):
+    correlates = _is_open(token_count) or correlating_is_cheaper(token_count, heads, segments, context.shape[-1])
+    if torch.compiler.is_exporting() and form == "composed" and dropout_p == 0 and eps > 0:
+        run = exported.correlate_then_attend if correlates else exported.project_then_attend
+        return run(tokens, context, query_weights, key_value_weight, eps)
+    if correlates:
         return composed.correlate_then_attend(*operands)
     if form == "composed":
         return composed.project_then_attend(*operands)
