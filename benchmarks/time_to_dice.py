@@ -42,7 +42,7 @@ from uctrans.training.loop import (
 from uctrans.training.run import Run
 from uctrans.writing import write_png
 
-from .network import OURS
+from .candidates import OURS
 from .records import ROOT, append_line, environment, read_lines
 
 # Settings of ``uctrans train``. All have the loop, the channels-last layout and the fused Adam of the project:

@@ -7,30 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks import candidates, steps
 from benchmarks import network as module
-from benchmarks.network import (
-    CANDIDATES,
-    CHECKED_STEPS,
-    MODELS,
-    OF_INFERENCE,
-    OURS,
-    Inference,
-    Problem,
-    Training,
-    Variant,
-    batch,
-    exact_logits,
-    exact_losses,
-    in_a_row,
-    in_own_process,
-    largest,
-    largest_batch,
-    main,
-    network,
-    one_by_one,
-    peak_memory,
-)
+from benchmarks.candidates import CANDIDATES, MODELS, OF_INFERENCE, OURS, Problem, Variant, batch, network
+from benchmarks.network import in_a_row, in_own_process, largest, largest_batch, main, one_by_one, peak_memory
 from benchmarks.records import read_lines
+from benchmarks.steps import CHECKED_STEPS, Inference, Training, exact_logits, exact_losses
 from tests.support import HostRecorder
 
 SMALL = Problem("uctransnet", 2, pixels=32, base_channels=4, device="cpu")
@@ -41,7 +23,7 @@ UNCOMPILED = [name for name, variant in CANDIDATES.items() if not variant.compil
 @pytest.fixture
 def learning_fast(monkeypatch):
     """Let narrow networks learn as fast as those of the published width do."""
-    monkeypatch.setattr(module, "LEARNING_RATE", 3e-3)
+    monkeypatch.setattr(steps, "LEARNING_RATE", 3e-3)
     exact_losses.cache_clear()
     yield
     exact_losses.cache_clear()
@@ -56,7 +38,7 @@ def recorders(monkeypatch):
         made.append(HostRecorder(generators))
         return made[-1]
 
-    monkeypatch.setattr(module, "CudaRecorder", make)
+    monkeypatch.setattr(steps, "CudaRecorder", make)
     return made
 
 
@@ -85,8 +67,8 @@ def test_the_loss_falls_so_that_a_wrong_gradient_would_show(monkeypatch):
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_other_results_are_refused(monkeypatch, factor):
     losses, logits = exact_losses(SMALL), exact_logits(SMALL)
-    monkeypatch.setattr(module, "exact_losses", lambda problem: [factor * loss for loss in losses])
-    monkeypatch.setattr(module, "exact_logits", lambda problem: factor * logits)
+    monkeypatch.setattr(steps, "exact_losses", lambda problem: [factor * loss for loss in losses])
+    monkeypatch.setattr(steps, "exact_logits", lambda problem: factor * logits)
     for work in (Training, Inference):
         with pytest.raises(AssertionError, match="off by"):
             work(SMALL, CANDIDATES["published"]).check()
@@ -212,7 +194,7 @@ def test_the_peak_of_memory_is_that_of_a_process_of_its_own():
 
 def test_stages_are_checkpointed(monkeypatch):
     seen = []
-    monkeypatch.setattr(module.uctrans, "set_checkpointing", seen.append)
+    monkeypatch.setattr(candidates.uctrans, "set_checkpointing", seen.append)
     network(replace(SMALL, checkpointing=True), CANDIDATES["composed"])
     assert [model.name for model in seen] == ["uctransnet"]
 
