@@ -26,6 +26,7 @@ LONGEST_EXTENSION = 16  # bytes of a temporary name, which must fit into the 255
 ABANDONED_SECONDS = 24 * 3600  # age of a temporary file to remove where files cannot be locked
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
 LOCK_FILE = ".lock"
+PNG_COMPRESSION = 4  # of 0..9; the usual 6 takes twice the time and makes a stained image 1 % smaller
 
 
 class FolderError(ValueError):
@@ -205,7 +206,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8, or (H, W) uint16, as a PNG file, atomically."""
     import imageio.v3
 
-    write_bytes(path, imageio.v3.imwrite("<bytes>", pixels, extension=".png"))
+    write_bytes(path, imageio.v3.imwrite("<bytes>", pixels, extension=".png", compress_level=PNG_COMPRESSION))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
