@@ -8,7 +8,7 @@ from skimage.io import imread, imsave
 
 from uctrans.data.read import Doubts
 from uctrans.data.rows import open_rows
-from uctrans.inference import InferenceError, PredictConfig, PredictionError, large, load_predictor, predict
+from uctrans.inference import InferenceError, PredictConfig, PredictionError, load_predictor, predict, writer
 
 SIZE = (300, 270)
 
@@ -94,7 +94,7 @@ def test_classes_and_palettes(palette, segment, brightness_model, tmp_path):
 
 
 def test_the_overlay_is_reduced(segment, tmp_path, monkeypatch):
-    monkeypatch.setattr(large, "OVERVIEW", 100)
+    monkeypatch.setattr(writer, "OVERVIEW", 100)
     segment()
     overlay = imread(tmp_path / "strips/slide_overlay.png")
     assert overlay.shape == (100, 90, 3)
@@ -169,7 +169,7 @@ def test_a_writer_that_stops_in_the_middle_leaves_no_file(place, error, segment,
         raise error("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(large.LargeOutputs, place, fail)
+        patch.setattr(writer.LargeOutputs, place, fail)
         with pytest.raises(error, match="stopped"):
             segment(probability="npy")
     assert [path.name for path in (tmp_path / "strips").iterdir()] == [".uctrans-predict.jsonl"]

@@ -21,7 +21,7 @@ from skimage.io import imread, imsave
 
 import uctrans
 from uctrans.data import DataError, protocols
-from uctrans.inference import InferenceError, PredictConfig, PredictionError, outputs, predict
+from uctrans.inference import InferenceError, PredictConfig, PredictionError, predict, writer
 from uctrans.writing import FolderError, locked
 
 SQUARE = np.zeros((20, 30, 3), dtype=np.uint8)
@@ -466,7 +466,7 @@ def test_the_next_image_is_read_and_the_last_one_written_while_the_network_runs(
         imsave(tmp_path / f"many/{number}.png", SQUARE, check_contrast=False)
     read, written = ([threading.Event() for _ in range(5)] for _ in range(2))
     reads, writes, runs = itertools.count(), itertools.count(), itertools.count()
-    decode, write = protocols.decode_image, outputs.overlay
+    decode, write = protocols.decode_image, writer.overlay
 
     def decode_image(*arguments):
         read[next(reads)].set()
@@ -485,7 +485,7 @@ def test_the_next_image_is_read_and_the_last_one_written_while_the_network_runs(
             return super().forward(image)
 
     monkeypatch.setattr(protocols, "decode_image", decode_image)
-    monkeypatch.setattr(outputs, "overlay", overlay)
+    monkeypatch.setattr(writer, "overlay", overlay)
     written_files = segment(tmp_path / "many", Waiting(), resolution="protocol")
     assert [path.name for path in written_files][::2] == ["0.png", "1.png", "2.png", "3.png"]
 

@@ -1,17 +1,10 @@
-"""The files that a prediction writes for an image: their names, checks of these, and their contents."""
+"""The files that a prediction writes for an image: their names and checks of these."""
 
 import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from torch import nn
-
-from ..data import Sample, labels_to_colours
-from ..data.instances import write_instances
-from ..writing import write_png, written_atomically
-from .figures import as_rgb, class_colours, instance_overlay, overlay
-from .instances import instances_of, mask_classes, mask_probabilities
+from ..data import Sample
 from .journal import Entry, Journal, planned_entry
 from .settings import InferenceError, refuse_existing
 
@@ -43,15 +36,6 @@ class Planned(NamedTuple):
     def possible_files(self) -> list[Path]:
         """All files that may be written."""
         return list(dict.fromkeys((*self.files.values(), *self.large_files.values())))
-
-
-class Segmented(NamedTuple):
-    """An image, uint8 ``(H, W, C)``, with its probabilities, float32 ``(P, H, W)``, and labels, uint8 ``(H, W)``."""
-
-    planned: Planned
-    image: np.ndarray
-    probabilities: np.ndarray
-    labels: np.ndarray
 
 
 def plan_files(samples: list[Sample], folder: Path, config: Any) -> list[Planned]:
@@ -128,35 +112,3 @@ def entry_of(planned: Planned, journal: Journal) -> Entry:
     known = {f"{sample.name}{ending}" for ending in (*ENDINGS.values(), *LARGE_ENDINGS.values())}
     names = {path.name for path in planned.possible_files} | (known & set(before))
     return planned_entry(sample.image, sorted(names))
-
-
-def write_outputs(segmented: Segmented, model: nn.Module, config: Any) -> None:
-    """Write all files of one image; raise DataError before the first if 16 bit cannot number its nuclei."""
-    files, image = segmented.planned.files, as_rgb(segmented.image)
-    probabilities, labels = segmented.probabilities, segmented.labels
-    classes, palette = mask_classes(model), model.metadata.get("palette")
-    if "instances" in files:
-        instances = instances_of(model, probabilities, labels, config)
-        write_instances(files["instances"], instances)
-        write_png(files["instances overlay"], instance_overlay(image, instances))
-    if "npy" in files:
-        with written_atomically(files["npy"]) as temporary:
-            np.save(temporary, probabilities)
-    if "png" in files:
-        write_png(files["png"], probability_shown(model, probabilities))
-    write_png(files["overlay"], overlay(image, labels, class_colours(classes, palette)))
-    write_png(files["mask"], mask_shown(model, labels))
-
-
-def probability_shown(model: nn.Module, probabilities: np.ndarray) -> np.ndarray:
-    """Return the probability of foreground in 8 bits, uint8 ``(H, W)``, from all probabilities ``(P, H, W)``."""
-    first = mask_probabilities(model, probabilities[None])[0, 0]  # of the foreground, or of the background
-    foreground = first if mask_classes(model) == 1 else 1 - first
-    return (foreground * 255).round().astype(np.uint8)
-
-
-def mask_shown(model: nn.Module, labels: np.ndarray) -> np.ndarray:
-    """Return labels ``(H, W)`` as a mask file holds them: 0 and 255, label indexes, or colours ``(H, W, 3)``."""
-    if (palette := model.metadata.get("palette")) is not None:
-        return labels_to_colours(labels, palette)
-    return labels * np.uint8(255) if mask_classes(model) == 1 else labels

@@ -22,8 +22,7 @@ from ..tiling import OVERLAP
 from ..writing import locked
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, mask_probabilities
 from .journal import Journal, weights_digest
-from .large import Strip
-from .outputs import Planned, Segmented, divide_by_names, entry_of, find_missing, plan_files
+from .outputs import Planned, divide_by_names, entry_of, find_missing, plan_files
 from .predictor import Predictor, predictor_of, to_labels
 from .settings import (
     InferenceError,
@@ -34,7 +33,7 @@ from .settings import (
     refuse_inputs,
     refuse_truth,
 )
-from .writer import MEMORY_REMEDY, PER_IMAGE, Done, Failed, Writer
+from .writer import MEMORY_REMEDY, PER_IMAGE, Done, Failed, Segmented, Strip, Writer
 
 PROBABILITY_FORMATS = ("none", "png", "npy")
 # Settings that change no result beyond rounding, or say where it lies.
@@ -172,7 +171,7 @@ def predict(config: PredictConfig) -> WrittenFiles:
     Writes for each image NAME.EXT, at its own size: ``NAME.png``, the mask (0 and 255 for binary models, otherwise the
     label index, or the colours of the palette that the model was trained with), ``NAME_overlay.png``, its outlines over
     the image, and on request ``NAME_instances.png`` with its overlay and ``NAME_probability.png`` or ``.npy``. Of an
-    image with more than ``strips_above`` pixels, `uctrans.inference.large` writes the files. All checks that need no
+    image with more than ``strips_above`` pixels, `uctrans.inference.writer` writes the files. All checks that need no
     prediction come before the first file. An image that cannot be read does not stop the others.
 
     The next image is read and the last one written while the network runs. A call that was stopped leaves whole files;
