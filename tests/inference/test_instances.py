@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from uctrans.data import fill_polygons
 from uctrans.data.instances import BACKGROUND, BORDER, INTERIOR, boundary_target
-from uctrans.inference.instances import SMALLEST_OBJECT, SMALLEST_SEED, nucleus_probability, to_instances
+from uctrans.inference.instances import SMALLEST_OBJECT, nucleus_probability, to_instances
 from uctrans.inference.metrics import score_instances
 
 
@@ -130,12 +130,22 @@ def test_a_boundary_model_without_interior_still_finds_nuclei():
     np.testing.assert_array_equal(instances > 0, TOUCHING > 0)
 
 
-def test_specks_of_interior_are_no_seeds():
-    target = boundary_target(disks((30, 30)))
-    target[30, 21] = INTERIOR
-    assert SMALLEST_SEED > 1
-    assert to_instances(one_hot(target)).max() == 1
-    assert to_instances(one_hot(target), smallest_object=1).max() == 2
+@pytest.mark.parametrize(("valley", "nuclei"), [(0.9, 1), (0.5, 2)])
+def test_a_valley_in_the_probability_of_interior_parts_nuclei(valley, nuclei):
+    """Where more than a tenth is missing, nuclei touch, although their border is nowhere more probable."""
+    interior = np.zeros((40, 60), dtype=np.float32)
+    interior[10:30, 10:50] = 0.95
+    interior[10:30, 28:32] = valley
+    probabilities = np.stack([1 - (interior > 0), interior, (interior > 0) - interior]).astype(np.float32)
+    assert to_instances(probabilities).max() == nuclei
+
+
+@pytest.mark.parametrize(("probability", "threshold", "nuclei"), [(0.7, 0.5, 0), (0.8, 0.5, 1), (0.7, 0.3, 1)])
+def test_doubtful_objects_of_a_boundary_model_are_left_out(probability, threshold, nuclei):
+    interior = (probability * disks((30, 30))).astype(np.float32)
+    probabilities = np.stack([1 - interior, interior, np.zeros_like(interior)])
+    assert to_instances(probabilities, threshold).max() == nuclei
+    assert to_instances(nucleus_probability(probabilities), threshold).max() == 1
 
 
 def test_tensors_and_channels():
