@@ -18,7 +18,7 @@ WORKERS ?= 2
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.training ## create the environment, train on the embedded picture, evaluate, predict: results in demo/
+demo: $(VENV)/.training ## create the environment, find nuclei, train on the embedded picture, predict: results in demo/
 	$(BIN)/uctrans demo --output demo
 
 test: $(VENV)/.dev ## create the environment, run the tests but the slow ones

@@ -369,7 +369,7 @@ def test_the_demo_leaves_everything_it_names_and_runs_again(tmp_path):
         result = run_demo(config)
         assert 0 <= result.test_dice <= 1
         named = [line.split()[0] for line in str(result).splitlines()[1:]]
-        assert len(named) == 4
+        assert len(named) == 5
         assert all(Path(path).exists() for path in named)
 
 

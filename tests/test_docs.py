@@ -25,6 +25,7 @@ PAGES = {
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("kernels/**/README.md"),
+        *ROOT.glob("uctrans/models/pretrained/*/README.md"),
     )
 }
 TINY = {"epochs": 1, "base_channels": 2, "image_size": 32, "threads": 1, "progress": False}

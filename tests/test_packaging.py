@@ -89,6 +89,7 @@ def test_the_wheel_holds_each_module_once(wheel, checkout):
     expected |= {f"uctrans/{path.relative_to(checkout).as_posix()}" for path in (checkout / "kernels").rglob("*.py")}
     assert {name for name in held if name.endswith(".py")} == expected
     data = {"uctrans/data/folds/monuseg.json", "uctrans/py.typed", "uctrans/kernels/py.typed"}
+    data |= {f"uctrans/models/pretrained/nuclei/{name}" for name in ("README.md", "config.json", "model.safetensors")}
     assert {name for name in held if not name.endswith(".py")} == data
 
 

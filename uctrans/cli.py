@@ -118,7 +118,7 @@ def _report_run(run: Any) -> str:
 
 COMMANDS = {
     "demo": Command(
-        "train, evaluate and predict on a small embedded dataset, in minutes on a CPU",
+        "find nuclei by the built-in model; train, evaluate and predict on an embedded dataset, in minutes on a CPU",
         run="uctrans.demo:run_demo",
         examples=("uctrans demo -o demo",),
     ),
@@ -159,7 +159,10 @@ COMMANDS = {
         run="uctrans.inference:predict",
         input="input",
         network="network",
-        examples=("uctrans predict -i images -o masks --model runs/first",),
+        examples=(
+            "uctrans predict -i images -o masks --model runs/first",
+            "uctrans predict -i images -o nuclei --model nuclei --instances",
+        ),
     ),
     "export": Command(
         "write a model for use without uctrans",

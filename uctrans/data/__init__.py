@@ -1,7 +1,7 @@
 """Datasets: find, read, resize, augment, and prepare images and masks."""
 
 from .augmentation import NativeAugmentation
-from .demo import write_demo_dataset
+from .demo import haematoxylin_image, write_demo_dataset
 from .find import DataError, Sample, find_development_samples, find_images, find_samples
 from .fingerprints import fingerprint
 from .folds import find_split, load_folds, make_folds
@@ -31,6 +31,7 @@ __all__ = [
     "find_split",
     "fingerprint",
     "get_protocol",
+    "haematoxylin_image",
     "labels_to_colours",
     "list_protocols",
     "load_folds",

@@ -70,6 +70,18 @@ def write_demo_dataset(folder: str | os.PathLike) -> Path:
     return folder
 
 
+def haematoxylin_image(image: np.ndarray) -> np.ndarray:
+    """Return the haematoxylin stain of an image, without its other stains: (H, W, 3) uint8 RGB to (H, W) uint8.
+
+    Nuclei are bright. The gray levels go from the 1st to the 99.7th percentile of the stain.
+    """
+    from skimage.color import rgb2hed
+    from skimage.exposure import rescale_intensity
+
+    stain = rgb2hed(image)[..., 0]
+    return rescale_intensity(stain, tuple(np.percentile(stain, (1, 99.7))), (0, 255)).astype(np.uint8)
+
+
 def label_nuclei(image: np.ndarray) -> np.ndarray:
     """Label haematoxylin-blue nuclei in a DAB-stained image: (H, W, 3) uint8 RGB to (H, W) uint8 of 0 and 1."""
     from skimage.color import rgb2hed
