@@ -1,7 +1,10 @@
 """Settings of every test: one thread a process, pictures without a display, and GPU tests only where there is a GPU."""
 
+import itertools
 import os
+import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 # Read when torch and matplotlib load, so they come before the first import of either; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,3 +40,31 @@ def interpreter_for_tests():
         refuse_integers_as_masks(patch)
         wrap_once(patch)
         yield
+
+
+@pytest.fixture
+def is_killed_at():
+    """A function that does work in a child, killed before a change of a file's name; it returns whether it was."""
+
+    def do(number, work):
+        child = os.fork()
+        if child == 0:
+            try:
+                changes = itertools.count()
+                for name in ("replace", "unlink"):
+                    setattr(Path, name, _killing(getattr(Path, name), changes, number))
+                work()
+            finally:
+                os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    return do
+
+
+def _killing(change, changes, number):
+    def changed(*arguments, **options):
+        if next(changes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return change(*arguments, **options)
+
+    return changed

@@ -1,10 +1,6 @@
 """Small saved models, a model whose answer is known, and a data set that it segments perfectly, half and not at all."""
 
 import importlib
-import itertools
-import os
-import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,34 +66,6 @@ def uctransnet_folder(tmp_path_factory):
         if parameter.ndim == 4 and parameter.shape[0] == 1:
             torch.nn.init.normal_(parameter)
     return model.save_pretrained(tmp_path_factory.mktemp("uctransnet") / "model")
-
-
-@pytest.fixture
-def is_killed_at():
-    """A function that does work in a child, killed before a change of a file's name; it returns whether it was."""
-
-    def do(number, work):
-        child = os.fork()
-        if child == 0:
-            try:
-                changes = itertools.count()
-                for name in ("replace", "unlink"):
-                    setattr(Path, name, _killing(getattr(Path, name), changes, number))
-                work()
-            finally:
-                os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-    return do
-
-
-def _killing(change, changes, number):
-    def changed(*arguments, **options):
-        if next(changes) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return change(*arguments, **options)
-
-    return changed
 
 
 def gray(labels, levels):

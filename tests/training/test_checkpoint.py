@@ -255,10 +255,3 @@ def test_a_flipped_bit_is_noticed(finished, make_config):
     (finished / "last.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"last\.pt .*the checksum of its record .* is wrong.*best\.pt"):
         train(make_config(resume=True))
-
-
-def test_a_pipe_in_place_of_a_checkpoint_is_refused(finished, make_config):
-    (finished / "last.pt").unlink()
-    os.mkfifo(finished / "last.pt")
-    with pytest.raises(CheckpointError, match=r"last\.pt: is a named pipe"):
-        train(make_config(resume=True))
