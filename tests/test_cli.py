@@ -220,11 +220,13 @@ def test_a_run_without_its_settings_says_how_to_go_on(trained, data, tmp_path, c
         ("# epochs: 3", "config.yaml: holds no 'field: value' lines"),
         ("epochs: [", "config"),
         ("model_options: &all [*all]", "config.yaml: holds the alias *all, in whose place the value belongs; write it"),
+        ("model_options: '{a: &all [*all]}'", "config.yaml: model_options: holds the alias *all"),
+        ("epochs: '" + "[" * 100_000 + "'", "config.yaml: epochs: is nested in more than 20 levels"),
         ("seed: " + "1" * 10_000, "config.yaml: is not YAML"),
         ("epochs: many", "epochs"),
         ("compile: maybe", "--compile: maybe does not fit; give true or false"),
     ],
-    ids=["field", "list", "empty", "comment", "torn", "alias", "digits", "number", "switch"],
+    ids=["field", "list", "empty", "comment", "torn", "alias", "text", "deep", "digits", "number", "switch"],
 )
 def test_a_bad_config_file(content, named, tmp_path, capsys):
     file = tmp_path / "config.yaml"
@@ -488,17 +490,6 @@ def test_a_stopped_prediction_says_how_much_is_done(error, status, message, monk
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.endswith("; 3 of 9 images are done; the same command continues\n")
-
-
-def test_full_disk_gets_a_remedy(monkeypatch, capsys):
-    def full(settings):
-        raise OSError(errno.ENOSPC, "No space left on device", "scores/metrics.csv")
-
-    stand_in(monkeypatch, "uctrans.inference:evaluate", full)
-    assert cli.main(["evaluate", "-i", "data", "-o", "scores", "--model", "run"]) == 2
-    message = capsys.readouterr().err
-    assert "scores/metrics.csv" in message
-    assert "free space or choose another output folder" in message
 
 
 def test_a_command_whose_reader_has_gone_ends_as_usual(monkeypatch):

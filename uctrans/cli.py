@@ -26,7 +26,7 @@ from types import FrameType, NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .extras import import_extra
-from .reading import UnreadableError, read_yaml
+from .reading import UnreadableError, check_yaml, read_yaml
 from .system import escaped, explained, is_utf8, lasting_streams
 
 DEBUG_VARIABLE = "UCTRANS_DEBUG"
@@ -305,7 +305,7 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
     try:
         if name == "train":
             rest = _config_of_resumed_run(rest) + rest
-        _check_config_files(rest)
+        _check_values(rest)
         given = vars(parser.parse_args(rest))
     except argparse.ArgumentError as error:
         hint = _near_flags(rest, settings) or f"uctrans {name} --help lists the settings"
@@ -345,14 +345,20 @@ def _config_of_resumed_run(words: Sequence[str]) -> list[str]:
     return [f"--config={file}"] if file.exists() else []
 
 
-def _check_config_files(words: Sequence[str]) -> None:
-    """Raise CommandLineError if a config file that ``words`` name would block, exhaust the memory, or has no fields."""
-    for file in _paths_and_resume(words).config:
-        try:
-            if Path(file).exists():
-                read_yaml(file)
-        except UnreadableError as error:
-            raise CommandLineError(f"{error}; write it like a run's config.yaml") from error
+def _check_values(words: Sequence[str]) -> None:
+    """Raise CommandLineError if ``words`` or a config file that they name would block or exhaust the memory.
+
+    jsonargparse takes text for YAML, also as the value of a flag or of a field in a file.
+    """
+    try:
+        for word in words:
+            check_yaml(word.partition("=")[2] if word.startswith("-") else word, repr(word[:40]))
+        for file in filter(os.path.exists, _paths_and_resume(words).config):
+            for field, value in read_yaml(file).items():
+                if isinstance(value, str):
+                    check_yaml(value, f"{file}: {field}")
+    except UnreadableError as error:
+        raise CommandLineError(f"{error}; write it like a run's config.yaml") from error
 
 
 def _paths_and_resume(words: Sequence[str]) -> argparse.Namespace:

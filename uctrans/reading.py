@@ -1,5 +1,6 @@
 """Read files that anyone may have written: regular files only, and text of limited size, depth and expansion."""
 
+import contextlib
 import json
 import os
 import stat
@@ -74,16 +75,10 @@ def read_yaml(path: str | os.PathLike) -> dict[Any, Any]:
     """
     yaml = import_extra("yaml", "training")
     content = _read_bytes(path, MAX_YAML_BYTES)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        text, depth = content.decode("utf-8"), 0
-        for event in yaml.parse(text, loader):
-            if isinstance(event, yaml.AliasEvent):
-                raise UnreadableError(f"{path}: holds the alias *{event.anchor}, in whose place the value belongs")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_YAML_DEPTH:
-                raise UnreadableError(f"{path}: is nested in more than {MAX_YAML_DEPTH} levels")
-        values = yaml.load(text, loader)
+        text = content.decode("utf-8")
+        check_yaml(text, path)
+        values = yaml.load(text, _loader(yaml))
     except UnreadableError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, too many digits, a date that does not exist
@@ -91,6 +86,29 @@ def read_yaml(path: str | os.PathLike) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise UnreadableError(f"{path}: holds no 'field: value' lines")
     return values
+
+
+def check_yaml(text: str, source: object) -> None:
+    """Check that a text, if it is YAML, has no alias and is nested in few levels.
+
+    Raises:
+        UnreadableError: it is not so; the message begins with ``source``.
+        ImportError: PyYAML is not installed.
+    """
+    yaml = import_extra("yaml", "training")
+    anchors, depth = set(), 0
+    with contextlib.suppress(yaml.YAMLError):
+        for event in yaml.parse(text, _loader(yaml)):
+            if isinstance(event, yaml.AliasEvent) and event.anchor in anchors:
+                raise UnreadableError(f"{source}: holds the alias *{event.anchor}, in whose place the value belongs")
+            anchors.add(getattr(event, "anchor", None))
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_YAML_DEPTH:
+                raise UnreadableError(f"{source}: is nested in more than {MAX_YAML_DEPTH} levels")
+
+
+def _loader(yaml: Any) -> type:
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _read_bytes(path: str | os.PathLike, limit: int) -> bytes:
