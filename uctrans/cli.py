@@ -355,6 +355,8 @@ def _check_values(words: Sequence[str]) -> None:
             check_yaml(word.partition("=")[2] if word.startswith("-") else word, repr(word[:40]))
         for file in filter(os.path.exists, _paths_and_resume(words).config):
             for field, value in read_yaml(file).items():
+                if field == "config":  # which jsonargparse would read unchecked
+                    raise UnreadableError(f"{file}: names another config file")
                 if isinstance(value, str):
                     check_yaml(value, f"{file}: {field}")
     except UnreadableError as error:
