@@ -45,8 +45,12 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
             temporary.write_text("sec")
             raise error
 
-    for error in (OSError("disk full"), KeyboardInterrupt()):
-        with pytest.raises(type(error)):
+    for error, message in (
+        (OSError("disk full"), "^disk full$"),
+        (OSError(errno.EFBIG, "File too large"), r"File too large: '.*new/scores\.txt'"),
+        (KeyboardInterrupt(), ""),
+    ):
+        with pytest.raises(type(error), match=message):
             fail(error)
         assert path.read_text() == "first"
         assert [entry.name for entry in path.parent.iterdir()] == ["scores.txt"]

@@ -104,7 +104,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
     The temporary file is new, has a random name with the extension of ``path``, and lies in the same folder, which is
     made if it is missing. Its content is on the disk before it gets its name, and the name before this function
-    returns. An error leaves the old file.
+    returns. An error leaves the old file, and an OSError names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     extension = path.suffix if len(os.fsencode(path.suffix)) <= LONGEST_EXTENSION else ""
@@ -118,6 +118,10 @@ def written_atomically(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             if os.name == "posix":
                 _sync(path.parent, os.O_RDONLY)
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # as writing leaves it
+                error.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
