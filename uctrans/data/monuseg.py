@@ -22,7 +22,7 @@ XML_SUFFIX = ".xml"
 MASKS, SUMMARY = "masks", "annotations.json"
 MIN_VERTICES = 3
 MAX_XML_BYTES = 1 << 29
-XML_PART_BYTES = 1 << 25  # the parser begins an element that goes beyond a part once more with each further part
+XML_PARTS, LEAST_XML_PART = 16, 1 << 16  # the parser begins a tag that goes beyond a part again with each further one
 MAX_XML_DEPTH = 100
 LARGEST_COORDINATE = 1e7
 MAX_TESTS = 2e10  # about a minute
@@ -365,11 +365,12 @@ def _parse_xml(path: Path) -> _OutlineReader:
     reader = _OutlineReader(path)
     try:
         check_regular_file(path)
-        if path.stat().st_size > MAX_XML_BYTES:
+        size = path.stat().st_size
+        if size > MAX_XML_BYTES:
             raise DataError(f"{path}: is larger than {MAX_XML_BYTES} bytes; annotate tiles of the image")
         parser = element_tree.DefusedXMLParser(target=reader)
         with path.open("rb") as file:
-            while part := file.read(XML_PART_BYTES):
+            while part := file.read(max(LEAST_XML_PART, size // XML_PARTS)):
                 parser.feed(part)
         parser.close()
     except UnreadableError as error:
