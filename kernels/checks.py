@@ -73,6 +73,15 @@ def check_numbers_type(**values: float) -> None:
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
 
 
+def is_open(size: int | torch.SymInt) -> bool:
+    """Return whether a program is being exported that is to run for several values of ``size``.
+
+    A comparison would become its condition. ``torch.compile`` compiles again where one no longer holds; an exported
+    program cannot, and fails.
+    """
+    return torch.compiler.is_exporting() and isinstance(size, torch.SymInt)
+
+
 def _is_integer(number: object) -> bool:
     return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 

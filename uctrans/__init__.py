@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .layers import set_backend
+    from .layers import set_backend, set_checkpointing
     from .models import (
         DualBranchUCTransNet,
         ModelFileError,
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         load_upstream,
         register_model,
         resize_positions,
-        set_checkpointing,
         to_upstream,
     )
 
@@ -48,8 +47,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    package = importlib.import_module(f"{__name__}.{'layers' if name == 'set_backend' else 'models'}")
-    return getattr(package, name)
+    package = "layers" if name in ("set_backend", "set_checkpointing") else "models"
+    return getattr(importlib.import_module(f"{__name__}.{package}"), name)
 
 
 def __dir__() -> list[str]:

@@ -21,6 +21,7 @@ from ..checks import (
     check_segments_type,
     check_sizes,
     check_tensor_lists,
+    is_open,
 )
 from ..dropout import draw_seed
 from ..formats import empty_heads_inside, key_and_value
@@ -139,7 +140,7 @@ def projected_channel_attention(
         return reference.projected_channel_attention(*operands)
     segments = [weight.shape[-1] for weight in query_weights]
     token_count, heads = tokens.shape[1], key_value_weight.shape[1]
-    correlates = _is_open(token_count) or correlating_is_cheaper(token_count, heads, segments, context.shape[-1])
+    correlates = is_open(token_count) or correlating_is_cheaper(token_count, heads, segments, context.shape[-1])
     if torch.compiler.is_exporting() and form == "composed" and dropout_p == 0 and eps > 0:
         run = exported.correlate_then_attend if correlates else exported.project_then_attend
         return run(tokens, context, query_weights, key_value_weight, eps)
@@ -197,15 +198,6 @@ def fewest_tokens_to_correlate(heads: int, segments: Sequence[int], key_channels
         + 2 * score_product * key_channels  # key weights before the softmax, value weights after it
     )
     return correlating_at_all // (projecting_a_token - correlating_a_token) + 1
-
-
-def _is_open(size: int | torch.SymInt) -> bool:
-    """Return whether a program is being exported that is to run for several values of ``size``.
-
-    A comparison would become its condition. ``torch.compile`` compiles again where one no longer holds; an exported
-    program cannot, and fails.
-    """
-    return torch.compiler.is_exporting() and isinstance(size, torch.SymInt)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | None:

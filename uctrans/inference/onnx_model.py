@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import import_extra, require_extra
+from ..layers import pad_to_multiple
 from ..models import ModelFileError
-from ..models.base import pad_to_multiple
 from ..models.metadata import check_metadata
 from ..system import first_line
 from .settings import InferenceError

@@ -1,7 +1,6 @@
 """Trace a model into a program, write it as `torch.export` program or as ONNX, and compare it with the model."""
 
 import contextlib
-import copy
 import io
 import json
 import logging
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..data import protocol_of
 from ..extras import import_extra, require_extra
 from ..kernels.channel_attention import fewest_tokens_to_correlate
-from ..layers import ChannelAttention, PatchEmbedding, fold_batch_norms
+from ..layers import ChannelAttention, fold_batch_norms
 from ..models.base import without_images
 from .journal import weights_digest
 from .onnx_model import RECORD, OnnxModel
@@ -128,32 +127,6 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _AnyGridEmbedding(nn.Module):
-    """A patch embedding that always interpolates its positions, so that its grid can stay open while it is traced.
-
-    On the grid they were learned for, the interpolation gives the positions back.
-    """
-
-    def __init__(self, embedding: PatchEmbedding):
-        super().__init__()
-        self.projection, self.position = embedding.projection, embedding.position
-
-    def forward(self, feature: Tensor) -> Tensor:
-        patches = self.projection(feature)
-        size = patches.shape[-2:]
-        position = nn.functional.interpolate(self.position, size=size, mode="bicubic", align_corners=False)
-        return (patches + position).flatten(2).transpose(1, 2)
-
-
-def _with_open_grids(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PatchEmbedding):
-                setattr(parent, name, _AnyGridEmbedding(child))
-    return model
-
-
 def trace(model: nn.Module, taken: ProgramInput) -> torch.export.ExportedProgram:
     """Return the program of a model of the composed path in evaluation mode, with its batch norms folded.
 
@@ -164,7 +137,6 @@ def trace(model: nn.Module, taken: ProgramInput) -> torch.export.ExportedProgram
     if taken.dynamic != "none":
         dimensions[0] = torch.export.Dim("batch")
     if taken.dynamic == "size":
-        model = _with_open_grids(model)
         grid = taken.grid
         dimensions |= {2: grid * torch.export.Dim("rows", min=2), 3: grid * torch.export.Dim("columns", min=2)}
     image = torch.rand(taken.fixed_batch_size or TRACED_BATCH, model.in_channels, *taken.size)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import batch_norm_relu, batch_norm_relu_pool, check_backend, resolve_backend
+from .checkpointing import Stage
 from .plain import is_plain, is_plain_batch_norm
 
 Maps = TypeVar("Maps", Tensor, tuple[Tensor, Tensor])
@@ -18,7 +19,7 @@ class FoldedNorm(nn.Identity):
     """Takes the place of a batch norm that is folded into the convolution before it."""
 
 
-class ConvNormAct(nn.Sequential):
+class ConvNormAct(Stage, nn.Sequential):
     """3x3 convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W).
 
     On Triton, batch norm and ReLU are one operator if both are as they were made, and so are convolution and ReLU where
@@ -149,7 +150,7 @@ class DoubleConvPool(nn.Sequential):
         )
 
 
-class DownStage(nn.Module):
+class DownStage(Stage):
     """A stage of the encoder: convolve twice and pool, (B, in, H, W) -> (B, out, H, W), (B, out, H // 2, W // 2)."""
 
     def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):
@@ -161,7 +162,7 @@ class DownStage(nn.Module):
         return self.convs(pooled)
 
 
-class DeepestStage(nn.Module):
+class DeepestStage(Stage):
     """The last stage of the encoder: convolve twice, (B, in, H, W) -> (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, backend: str = "auto"):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .arguments import check_counts
 from .blocks import ConvNormAct, DoubleConv, DownStage
+from .checkpointing import Stage
 
 
 class DilatedConvNormAct(ConvNormAct):
@@ -18,7 +19,7 @@ class DilatedConvNormAct(ConvNormAct):
         super().__init__(in_channels, out_channels, backend, dilation=dilation)
 
 
-class DualBranchDown(nn.Module):
+class DualBranchDown(Stage):
     """Pool, then convolve in a regular and a dilated branch: (B, in, H, W) -> (B, out, H/2, W/2).
 
     Each branch convolves the pooled map twice and computes half of the channels.
@@ -68,7 +69,7 @@ class U2UpBlock(nn.Module):
         return self.convs(torch.cat([skip, self.upsample(feature)], dim=1))
 
 
-class NestedU(nn.Module):
+class NestedU(Stage):
     """A small U with a residual connection around it: (B, C, H, W) -> (B, C, H, W).
 
     Args:

@@ -1,4 +1,4 @@
-"""From features to tokens and back: patch embedding and reconstruction."""
+"""From features to tokens and back: padding, patch embedding and reconstruction."""
 
 import torch
 from einops import rearrange
@@ -7,10 +7,24 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..kernels import batch_norm_relu, check_backend, resolve_backend
+from ..kernels.checks import is_open
 from .blocks import FoldedNorm, convolve_and_normalise, convolve_and_rectify, cudnn_rectifies
 from .plain import is_plain, is_plain_batch_norm
 
 POINTWISE = ((1, 1), (1, 1), (0, 0))  # kernel size, stride and padding
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column of an image up to multiples of ``multiple``: (B, C, H, W) -> (B, C, H', W').
+
+    A network that halves its map three times takes multiples of 8 pixels; so does a :class:`ChannelTransformer` whose
+    finest feature has the size of the image and patches of 8 pixels. ``logits[..., :height, :width]`` crops the result.
+    """
+    # torch.compile cannot trace the shorter -side % multiple where sizes change and become symbols.
+    missing_rows, missing_columns = ((side + multiple - 1) // multiple * multiple - side for side in image.shape[-2:])
+    if missing_rows == 0 and missing_columns == 0:
+        return image
+    return F.pad(image, (0, missing_columns, 0, missing_rows), mode="replicate")
 
 
 class PatchEmbedding(nn.Module):
@@ -31,10 +45,11 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Embed a feature: (B, C, rows * patch_size, columns * patch_size) -> (B, rows * columns, C)."""
-        patches = self.projection(feature)
-        position = self.position
-        if position.shape[-2:] != patches.shape[-2:]:
-            position = F.interpolate(position, size=patches.shape[-2:], mode="bicubic", align_corners=False)
+        patches, position = self.projection(feature), self.position
+        grid = patches.shape[-2:]
+        if any(map(is_open, grid)) or grid != position.shape[-2:]:
+            # On the grid that it was learned for, the interpolation returns the position as it is.
+            position = F.interpolate(position, size=grid, mode="bicubic", align_corners=False)
         return self.dropout(rearrange(patches + position, "b c rows columns -> b (rows columns) c"))
 
 

@@ -11,12 +11,13 @@ from ..kernels import check_backend, cross_layer_norm
 from ..kernels.checks import check_dtypes_and_devices
 from .arguments import check_counts, check_probabilities, check_sequence
 from .attention import ChannelAttention
+from .checkpointing import Stage
 from .packed import LAYER_NORM_EPS, PackedLayerNorm, PackedMlp
 from .plain import is_plain
 from .tokens import PatchEmbedding, Reconstruct
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(Stage):
     """Channel attention and an MLP for each scale, both with a residual: (B, N, sum C) -> (B, N, sum C)."""
 
     def __init__(

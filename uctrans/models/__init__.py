@@ -1,6 +1,5 @@
 """The networks, their registry and their files."""
 
-from .activation_checkpointing import set_checkpointing
 from .base import SegmentationModel
 from .dual_branch import DualBranchUCTransNet
 from .external import ExternalModel, NetworkError
@@ -26,6 +25,5 @@ __all__ = [
     "read_checkpoint",
     "register_model",
     "resize_positions",
-    "set_checkpointing",
     "to_upstream",
 ]

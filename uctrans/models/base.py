@@ -11,7 +11,6 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..extras import import_extra
 from ..kernels.checks import check_dtypes_and_devices
@@ -269,15 +268,6 @@ def weights_of_other_counts(model: SegmentationModel, source: SegmentationModel)
 def probabilities(logits: Tensor) -> Tensor:
     """Return class probabilities of logits (B, classes, H, W): sigmoid of a single channel, softmax over several."""
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
-
-
-def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column up to multiples of ``multiple``: (B, C, H, W) -> (B, C, H', W')."""
-    # torch.compile cannot trace the shorter -side % multiple where sizes change and become symbols.
-    missing_rows, missing_columns = ((side + multiple - 1) // multiple * multiple - side for side in image.shape[-2:])
-    if missing_rows == 0 and missing_columns == 0:
-        return image
-    return F.pad(image, (0, missing_columns, 0, missing_rows), mode="replicate")
 
 
 def check_image(image: Tensor, in_channels: int, weight: Tensor) -> None:

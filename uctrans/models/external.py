@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..layers import pad_to_multiple
 from ..layers.arguments import check_counts
-from .base import SegmentationModel, pad_to_multiple
+from .base import SegmentationModel
 from .registry import as_json, hint, model_class
 
 EXAMPLE = "monai.networks.nets:AttentionUnet"

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import check_backend
-from ..layers import ChannelGate, ChannelTransformer, DoubleConv, Encoder
+from ..layers import ChannelGate, ChannelTransformer, DoubleConv, Encoder, pad_to_multiple
 from ..layers.arguments import check_counts, check_probabilities, check_whole_numbers, is_whole_number
-from .base import SegmentationModel, check_image, pad_to_multiple, weights_of_other_counts
+from ..layers.checkpointing import Stage
+from .base import SegmentationModel, check_image, weights_of_other_counts
 from .registry import register_model
 from .unet import UNet, scale_widths
 from .weights import ModelFileError
 
 
-class GatedStage(nn.Module):
+class GatedStage(Stage):
     """Gate the skip by the decoder, concatenate, convolve twice.
 
     Skip (B, C, H, W), tokens (B, C, h, w) and decoded feature (B, D, H/2, W/2) give (B, out, H, W).

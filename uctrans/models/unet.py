@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import DoubleConv, Encoder
+from ..layers import DoubleConv, Encoder, pad_to_multiple
 from ..layers.arguments import check_counts, check_whole_numbers, is_whole_number
-from .base import SegmentationModel, check_image, pad_to_multiple
+from ..layers.checkpointing import Stage
+from .base import SegmentationModel, check_image
 from .registry import register_model
 
 NUM_SCALES = 4
 
 
-class SkipStage(nn.Module):
+class SkipStage(Stage):
     """Upsample, concatenate the skip if there is one, convolve twice: (B, D, H/2, W/2) -> (B, out, H, W)."""
 
     def __init__(self, skip_channels: int, decoder_channels: int, out_channels: int):

@@ -18,7 +18,7 @@ from ..data.find import shorten
 from ..data.fingerprints import join_records
 from ..extras import import_extra
 from ..graphs import CapturedForward, CudaRecorder
-from ..models import set_checkpointing
+from ..layers import set_checkpointing
 from ..models.weights import load_state
 from .build import (
     build_model,
