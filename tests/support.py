@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU, as strict as they are: decisions of Python are frozen in a recording.
+"""The pages, and a stand-in for CUDA graphs on a CPU, as strict as they are: a recording freezes decisions of Python.
 
 A recording notes every operator that reaches the CPU, with the tensors it was given. A replay runs these operators
 again and writes their results into the tensors that the recording returned. A learning rate that is a Python number, a
@@ -6,6 +6,8 @@ batch that is counted on the host, or a tensor that is replaced therefore shows 
 """
 
 import contextlib
+import re
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -15,7 +17,25 @@ from torch.utils._pytree import tree_leaves
 from uctrans.graphs import CaptureError, Recording
 from uctrans.layers import checkpointing
 
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("kernels/**/README.md"),
+        *ROOT.glob("uctrans/models/pretrained/*/README.md"),
+    )
+}
 READS_A_VALUE = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal")
+
+
+def blocks(language, page=None):
+    """Return the code blocks of a page, or of all of them."""
+    texts = PAGES.values() if page is None else [PAGES[page]]
+    return [
+        block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
 
 
 class HostRecorder:

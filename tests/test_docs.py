@@ -13,29 +13,21 @@ import pytest
 import torch
 from skimage.io import imread
 
+from tests.support import PAGES, ROOT, blocks
 from uctrans import UCTransNet, cli, to_upstream
 from uctrans.data import find_development_samples, load_folds, write_demo_dataset
 from uctrans.training import TrainConfig, train
 from uctrans.writing import write_png
 
-ROOT = Path(__file__).parents[1]
-PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
-        *ROOT.glob("kernels/**/README.md"),
-        *ROOT.glob("uctrans/models/pretrained/*/README.md"),
-    )
+RUN_ELSEWHERE = ("docs/layers.md",)  # tests/layers/test_own_network.py
+TRAINERS = ("lightning", "accelerate")
+SCRIPTS = {
+    f"{page}, {number}": block
+    for page in PAGES
+    if page not in RUN_ELSEWHERE
+    for number, block in enumerate(blocks("python", page))
 }
 TINY = {"epochs": 1, "base_channels": 2, "image_size": 32, "threads": 1, "progress": False}
-
-
-def blocks(language, page=None):
-    texts = PAGES.values() if page is None else [PAGES[page]]
-    return [
-        block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    ]
 
 
 def commands(page=None):
@@ -72,20 +64,40 @@ def working_folder(folder, trained):
 
 
 def test_the_pages_have_what_these_tests_look_for():
-    assert len(blocks("python", "README.md")) == 2
+    assert len(blocks("python", "README.md")) == 3
     assert len(blocks("python")) >= 6
     names = {"demo", "prepare", "train", "evaluate", "predict", "export", "study"}
     assert {words.split()[1] for words in commands()} >= names - {"demo"}
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_runs(number, working_folder):
-    """Blocks run as they stand; models that ask for the full width get a narrow one."""
-    script = working_folder / "block.py"
-    script.write_text(
-        blocks("python")[number].replace('create_model("uctransnet", ', 'create_model("uctransnet", base_channels=2, ')
-    )
+def run_python(text, folder):
+    """Run a block as it stands; models that ask for the full width get a narrow one."""
+    script = folder / "block.py"
+    script.write_text(text.replace('create_model("uctransnet", ', 'create_model("uctransnet", base_channels=2, '))
     runpy.run_path(str(script))
+
+
+def imports(package, script):
+    return f"import {package}\n" in script
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if not any(imports(p, SCRIPTS[name]) for p in TRAINERS)])
+def test_python_runs(name, working_folder):
+    run_python(SCRIPTS[name], working_folder)
+
+
+@pytest.mark.parametrize("package", TRAINERS)
+def test_examples_of_trainers_compile(package):
+    (script,) = (script for script in SCRIPTS.values() if imports(package, script))
+    compile(script, package, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", TRAINERS)
+def test_examples_of_trainers_run(package, folder):
+    pytest.importorskip(package, reason="no requirement of this package: pip install lightning accelerate")
+    (script,) = (script for script in SCRIPTS.values() if imports(package, script))
+    run_python(script, folder)
 
 
 def test_commands_parse(working_folder):
