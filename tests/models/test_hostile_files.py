@@ -248,7 +248,7 @@ class TestDigest:
             except uctrans.ModelFileError as error:
                 assert "a process was stopped between the two" in str(error)
                 outcomes.append("refused")
-        assert outcomes[:2] == ["old", "refused"]
+        assert set(outcomes) == {"old", "refused", "new"}
         assert uctrans.load_model(folder).metadata == {"best_dice": 0.75}
         assert not list(folder.glob(f"{UNFINISHED}*"))
 
