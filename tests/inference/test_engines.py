@@ -215,6 +215,19 @@ def test_auto_goes_on_in_torch_where_the_export_fails(cache):
         Predictor(network, device="cpu", engine="onnx").probabilities(torch.zeros(1, 3, *SIZE, dtype=torch.uint8))
 
 
+@pytest.mark.usefixtures("filled_cache")
+def test_auto_goes_on_in_torch_where_onnxruntime_is_broken(tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime/__init__.py").write_text("raise ImportError('libonnxruntime.so is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    network = tiny()
+    automatic = AutomaticForward(network, ExportedForward(network, SIZE, CPU))
+    with pytest.warns(UserWarning, match="libonnxruntime.so is missing; PyTorch runs the network instead"):
+        assert_same(automatic, network, SIZE)
+    assert_same(automatic, network, SIZE)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_an_engine_that_is_not_installed(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)

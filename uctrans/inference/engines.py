@@ -264,12 +264,12 @@ class AutomaticForward:
         """Return logits; warn if an export would pay and cannot be made."""
         if self._exported is not None:
             taken = self._exported.taken_for(inputs)
-            if self._exported.is_ready(inputs) or self._computed[taken] >= self.pays_after:
-                try:
+            try:
+                if self._exported.is_ready(inputs) or self._computed[taken] >= self.pays_after:
                     return self._exported(inputs)
-                except (ExportError, ModelFileError, OSError) as error:
-                    self._exported = None
-                    warnings.warn(f"{error}; PyTorch runs the network instead of ONNX Runtime", stacklevel=2)
+            except (ExportError, ImportError, ModelFileError, OSError) as error:  # a package may be installed in part
+                self._exported = None
+                warnings.warn(f"{error}; PyTorch runs the network instead of ONNX Runtime", stacklevel=2)
             self._computed[taken] += self._parameters * inputs[:, 0].numel()
         return self.network(inputs)
 
