@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,20 +84,23 @@ class OnnxModel(nn.Module):
                 f"{self.path}: takes images of {self._size[0]}x{self._size[1]} pixels only, got {height}x{width}; "
                 "leave tile unset, or export the model with dynamic size"
             )
-        parts = image.split(self._batch_size or max(1, len(image)))
-        logits = torch.cat([self._run(part)[: len(part)] for part in parts])
+        if self._batch_size is None:
+            logits = self._run(image)
+        else:
+            logits = torch.cat([self._run(part)[: len(part)] for part in image.split(self._batch_size)])
         return logits[..., :height, :width].to(image.device)
 
     def _run(self, image: Tensor) -> Tensor:
         if self._batch_size and len(image) < self._batch_size:
             image = torch.cat([image, image[:1].expand(self._batch_size - len(image), -1, -1, -1)])
-        pixels = image.float().contiguous().cpu().numpy()
-        logits = torch.from_numpy(self._session.run(["logits"], {"image": pixels})[0])
-        if not logits.isfinite().all():
+        # NumPy copies and checks on this thread: PyTorch's threads would spin and keep ONNX Runtime's from the cores.
+        pixels = np.ascontiguousarray(image.float().cpu().numpy())
+        logits = self._session.run(["logits"], {"image": pixels})[0]
+        if not np.isfinite(logits).all():
             raise ModelFileError(
                 f"{self.path}: gives logits that are not finite: it is damaged; export the model again"
             )
-        return logits
+        return torch.from_numpy(logits)
 
 
 def require_onnxruntime(device: torch.device) -> None:
