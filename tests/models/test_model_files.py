@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,20 @@ def test_parameters_that_another_type_cannot_hold_are_refused(tmp_path):
     assert uctrans.load_model(tmp_path).head.bias.item() == 99840  # the bfloat16 next to 1e5
 
 
+OTHER_KINDS = {  # content and message by name
+    "a.png": (b"\x89PNG\r\n", "a PNG image: give a folder that save_pretrained wrote"),
+    "a.jpg": (b"\xff\xd8\xff\xe0", "a JPEG image"),
+    "a.tif": (b"MM\0*", "a TIFF image"),
+    "a.h5": (b"\x89HDF\r\n", "an HDF5 file"),
+    "a.npy": (b"\x93NUMPY", "a NumPy array"),
+    "a.onnx": (b"\x08\x08", "an ONNX network: run it with uctrans predict or evaluate"),
+    "a.pt": (b"version https://git-lfs\r\noid 1", 'text that begins "version https://git-lfs": download'),
+    "a.pkl": (pickle.dumps(Path(), 2), "not a checkpoint, or a pickle of more than tensors and plain values, whose"),
+    "a.bin": (b"\0\xaa\xbb", "not a checkpoint, or a pickle of more"),
+    "a.csv": (b"", "truncated or not a checkpoint"),
+}
+
+
 class TestUnusableFiles:
     def saved(self, folder):
         build("unet").save_pretrained(folder)
@@ -274,17 +290,9 @@ class TestUnusableFiles:
     def test_checkpoint_truncated_foreign_or_executable(self, tmp_path):
         path = tmp_path / "model.pt"
         torch.save({"weights": torch.zeros(3)}, path)
-        with pytest.raises(
-            uctrans.ModelFileError, match=r"neither .* a state dict of 1 tensors \(first: weights\): build"
-        ):
+        with pytest.raises(uctrans.ModelFileError, match=r"neither .* a state dict of 1 tensors \(weights\): build"):
             uctrans.load_model(path)
         path.write_bytes(path.read_bytes()[:200])
-        with pytest.raises(uctrans.ModelFileError, match="truncated or not a checkpoint"):
-            uctrans.load_model(path)
-        path.write_bytes(b"not a checkpoint at all")
-        with pytest.raises(uctrans.ModelFileError, match=r"model\.pt"):
-            uctrans.load_model(path)
-        path.write_text("epoch,dice\n1,0.5\n")
         with pytest.raises(uctrans.ModelFileError, match="truncated or not a checkpoint"):
             uctrans.load_model(path)
         torch.save({"format": "uctrans-checkpoint", "model": {"name": "unet"}}, path)
@@ -294,15 +302,44 @@ class TestUnusableFiles:
         with pytest.raises(uctrans.ModelFileError, match="never executed here"):
             uctrans.load_model(path)
 
+    @pytest.mark.parametrize("name", OTHER_KINDS)
+    def test_another_kind_of_file(self, name, tmp_path):
+        content, message = OTHER_KINDS[name]
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(uctrans.ModelFileError, match=f"{name} is {message}"):
+            uctrans.load_model(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("record", "message"),
+        [
+            ("a/models/model.json", r"a program of torch\.export, which has no configuration: give the model"),
+            ("a/constants.pkl", "a TorchScript program"),
+            ("array.npy", r"a zip archive of array\.npy: give a folder"),
+            ("a/data.pkl", "truncated or not a checkpoint"),
+        ],
+    )
+    def test_another_kind_of_archive(self, record, message, tmp_path):
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            archive.writestr(record, "")
+        with pytest.raises(uctrans.ModelFileError, match=f"is {message}"):
+            uctrans.load_model(tmp_path / "a.pt")
+
     def test_what_another_file_holds(self, tmp_path):
         path = tmp_path / "model.ckpt"
         state = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()
-        first = r"7 tensors{} \(first: 0\.weight, 0\.bias, 1\.weight\): build its network and call load_state_dict"
+        first = (
+            r"7 tensors{} \(0\.weight, 0\.bias, 1\.weight, 1\.bias and 3 more\): build its network and call load_state"
+        )
         for content, message in (
             (state, "a state dict of " + first.format("")),
             ({"epoch": 3, "state_dict": state}, "a state dict of " + first.format(" under 'state_dict'")),
             ({"epoch": 3, "loss": 0.5}, "a dict with the keys epoch, loss; save the state dict of a network"),
+            ({}, "an empty dict; save the state dict of a network"),
             ([1, 2], "a list; save the state dict of a network"),
+            (
+                nn.Linear(2, 2),
+                r"a pickle of objects of torch\.nn\.modules\.linear\.Linear, whose code is never executed",
+            ),
         ):
             torch.save(content, path)
             with pytest.raises(uctrans.ModelFileError, match=message):

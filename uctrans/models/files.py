@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..system import escaped, is_utf8
 from .base import SegmentationModel, is_same_network
 from .external import find_model_class
+from .foreign import describe_checkpoint
 from .metadata import check_metadata
 from .published import from_published, is_upstream
 from .registry import model_class
@@ -119,24 +120,8 @@ def _load_file(path: Path, network: Network | Sequence[Network] | None) -> Segme
         return from_published(checkpoint, path)
     raise ModelFileError(
         f"{path} is neither a checkpoint of a training run nor a published UCTransNet checkpoint, but "
-        f"{_content(checkpoint)}"
+        f"{describe_checkpoint(checkpoint)}"
     )
-
-
-def _content(checkpoint: Any) -> str:
-    """Return in words what a file holds that no model can be made of, and the remedy."""
-    if not isinstance(checkpoint, dict):
-        return f"a {type(checkpoint).__name__}; save the state dict of a network"
-    places = {"": checkpoint} | {f" under {key!r}": value for key, value in checkpoint.items()}
-    for place, state in places.items():
-        if isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values()):
-            return (
-                f"a state dict of {len(state)} tensors{place} (first: {', '.join(map(str, list(state)[:3]))}): build "
-                "its network and call load_state_dict; to train that network here, name it: uctrans train --model "
-                "package.module:Class"
-            )
-    keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
-    return f"a dict with the keys {keys}; save the state dict of a network"
 
 
 def _from_checkpoint(

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..reading import UnreadableError, check_regular_file, read_json
 from ..system import first_line
+from .foreign import describe_file, describe_pickle
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -119,14 +120,10 @@ def read_checkpoint(path: str | Path) -> Any:
         raise ModelFileError(f"{error}; give a checkpoint") from None
     except pickle.UnpicklingError:
         # PyTorch's own message advises loading without weights_only, which would execute what the file holds.
-        raise ModelFileError(
-            f"{path} is not a checkpoint, or holds more than tensors and plain values, which is never executed here: "
-            f"save its state dict alone with torch.save, or download it again"
-        ) from None
+        raise ModelFileError(f"{path} is {describe_file(Path(path)) or describe_pickle(Path(path))}") from None
     except Exception as error:  # arbitrary bytes make torch.load fail in any way
-        raise ModelFileError(
-            f"{path} is truncated or not a checkpoint ({first_line(error)}): copy or download it again"
-        ) from None
+        damage = f"truncated or not a checkpoint ({first_line(error)}): copy or download it again"
+        raise ModelFileError(f"{path} is {describe_file(Path(path)) or damage}") from None
     return checkpoint
 
 
