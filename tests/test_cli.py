@@ -171,6 +171,10 @@ def test_a_class_in_a_file_is_imported_only_if_the_command_names_it(tmp_path, mo
     assert "hostile" not in sys.modules
     named = ["train", "-o", "run", "--resume", "--model=tests.networks:Halving"]
     assert cli.parse(named)[1].model == "tests.networks:Halving"
+    misspelt = ["train", "-i", "data", "-o", "new", "--model", "./my net:Net"]
+    assert cli.parse(misspelt)[1].model == "./my net:Net"  # which train refuses by its own message
+    listed = ["study", "models", "-i", "data", "-o", "study", "--models", '["unet", "tests.networks:Halving"]']
+    assert cli.parse(listed)[1].models == ("unet", "tests.networks:Halving")
 
 
 def test_a_network_in_the_current_folder(data, tmp_path, monkeypatch, capsys):

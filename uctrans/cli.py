@@ -387,7 +387,7 @@ def _check_classes_are_named(words: Sequence[str], flags: Sequence[str], field: 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(_flag(field), default="")
     flag_value = getattr(parser.parse_known_args(flags)[0], field)
-    named = re.split(r"[^\w.:]+", flag_value)
+    named = [name.strip(" []'\"") for name in flag_value.split(",")]  # a list may be written as JSON
     values = [given[field]] if isinstance(given[field], str) else given[field]
     for value in values:
         if ":" in value and value not in named:
