@@ -48,7 +48,7 @@ def check_tensor_lists(**lists: Iterable[Tensor]) -> None:
 
 def check_segments_type(segments: Sequence[int]) -> None:
     """Raise ``TypeError`` unless ``segments`` is a sequence of ints."""
-    if not isinstance(segments, Sequence) or not all(map(_is_integer, segments)):
+    if not isinstance(segments, Sequence) or not all(map(is_whole_number, segments)):
         raise TypeError(f"segments must be a sequence of ints, one width a scale; got {segments!r}")
 
 
@@ -56,11 +56,11 @@ def check_sizes(**values: int) -> None:
     """Raise unless all are whole numbers of at least 1.
 
     Raises:
-        TypeError: a value is no whole number.
+        TypeError: a value is not a whole number.
         ValueError: a value is below 1.
     """
     for name, value in values.items():
-        if not _is_integer(value):
+        if not is_whole_number(value):
             raise TypeError(f"{name} must be a whole number; got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
@@ -73,6 +73,11 @@ def check_numbers_type(**values: float) -> None:
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
 
 
+def is_whole_number(value: object) -> bool:
+    """Return whether ``value`` is an integer of Python, NumPy or a compiler; booleans are not."""
+    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+
+
 def is_open(size: int | torch.SymInt) -> bool:
     """Return whether a program is being exported that is to run for several values of ``size``.
 
@@ -80,10 +85,6 @@ def is_open(size: int | torch.SymInt) -> bool:
     program cannot, and fails.
     """
     return torch.compiler.is_exporting() and isinstance(size, torch.SymInt)
-
-
-def _is_integer(number: object) -> bool:
-    return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 
 
 def _listed(named: dict[str, object]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose_form
-from ..checks import check_dtypes_and_devices, check_numbers_type, check_sizes
+from ..checks import check_dtypes_and_devices, check_numbers_type, check_sizes, is_whole_number
 from ..formats import empty_map, statistics_dtype
 from ..registration import register_gradient, register_operator
 from . import composed, reference
@@ -48,8 +48,8 @@ def segmentation_loss(
     Raises:
         ValueError: shapes, devices or ``backend`` do not fit, images have no pixels, or masks of this dtype cannot
             hold ``ignore_index``.
-        TypeError: the logits are not floating point, the masks are, ``ignore_index`` is no whole number, or a weight is
-            no number.
+        TypeError: the logits are not floating point, the masks are, ``ignore_index`` is not a whole number, or a weight
+            is not a number.
         NotImplementedError: see :func:`segmentation_sums`.
     """
     _check_maps(logits, masks)
@@ -72,7 +72,7 @@ def segmentation_totals(masks: Tensor, *, ignore_label: int | None = None) -> Te
 
     Raises:
         ValueError: ``masks`` are not (B, H, W), or cannot hold ``ignore_label``.
-        TypeError: ``masks`` are no bool or integers, or ``ignore_label`` is no whole number.
+        TypeError: ``masks`` are not bool or integers, or ``ignore_label`` is not a whole number.
     """
     _check_masks_dtype(masks)
     if masks.ndim != 3:
@@ -109,7 +109,7 @@ def segmentation_sums(
 
     Raises:
         ValueError: shapes, devices or ``backend`` do not fit, or masks of this dtype cannot hold ``ignore_label``.
-        TypeError: the logits are not floating point, or the masks are, or ``ignore_label`` is no whole number.
+        TypeError: the logits are not floating point, or the masks are, or ``ignore_label`` is not a whole number.
         NotImplementedError: the backend asked for cannot run, or a gradient of a gradient is asked of ``triton``.
     """
     _check_maps(logits, masks)
@@ -156,7 +156,7 @@ def segmentation_scores(
 
     Raises:
         ValueError: shapes, devices or ``backend`` do not fit, or ``pixels`` is below 1.
-        TypeError: tensors are not floating point, ``pixels`` is no whole number, or a weight is no number.
+        TypeError: tensors are not floating point, ``pixels`` is not a whole number, or a weight is not a number.
         NotImplementedError: see :func:`segmentation_sums`.
     """
     check_sizes(pixels=pixels)
@@ -189,7 +189,7 @@ def _check_masks_dtype(masks: Tensor) -> None:
 def _check_ignored(name: str, label: int | None, masks: Tensor) -> None:
     if label is None:
         return
-    if isinstance(label, bool) or not isinstance(label, int):
+    if not is_whole_number(label):
         raise TypeError(f"{name} must be a whole number or None; got {type(label).__name__}")
     range_ = None if masks.dtype == torch.bool else torch.iinfo(masks.dtype)
     if range_ is None or not range_.min <= label <= range_.max:

@@ -6,6 +6,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -305,12 +306,15 @@ class TestBadInput:
         for wrong in (12.0, True, None, torch.tensor(12)):
             with pytest.raises(TypeError, match=f"pixels must be a whole number; got {type(wrong).__name__}"):
                 segmentation_scores(sums, counts, wrong, backend=backend)
+        assert torch.equal(*(segmentation_scores(sums, counts, n, backend=backend)[0] for n in (12, np.int64(12))))
         for wrong in (0, -12):
             with pytest.raises(ValueError, match=f"pixels must be at least 1; got {wrong}"):
                 segmentation_scores(sums, counts, wrong, backend=backend)
 
     def test_loss(self, backend):
         logits, masks = self.inputs()
+        losses = [segmentation_loss(logits, masks, ignore_index=n, backend=backend) for n in (1, np.uint8(1))]
+        assert torch.equal(*losses)
         with pytest.raises(ValueError, match=f"ignore_index: masks of {masks.dtype} cannot hold"):
             segmentation_loss(logits, masks, ignore_index=2**70, backend=backend)
         with pytest.raises(TypeError, match="ignore_index must be a whole number or None; got float"):

@@ -14,6 +14,7 @@ from uctrans.layers import (
     Encoder,
     Reconstruct,
     TransformerLayer,
+    pad_to_multiple,
     set_backend,
 )
 from uctrans.layers.packed import PackedLayerNorm, PackedLinear, PackedMlp
@@ -336,6 +337,18 @@ def test_encoder_shapes():
     features, deepest = Encoder(3, (4, 8, 16))(torch.randn(1, 3, 32, 48))
     assert [tuple(feature.shape) for feature in features] == [(1, 4, 32, 48), (1, 8, 16, 24), (1, 16, 8, 12)]
     assert deepest.shape == (1, 16, 4, 6)
+
+
+def test_padding_repeats_the_last_row_and_column():
+    image = torch.rand(1, 2, 3, 7)
+    padded = pad_to_multiple(image, 4)
+    assert torch.equal(padded, torch.cat([image, image[..., -1:]], -1)[..., [0, 1, 2, 2], :])
+    assert pad_to_multiple(padded, 4) is padded
+    for wrong in (0, -2):
+        with pytest.raises(ValueError, match=f"multiple must be at least 1; got {wrong}"):
+            pad_to_multiple(image, wrong)
+    with pytest.raises(TypeError, match="multiple must be a whole number; got float"):
+        pad_to_multiple(image, 4.0)
 
 
 def test_set_backend_reaches_every_layer_and_refuses_unknown_names(monkeypatch):

@@ -4,10 +4,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-
-def is_whole_number(value: Any) -> bool:
-    """Return whether ``value`` is an integer of Python or NumPy; booleans are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+from ..kernels.checks import is_whole_number
 
 
 def check_counts(**counts: int) -> None:

@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..kernels import batch_norm_relu, check_backend, resolve_backend
-from ..kernels.checks import is_open
+from ..kernels.checks import check_sizes, is_open
 from .blocks import FoldedNorm, convolve_and_normalise, convolve_and_rectify, cudnn_rectifies
 from .plain import is_plain, is_plain_batch_norm
 
@@ -19,7 +19,12 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
     A network that halves its map three times takes multiples of 8 pixels; so does a :class:`ChannelTransformer` whose
     finest feature has the size of the image and patches of 8 pixels. ``logits[..., :height, :width]`` crops the result.
+
+    Raises:
+        TypeError: ``multiple`` is not a whole number.
+        ValueError: ``multiple`` is below 1.
     """
+    check_sizes(multiple=multiple)
     # torch.compile cannot trace the shorter -side % multiple where sizes change and become symbols.
     missing_rows, missing_columns = ((side + multiple - 1) // multiple * multiple - side for side in image.shape[-2:])
     if missing_rows == 0 and missing_columns == 0:

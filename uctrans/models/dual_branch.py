@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from ..kernels.checks import is_whole_number
 from ..layers import DualBranchEncoder
-from ..layers.arguments import check_whole_numbers, is_whole_number
+from ..layers.arguments import check_whole_numbers
 from .registry import register_model
 from .uctransnet import UCTransNet, padded_size
 

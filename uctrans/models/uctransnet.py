@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import check_backend
+from ..kernels.checks import is_whole_number
 from ..layers import ChannelGate, ChannelTransformer, DoubleConv, Encoder, pad_to_multiple
-from ..layers.arguments import check_counts, check_probabilities, check_whole_numbers, is_whole_number
+from ..layers.arguments import check_counts, check_probabilities, check_whole_numbers
 from ..layers.checkpointing import Stage
 from .base import SegmentationModel, check_image, weights_of_other_counts
 from .registry import register_model

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.checks import is_whole_number
 from ..layers import DoubleConv, Encoder, pad_to_multiple
-from ..layers.arguments import check_counts, check_whole_numbers, is_whole_number
+from ..layers.arguments import check_counts, check_whole_numbers
 from ..layers.checkpointing import Stage
 from .base import SegmentationModel, check_image
 from .registry import register_model
