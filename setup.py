@@ -29,12 +29,12 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={"Paper": "https://arxiv.org/abs/2109.04335"},
     python_requires=">=3.11",
     packages=PACKAGES + KERNEL_PACKAGES,
     package_dir={"uctrans": "uctrans", "uctrans.kernels": "kernels"},
     package_data={
-        "uctrans": ["py.typed"],
-        "uctrans.kernels": ["py.typed"],
+        "uctrans": ["py.typed"],  # also for uctrans.kernels
         "uctrans.data": ["folds/*.json"],
         "uctrans.models": ["pretrained/*/*"],
     },

@@ -88,7 +88,7 @@ def test_the_wheel_holds_each_module_once(wheel, checkout):
     expected = {path.relative_to(checkout).as_posix() for path in modules}
     expected |= {f"uctrans/{path.relative_to(checkout).as_posix()}" for path in (checkout / "kernels").rglob("*.py")}
     assert {name for name in held if name.endswith(".py")} == expected
-    data = {"uctrans/data/folds/monuseg.json", "uctrans/py.typed", "uctrans/kernels/py.typed"}
+    data = {"uctrans/data/folds/monuseg.json", "uctrans/py.typed"}
     data |= {f"uctrans/models/pretrained/nuclei/{name}" for name in ("README.md", "config.json", "model.safetensors")}
     assert {name for name in held if not name.endswith(".py")} == data
 
@@ -145,6 +145,7 @@ def test_requirements(wheel):
     assert 'platform_system == "Linux"' in triton
     assert 'extra == "dev"' in triton
     assert re.search(r"^Requires-Python: >=3\.11$", text, flags=re.MULTILINE)
+    assert re.search(r"^Project-URL: Paper, https://arxiv\.org/abs/2109\.04335$", text, flags=re.MULTILINE)
     assert re.search(r"^License(-Expression)?: Apache-2\.0$", text, flags=re.MULTILINE)
 
 
