@@ -29,7 +29,7 @@ def register_operator(
     The fake takes the operator's arguments and returns empty tensors of the shapes, dtypes and strides that the
     launcher returns. A call launches on the device of its first tensor. Backward may meet forward-mode gradients and
     batches of gradients that the public function could not foresee: tangents, which torch would lose, are refused, and
-    so are batches where an argument or result is a list; over others torch loops.
+    so are batches where an argument or result is a list; torch loops over other batches.
 
     Args:
         name: name of the operator.

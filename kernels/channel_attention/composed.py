@@ -111,7 +111,7 @@ def projected_attention_maps(
 def _scores_by_correlation(
     tokens: Tensor, context: Tensor, query_weights: Sequence[Tensor], key_weight: Tensor, at_once: int
 ) -> Iterator[Tensor]:
-    """Yield the scores of ``at_once`` heads after the other: (B, at_once, sum C, S)."""
+    """Yield the scores of ``at_once`` heads at a time: (B, at_once, sum C, S)."""
     correlation = (tokens / math.sqrt(context.shape[-1])).transpose(1, 2) @ context  # [B, sum C, S]
     blocks = correlation.split(_segments(query_weights), dim=1)
     parts = (weight.split(at_once) for weight in (key_weight, *query_weights))

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests run it: right for bfloat16, of one mind on masks, and faster.
+"""Triton's interpreter as the tests run it: right for bfloat16, as strict with masks in every version, and faster.
 
 The interpreter keeps a bfloat16 number as the 16-bit integer of its bits and computes with these integers: products,
 sums and comparisons are wrong, and nothing says so. Here each integer is the field of a structure, which numpy moves
@@ -72,7 +72,7 @@ def make_right_for_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 
 def refuse_integers_as_masks(patch: pytest.MonkeyPatch) -> None:
-    """Let every version of the interpreter refuse masks that are no booleans, as Triton 3.9 does."""
+    """Let every version of the interpreter refuse masks that are not boolean, as Triton 3.9 does."""
     for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
         original = getattr(InterpreterBuilder, name)
 
