@@ -1,4 +1,4 @@
-"""What the benchmarks of whole networks compare: a network and a batch, and the ways to run it."""
+"""A network and a batch for the benchmarks of whole networks, and the ways to run them."""
 
 from dataclasses import dataclass, replace
 

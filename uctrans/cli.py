@@ -236,8 +236,13 @@ def _flag(field: str) -> str:
 
 
 def _flag_fields(settings: type) -> list[dataclasses.Field]:
-    """Return the fields that are flags: all but those that the class names in ``not_flags``."""
-    return [field for field in dataclasses.fields(settings) if field.name not in getattr(settings, "not_flags", ())]
+    """Return the fields that are flags, required ones first; the class names the others in ``not_flags``."""
+    fields = [field for field in dataclasses.fields(settings) if field.name not in getattr(settings, "not_flags", ())]
+    return sorted(fields, key=lambda field: not _is_required(field))
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default in (MISSING, "") and field.default_factory is MISSING
 
 
 def build_parser(name: str) -> Any:
@@ -276,12 +281,10 @@ def build_parser(name: str) -> Any:
             keywords |= {"type": CommaList(hints[field.name]), "metavar": "LIST"}
         if field.metadata.get("is_recorded"):
             keywords["help"] = argparse.SUPPRESS
-        if field.default_factory is not MISSING:
-            keywords["default"] = field.default_factory()
-        elif field.default in (MISSING, ""):
+        if _is_required(field):
             keywords["required"] = True
         else:
-            keywords["default"] = field.default
+            keywords["default"] = field.default if field.default_factory is MISSING else field.default_factory()
         parser.add_argument(*spellings, **keywords)
     return parser
 

@@ -15,20 +15,16 @@ from ..data.fingerprints import fingerprint
 from ..data.instances import check_truth, read_instances
 from ..data.pairs import Samples
 from ..data.read import IGNORED, Doubts
-from ..tiling import OVERLAP
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, instances_of, mask_classes, mask_probabilities
 from .metrics import METRICS, dice, hd95, iou, mean_and_deviation, mean_over_classes
-from .predictor import predictor_of, to_labels
+from .predictor import PredictionSettings, predictor_of, to_labels
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(PredictionSettings):
     """Settings of `evaluate`.
 
     Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, a model.onnx of uctrans
-            export, or the name of a model that comes with the package: nuclei. Several as a,b, whose probabilities are
-            averaged.
         data: Folder of the data set, in any layout that uctrans.data.find_samples knows. Empty if evaluate is given
             images and masks in Python.
         output: Folder for metrics.csv, summary.json, figure.png and, with instance maps, instances.png.
@@ -41,33 +37,12 @@ class EvaluateConfig:
             models of any other protocol are scored as its own, truth and prediction resized alike from the mask's size.
         resolution: What the network sees if size is native. protocol: the image as the model's protocol prepares it.
             native: tiles of its pixels.
-        threshold: Probability above which a pixel is foreground, for binary models.
         smallest_object: Predicted nuclei of fewer pixels are left out of AJI and PQ, which are scored if size is native
             and a folder "instances" lies beside the masks.
         seed_distance: Pixels between the seeds of nuclei that touch, for AJI and PQ: about a third of a diameter.
-        tta: Test-time transforms over which probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
-        tile: Side of the tiles in pixels; none takes the model's image size.
-        overlap: Share of a tile that overlaps with the next.
-        batch_size: Images, or tiles, in one forward pass.
-        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
-        intensity_range: Lowest and highest value of the image files: 0,4095; none takes the model's.
-        scale: Factor by which images are enlarged before the network sees their pixels, 0.1 to 10; masks and scores
-            stay at the size of the images. Raise it if small nuclei are merged or missed, lower it if large ones are
-            split.
-        network: Networks that the model may hold: package.module:Class for one of another package, which loads only
-            where it is named here; several as a,b. none allows all of uctrans.
-        backend: Implementation of the network's operators: auto, triton, composed or reference.
-        device: auto, cpu, cuda, cuda:1 or mps.
-        amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
-        graph: Replay the network as a CUDA graph, on CUDA.
-        engine: What runs the network. torch. compile: torch.compile, which takes minutes before the first image. onnx:
-            ONNX Runtime, on an export that is made at the first image and cached. auto: torch; on a CPU onnx, if the
-            extra export is installed and an export is cached or pays.
         overwrite: Replace an evaluation that the output folder already holds.
-        progress: Show a progress bar.
     """
 
-    model: str
     data: str = ""
     output: str = ""
     split: str = "test"
@@ -75,24 +50,9 @@ class EvaluateConfig:
     fold: int | None = None
     size: str = "protocol"
     resolution: str = "protocol"
-    threshold: float = 0.5
     smallest_object: int = SMALLEST_OBJECT
     seed_distance: int = SEED_DISTANCE
-    tta: str = "none"
-    tile: int | None = None
-    overlap: float = OVERLAP
-    batch_size: int = 4
-    channel_order: str | None = None
-    intensity_range: tuple[int, int] | None = None
-    scale: float = 1.0
-    network: str | tuple[str, ...] | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    amp: str = "no"
-    graph: bool = True
-    engine: str = "auto"
     overwrite: bool = False
-    progress: bool = True
 
 
 def score_sizes() -> list[str]:

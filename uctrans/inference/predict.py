@@ -18,12 +18,11 @@ from ..data.read import Doubts
 from ..data.rows import open_rows
 from ..devices import explaining_short_memory
 from ..pipeline import in_thread
-from ..tiling import OVERLAP
 from ..writing import locked
 from .instances import SEED_DISTANCE, SMALLEST_OBJECT, mask_probabilities
 from .journal import Journal, weights_digest
 from .outputs import Planned, divide_by_names, entry_of, find_missing, plan_files
-from .predictor import Predictor, predictor_of, to_labels
+from .predictor import PredictionSettings, Predictor, predictor_of, to_labels
 from .settings import (
     InferenceError,
     check_choice,
@@ -42,22 +41,15 @@ WITHOUT_EFFECT += ("progress", "strips_above")
 
 
 @dataclass
-class PredictConfig:
+class PredictConfig(PredictionSettings):
     """Settings of `predict`.
 
     Args:
-        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, a model.onnx of uctrans
-            export, or the name of a model that comes with the package: nuclei. Several as a,b, whose probabilities are
-            averaged.
         input: Folder of images, or one image, of any size.
         output: Folder for NAME.png (mask) and NAME_overlay.png (outlines over the image).
         resolution: What the network sees. protocol: the image as the model's protocol resizes it, and the probabilities
             are enlarged to the image. native: the pixels of the image, in tiles if it is larger than one. Models of the
             protocol native always see the pixels.
-        tile: Side of the tiles in pixels; none takes the model's image size.
-        overlap: Share of a tile that overlaps with the next.
-        tta: Test-time transforms over which probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
-        threshold: Probability above which a pixel is foreground, for binary models.
         instances: Also write single nuclei: NAME_instances.png, 16 bit, one number a nucleus, and
             NAME_instances_overlay.png, their outlines over the image.
         smallest_object: Nuclei of fewer pixels are left out.
@@ -65,53 +57,21 @@ class PredictConfig:
             boundary do not use it.
         probability: Also write the probabilities: none; png, 8 bit, of the foreground; npy, float32 (classes, H, W),
             which for models of the target boundary are background, interior and border.
-        batch_size: Tiles in one forward pass.
-        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
-        intensity_range: Lowest and highest value of the image files: 0,4095; none takes the model's.
-        scale: Factor by which images are enlarged before the network sees their pixels, 0.1 to 10; masks and scores
-            stay at the size of the images. Raise it if small nuclei are merged or missed, lower it if large ones are
-            split.
-        network: Networks that the model may hold: package.module:Class for one of another package, which loads only
-            where it is named here; several as a,b. none allows all of uctrans.
-        backend: Implementation of the network's operators: auto, triton, composed or reference.
-        device: auto, cpu, cuda, cuda:1 or mps.
-        amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
-        graph: Replay the network as a CUDA graph, on CUDA.
-        engine: What runs the network. torch. compile: torch.compile, which takes minutes before the first image. onnx:
-            ONNX Runtime, on an export that is made at the first image and cached. auto: torch; on a CPU onnx, if the
-            extra export is installed and an export is cached or pays.
         overwrite: Replace files that exist, and predict images that are done again.
         strips_above: Number of pixels above which an image is read, segmented and written in strips of rows, so that it
             needs little memory. Its mask and its 8-bit probabilities are TIFF files, its overlay is reduced to 4096
             pixels; it must be seen at native resolution, and single nuclei are not numbered.
-        progress: Show a progress bar.
     """
 
-    model: str
     input: str
     output: str
     resolution: str = "protocol"
-    tile: int | None = None
-    overlap: float = OVERLAP
-    tta: str = "none"
-    threshold: float = 0.5
     instances: bool = False
     smallest_object: int = SMALLEST_OBJECT
     seed_distance: int = SEED_DISTANCE
     probability: str = "none"
-    batch_size: int = 4
-    channel_order: str | None = None
-    intensity_range: tuple[int, int] | None = None
-    scale: float = 1.0
-    network: str | tuple[str, ...] | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    amp: str = "no"
-    graph: bool = True
-    engine: str = "auto"
     overwrite: bool = False
     strips_above: int = 64_000_000
-    progress: bool = True
 
 
 class WrittenFiles(list[Path]):

@@ -8,6 +8,7 @@ model of several.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,55 @@ SMALLEST_SCALE, LARGEST_SCALE = 0.1, 10
 # Equal in all members of an ensemble.
 SHARED_METADATA = ("target", "intensity_range", "palette", "ignore_label", "class_names")
 SMALLEST_PROBABILITY = 1e-7  # the logits of this and of 1 - 1e-7 are finite in float32
+
+
+@dataclass
+class PredictionSettings:
+    """Settings that `evaluate` and `predict` share.
+
+    Args:
+        model: Run folder, folder of save_pretrained, checkpoint (.pt), a published .pth.tar, a model.onnx of uctrans
+            export, or the name of a model that comes with the package: nuclei. Several as a,b, whose probabilities are
+            averaged.
+        threshold: Probability above which a pixel is foreground, for binary models.
+        tta: Test-time transforms over which probabilities are averaged: none, flips (4) or d4 (8 flips and rotations).
+        tile: Side of the tiles in pixels; none takes the model's image size.
+        overlap: Share of a tile that overlaps with the next.
+        batch_size: Images, or tiles, in one forward pass.
+        channel_order: Order in which the network sees the colour channels: rgb or bgr; none takes the model's.
+        intensity_range: Lowest and highest value of the image files: 0,4095; none takes the model's.
+        scale: Factor by which images are enlarged before the network sees their pixels, 0.1 to 10; masks and scores
+            stay at the size of the images. Raise it if small nuclei are merged or missed, lower it if large ones are
+            split.
+        network: Networks that the model may hold: package.module:Class for one of another package, which loads only
+            where it is named here; several as a,b. none allows all of uctrans.
+        backend: Implementation of the network's operators: auto, triton, composed or reference.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        amp: bf16 runs the network under bfloat16 autocast, no leaves it in float32.
+        graph: Replay the network as a CUDA graph, on CUDA.
+        engine: What runs the network. torch. compile: torch.compile, which takes minutes before the first image. onnx:
+            ONNX Runtime, on an export that is made at the first image and cached. auto: torch; on a CPU onnx, if the
+            extra export is installed and an export is cached or pays.
+        progress: Show a progress bar.
+    """
+
+    model: str
+    _: KW_ONLY
+    threshold: float = 0.5
+    tta: str = "none"
+    tile: int | None = None
+    overlap: float = OVERLAP
+    batch_size: int = 4
+    channel_order: str | None = None
+    intensity_range: tuple[int, int] | None = None
+    scale: float = 1.0
+    network: str | tuple[str, ...] | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    amp: str = "no"
+    graph: bool = True
+    engine: str = "auto"
+    progress: bool = True
 
 
 class Predictor:
@@ -257,7 +307,7 @@ def load_predictor(
     return predictor
 
 
-def predictor_of(config: Any) -> Predictor:
+def predictor_of(config: PredictionSettings) -> Predictor:
     """Return the `Predictor` that the settings of an evaluation or prediction name; raise as `load_predictor` does."""
     return load_predictor(
         config.model, config.backend, config.network, **{name: getattr(config, name) for name in SETTINGS}

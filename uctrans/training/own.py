@@ -17,7 +17,7 @@ OF_A_FOLDER = ("data", "folds", "fold", "palette", "intensity_range")
 
 @dataclass(frozen=True)
 class Own:
-    """What the caller gives, see :func:`uctrans.training.train`.
+    """Data and functions of the caller, see :func:`uctrans.training.train`.
 
     Attributes:
         train_data: Training images and masks.
