@@ -17,6 +17,7 @@ from uctrans.inference import EvaluateConfig, PredictConfig, evaluate, predict
 from uctrans.training import TrainConfig
 from uctrans.training.build import build_protocol, load_data
 from uctrans.training.distributed import Processes
+from uctrans.training.own import NOTHING
 
 TRUTH = np.zeros((16, 16), np.uint8)
 TRUTH[4:12, 2:9] = 1  # lies otherwise if it is turned or mirrored
@@ -143,7 +144,7 @@ def test_training_says_once_what_is_doubtful(tmp_path, protocol):
     with pytest.warns(
         UserWarning, match="^2 images hold 16-bit values up to 1000 .* --intensity-range 0,1023"
     ) as caught:
-        load_data(config, build_protocol(config), cpu)
+        load_data(config, build_protocol(config), cpu, NOTHING)
     assert len(caught) == 1
 
 
