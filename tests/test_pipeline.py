@@ -13,6 +13,14 @@ from uctrans.pipeline import in_thread
 SECONDS = 20  # until a test that would wait for ever fails
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, although a shell that starts tests in the background has it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 def threads():
     return {thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")}
 
@@ -90,7 +98,7 @@ def test_an_error_in_any_stage_ends_all(failing, place):
 
 
 @pytest.mark.parametrize("stage", ["read", "compute", "write"])
-def test_an_interrupt_at_any_stage_ends_all(stage):
+def test_an_interrupt_at_any_stage_ends_all(stage, interrupts):
     """The signal comes while the thread of the stage works; what it has begun is completed, and nothing after it is."""
     begun, ended = [], []
 

@@ -121,7 +121,7 @@ def test_recipes_are_settings_of_a_training_and_of_a_study(recipe):
     config = TrainConfig.from_dict(changed | {"data": "data", "output": "run"})
     assert cli.parse(["train", *words])[1] == config
     assert config.to_dict() != TrainConfig(data="data", output="run").to_dict()
-    study = cli.parse(["study", "models", *words])[1]
+    study = cli.parse(["study", "models", *words, "--models", "uctransnet"])[1]
     assert {name: study.plan()[0].config.to_dict()[name] for name in changed} == changed
 
 
