@@ -153,7 +153,7 @@ def test_a_finished_run_needs_no_checkpoints(unet, do_here, no_workers):
     with pytest.raises(StudyError, match=r"holds a run already .*; or delete .* trains this run again"):
         run.train_and_score(planned, larger)
     (planned.folder / "last.pt").write_bytes(b"half")
-    with pytest.raises(StudyError, match=rf"last\.pt is text that begins \"half\".*; or delete {planned.folder}, and the same"):
+    with pytest.raises(StudyError, match=rf"last\.pt is text .*; or delete {planned.folder}, and the same"):
         run.train_and_score(planned, larger)
 
 
